@@ -1,0 +1,22 @@
+"""CAP for Hugging Face image models: prune, recover, publish, load."""
+
+from cap_hf.compressor import CAPCompressor
+from cap_hf.config import CAPConfig, NMPattern
+from cap_hf.errors import CAPError
+from cap_hf.evaluation import ImageClassificationMetric
+from cap_hf.report import LayerReport, PruneReport
+from cap_hf.targets import Target, find_targets
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CAPCompressor",
+    "CAPConfig",
+    "CAPError",
+    "ImageClassificationMetric",
+    "LayerReport",
+    "NMPattern",
+    "PruneReport",
+    "Target",
+    "find_targets",
+]

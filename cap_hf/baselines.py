@@ -1,0 +1,69 @@
+"""What users compare CAP with: magnitude, OBS without correlations, and SparseGPT's shared input Hessian.
+
+- magnitude: remove the smallest |w|, move nothing.
+- obs: oBERT (arXiv 2203.07259) and WoodFisher (arXiv 2004.14340): the block Fisher's saliency of each weight on its
+  own, `w_p^2 / (2 A_pp)`, all ranked at once; then the weight update for the whole removed set.
+- sparsegpt: after SparseGPT (arXiv 2301.00774) and OBC (arXiv 2208.11580): `H = X X^T` of a layer's inputs, one for
+  all its rows, and the exact greedy elimination of each row instead of SparseGPT's fixed column order.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+from torch import nn
+
+from cap_hf.config import NMPattern
+from cap_hf.elimination import Elimination
+from cap_hf.fisher import Batch, BlockFisher, unfold_conv
+from cap_hf.targets import Target
+
+
+def rank_scores(scores: torch.Tensor, pattern: NMPattern | None) -> Elimination:
+    """Remove in the order of fixed scores, `(n, B)`, lowest first; with N:M the M - N lowest of each group."""
+    if pattern is None:
+        losses, order = scores.sort(dim=1, stable=True)
+        return Elimination(order, losses)
+    groups = scores.unflatten(1, (-1, pattern.m))
+    lowest = groups.sort(dim=2, stable=True).indices[..., : pattern.m - pattern.n]
+    offsets = torch.arange(groups.shape[1], device=scores.device)[:, None] * pattern.m
+    candidates = (lowest + offsets).flatten(1)
+    losses, order = scores.gather(1, candidates).sort(dim=1, stable=True)
+    return Elimination(candidates.gather(1, order), losses)
+
+
+class InputHessian(BlockFisher):
+    """`H = (1/N) sum x x^T` over a target's input rows: one matrix a target (one a group of a convolution).
+
+    Takes the place of the block Fisher: `sums[name]` is `(groups, row, row)`, shared by the rows of a group.
+    """
+
+    def __init__(self, targets: Sequence[Target]) -> None:
+        super().__init__(targets, num_blocks=lambda target: getattr(target.module, "groups", 1))
+
+    @torch.no_grad()
+    def collect(self, model: nn.Module, batches: Iterable[tuple[Batch, int, torch.Tensor | None]]) -> None:
+        """Run the model forward over batches and add up; arguments and errors as for `BlockFisher.collect`."""
+        handles = [target.module.register_forward_hook(self._hook(target)) for target in self.targets]
+        try:
+            for batch, samples, _ in batches:
+                model(**{name: value for name, value in batch.items() if name != "labels"})
+                self.count += samples
+        finally:
+            for handle in handles:
+                handle.remove()
+        self.check_finite()
+
+    def _hook(self, target: Target) -> Callable:
+        def hook(module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+            sums = self.sums[target.name]
+            inputs = args[0].to(sums.dtype)
+            if target.is_conv:
+                # Patches run over channels, then the kernel; the blocks of a target the other way round.
+                _, channels, height, width = module.weight.shape
+                patches = unfold_conv(module, inputs).unflatten(2, (channels, height * width)).mT
+                rows = patches.flatten(2, 3).permute(1, 0, 3, 2).flatten(1, 2)
+            else:
+                rows = inputs.reshape(1, -1, inputs.shape[-1])
+            sums.baddbmm_(rows.mT, rows)
+
+        return hook

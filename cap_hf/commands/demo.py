@@ -1,0 +1,151 @@
+"""`cap-hf demo`: the whole way on the embedded digits, in minutes on a CPU and without a network."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import transformers
+from accelerate import Accelerator
+from torch.utils.data import DataLoader
+from transformers import (
+    AutoModelForImageClassification,
+    PreTrainedModel,
+    Trainer,
+    TrainingArguments,
+    ViTConfig,
+    ViTForImageClassification,
+)
+from transformers.utils import logging as transformers_logging
+
+from cap_hf.checkpoint import save_checkpoint, write_json
+from cap_hf.commands.common import ModelArguments, load_image_processor, load_model, parse, percent, table
+from cap_hf.compressor import CAPCompressor
+from cap_hf.config import CAPConfig
+from cap_hf.data import DataArguments, ImageDataset, calibration_split, collate, load_splits, make_dataloader
+from cap_hf.errors import CAPError
+from cap_hf.evaluation import evaluate_model
+from cap_hf.report import Phases, versions
+
+SPARSITIES = (0.5, 0.75, 0.9, 0.95)
+SAVED = 0.9
+METHODS = {
+    "CAP": "cap",
+    "OBS without correlations": "obs",
+    "magnitude, global": "magnitude",
+}
+
+
+@dataclass
+class DemoArguments:
+    """Where the demo works."""
+
+    output_dir: str = field(default="cap-hf-demo", metadata={"help": "Gets the dense and the pruned checkpoint."})
+    num_train_epochs: int = field(default=40, metadata={"help": "Of the dense model."})
+    num_grads: int = field(default=1024, metadata={"help": "Gradient samples of the Fisher."})
+    seed: int = field(default=0, metadata={"help": "Of everything."})
+
+
+def main(argv: list[str]) -> None:
+    """Run the command with these arguments."""
+    (args,) = parse(argv, "demo", "Train, prune, evaluate, save and load a small ViT.", DemoArguments)
+    transformers_logging.disable_progress_bar()
+    transformers.set_seed(args.seed)
+    output, phases, accelerator = Path(args.output_dir), Phases(), Accelerator()
+    data_args = DataArguments()
+    splits = load_splits(data_args, args.seed)
+    dense_folder = output / "dense"
+    if (dense_folder / "config.json").exists():
+        print(f"Using the dense model of an earlier run in {dense_folder}")
+    else:
+        print("Training a small ViT on scikit-learn's digits ...", flush=True)
+        with phases("train"):
+            train_dense(dense_folder, splits, data_args, args)
+    model_args = ModelArguments(model_name_or_path=str(dense_folder))
+    image_processor = load_image_processor(model_args)
+    dense = load_model(model_args)
+    test = ImageDataset(splits["eval"], image_processor, dense.config, data_args)
+    test_loader = make_dataloader(test, 64)
+    with phases("evaluate dense"):
+        dense_metrics = evaluate_model(dense, test_loader, accelerator)
+    calibration = calibration_split(splits["train"], args.num_grads, args.seed)
+    train_loader = make_dataloader(ImageDataset(calibration, image_processor, dense.config, data_args), 64)
+
+    accuracies: dict[str, list[float]] = {}
+    reports = {}
+    saved_folder = output / f"sparsity-{SAVED:g}"
+    for label, method in METHODS.items():
+        print(f"Pruning with {label} ...", flush=True)
+        model = load_model(model_args)
+        compressor = CAPCompressor(
+            model, CAPConfig(method=method, num_grads=args.num_grads, seed=args.seed), accelerator
+        )
+        with phases(f"{method}: collect"):
+            compressor.collect(train_loader)
+        accuracies[label] = []
+        for sparsity in SPARSITIES:
+            with phases(f"{method}: prune {sparsity:g}"):
+                report = compressor.prune(sparsity)
+            metrics = evaluate_model(model, test_loader, accelerator)
+            accuracies[label].append(metrics["top1"])
+            reports[f"{method} {sparsity:g}"] = {"sparse": metrics, "pruning": report.to_dict()}
+            if method == "cap" and sparsity == SAVED:
+                facts = {"dense": dense_metrics, "sparse": metrics, "pruning": report.to_dict(), "versions": versions()}
+                save_checkpoint(saved_folder, model, compressor.config, facts, image_processor)
+                check_loaded(saved_folder, model, test_loader)
+    write_json(output / "report.json", {"dense": dense_metrics, "results": reports, "phases": phases.records})
+    header = ["top-1 % at sparsity", *(f"{100 * sparsity:g} %" for sparsity in SPARSITIES)]
+    rows = [["dense", *([percent(dense_metrics["top1"])] * len(SPARSITIES))]]
+    rows += [[label, *map(percent, values)] for label, values in accuracies.items()]
+    print(f"\n{table(header, rows)}\n")
+    print(f"{saved_folder} was loaded again with from_pretrained and predicts the same.")
+
+
+def train_dense(folder: Path, splits: dict, data_args: DataArguments, args: DemoArguments) -> None:
+    """Train a ViT of 0.5 million weights from scratch with transformers' Trainer and save it."""
+    # Without torchvision the PIL class is the one to name; the checkpoint names neither backend.
+    from transformers import ViTImageProcessorPil as ViTImageProcessor
+
+    names = [str(digit) for digit in range(10)]
+    config = ViTConfig(
+        image_size=8,
+        patch_size=2,
+        num_channels=1,
+        hidden_size=96,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        intermediate_size=384,
+        id2label=dict(enumerate(names)),
+        label2id={name: index for index, name in enumerate(names)},
+    )
+    model = ViTForImageClassification(config)
+    image_processor = ViTImageProcessor(
+        size={"height": 8, "width": 8}, image_mean=[0.5], image_std=[0.5], do_convert_rgb=False
+    )
+    training = TrainingArguments(
+        output_dir=str(folder.parent / "trainer"),
+        num_train_epochs=args.num_train_epochs,
+        per_device_train_batch_size=64,
+        learning_rate=1e-3,
+        lr_scheduler_type="cosine",
+        warmup_steps=50,
+        weight_decay=0.05,
+        save_strategy="no",
+        logging_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        seed=args.seed,
+        dataloader_pin_memory=False,
+    )
+    dataset = ImageDataset(splits["train"], image_processor, config, data_args)
+    Trainer(model=model, args=training, train_dataset=dataset, data_collator=collate).train()
+    save_checkpoint(folder, model, image_processor=image_processor)
+
+
+def check_loaded(folder: Path, model: PreTrainedModel, loader: DataLoader) -> None:
+    """Raise a CAPError unless plain `from_pretrained` gives a model that predicts what `model` does."""
+    loaded = AutoModelForImageClassification.from_pretrained(folder).eval()
+    batch = next(iter(loader))["pixel_values"]
+    with torch.inference_mode():
+        expected, found = (each.eval()(pixel_values=batch).logits for each in (model.cpu(), loaded))
+    if not torch.equal(expected, found):
+        raise CAPError(f"the checkpoint in {folder} predicts something else after loading")

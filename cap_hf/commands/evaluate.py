@@ -1,0 +1,49 @@
+"""`cap-hf evaluate`: accuracy and loss of a checkpoint."""
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from accelerate import Accelerator
+
+from cap_hf.checkpoint import write_json
+from cap_hf.commands.common import DEFAULT_OUTPUT_DIR, ModelArguments, eval_dataset, load_all, parse, percent
+from cap_hf.data import DataArguments, make_dataloader
+from cap_hf.evaluation import evaluate_model
+from cap_hf.report import versions
+
+
+@dataclass
+class EvaluateArguments:
+    """How to evaluate."""
+
+    output_dir: str = field(default=DEFAULT_OUTPUT_DIR, metadata={"help": "Gets eval_results.json."})
+    per_device_eval_batch_size: int = field(default=64, metadata={"help": "Examples a step."})
+    seed: int = field(default=42, metadata={"help": "Seed of a held-out split."})
+    disable_tqdm: bool = field(default=False, metadata={"help": "No progress bar."})
+
+
+def main(argv: list[str]) -> None:
+    """Run the command with these arguments."""
+    model_args, data_args, args = parse(
+        argv, "evaluate", "Measure an image classifier.", ModelArguments, DataArguments, EvaluateArguments
+    )
+    accelerator = Accelerator()
+    model, image_processor, splits = load_all(model_args, data_args, args.seed)
+    dataset = eval_dataset(splits, image_processor, model, data_args)
+    loader = make_dataloader(dataset, args.per_device_eval_batch_size, data_args.dataloader_num_workers)
+    metrics = evaluate_model(model, accelerator.prepare(loader), accelerator, args.disable_tqdm)
+    if accelerator.is_main_process:
+        report = {
+            "model_name_or_path": model_args.model_name_or_path,
+            "data": asdict(data_args),
+            "metrics": metrics,
+            "versions": versions(),
+        }
+        path = Path(args.output_dir) / "eval_results.json"
+        write_json(path, report)
+        print(
+            f"{model_args.model_name_or_path}: top-1 {percent(metrics['top1'])} %, "
+            f"top-5 {percent(metrics.get('top5'))} %, loss {metrics['loss']:.4f} "
+            f"on {metrics['num_examples']} examples ({path})"
+        )
+    accelerator.end_training()

@@ -1,0 +1,72 @@
+"""`cap-hf inspect`: the targets of a checkpoint and how sparse they are."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from cap_hf.checkpoint import write_json
+from cap_hf.commands.common import DEFAULT_OUTPUT_DIR, ModelArguments, load_model, parse, percent, table
+from cap_hf.config import CAPConfig
+from cap_hf.masks import find_pattern, take_masks
+from cap_hf.targets import find_targets
+
+
+@dataclass
+class InspectArguments:
+    """What to look at."""
+
+    output_dir: str = field(default=DEFAULT_OUTPUT_DIR, metadata={"help": "Gets inspect.json."})
+    include: list[str] | None = field(default=None, metadata={"help": "Only targets that match (fnmatch)."})
+    exclude: list[str] | None = field(default=None, metadata={"help": "No targets that match (fnmatch)."})
+    fisher_block_size: str = field(default="row", metadata={"help": "Show the blocks that this would give."})
+
+
+def main(argv: list[str]) -> None:
+    """Run the command with these arguments."""
+    model_args, args = parse(
+        argv, "inspect", "Show the targets of a checkpoint and how sparse they are.", ModelArguments, InspectArguments
+    )
+    model = load_model(model_args)
+    config = CAPConfig(fisher_block_size=args.fisher_block_size)
+    targets = find_targets(model, config.fisher_block_size, args.include, args.exclude)
+    masks = take_masks(targets)
+    layers = []
+    for target in targets:
+        keep = masks[target.name]
+        pattern = find_pattern(target, keep)
+        layers.append(
+            {
+                "name": target.name,
+                "shape": list(target.weight.shape),
+                "block_size": target.block_size,
+                "num_weights": keep.numel(),
+                "num_zeros": int((~keep).sum()),
+                "pattern": str(pattern) if pattern else None,
+            }
+        )
+    weights, zeros = (sum(layer[key] for layer in layers) for key in ("num_weights", "num_zeros"))
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    report = {
+        "model_name_or_path": model_args.model_name_or_path,
+        "architecture": type(model).__name__,
+        "num_parameters": parameters,
+        "num_weights": weights,
+        "num_zeros": zeros,
+        "sparsity": zeros / weights,
+        "layers": layers,
+    }
+    write_json(Path(args.output_dir) / "inspect.json", report)
+    rows = [
+        [
+            layer["name"],
+            "x".join(map(str, layer["shape"])),
+            str(layer["block_size"]),
+            percent(layer["num_zeros"] / layer["num_weights"]),
+            layer["pattern"] or "-",
+        ]
+        for layer in layers
+    ]
+    print(table(["target", "shape", "block", "sparsity %", "N:M"], rows))
+    print(
+        f"\n{type(model).__name__}: {len(layers)} targets with {weights:,} of {parameters:,} parameters, "
+        f"{percent(zeros / weights)} % of them 0"
+    )

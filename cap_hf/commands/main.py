@@ -1,0 +1,63 @@
+"""`cap-hf <command>`: finds the subcommand and turns what goes wrong into one line and an exit code."""
+
+import importlib
+import os
+import sys
+
+COMMANDS = {
+    "demo": "train a small ViT on the embedded digits, prune it with every method, print one table",
+    "prune": "prune a checkpoint to one or several sparsities",
+    "evaluate": "measure the accuracy of a checkpoint",
+    "inspect": "show the targets of a checkpoint and how sparse they are",
+}
+
+
+def usage() -> str:
+    lines = [f"  {name:<10} {text}" for name, text in COMMANDS.items()]
+    return "\n".join(
+        ["usage: cap-hf <command> [arguments]", "", *lines, "", "cap-hf <command> --help shows its arguments."]
+    )
+
+
+def run(command: str, argv: list[str]) -> int:
+    """Run a subcommand; 0 only when its work is done."""
+    # Anything heavy is imported here, so that `cap-hf --help` answers at once.
+    from cap_hf.errors import CAPError
+
+    module = importlib.import_module(f"cap_hf.commands.{command}")
+    try:
+        module.main(argv)
+    except CAPError as error:
+        print(f"cap-hf {command}: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"cap-hf {command}: interrupted; nothing half-written was left", file=sys.stderr)
+        return 130
+    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point of `cap-hf`."""
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] in ("-h", "--help"):
+        print(usage())
+        return 0 if argv else 2
+    if argv[0] not in COMMANDS:
+        print(f"cap-hf: there is no command {argv[0]!r}; the commands are {', '.join(COMMANDS)}", file=sys.stderr)
+        return 2
+    return run(argv[0], argv[1:])
+
+
+def launch(command: str) -> None:
+    """Entry point of the scripts for `accelerate launch`."""
+    code = run(command, sys.argv[1:])
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if code and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        # Other processes may wait in a collective; the launcher ends them once this one is gone.
+        os._exit(code)
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

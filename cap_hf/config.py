@@ -1,0 +1,148 @@
+"""CAPConfig: every knob of a pruning run, validated, with a JSON round trip."""
+
+import json
+import re
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+
+from cap_hf.errors import CAPError
+
+CONFIG_NAME = "cap_config.json"
+METHODS = ("cap", "obs", "sparsegpt", "magnitude")
+SELECTIONS = ("marginal", "cumulative")
+FISHER_TYPES = ("empirical", "sampled")
+WEIGHT_UPDATES = ("joint", "independent", "none")
+
+# Relative damps that measured best one-shot (README, "Results"); SparseGPT's is its own published value.
+DEFAULT_DAMP = {"cap": 5e-4, "obs": 5e-4, "sparsegpt": 1e-2, "magnitude": 0.0}
+
+
+@dataclass(frozen=True)
+class NMPattern:
+    """At most `n` weights that are not 0 in every `m` consecutive input channels of a row."""
+
+    n: int
+    m: int
+
+    @property
+    def sparsity(self) -> float:
+        return 1 - self.n / self.m
+
+    def __str__(self) -> str:
+        return f"{self.n}:{self.m}"
+
+
+@dataclass
+class CAPConfig:
+    """How to prune. The field names are the command line's.
+
+    Raises:
+        CAPError: a value is outside what its field allows.
+    """
+
+    method: str = field(
+        default="cap",
+        metadata={
+            "help": "cap; or a baseline: obs (no correlations), sparsegpt (input Hessian), magnitude.",
+            "choices": METHODS,
+        },
+    )
+    allocation: str = field(
+        default="global",
+        metadata={"help": "global, uniform (the same sparsity in every target) or N:M, such as 2:4."},
+    )
+    selection: str = field(
+        default="marginal",
+        metadata={"help": "The loss that is compared between blocks along their paths.", "choices": SELECTIONS},
+    )
+    num_grads: int = field(default=1024, metadata={"help": "Gradient samples that the Fisher is estimated from."})
+    samples_per_grad: int = field(default=1, metadata={"help": "Examples whose mean gradient is one gradient sample."})
+    fisher_block_size: str = field(
+        default="row",
+        metadata={"help": "Weights a Fisher block: 'row', or a number (fitted to each target's rows)."},
+    )
+    fisher_type: str = field(
+        default="empirical",
+        metadata={"help": "Labels of the gradients: the data's, or sampled from the model.", "choices": FISHER_TYPES},
+    )
+    damp: float | None = field(
+        default=None,
+        metadata={"help": "Added to the Fisher's diagonal, relative to its mean in the target. Default: by method."},
+    )
+    absolute_damp: bool = field(default=False, metadata={"help": "Take damp as it is, not relative to the diagonal."})
+    weight_update: str = field(
+        default="joint",
+        metadata={
+            "help": "How the kept weights move: the joint optimum, the sum of single OBS updates, or not at all.",
+            "choices": WEIGHT_UPDATES,
+        },
+    )
+    include: list[str] | None = field(
+        default=None, metadata={"help": "Prune only targets whose name matches one of these patterns (fnmatch)."}
+    )
+    exclude: list[str] | None = field(
+        default=None, metadata={"help": "Leave out targets whose name matches one of these patterns (fnmatch)."}
+    )
+    seed: int = field(default=42, metadata={"help": "Seed of the example order and of sampled labels."})
+
+    def __post_init__(self) -> None:
+        for name, choices in (
+            ("method", METHODS),
+            ("selection", SELECTIONS),
+            ("fisher_type", FISHER_TYPES),
+            ("weight_update", WEIGHT_UPDATES),
+        ):
+            if getattr(self, name) not in choices:
+                raise CAPError(f"{name}={getattr(self, name)!r} is not one of {', '.join(choices)}")
+        for name in ("num_grads", "samples_per_grad"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise CAPError(f"{name}={value!r} must be a whole number of at least 1")
+        if self.fisher_block_size != "row":
+            # The command line and YAML hand over a string or an int; from here on it is an int.
+            try:
+                self.fisher_block_size = int(self.fisher_block_size)
+            except (TypeError, ValueError):
+                self.fisher_block_size = 0
+            if self.fisher_block_size < 1:
+                raise CAPError("fisher_block_size must be 'row' or a whole number of at least 1")
+        if self.damp is not None and not 0 < self.damp < float("inf"):
+            raise CAPError(f"damp={self.damp!r} must be greater than 0 and finite")
+        for name in ("include", "exclude"):
+            if isinstance(getattr(self, name), str):
+                setattr(self, name, [getattr(self, name)])
+        _ = self.pattern
+
+    @property
+    def pattern(self) -> NMPattern | None:
+        """The N:M pattern of `allocation`, or None for global and uniform."""
+        if self.allocation in ("global", "uniform"):
+            return None
+        match = re.fullmatch(r"(\d+):(\d+)", str(self.allocation))
+        if not match or not 0 < int(match[1]) < int(match[2]):
+            raise CAPError(f"allocation={self.allocation!r} is not global, uniform or N:M with 0 < N < M")
+        return NMPattern(int(match[1]), int(match[2]))
+
+    @property
+    def resolved_damp(self) -> float:
+        """`damp`, or the default of the method."""
+        return DEFAULT_DAMP[self.method] if self.damp is None else self.damp
+
+    def to_dict(self) -> dict:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict) -> "CAPConfig":
+        unknown = sorted(set(values) - {f.name for f in fields(cls)})
+        if unknown:
+            raise CAPError(f"CAPConfig has no field {', '.join(unknown)}")
+        return cls(**values)
+
+    def save(self, directory: str | Path) -> None:
+        """Write `cap_config.json` into a folder."""
+        (Path(directory) / CONFIG_NAME).write_text(json.dumps(self.to_dict(), indent=2) + "\n")
+
+    @classmethod
+    def load(cls, directory: str | Path) -> "CAPConfig":
+        """Read `cap_config.json` from a folder."""
+        return cls.from_dict(json.loads((Path(directory) / CONFIG_NAME).read_text()))

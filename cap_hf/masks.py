@@ -1,0 +1,45 @@
+"""Masks: taken from a model, applied to it, verified. True marks a weight that is kept."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from cap_hf.config import NMPattern
+from cap_hf.errors import CAPError
+from cap_hf.targets import Target, summarize
+
+Masks = dict[str, torch.Tensor]
+
+# The N:M patterns worth naming: the ones that hardware or libraries know, densest zeros first.
+KNOWN_PATTERNS = (NMPattern(1, 8), NMPattern(1, 4), NMPattern(2, 8), NMPattern(4, 8), NMPattern(2, 4), NMPattern(1, 2))
+
+
+def take_masks(targets: Sequence[Target]) -> Masks:
+    """Each target's mask, `weight.shape` bool: False where its weight is exactly 0."""
+    return {target.name: target.weight.detach() != 0 for target in targets}
+
+
+@torch.no_grad()
+def apply_masks(targets: Sequence[Target], masks: Mapping[str, torch.Tensor]) -> None:
+    """Set every weight outside its mask to exactly 0, in place (also where it is infinite or not a number)."""
+    for target in targets:
+        target.weight.masked_fill_(~masks[target.name], 0.0)
+
+
+def verify_masks(targets: Sequence[Target], masks: Mapping[str, torch.Tensor]) -> None:
+    """Raise a CAPError that names the targets with a weight that is not 0 outside its mask."""
+    violated = [target.name for target in targets if (target.weight.detach()[~masks[target.name]] != 0).any()]
+    if violated:
+        raise CAPError(
+            f"a pruned weight is no longer 0 in {summarize(violated, 3)}: something changed it after its mask"
+        )
+
+
+def find_pattern(target: Target, mask: torch.Tensor) -> NMPattern | None:
+    """The known N:M pattern with the most zeros that a mask satisfies along the input channels, or None."""
+    rows = target.to_blocks(mask).reshape(target.weight.shape[0], -1)
+    channels = target.weight.shape[1]
+    for pattern in sorted(KNOWN_PATTERNS, key=lambda each: (-each.sparsity, each.m)):
+        if channels % pattern.m == 0 and (rows.unflatten(1, (-1, pattern.m)).sum(dim=2) <= pattern.n).all():
+            return pattern
+    return None

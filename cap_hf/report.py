@@ -1,0 +1,127 @@
+"""What a pruning run says of itself: per-layer figures, phases with seconds and peak memory, versions."""
+
+import platform
+import resource
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+PACKAGES = ("cap_hf", "torch", "transformers", "accelerate", "datasets", "evaluate", "safetensors")
+
+
+@dataclass
+class LayerReport:
+    """One target after pruning.
+
+    Attributes:
+        name: of the module whose `weight` is the target.
+        shape: of the weight.
+        block_size: weights a Fisher block.
+        num_weights: in the target.
+        num_zeros: of them exactly 0.
+        loss: what the quadratic model says the removal costs, `1/2 d^T F d` for the change d of the weights, in
+            units of the training loss (for sparsegpt: of the squared layer output); None where no F was collected.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    block_size: int
+    num_weights: int
+    num_zeros: int
+    loss: float | None
+
+    @property
+    def sparsity(self) -> float:
+        return self.num_zeros / self.num_weights
+
+
+@dataclass
+class PruneReport:
+    """One `CAPCompressor.prune`: what was asked for and what came out, in total and by layer."""
+
+    method: str
+    allocation: str
+    selection: str
+    requested_sparsity: float
+    layers: list[LayerReport] = field(default_factory=list)
+
+    @property
+    def num_weights(self) -> int:
+        return sum(layer.num_weights for layer in self.layers)
+
+    @property
+    def num_zeros(self) -> int:
+        return sum(layer.num_zeros for layer in self.layers)
+
+    @property
+    def sparsity(self) -> float:
+        return self.num_zeros / self.num_weights
+
+    @property
+    def loss(self) -> float | None:
+        losses = [layer.loss for layer in self.layers]
+        return None if None in losses else sum(losses)
+
+    def to_dict(self) -> dict:
+        layers = [asdict(layer) | {"sparsity": layer.sparsity} for layer in self.layers]
+        totals = {
+            "sparsity": self.sparsity,
+            "num_weights": self.num_weights,
+            "num_zeros": self.num_zeros,
+            "loss": self.loss,
+        }
+        return asdict(self) | totals | {"layers": layers}
+
+
+class Phases:
+    """Wall seconds and peak memory of the named phases of a run."""
+
+    def __init__(self) -> None:
+        self.records: list[dict] = []
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        reset_peak_memory()
+        start = time.perf_counter()
+        yield
+        self.records.append(
+            {"phase": name, "seconds": round(time.perf_counter() - start, 3), "peak_memory_bytes": peak_memory()}
+        )
+
+
+def reset_peak_memory() -> None:
+    """Start a new peak, where the system lets a process do that (Linux; CUDA)."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    with suppress(OSError):  # elsewhere peak_memory answers the peak of the process so far
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_memory() -> dict[str, int]:
+    """Peak bytes since `reset_peak_memory`: resident memory of this process, and of its CUDA device if it has one."""
+    peaks = {}
+    try:
+        status = Path("/proc/self/status").read_text()
+        peaks["cpu"] = int(status.split("VmHWM:")[1].split()[0]) * 1024
+    except (OSError, IndexError):
+        scale = 1 if platform.system() == "Darwin" else 1024
+        peaks["cpu"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
+    if torch.cuda.is_available():
+        peaks["cuda"] = torch.cuda.max_memory_allocated()
+    return peaks
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that a result depends on."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found

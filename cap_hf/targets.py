@@ -1,0 +1,136 @@
+"""Which weights may be pruned, and how a weight is cut into blocks."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+import torch
+from torch import nn
+
+from cap_hf.config import NMPattern
+from cap_hf.errors import CAPError
+
+# Parts of a base model that are not its encoder, whatever the architecture calls them: patch and position
+# embeddings (Swin v2 computes its position bias with an MLP) and poolers.
+NOT_ENCODER = re.compile(r"(^|\.)[^.]*(embed|position|pooler)[^.]*(\.|$)")
+
+
+@dataclass(frozen=True)
+class Target:
+    """A weight that may be pruned, seen as `(num_blocks, block_size)`.
+
+    A row is what feeds one output: `in_features` entries of a Linear; `kh * kw * in_channels / groups` of a
+    Conv2d, input channels last, so that neighbours in a block are neighbours for N:M hardware too.
+    """
+
+    name: str
+    module: nn.Module
+    block_size: int
+
+    @property
+    def weight(self) -> nn.Parameter:
+        return self.module.weight
+
+    @property
+    def num_blocks(self) -> int:
+        return self.weight.numel() // self.block_size
+
+    @property
+    def is_conv(self) -> bool:
+        return isinstance(self.module, nn.Conv2d)
+
+    def to_blocks(self, tensor: torch.Tensor) -> torch.Tensor:
+        """`(..., *weight.shape)` -> `(..., num_blocks, block_size)`; a view where the memory order allows it."""
+        leading = tensor.shape[: tensor.dim() - self.weight.dim()]
+        if self.is_conv:
+            tensor = tensor.movedim(-3, -1)
+        return tensor.reshape(*leading, self.num_blocks, self.block_size)
+
+    def from_blocks(self, blocks: torch.Tensor) -> torch.Tensor:
+        """The inverse of `to_blocks` for one weight: `(num_blocks, block_size)` -> `weight.shape`."""
+        if not self.is_conv:
+            return blocks.reshape(self.weight.shape)
+        out_channels, in_channels, height, width = self.weight.shape
+        return blocks.reshape(out_channels, height, width, in_channels).movedim(-1, 1).contiguous()
+
+
+def find_targets(
+    model: nn.Module,
+    block_size: int | str = "row",
+    include: Sequence[str] | None = None,
+    exclude: Sequence[str] | None = None,
+    pattern: NMPattern | None = None,
+) -> list[Target]:
+    """The targets of a transformers model: Linear and Conv2d weights inside its encoder.
+
+    Args:
+        model: a transformers model with a head (the head lies outside `model.base_model`).
+        block_size: 'row' or a number, fitted to each target by `fit_block_size`.
+        include: fnmatch patterns on module names; only matches are kept.
+        exclude: fnmatch patterns on module names; matches are left out.
+        pattern: an N:M pattern that every target's rows must be divisible into.
+
+    Raises:
+        CAPError: there is no target, a pattern matches nothing, or N:M does not divide a row.
+    """
+    base = getattr(model, "base_model", model)
+    prefix = next((name for name, module in model.named_modules() if module is base), "")
+    candidates = {
+        f"{prefix}.{name}" if prefix else name: module
+        for name, module in base.named_modules()
+        if isinstance(module, (nn.Linear, nn.Conv2d)) and not NOT_ENCODER.search(name)
+    }
+    if not candidates:
+        raise CAPError(f"{type(model).__name__} has no Linear or Conv2d weight inside an encoder: nothing to prune")
+    for option, patterns in (("include", include), ("exclude", exclude)):
+        for glob in patterns or ():
+            if not any(fnmatchcase(name, glob) for name in candidates):
+                raise CAPError(f"--{option} {glob!r} matches no target; the targets are {summarize(list(candidates))}")
+    chosen = {
+        name: module
+        for name, module in candidates.items()
+        if (not include or any(fnmatchcase(name, glob) for glob in include))
+        and not any(fnmatchcase(name, glob) for glob in exclude or ())
+    }
+    if not chosen:
+        raise CAPError(f"--include and --exclude leave no target of {summarize(list(candidates))}")
+    return [Target(name, module, fit_block_size(name, module, block_size, pattern)) for name, module in chosen.items()]
+
+
+def fit_block_size(name: str, module: nn.Module, block_size: int | str, pattern: NMPattern | None = None) -> int:
+    """The block size nearest to the one asked for that is a divisor of a row, a row, or several rows.
+
+    Args:
+        name: the target's name, for the error.
+        module: a Linear or a Conv2d.
+        block_size: 'row', or a number: the largest fitting size that does not exceed it.
+        pattern: an N:M pattern; then the size is a multiple of M.
+
+    Raises:
+        CAPError: M does not divide the row's input channels, or no size fits.
+    """
+    rows, row = module.weight.shape[0], module.weight[0].numel()
+    unit = 1
+    if pattern is not None:
+        channels = module.weight.shape[1]
+        if channels % pattern.m:
+            raise CAPError(
+                f"{pattern} does not divide the {channels} input channels of {name}; "
+                f"leave it out with --exclude '{name}' or choose an M that divides {channels}"
+            )
+        unit = pattern.m
+    if block_size == "row":
+        return row
+    if block_size >= row:
+        return row * max(count for count in range(1, min(rows, block_size // row) + 1) if rows % count == 0)
+    sizes = [size for size in range(unit, block_size + 1, unit) if row % size == 0]
+    if not sizes:
+        raise CAPError(f"fisher_block_size={block_size} is smaller than the M of {pattern} that {name} needs")
+    return max(sizes)
+
+
+def summarize(names: Sequence[str], limit: int = 6) -> str:
+    """`a, b, c ... (n in all)`: the choices there are, short enough for one line."""
+    shown = ", ".join(names[:limit])
+    return shown if len(names) <= limit else f"{shown} ... ({len(names)} in all)"

@@ -1,0 +1,6 @@
+#!/usr/bin/env bash
+# Set-up and the main job on the embedded digits.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+bash scripts/setup.sh
+exec .venv/bin/cap-hf demo "$@"
