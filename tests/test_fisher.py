@@ -1,0 +1,159 @@
+"""Gradient samples and block Fishers against a plain loop of autograd over single examples."""
+
+import pytest
+import torch
+from conftest import ARCHITECTURES, build, random_batches
+from torch import nn
+from torch.nn import functional as F
+
+from cap_hf.errors import CAPError
+from cap_hf.fisher import BlockFisher, GradientSamples, labels_for
+from cap_hf.targets import Target, find_targets
+
+
+def loop_gradients(module, inputs, weigh, group):
+    """One autograd call an example; the mean over each group of examples."""
+    grads = []
+    for example in range(len(inputs)):
+        loss = (module(inputs[example : example + 1]) * weigh[example : example + 1]).sum()
+        grads.append(torch.autograd.grad(loss, module.weight)[0])
+    return torch.stack(grads).unflatten(0, (-1, group)).mean(dim=1)
+
+
+LAYERS = {
+    "linear 2-d": (nn.Linear(6, 5), (4, 6)),
+    "linear 3-d": (nn.Linear(6, 5, bias=False), (4, 7, 6)),
+    "linear 4-d": (nn.Linear(6, 5), (4, 3, 2, 6)),
+    "conv": (nn.Conv2d(4, 6, 3), (4, 4, 8, 9)),
+    "conv stride, padding, dilation": (nn.Conv2d(4, 6, (3, 2), stride=(2, 1), padding=(1, 2), dilation=(2, 1)), (4, 4, 9, 8)),
+    "conv groups": (nn.Conv2d(4, 6, 3, groups=2, padding=1), (4, 4, 7, 7)),
+    "conv depthwise": (nn.Conv2d(4, 4, 5, groups=4, padding=2, stride=2), (4, 4, 8, 8)),
+    "conv same": (nn.Conv2d(4, 6, (4, 3), padding="same"), (4, 4, 7, 7)),
+    "conv reflect": (nn.Conv2d(4, 6, 3, padding=1, padding_mode="reflect"), (4, 4, 7, 7)),
+    "conv 1x1": (nn.Conv2d(4, 6, 1, stride=2), (4, 4, 7, 7)),
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("group", [1, 2])
+def test_gradient_samples_equal_a_loop(name, group):
+    module, shape = LAYERS[name]
+    module = module.double()
+    torch.manual_seed(0)
+    inputs = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    weigh = torch.randn_like(module(inputs))
+    expected = loop_gradients(module, inputs, weigh, group)
+    found = {}
+    target = Target("layer", module, module.weight[0].numel())
+    with GradientSamples([target], lambda t, grads: found.update({t.name: grads.clone()})) as hooks:
+        hooks.start(len(inputs) // group)
+        (module(inputs) * weigh).sum().backward()
+    torch.testing.assert_close(found["layer"] / group, target.to_blocks(expected))
+
+
+def test_a_module_called_twice_gives_one_gradient():
+    module = nn.Linear(5, 5).double()
+    torch.manual_seed(0)
+    inputs = torch.randn(4, 3, 5, dtype=torch.float64, requires_grad=True)
+    expected = []
+    for example in inputs.detach():
+        loss = module(module(example).tanh()).square().sum()
+        expected.append(torch.autograd.grad(loss, module.weight)[0])
+    found = []
+    with GradientSamples([Target("layer", module, 5)], lambda t, grads: found.append(grads.clone())) as hooks:
+        hooks.start(4)
+        module(module(inputs).tanh()).square().sum().backward()
+    assert len(found) == 1
+    torch.testing.assert_close(found[0], torch.stack(expected))
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("group", [1, 2])
+def test_block_fisher_equals_a_loop_on_every_architecture(name, group):
+    model = build(name).double()
+    targets = find_targets(model, block_size=24)
+    batches = random_batches(model, ARCHITECTURES[name][1])
+    fisher = BlockFisher(targets)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    fisher.collect(model, [(batch, 4 // group, None) for batch in batches])
+    assert fisher.count == 8 // group
+    assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+    expected = {target.name: torch.zeros_like(fisher.sums[target.name]) for target in targets}
+    for batch in batches:
+        for start in range(0, 4, group):
+            examples = slice(start, start + group)
+            logits = model(pixel_values=batch["pixel_values"][examples]).logits
+            loss = F.cross_entropy(logits, batch["labels"][examples])
+            grads = torch.autograd.grad(loss, [target.weight for target in targets])
+            for target, grad in zip(targets, grads, strict=True):
+                blocks = target.to_blocks(grad)
+                expected[target.name] += blocks[:, :, None] * blocks[:, None, :]
+    for target in targets:
+        torch.testing.assert_close(fisher.sums[target.name], expected[target.name])
+
+
+def test_float32_sums_are_close_to_float64():
+    model, single = build("ViT").double(), build("ViT")
+    sums = []
+    for each in (model, single):
+        fisher = BlockFisher(find_targets(each))
+        batches = random_batches(model, 8)
+        fisher.collect(each, [({k: v.to(each.dtype) if v.is_floating_point() else v for k, v in b.items()}, 4, None) for b in batches])
+        sums.append(fisher.sums)
+    for name, exact in sums[0].items():
+        error = (sums[1][name] - exact).norm() / exact.norm()
+        assert error < 1e-4, name
+
+
+def test_infinite_gradients_name_the_layer():
+    model = build("ViT")
+    name = "vit.layers.1.mlp.fc2"
+    model.get_submodule(name).weight.data[0, 0] = float("inf")
+    with pytest.raises(CAPError, match="NaN or infinite in vit"):
+        BlockFisher(find_targets(model)).collect(model, [(random_batches(model, 8)[0], 4, None)])
+    assert not model.get_submodule(name)._forward_hooks
+
+
+def test_a_layer_that_mixes_examples_is_named():
+    class Mixer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(4, 4)
+
+        def forward(self, pixel_values):
+            return self.linear(pixel_values.flatten(1).mean(dim=0, keepdim=True))
+
+    model = Mixer()
+    with GradientSamples([Target("linear", model.linear, 4)], lambda *_: None) as hooks:
+        hooks.start(4)
+        with pytest.raises(CAPError, match="linear mixes examples.*--exclude"):
+            model(torch.randn(4, 1, 2, 2, requires_grad=True))
+
+
+def test_sampled_labels_follow_the_model():
+    probabilities = torch.tensor([0.1, 0.0, 0.6, 0.3])
+    uniforms = (torch.arange(1000) + 0.5) / 1000
+    labels = labels_for(probabilities.log().expand(1000, 4), torch.zeros(1000), uniforms)
+    assert torch.bincount(labels, minlength=4).tolist() == [100, 0, 600, 300]
+    given = torch.tensor([3, 1])
+    assert labels_for(torch.randn(2, 4), given, None) is given
+
+
+def test_dead_blocks_are_named_and_a_dead_target_gets_a_damp(caplog):
+    model = build("ViT")
+    targets = find_targets(model, include=["vit.layers.0.*"])
+    fisher = BlockFisher(targets)
+    fisher.collect(model, [(random_batches(model, 8)[0], 4, None)])
+    fisher.sums[targets[0].name].zero_()
+    fisher.sums[targets[1].name][3].zero_()
+    damps = fisher.damps(1e-3, absolute=False)
+    assert all(damp > 0 for damp in damps.values())
+    assert f"{targets[0].name}: 16 of 16 blocks" in caplog.text
+    assert f"{targets[1].name}: 1 of 16 blocks" in caplog.text
+    assert set(fisher.damps(1e-7, absolute=True).values()) == {1e-7}
+    for sums in fisher.sums.values():
+        sums.zero_()
+    with pytest.raises(CAPError, match="all gradients are 0"):
+        fisher.damps(1e-3, absolute=False)

@@ -1,0 +1,83 @@
+"""Which weights are targets, and how they are cut into blocks."""
+
+import pytest
+import torch
+from conftest import ARCHITECTURES, build
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from cap_hf.config import NMPattern
+from cap_hf.errors import CAPError
+from cap_hf.targets import Target, find_targets, fit_block_size
+
+EXPECTED = {"ViT": 12, "DeiT": 12, "Dinov2": 14, "Swin": 19, "ConvNext": 15, "ResNet": 6}
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_targets_are_the_encoders_linear_and_conv_weights(name):
+    model = build(name)
+    targets = find_targets(model)
+    names = [target.name for target in targets]
+    assert len(names) == EXPECTED[name]
+    assert not any(part in each for each in names for part in ("embed", "classifier", "norm", "pooler"))
+    modules = dict(model.named_modules())
+    assert all(modules[target.name].weight is target.weight for target in targets)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("block_size", ["row", 5, 24, 48])
+def test_blocks_and_back(name, block_size):
+    for target in find_targets(build(name), block_size):
+        blocks = target.to_blocks(target.weight)
+        assert blocks.shape == (target.num_blocks, target.block_size)
+        assert torch.equal(target.from_blocks(blocks), target.weight)
+        stacked = torch.stack([target.weight, 2 * target.weight])
+        assert torch.equal(target.to_blocks(stacked)[1], 2 * blocks)
+
+
+def test_a_row_of_a_convolution_runs_over_its_input_channels_first():
+    conv = nn.Conv2d(4, 2, 3)
+    rows = Target("conv", conv, 36).to_blocks(conv.weight)
+    assert torch.equal(rows[1, :4], conv.weight[1, :, 0, 0])
+
+
+@given(rows=st.integers(1, 40), row=st.integers(1, 120), size=st.integers(1, 300))
+@settings(max_examples=100, deadline=None)
+def test_fitted_sizes_divide(rows, row, size):
+    fitted = fit_block_size("layer", nn.Linear(row, rows), size)
+    assert 1 <= fitted <= size
+    assert row % fitted == 0 or (fitted % row == 0 and rows % (fitted // row) == 0)
+
+
+@pytest.mark.parametrize(
+    ("size", "fitted"), [("row", 192), (192, 192), (64, 64), (100, 96), (384, 384), (400, 384), (10**9, 768 * 192)]
+)
+def test_fitted_sizes(size, fitted):
+    assert fit_block_size("layer", nn.Linear(192, 768), size) == fitted
+
+
+def test_patterns_of_names():
+    model = build("ViT")
+    only = find_targets(model, include=["*.mlp.fc1", "*.attention.*"], exclude=["vit.layers.0.*"])
+    assert [target.name for target in only] == [
+        f"vit.layers.1.{part}"
+        for part in ("attention.q_proj", "attention.k_proj", "attention.v_proj", "attention.o_proj", "mlp.fc1")
+    ]
+    with pytest.raises(CAPError, match=r"--include '\*\.fc9' matches no target; the targets are vit.layers.0"):
+        find_targets(model, include=["*.fc9"])
+    with pytest.raises(CAPError, match="leave no target"):
+        find_targets(model, exclude=["*"])
+
+
+def test_nothing_to_prune():
+    with pytest.raises(CAPError, match="nothing to prune"):
+        find_targets(nn.Sequential(nn.LayerNorm(4)))
+
+
+def test_n_m_must_divide_the_input_channels():
+    with pytest.raises(CAPError, match="2:4 does not divide the 6 input channels of layer.*--exclude 'layer'"):
+        fit_block_size("layer", nn.Linear(6, 4), "row", NMPattern(2, 4))
+    assert fit_block_size("layer", nn.Linear(24, 4), 10, NMPattern(2, 4)) == 8
+    with pytest.raises(CAPError, match="fisher_block_size=3"):
+        fit_block_size("layer", nn.Linear(24, 4), 3, NMPattern(2, 4))
