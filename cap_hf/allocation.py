@@ -59,17 +59,30 @@ def allocate_global(paths: Sequence[torch.Tensor], num_removed: int) -> list[tor
 def allocate_uniform(paths: Sequence[torch.Tensor], sizes: Sequence[int], sparsity: float) -> list[torch.Tensor]:
     """The same sparsity in every target; the cheapest removals inside each.
 
+    A target that has more zeros than that already keeps them; the others then share the rest evenly.
+
     Args:
         paths: as for `allocate_global`.
         sizes: the number of weights of each target.
-        sparsity: of each target; quotas are rounded so that their sum is the rounded total.
+        sparsity: of all targets together, exact to the weight.
     """
-    counts = []
-    total, given = 0, 0
-    for path, size in zip(paths, sizes, strict=True):
-        total += size
-        quota = round(total * sparsity) - given
-        given += quota
+    zeros = [int((path == 0).sum()) for path in paths]
+    total = round(sum(sizes) * sparsity)
+    beyond: set[int] = set()
+    while True:
+        room = sum(size for index, size in enumerate(sizes) if index not in beyond)
+        level = (total - sum(zeros[index] for index in beyond)) / max(room, 1)
+        more = {index for index, size in enumerate(sizes) if index not in beyond and zeros[index] > level * size}
+        if not more:
+            break
+        beyond |= more
+    counts, exact, given = [], 0.0, 0
+    for index, (path, size) in enumerate(zip(paths, sizes, strict=True)):
+        quota = zeros[index]
+        if index not in beyond:
+            exact += level * size
+            quota = int(exact + 0.5) - given
+            given += quota
         counts += allocate_global([path], quota)
     return counts
 

@@ -60,7 +60,7 @@ class InputHessian(BlockFisher):
             if target.is_conv:
                 # Patches run over channels, then the kernel; the blocks of a target the other way round.
                 _, channels, height, width = module.weight.shape
-                patches = unfold_conv(module, inputs).unflatten(2, (channels, height * width)).mT
+                patches = unfold_conv(module, inputs).unflatten(2, (channels, height * width)).transpose(2, 3)
                 rows = patches.flatten(2, 3).permute(1, 0, 3, 2).flatten(1, 2)
             else:
                 rows = inputs.reshape(1, -1, inputs.shape[-1])

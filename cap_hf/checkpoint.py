@@ -5,7 +5,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from transformers import PreTrainedModel
@@ -56,7 +56,8 @@ def write_json(path: str | Path, content: dict) -> None:
     except OSError as error:
         raise _user_error(path, error) from error
     finally:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
 
 
 def save_checkpoint(

@@ -12,9 +12,9 @@ shapes = st.lists(st.tuples(st.integers(1, 6), st.integers(1, 9)), min_size=1, m
 
 
 def make_paths(shapes, seed, levels):
-    """Random non-decreasing paths; few levels make many ties."""
+    """Random non-decreasing paths of positive losses; few levels make many ties."""
     rng = np.random.default_rng(seed)
-    values = [np.sort(rng.integers(0, levels, shape) / levels, axis=1) for shape in shapes]
+    values = [np.sort((rng.integers(0, levels, shape) + 1) / levels, axis=1) for shape in shapes]
     return [torch.from_numpy(value).float() for value in values]
 
 
@@ -41,6 +41,14 @@ def test_uniform_is_exact_in_total_and_even_in_each(shapes, seed, sparsity):
     assert sum(int(count.sum()) for count in counts) == round(sum(sizes) * sparsity)
     for count, size in zip(counts, sizes, strict=True):
         assert abs(int(count.sum()) - size * sparsity) <= 1
+
+
+def test_uniform_leaves_a_target_its_zeros_and_evens_out_the_others():
+    paths = make_paths([(4, 10), (2, 10), (6, 10)], 0, 10**6)
+    paths[0][:, :9] = 0.0
+    paths[2][:, :2] = 0.0
+    counts = [int(count.sum()) for count in allocate_uniform(paths, [40, 20, 60], 0.6)]
+    assert counts == [36, 9, 27]
 
 
 @pytest.mark.parametrize("selection", ["marginal", "cumulative"])

@@ -80,7 +80,9 @@ def test_order_losses_and_weights_equal_brute_force(kind, pattern, zeros):
         for count, state in enumerate(states, start=1):
             keep = torch.ones(1, size, dtype=torch.bool)
             keep[0, order[:count]] = False
-            solved = reconstruct(torch.from_numpy(weights[block : block + 1]), torch.from_numpy(fishers[block])[None], keep)
+            solved = reconstruct(
+                torch.from_numpy(weights[block : block + 1]), torch.from_numpy(fishers[block])[None], keep
+            )
             np.testing.assert_allclose(solved[0].numpy(), state, rtol=1e-8, atol=1e-10)
 
 

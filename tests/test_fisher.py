@@ -25,7 +25,10 @@ LAYERS = {
     "linear 3-d": (nn.Linear(6, 5, bias=False), (4, 7, 6)),
     "linear 4-d": (nn.Linear(6, 5), (4, 3, 2, 6)),
     "conv": (nn.Conv2d(4, 6, 3), (4, 4, 8, 9)),
-    "conv stride, padding, dilation": (nn.Conv2d(4, 6, (3, 2), stride=(2, 1), padding=(1, 2), dilation=(2, 1)), (4, 4, 9, 8)),
+    "conv stride, padding, dilation": (
+        nn.Conv2d(4, 6, (3, 2), stride=(2, 1), padding=(1, 2), dilation=(2, 1)),
+        (4, 4, 9, 8),
+    ),
     "conv groups": (nn.Conv2d(4, 6, 3, groups=2, padding=1), (4, 4, 7, 7)),
     "conv depthwise": (nn.Conv2d(4, 4, 5, groups=4, padding=2, stride=2), (4, 4, 8, 8)),
     "conv same": (nn.Conv2d(4, 6, (4, 3), padding="same"), (4, 4, 7, 7)),
@@ -100,7 +103,10 @@ def test_float32_sums_are_close_to_float64():
     for each in (model, single):
         fisher = BlockFisher(find_targets(each))
         batches = random_batches(model, 8)
-        fisher.collect(each, [({k: v.to(each.dtype) if v.is_floating_point() else v for k, v in b.items()}, 4, None) for b in batches])
+        fisher.collect(
+            each,
+            [({k: v.to(each.dtype) if v.is_floating_point() else v for k, v in b.items()}, 4, None) for b in batches],
+        )
         sums.append(fisher.sums)
     for name, exact in sums[0].items():
         error = (sums[1][name] - exact).norm() / exact.norm()

@@ -50,10 +50,19 @@ def main(argv: list[str] | None = None) -> int:
 
 def launch(command: str) -> None:
     """Entry point of the scripts for `accelerate launch`."""
+    import torch
+
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    if world > 1 and not torch.accelerator.is_available():
+        # Without this accelerate sees no devices to share and every process believes to be alone.
+        os.environ["ACCELERATE_USE_CPU"] = "true"
+    if world == 1 and "MASTER_ADDR" in os.environ and "ACCELERATE_MIXED_PRECISION" in os.environ:
+        message = "accelerate started one process only: for several on CPUs add --multi_gpu to its arguments"
+        print(f"cap-hf {command}: {message}", file=sys.stderr)
     code = run(command, sys.argv[1:])
     sys.stdout.flush()
     sys.stderr.flush()
-    if code and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    if code and world > 1:
         # Other processes may wait in a collective; the launcher ends them once this one is gone.
         os._exit(code)
     sys.exit(code)

@@ -1,0 +1,46 @@
+"""CAPConfig: validation and the JSON round trip."""
+
+import pytest
+
+from cap_hf import CAPConfig, CAPError
+
+
+def test_round_trip(tmp_path):
+    config = CAPConfig(allocation="2:4", fisher_block_size="192", damp=1e-3, include=["a*"], seed=7)
+    config.save(tmp_path)
+    assert CAPConfig.load(tmp_path) == config
+    assert config.fisher_block_size == 192
+    assert config.pattern.sparsity == 0.5
+    with pytest.raises(CAPError, match="no field speed"):
+        CAPConfig.from_dict({"speed": 1})
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("method", "best"),
+        ("selection", "random"),
+        ("allocation", "4:2"),
+        ("allocation", "2:"),
+        ("allocation", "0:4"),
+        ("fisher_type", "exact"),
+        ("weight_update", "some"),
+        ("num_grads", 0),
+        ("num_grads", 1.5),
+        ("samples_per_grad", -1),
+        ("fisher_block_size", "column"),
+        ("fisher_block_size", 0),
+        ("damp", 0.0),
+        ("damp", float("nan")),
+        ("damp", float("inf")),
+    ],
+)
+def test_a_wrong_value_is_named(field, value):
+    with pytest.raises(CAPError, match=field):
+        CAPConfig(**{field: value})
+
+
+def test_the_damp_follows_the_method():
+    assert CAPConfig().resolved_damp == CAPConfig(method="obs").resolved_damp
+    assert CAPConfig(method="sparsegpt").resolved_damp == 1e-2
+    assert CAPConfig(method="sparsegpt", damp=0.5).resolved_damp == 0.5
