@@ -3,7 +3,6 @@
 from cap_hf.compressor import CAPCompressor
 from cap_hf.config import CAPConfig, NMPattern
 from cap_hf.errors import CAPError
-from cap_hf.evaluation import ImageClassificationMetric
 from cap_hf.report import LayerReport, PruneReport
 from cap_hf.targets import Target, find_targets
 
@@ -13,7 +12,6 @@ __all__ = [
     "CAPCompressor",
     "CAPConfig",
     "CAPError",
-    "ImageClassificationMetric",
     "LayerReport",
     "NMPattern",
     "PruneReport",
