@@ -89,6 +89,8 @@ class CAPCompressor:
             return self
         if self.model.dtype in (torch.float16, torch.bfloat16):
             raise CAPError(f"the model is in {self.model.dtype}: load it in float32 to collect gradients")
+        if self.accelerator.device.type == "mps":
+            raise CAPError("Apple's MPS has no float64, which the solver needs: set ACCELERATE_USE_CPU=true")
         self._check_memory()
         self.model.to(self.accelerator.device)
         self.fisher = (InputHessian if self.config.method == "sparsegpt" else BlockFisher)(self.targets)

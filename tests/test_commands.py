@@ -187,6 +187,20 @@ def test_labels_of_another_dataset_are_one_line(tiny_checkpoint, tmp_path, capsy
     assert "'label' has 2 classes (cat, dog), the model has 10: LABEL_0" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("workers", ["0", "1"])
+def test_an_unreadable_image_is_one_line(tiny_checkpoint, tmp_path, capsys, workers):
+    for split in ("train", "test"):
+        for label in range(10):
+            (tmp_path / "data" / split / str(label)).mkdir(parents=True)
+            Image.new("L", (8, 8)).save(tmp_path / "data" / split / str(label) / "0.png")
+    (tmp_path / "data" / "test" / "7" / "0.png").write_bytes(b"GIF89a")
+    data = ["--sparsity", "0.5", "--dataset_name", str(tmp_path / "data"), "--dataloader_num_workers", workers]
+    assert prune(tiny_checkpoint, tmp_path / "out", *data) == 1
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("cap-hf prune: image 7 (")
+    assert "0.png) cannot be read" in error
+
+
 def test_help_and_unknown_commands(capsys):
     assert main(["--help"]) == 0
     printed = capsys.readouterr().out

@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader
 from transformers import (
     AutoModelForImageClassification,
     PreTrainedModel,
+    PrinterCallback,
     Trainer,
     TrainingArguments,
     ViTConfig,
@@ -137,7 +138,9 @@ def train_dense(folder: Path, splits: dict, data_args: DataArguments, args: Demo
         dataloader_pin_memory=False,
     )
     dataset = ImageDataset(splits["train"], image_processor, config, data_args)
-    Trainer(model=model, args=training, train_dataset=dataset, data_collator=collate).train()
+    trainer = Trainer(model=model, args=training, train_dataset=dataset, data_collator=collate)
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
     save_checkpoint(folder, model, image_processor=image_processor)
 
 

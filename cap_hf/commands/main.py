@@ -28,7 +28,9 @@ def run(command: str, argv: list[str]) -> int:
     try:
         module.main(argv)
     except CAPError as error:
-        print(f"cap-hf {command}: {error}", file=sys.stderr)
+        # From a DataLoader's worker the message comes wrapped in that process's traceback.
+        message = str(error).strip().splitlines()[-1].removeprefix("cap_hf.errors.CAPError: ")
+        print(f"cap-hf {command}: {message}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(f"cap-hf {command}: interrupted; nothing half-written was left", file=sys.stderr)
