@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
 from cap_hf.config import CAPConfig
@@ -25,7 +26,11 @@ def atomic_directory(path: str | Path) -> Iterator[Path]:
     """
     path = Path(path)
     partial, old = path.with_name(f".{path.name}.partial"), path.with_name(f".{path.name}.old")
+    if path.exists() and not path.is_dir():
+        raise CAPError(f"{path} is a file: choose another name for the folder")
     try:
+        if old.exists() and not path.exists():
+            os.rename(old, path)  # a run was killed between the two renames below
         for stale in (partial, old):
             if stale.exists():
                 shutil.rmtree(stale)
@@ -35,7 +40,9 @@ def atomic_directory(path: str | Path) -> Iterator[Path]:
             os.rename(path, old)
         os.rename(partial, path)
         shutil.rmtree(old, ignore_errors=True)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
+        if old.exists() and not path.exists():
+            os.rename(old, path)
         raise _user_error(path, error) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -93,7 +100,8 @@ def save_checkpoint(
             write_json(folder / REPORT_NAME, report)
 
 
-def _user_error(path: Path, error: OSError) -> CAPError:
-    if error.errno == errno.ENOSPC:
+def _user_error(path: Path, error: OSError | SafetensorError) -> CAPError:
+    # safetensors wraps the system's error into a text.
+    if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
         return CAPError(f"the disk of {path} is full: free some space or choose another --output_dir")
-    return CAPError(f"cannot write {path}: {error.strerror or error}")
+    return CAPError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}")

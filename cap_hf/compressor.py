@@ -1,6 +1,7 @@
 """CAPCompressor: collect once, prune to any sparsity, save."""
 
 import logging
+import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -16,11 +17,12 @@ from transformers.utils import logging as transformers_logging
 from cap_hf.allocation import allocate_global, allocate_uniform, path_losses, removed_mask
 from cap_hf.baselines import InputHessian, rank_scores
 from cap_hf.checkpoint import save_checkpoint
-from cap_hf.config import CAPConfig
+from cap_hf.config import CAPConfig, NMPattern
 from cap_hf.elimination import (
     Elimination,
     LostPivotError,
     NotInvertibleError,
+    decouple,
     eliminate,
     independent_update,
     invert,
@@ -67,6 +69,7 @@ class CAPCompressor:
         self.report: PruneReport | None = None
         self._weights: dict[str, torch.Tensor] = {}
         self._eliminations: dict[str, Elimination] = {}
+        self._pattern: NMPattern | None = None
         self._damps: dict[str, float] = {}
 
     def collect(self, dataloader: DataLoader | Iterable[Batch]) -> "CAPCompressor":
@@ -92,24 +95,26 @@ class CAPCompressor:
         if self.accelerator.device.type == "mps":
             raise CAPError("Apple's MPS has no float64, which the solver needs: set ACCELERATE_USE_CPU=true")
         self._check_memory()
+        self.fisher, self._weights, self._eliminations = None, {}, {}
         self.model.to(self.accelerator.device)
-        self.fisher = (InputHessian if self.config.method == "sparsegpt" else BlockFisher)(self.targets)
+        fisher = (InputHessian if self.config.method == "sparsegpt" else BlockFisher)(self.targets)
         training = self.model.training
         self.model.eval()
         try:
-            self.fisher.collect(self.model, self._batches(dataloader))
+            fisher.collect(self.model, self._batches(dataloader))
         finally:
             self.model.train(training)
-        self.fisher.reduce(self.accelerator)
-        if not self.fisher.count:
+        fisher.reduce(self.accelerator)
+        if not fisher.count:
             raise CAPError("the dataloader is empty: no example to collect gradients from")
-        if self.fisher.count < self.config.num_grads:
+        if fisher.count < self.config.num_grads:
             logger.warning(
                 "The data ended after %d of %d gradient samples; they are what the Fisher is estimated from.",
-                self.fisher.count,
+                fisher.count,
                 self.config.num_grads,
             )
-        self._damps = self.fisher.damps(self.config.resolved_damp, self.config.absolute_damp)
+        self._damps = fisher.damps(self.config.resolved_damp, self.config.absolute_damp)
+        self.fisher = fisher
         self._remember_weights()
         return self
 
@@ -127,7 +132,7 @@ class CAPCompressor:
                 called; a block Fisher cannot be inverted.
         """
         sparsity = self._check_sparsity(sparsity)
-        if not self._eliminations:
+        if not self._eliminations or self._pattern != self.config.pattern:
             self._solve()
         counts = self._allocate(sparsity)
         report = PruneReport(self.config.method, self.config.allocation, self.config.selection, sparsity)
@@ -170,26 +175,36 @@ class CAPCompressor:
         if self.config.fisher_type == "sampled":
             # Drawn for all examples at once: an example gets the same label on whatever process it lands.
             uniforms = torch.rand(wanted, generator=torch.Generator().manual_seed(self.config.seed))
+        rank, size = self.accelerator.process_index, None
         if isinstance(dataloader, DataLoader):
+            size = getattr(dataloader.batch_sampler, "batch_size", None)
+            if size is None and world > 1:
+                raise CAPError("several processes share batches of one size: give the dataloader a batch_size")
             # Even shares would repeat examples, and the Fisher would count them twice.
-            rank = self.accelerator.process_index
             dataloader = prepare_data_loader(
-                dataloader, num_processes=world, process_index=rank, put_on_device=False, even_batches=False
+                dataloader,
+                num_processes=world,
+                process_index=rank,
+                put_on_device=False,
+                even_batches=False,
+                rng_types=["generator"],
             )
         else:
             rank, world = 0, 1
         progress = transformers_logging.tqdm(
             total=-(-wanted // world), desc="Collecting", unit="example", delay=2, disable=self.disable_tqdm
         )
-        size = None
+        seen = 0
         with progress:
             for index, batch in enumerate(dataloader):
                 if "labels" not in batch or "pixel_values" not in batch:
                     raise CAPError(f"a batch has {sorted(batch)}; it needs pixel_values and labels")
-                size = size or len(batch["labels"])
-                if size % group:
-                    raise CAPError(f"the batch size {size} is not a multiple of samples_per_grad={group}")
-                start = (index * world + rank) * size
+                full = size or len(batch["labels"])
+                if full % group:
+                    raise CAPError(f"the batch size {full} is not a multiple of samples_per_grad={group}")
+                # Where this batch's examples stand among those of all processes.
+                start = (index * world + rank) * size if world > 1 else seen
+                seen += len(batch["labels"])
                 length = min(len(batch["labels"]), wanted - start) // group * group
                 if length <= 0:
                     break
@@ -252,27 +267,30 @@ class CAPCompressor:
             name: Elimination(torch.cat([p.order for p in each]), torch.cat([p.losses for p in each]))
             for name, each in parts.items()
         }
+        self._pattern = self.config.pattern
 
     def _eliminate(self, target: Target, blocks: slice) -> Elimination:
         weights = self._weights[target.name][blocks].double()
         pattern = self.config.pattern
         if self.config.method == "magnitude":
             return rank_scores(weights.square(), pattern)
-        inverse = self._invert(target, blocks)
+        inverse = self._invert(target, blocks, weights == 0)
         if self.config.method == "obs":
             scores = weights.square() / inverse.diagonal(dim1=-2, dim2=-1) / 2
             return rank_scores(scores.masked_fill(weights == 0, -1.0), pattern)
         return eliminate(weights, inverse, pattern)
 
-    def _invert(self, target: Target, blocks: slice) -> torch.Tensor:
+    def _invert(self, target: Target, blocks: slice | torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
+        """The inverse damped Fisher of blocks whose weights marked by `zero` `(n, B)` stay 0."""
         try:
-            return invert(self.fisher.damped(target, blocks, self._damps[target.name]))
+            return invert(decouple(self.fisher.damped(target, blocks, self._damps[target.name]), zero))
         except NotInvertibleError as error:
             enough = self._damps[target.name] + error.damp
+            number = int(torch.arange(target.num_blocks)[blocks][error.block])
             if not self.config.absolute_damp:
                 enough *= self.config.resolved_damp / self._damps[target.name]
             raise CAPError(
-                f"the Fisher of {target.name} (block {blocks.start + error.block}) cannot be inverted with "
+                f"the Fisher of {target.name} (block {number}) cannot be inverted with "
                 f"damp={self.config.resolved_damp:g}: --damp {enough:.1e} would do"
             ) from error
 
@@ -293,7 +311,7 @@ class CAPCompressor:
             if self.config.weight_update == "joint":
                 new = reconstruct(old, fisher, keep[blocks])
             elif self.config.weight_update == "independent":
-                new = independent_update(old, self._invert(target, blocks), keep[blocks])
+                new = independent_update(old, self._invert(target, blocks, old == 0), keep[blocks])
             else:
                 new = old.masked_fill(~keep[blocks], 0.0)
             pruned[blocks] = new.to(pruned.dtype)
@@ -312,7 +330,10 @@ class CAPCompressor:
     def _check_memory(self) -> None:
         """Raise a CAPError that names a block size that fits, before memory runs out."""
         device = self.accelerator.device
-        free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+        if device.type == "cuda":
+            free = torch.cuda.mem_get_info(device)[0]
+        else:
+            free = psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         needed = self._fisher_bytes(self.targets)
         if needed <= free or self.config.method == "sparsegpt":
             return

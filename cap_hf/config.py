@@ -106,6 +106,8 @@ class CAPConfig:
                 self.fisher_block_size = 0
             if self.fisher_block_size < 1:
                 raise CAPError("fisher_block_size must be 'row' or a whole number of at least 1")
+        if not isinstance(self.seed, int) or not 0 <= self.seed < 2**32:
+            raise CAPError(f"seed={self.seed!r} must be a whole number from 0 to 2^32 - 1")
         if self.damp is not None and not 0 < self.damp < float("inf"):
             raise CAPError(f"damp={self.damp!r} must be greater than 0 and finite")
         for name in ("include", "exclude"):

@@ -1,5 +1,6 @@
 """Image datasets for calibration, training and evaluation, all through `datasets`; the embedded digits."""
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +14,8 @@ from transformers import PretrainedConfig
 
 from cap_hf.errors import CAPError
 from cap_hf.targets import summarize
+
+logger = logging.getLogger(__name__)
 
 EVAL_SPLITS = ("validation", "test")
 
@@ -60,13 +63,16 @@ def load_digits() -> datasets.DatasetDict:
     )
 
 
-def load_splits(args: DataArguments, seed: int = 42, token: str | None = None) -> datasets.DatasetDict:
+def load_splits(
+    args: DataArguments, seed: int = 42, token: str | None = None, needed: Sequence[str] = ("train", "eval")
+) -> datasets.DatasetDict:
     """Load the dataset and name its splits `train` and `eval`.
 
     Args:
         args: which data.
         seed: of a held-out split.
         token: for a private Hub dataset.
+        needed: which of the two the caller uses; the other need not exist.
 
     Raises:
         CAPError: the dataset cannot be loaded, or a split is missing.
@@ -79,32 +85,35 @@ def load_splits(args: DataArguments, seed: int = 42, token: str | None = None) -
         except Exception as error:  # whatever a builder, a file or the network raises
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise CAPError(f"--dataset_name {args.dataset_name} cannot be loaded: {reason}") from error
-    names = list(loaded)
-    if args.train_split_name not in loaded:
-        raise CAPError(f"{args.dataset_name} has no split {args.train_split_name!r}; it has {summarize(names)}")
-    train = loaded[args.train_split_name]
+    names = summarize(list(loaded))
+    found = {}
     eval_name = args.eval_split_name or next(
         (name for name in EVAL_SPLITS if name in loaded and name != args.train_split_name), None
     )
-    if eval_name is not None and eval_name not in loaded:
-        raise CAPError(f"{args.dataset_name} has no split {eval_name!r}; it has {summarize(names)}")
-    if eval_name is None:
+    hold_out = "eval" in needed and eval_name is None
+    if "train" in needed or hold_out:
+        if args.train_split_name not in loaded:
+            raise CAPError(f"{args.dataset_name} has no split {args.train_split_name!r}; it has {names}")
+        found["train"] = loaded[args.train_split_name]
+    if hold_out:
         if args.train_val_split is None:
             raise CAPError(
-                f"{args.dataset_name} has no validation or test split, only {summarize(names)}: name one with "
+                f"{args.dataset_name} has no validation or test split, only {names}: name one with "
                 "--eval_split_name or hold a share out with --train_val_split 0.15"
             )
         if not 0 < args.train_val_split < 1:
             raise CAPError(f"train_val_split={args.train_val_split} is not between 0 and 1")
-        halves = train.train_test_split(args.train_val_split, seed=seed)
-        train, evaluation = halves["train"], halves["test"]
-    else:
-        evaluation = loaded[eval_name]
+        halves = found["train"].train_test_split(args.train_val_split, seed=seed)
+        found = {"train": halves["train"], "eval": halves["test"]}
+    elif "eval" in needed:
+        if eval_name not in loaded:
+            raise CAPError(f"{args.dataset_name} has no split {eval_name!r}; it has {names}")
+        found["eval"] = loaded[eval_name]
     splits = {}
-    for name, split, limit in (
-        ("train", train, args.max_train_samples),
-        ("eval", evaluation, args.max_eval_samples),
-    ):
+    for name, limit in (("train", args.max_train_samples), ("eval", args.max_eval_samples)):
+        if name not in needed:
+            continue
+        split = found[name]
         if limit is not None and limit < 1:
             raise CAPError(f"max_{name}_samples={limit} must be at least 1")
         if not len(split):
@@ -139,21 +148,25 @@ def label_ids(split: datasets.Dataset, column: str, config: PretrainedConfig) ->
     """
     feature, values = split.features[column], split.with_format("arrow")[:][column]
     classes = config.num_labels
+    # Checkpoints in the wild spell the ids of label2id as strings; those of id2label are numbers once loaded.
+    ids = {str(name): int(index) for index, name in config.id2label.items()}
     own = f"the model has {classes}: {summarize(list(config.id2label.values()))}"
     if isinstance(feature, datasets.ClassLabel):
         if feature.num_classes != classes:
             raise CAPError(f"{column!r} has {feature.num_classes} classes ({summarize(feature.names)}), {own}")
         labels = values.to_numpy().astype(np.int64)
-        if set(feature.names) == set(config.label2id):
+        if set(feature.names) == set(ids):
             known = labels >= 0
-            order = np.asarray([config.label2id[name] for name in feature.names])
+            order = np.asarray([ids[name] for name in feature.names])
             labels = np.where(known, order[labels * known], labels)
+        elif set(feature.names) & set(ids):
+            logger.warning("Only some classes of %r have the model's names: labels are taken as numbers.", column)
     elif isinstance(feature, datasets.Value) and feature.dtype in ("string", "large_string"):
         names = values.to_pylist()
-        unknown = sorted({str(name) for name in names} - set(config.label2id))
+        unknown = sorted({str(name) for name in names} - set(ids))
         if unknown:
             raise CAPError(f"{column!r} has labels the model does not know ({summarize(unknown)}), {own}")
-        labels = np.asarray([config.label2id[name] for name in names], dtype=np.int64)
+        labels = np.asarray([ids[name] for name in names], dtype=np.int64)
     elif isinstance(feature, datasets.Value) and "int" in feature.dtype:
         labels = values.to_numpy().astype(np.int64)
     else:

@@ -61,6 +61,18 @@ def invert(fisher: torch.Tensor) -> torch.Tensor:
     return torch.cholesky_inverse(factor)
 
 
+def decouple(fisher: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
+    """`(n, B, B)` Fishers in which the entries marked by `zero` `(n, B)` are alone: their rows those of the identity.
+
+    Weights that are 0 and stay 0 cannot make up for others; the inverse of this is the survivors' own.
+    """
+    if not zero.any():
+        return fisher
+    fisher = fisher.masked_fill(zero[:, :, None] | zero[:, None, :], 0.0)
+    fisher.diagonal(dim1=-2, dim2=-1).masked_fill_(zero, 1.0)
+    return fisher
+
+
 def eliminate(weights: torch.Tensor, inverse: torch.Tensor, pattern: NMPattern | None = None) -> Elimination:
     """Remove the cheapest weight, move the others, repeat, in all blocks at once.
 

@@ -71,6 +71,7 @@ class GradientSamples:
     def __init__(self, targets: Sequence[Target], sink: Callable[[Target, torch.Tensor], None]) -> None:
         self.targets, self.sink = targets, sink
         self.samples = 0
+        self.seen: set[str] = set()
         self._calls: dict[str, int] = {}
         self._sums: dict[str, torch.Tensor] = {}
         self._handles: list = []
@@ -107,6 +108,7 @@ class GradientSamples:
                     f"{target.name} mixes examples (its input has {len(inputs)} rows for {self.samples} gradient "
                     f"samples): leave it out with --exclude '{target.name}'"
                 )
+            self.seen.add(target.name)
             self._calls[target.name] = self._calls.get(target.name, 0) + 1
             output.register_hook(lambda grads: self._backward(target, inputs, grads))
 
@@ -193,6 +195,11 @@ class BlockFisher:
             for parameter, requires_grad in required.items():
                 parameter.requires_grad_(requires_grad)
         self.check_finite()
+        unseen = [target.name for target in self.targets if self.count and target.name not in hooks.seen]
+        if unseen:
+            raise CAPError(
+                f"{summarize(unseen, 3)} take no part in the model's forward pass: leave them out with --exclude"
+            )
 
     def check_finite(self) -> None:
         """Raise a CAPError that names the first layers whose sums are not finite."""

@@ -12,8 +12,9 @@ from cap_hf.config import NMPattern
 from cap_hf.errors import CAPError
 
 # Parts of a base model that are not its encoder, whatever the architecture calls them: patch and position
-# embeddings (Swin v2 computes its position bias with an MLP) and poolers.
-NOT_ENCODER = re.compile(r"(^|\.)[^.]*(embed|position|pooler)[^.]*(\.|$)")
+# embeddings (Swin v2 computes its position bias with an MLP), poolers, and heads (some classifiers are their own
+# base model; Siglip pools with a `head`).
+NOT_ENCODER = re.compile(r"(^|\.)([^.]*(embed|position|pooler|classifier)[^.]*|head)(\.|$)|^fc$")
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,9 @@ def find_targets(
     candidates = {
         f"{prefix}.{name}" if prefix else name: module
         for name, module in base.named_modules()
-        if isinstance(module, (nn.Linear, nn.Conv2d)) and not NOT_ENCODER.search(name)
+        # Subclasses may compute with something else than their weight (weight standardisation, attention's own
+        # projection that nobody calls).
+        if type(module) in (nn.Linear, nn.Conv2d) and not NOT_ENCODER.search(name)
     }
     if not candidates:
         raise CAPError(f"{type(model).__name__} has no Linear or Conv2d weight inside an encoder: nothing to prune")

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from collections import namedtuple
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +16,8 @@ from transformers import AutoModelForImageClassification
 import cap_hf.checkpoint as checkpoint_module
 from cap_hf import CAPCompressor, CAPConfig, CAPError
 from cap_hf.checkpoint import atomic_directory, save_checkpoint, write_json
+
+HERE = Path(__file__).parent
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -79,6 +82,36 @@ def test_a_full_disk_is_one_line_and_changes_nothing(tmp_path, monkeypatch):
         save_checkpoint(tmp_path / "out", model)
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_write_that_fails_half_way_is_one_line(tmp_path):
+    """The system's own refusal, in the middle of safetensors' file."""
+    code = (
+        "import resource, signal, sys\n"
+        "from conftest import build\n"
+        "from cap_hf.checkpoint import save_checkpoint\n"
+        "model = build('ViT')\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (8192, 8192))\n"
+        "save_checkpoint(sys.argv[1], model)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "out")], capture_output=True, text=True, check=False, cwd=HERE
+    )
+    assert done.returncode == 1
+    assert "cap_hf.errors.CAPError: cannot write" in done.stderr.splitlines()[-1]
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_kill_between_the_renames_loses_nothing(tmp_path):
+    (tmp_path / ".out.old").mkdir()
+    (tmp_path / ".out.old" / "kept").write_text("")
+    with pytest.raises(RuntimeError), atomic_directory(tmp_path / "out"):
+        raise RuntimeError
+    assert [path.name for path in tmp_path.rglob("*")] == ["out", "kept"]
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CAPError, match="file is a file"), atomic_directory(tmp_path / "file"):
+        pass
 
 
 def test_a_folder_that_cannot_be_made_is_one_line(tmp_path):

@@ -108,6 +108,8 @@ def test_yaml_and_json_files(tiny_checkpoint, tmp_path):
         "sparsity": [0.5],
         "num_grads": 32,
         "fisher_block_size": 8,
+        "damp": 1e-3,
+        "include": None,
         "do_eval": False,
         "disable_tqdm": True,
     }
@@ -140,6 +142,8 @@ def test_yaml_and_json_files(tiny_checkpoint, tmp_path):
         (["--sparsity", "0.5", "--eval_split_name", "val"], "no split 'val'; it has train, test"),
         (["--sparsity", "0.5", "--per_device_batch_size", "-1", "--num_grads", "0"], "num_grads=0"),
         (["--sparsity", "0.5", "--damp", "0"], "damp=0.0 must be greater than 0"),
+        (["--sparsity", "0.5", "--seed", "-1"], "seed=-1 must be a whole number"),
+        (["--sparsity", "0.9999999999999"], "is not in [0, 1)"),
     ],
 )
 def test_a_users_mistake_is_one_line(tiny_checkpoint, tmp_path, capsys, arguments, message):
@@ -150,6 +154,56 @@ def test_a_users_mistake_is_one_line(tiny_checkpoint, tmp_path, capsys, argument
     assert error.startswith("cap-hf prune: ")
     assert len(error.splitlines()) == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_sparsities_that_are_close_have_folders_of_their_own(tiny_checkpoint, tmp_path):
+    close = ["--sparsity", "0.1234567", "0.12345671", "0.1234567", "0.9999999"]
+    assert prune(tiny_checkpoint, tmp_path / "out", *close, "--no_do_eval", "--method", "magnitude") == 0
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names == {"report.json", "sparsity-0.1234567", "sparsity-0.12345671", "sparsity-0.9999999"}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("sparsity: [0.5", "cannot be read: while parsing"),
+        ("- 0.5", "must hold names and values"),
+        ("sparsity: half", "invalid float value: 'half'"),
+        ("sparsity: 0.5\nspeed: 3", "--speed=3"),
+        ("sparsity: 0.5\ndamp: high", "invalid float value: 'high'"),
+    ],
+)
+def test_a_mistake_in_a_file_is_one_line(tiny_checkpoint, tmp_path, capsys, text, message):
+    model = f"model_name_or_path: {tiny_checkpoint}\n" if ":" in text else ""
+    (tmp_path / "run.yaml").write_text(f"{model}{text}\n")
+    assert main(["prune", str(tmp_path / "run.yaml")]) == 1
+    error = capsys.readouterr().err.strip()
+    assert message in error
+    assert len(error.splitlines()) == 1
+    assert main(["prune", str(tmp_path / "nowhere.yaml")]) == 1
+    assert "nowhere.yaml cannot be read" in capsys.readouterr().err
+
+
+def test_a_bad_output_dir_is_found_first(tiny_checkpoint, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    for output in (tmp_path / "file", tmp_path / "file" / "below"):
+        assert prune(tiny_checkpoint, output, "--sparsity", "0.5", "--dataset_name", "/nowhere") == 1
+        assert "file is a file: choose another --output_dir" in capsys.readouterr().err
+
+
+def test_calibration_is_on_the_train_split_alone(tiny_checkpoint, tmp_path, capsys):
+    for label in range(10):
+        (tmp_path / "data" / "train" / str(label)).mkdir(parents=True)
+        Image.new("L", (8, 8), label).save(tmp_path / "data" / "train" / str(label) / "0.png")
+    data = ["--sparsity", "0.5", "--dataset_name", str(tmp_path / "data")]
+    assert prune(tiny_checkpoint, tmp_path / "out", *data) == 1
+    assert "no validation or test split" in capsys.readouterr().err
+    assert prune(tiny_checkpoint, tmp_path / "out", *data, "--no_do_eval") == 0
+    (tmp_path / "data" / "train").rename(tmp_path / "data" / "test")
+    arguments = ["--model_name_or_path", str(tiny_checkpoint), "--dataset_name", str(tmp_path / "data")]
+    assert main(["evaluate", *arguments, "--output_dir", str(tmp_path / "eval")]) == 0
+    assert prune(tiny_checkpoint, tmp_path / "other", *data, "--no_do_eval") == 1
+    assert "no split 'train'; it has test" in capsys.readouterr().err
 
 
 def test_a_model_that_does_not_fit_is_one_line(tiny_checkpoint, tmp_path, capsys):

@@ -258,6 +258,44 @@ def test_half_precision_is_refused():
         collected(build("ViT").to(torch.bfloat16))
 
 
+def test_zeros_do_not_make_up_for_others():
+    """The first removals of a sparse model are those of its survivors' own Fisher."""
+    for method in ("obs", "cap"):
+        model = build("ViT")
+        collected(model, method="magnitude").prune(0.5)
+        compressor = collected(model, method=method, include=["vit.layers.0.mlp.fc1"], fisher_block_size=8)
+        compressor.prune(0.9)
+        (target,) = compressor.targets
+        weights = compressor._weights[target.name].double()
+        fisher = compressor.fisher.damped(target, slice(None), compressor._damps[target.name])
+        found = compressor._eliminations[target.name]
+        for block in range(target.num_blocks):
+            alive = weights[block].nonzero()[:, 0]
+            if not len(alive):
+                continue
+            inverse = torch.linalg.inv(fisher[block][alive][:, alive])
+            costs = weights[block][alive].square() / inverse.diagonal() / 2
+            zeros = target.block_size - len(alive)
+            assert int(found.order[block, zeros]) == int(alive[costs.argmin()])
+            assert float(found.losses[block, zeros]) == pytest.approx(float(costs.min()), rel=1e-4)
+
+
+def test_changing_the_pattern_eliminates_anew():
+    compressor = collected(build("ViT"))
+    compressor.prune(0.5)
+    compressor.config.allocation = "2:4"
+    compressor.prune()
+    assert all(((target.weight.view(-1, 4) != 0).sum(dim=1) == 2).all() for target in compressor.targets)
+
+
+def test_gradients_are_collected_in_eval_mode():
+    sums = []
+    for training in (False, True):
+        model = build("ViT", hidden_dropout_prob=0.5).train(training)
+        sums.append(collected(model).fisher.sums)
+    assert all(torch.equal(sums[0][name], sums[1][name]) for name in sums[0])
+
+
 def test_training_mode_and_hooks_are_put_back():
     model = build("ViT").train()
     collected(model)

@@ -126,6 +126,9 @@ def test_labels_that_are_not_the_models():
     assert label_ids(labelled(strings, ["b", "a"]), "label", config).tolist() == [1, 0]
     with pytest.raises(CAPError, match=r"does not know \(q\), the model has 3"):
         label_ids(labelled(strings, ["b", "q"]), "label", config)
+    config.label2id = {"a": "0", "b": "1", "c": "2"}  # as run_image_classification.py once wrote them
+    assert label_ids(labelled(names, [0, 1, 2]), "label", config).tolist() == [2, 0, 1]
+    assert label_ids(labelled(strings, ["b", "a"]), "label", config).tolist() == [1, 0]
     integers = datasets.Value("int32")
     assert label_ids(labelled(integers, [2, 0]), "label", config).tolist() == [2, 0]
     for wrong in (3, -1):

@@ -17,17 +17,19 @@ from cap_hf.commands.main import main
 ROOT = Path(__file__).parents[1]
 
 
-def launch(processes: int, *arguments: str, expect: int = 0) -> subprocess.CompletedProcess:
+def launch(
+    processes: int, *arguments: str, expect: int = 0, script: Path = ROOT / "scripts" / "prune.py"
+) -> subprocess.CompletedProcess:
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(processes)]
     launcher += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
     launcher += ["--multi_gpu", "--main_process_port", "0"] if processes > 1 else ["--cpu"]
     done = subprocess.run(
-        [*launcher, str(ROOT / "scripts" / "prune.py"), *arguments],
+        [*launcher, str(script), *arguments],
         capture_output=True,
         text=True,
         check=False,
         timeout=300,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"},
     )
     assert (done.returncode == 0) == (expect == 0), done.stderr
     return done
@@ -75,6 +77,35 @@ def test_two_processes_give_the_result_of_one(checkpoint, tmp_path, extra):
     assert second["top1"] == pytest.approx(first["top1"])
     assert second["loss"] == pytest.approx(first["loss"], rel=1e-4)
     assert reports[0]["dense"]["loss"] == pytest.approx(reports[1]["dense"]["loss"], rel=1e-6)
+
+
+SHUFFLED = """
+import sys
+import torch
+from torch.utils.data import DataLoader
+from accelerate import Accelerator
+from conftest import build, random_batches
+from cap_hf import CAPCompressor, CAPConfig
+
+accelerator = Accelerator(cpu=True)
+torch.manual_seed(accelerator.process_index)  # processes that would each shuffle in their own way
+model = build("ViT")
+(batch,) = random_batches(model, 8, sizes=(50,))
+examples = [{name: value[i] for name, value in batch.items()} for i in range(50)]
+loader = DataLoader(examples, batch_size=16, shuffle=True)
+fisher = CAPCompressor(model, CAPConfig(num_grads=50), accelerator).collect(loader).fisher
+own = [batch] if accelerator.is_main_process else []
+whole = CAPCompressor(model, CAPConfig(num_grads=50), accelerator).collect(own)
+assert fisher.count == whole.fisher.count == 50
+for name, sums in fisher.sums.items():
+    torch.testing.assert_close(sums, whole.fisher.sums[name], rtol=1e-3, atol=1e-6)
+accelerator.end_training()
+"""
+
+
+def test_a_shuffling_dataloader_is_shared_without_overlap(tmp_path):
+    (tmp_path / "shuffled.py").write_text(SHUFFLED)
+    launch(2, script=tmp_path / "shuffled.py")
 
 
 def test_one_launched_process_works(checkpoint, tmp_path):

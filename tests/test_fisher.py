@@ -138,6 +138,13 @@ def test_a_layer_that_mixes_examples_is_named():
             model(torch.randn(4, 1, 2, 2, requires_grad=True))
 
 
+def test_a_target_outside_the_forward_pass_is_named():
+    model = build("ViT")
+    model.vit.unused = nn.Linear(4, 4)
+    with pytest.raises(CAPError, match="vit.unused take no part"):
+        BlockFisher(find_targets(model)).collect(model, [(random_batches(model, 8)[0], 4, None)])
+
+
 def test_sampled_labels_follow_the_model():
     probabilities = torch.tensor([0.1, 0.0, 0.6, 0.3])
     uniforms = (torch.arange(1000) + 0.5) / 1000
@@ -158,6 +165,9 @@ def test_dead_blocks_are_named_and_a_dead_target_gets_a_damp(caplog):
     assert all(damp > 0 for damp in damps.values())
     assert f"{targets[0].name}: 16 of 16 blocks" in caplog.text
     assert f"{targets[1].name}: 1 of 16 blocks" in caplog.text
+    alive = targets[2].name
+    mean = fisher.sums[alive].diagonal(dim1=-2, dim2=-1).double().mean() / 4
+    assert damps[alive] == pytest.approx(1e-3 * float(mean))
     assert set(fisher.damps(1e-7, absolute=True).values()) == {1e-7}
     for sums in fisher.sums.values():
         sums.zero_()

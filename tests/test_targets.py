@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import transformers
 from conftest import ARCHITECTURES, build
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -68,6 +69,31 @@ def test_patterns_of_names():
         find_targets(model, include=["*.fc9"])
     with pytest.raises(CAPError, match="leave no target"):
         find_targets(model, exclude=["*"])
+
+
+@pytest.mark.parametrize("name", ["CLIP", "Siglip"])
+def test_the_head_is_no_target_where_the_classifier_is_its_own_base_model(name):
+    small = {
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "image_size": 8,
+        "patch_size": 4,
+    }
+    config = getattr(transformers, f"{name}Config")(vision_config=small)
+    model = getattr(transformers, f"{name}ForImageClassification")(config)
+    names = [target.name for target in find_targets(model)]
+    assert len(names) == 6
+    assert all(".encoder.layers.0." in each for each in names)
+
+
+def test_subclasses_that_compute_with_another_weight_are_no_targets():
+    class Standardised(nn.Conv2d):
+        pass
+
+    model = nn.Sequential(nn.Linear(4, 4), Standardised(4, 4, 1))
+    assert [target.name for target in find_targets(model)] == ["0"]
 
 
 def test_nothing_to_prune():

@@ -2,11 +2,14 @@
 
 import contextlib
 import io
+import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import transformers
+import yaml
 from transformers import AutoImageProcessor, AutoModelForImageClassification, HfArgumentParser, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
@@ -36,10 +39,8 @@ def parse(argv: list[str], program: str, description: str, *kinds: type) -> tupl
     """
     parser = HfArgumentParser(kinds, prog=f"cap-hf {program}", description=description)
     try:
-        if len(argv) == 1 and argv[0].endswith((".yaml", ".yml")):
-            return parser.parse_yaml_file(argv[0])
-        if len(argv) == 1 and argv[0].endswith(".json"):
-            return parser.parse_json_file(argv[0])
+        if len(argv) == 1 and argv[0].endswith((".yaml", ".yml", ".json")):
+            argv = arguments_from_file(argv[0])
         # argparse would print its usage, a screen long, before the one line that matters.
         with contextlib.redirect_stderr(io.StringIO()) as errors:
             return parser.parse_args_into_dataclasses(argv)
@@ -47,8 +48,31 @@ def parse(argv: list[str], program: str, description: str, *kinds: type) -> tupl
         if not error.code:
             raise
         raise CAPError(errors.getvalue().strip().splitlines()[-1].split("error: ")[-1]) from error
-    except (TypeError, OSError, ValueError) as error:
+    except (TypeError, ValueError) as error:
         raise error if isinstance(error, CAPError) else CAPError(first_line(error)) from error
+
+
+def arguments_from_file(path: str) -> list[str]:
+    """The command line that a YAML or JSON file of the same names stands for: one way of checking serves both.
+
+    Raises:
+        CAPError: the file cannot be read or holds something else than names and values.
+    """
+    try:
+        values = yaml.safe_load(Path(path).read_text())  # JSON is YAML
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise CAPError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise CAPError(f"{path} must hold names and values, such as 'sparsity: [0.5, 0.75]'")
+    arguments = []
+    for name, value in values.items():
+        if isinstance(value, list):
+            arguments += [f"--{name}", *map(str, value)]
+        elif isinstance(value, dict):
+            arguments.append(f"--{name}={json.dumps(value)}")
+        elif value is not None:
+            arguments.append(f"--{name}={value}")
+    return arguments
 
 
 def load_model(args: ModelArguments) -> PreTrainedModel:
@@ -103,16 +127,16 @@ def load_image_processor(args: ModelArguments) -> object:
 
 
 def load_all(
-    model_args: ModelArguments, data_args: DataArguments, seed: int
+    model_args: ModelArguments, data_args: DataArguments, seed: int, needed: Sequence[str] = ("train", "eval")
 ) -> tuple[PreTrainedModel, object, dict[str, object]]:
-    """A model, its image processor and the splits `train` and `eval` of the data, unprocessed.
+    """A model, its image processor and the splits of the data that are needed, unprocessed.
 
     Raises:
         CAPError: as `load_model`, `load_image_processor` and `load_splits`.
     """
     transformers.set_seed(seed)
     model = load_model(model_args)
-    return model, load_image_processor(model_args), load_splits(data_args, seed, model_args.token)
+    return model, load_image_processor(model_args), load_splits(data_args, seed, model_args.token, needed)
 
 
 def eval_dataset(splits: dict, image_processor: object, model: PreTrainedModel, args: DataArguments) -> ImageDataset:
@@ -127,9 +151,12 @@ def first_line(error: BaseException) -> str:
 
 
 def check_output(directory: Path, overwrite: bool) -> None:
-    """Raise a CAPError if a folder holds something and may not be replaced."""
-    if directory.exists() and not directory.is_dir():
-        raise CAPError(f"{directory} is a file: choose another --output_dir")
+    """Raise a CAPError if a folder cannot be written, or holds something that may not be replaced."""
+    existing = next(path for path in (directory, *directory.absolute().parents) if path.exists())
+    if not existing.is_dir():
+        raise CAPError(f"{existing} is a file: choose another --output_dir")
+    if not os.access(existing, os.W_OK):
+        raise CAPError(f"{existing} cannot be written: choose another --output_dir")
     if directory.exists() and any(directory.iterdir()) and not overwrite:
         raise CAPError(f"{directory} exists: choose another --output_dir or pass --overwrite_output_dir")
 

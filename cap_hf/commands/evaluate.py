@@ -28,7 +28,7 @@ def main(argv: list[str]) -> None:
         argv, "evaluate", "Measure an image classifier.", ModelArguments, DataArguments, EvaluateArguments
     )
     accelerator = Accelerator()
-    model, image_processor, splits = load_all(model_args, data_args, args.seed)
+    model, image_processor, splits = load_all(model_args, data_args, args.seed, ["eval"])
     dataset = eval_dataset(splits, image_processor, model, data_args)
     loader = make_dataloader(dataset, args.per_device_eval_batch_size, data_args.dataloader_num_workers)
     metrics = evaluate_model(model, accelerator.prepare(loader), accelerator, args.disable_tqdm)

@@ -49,15 +49,16 @@ def main(argv: list[str]) -> None:
     )
     sparsities = check_sparsities(args.sparsity, config)
     output = Path(args.output_dir)
-    folders = [output / f"sparsity-{sparsity:g}" for sparsity in sparsities]
-    for folder in folders:
-        check_output(folder, args.overwrite_output_dir)
+    folders = [output / f"sparsity-{sparsity:.12g}" for sparsity in sparsities]
+    check_output(output, args.overwrite_output_dir)
     if args.disable_tqdm:
         transformers_logging.disable_progress_bar()
 
     accelerator, phases = Accelerator(), Phases()
     with phases("load"):
-        model, image_processor, splits = load_all(model_args, data_args, config.seed)
+        model, image_processor, splits = load_all(
+            model_args, data_args, config.seed, ["train", "eval"] if args.do_eval else ["train"]
+        )
         compressor = CAPCompressor(model, config, accelerator, args.disable_tqdm)
         examples = calibration_split(splits["train"], config.num_grads * config.samples_per_grad, config.seed)
         calibration = ImageDataset(examples, image_processor, model.config, data_args)
@@ -116,9 +117,10 @@ def check_sparsities(sparsities: list[float] | None, config: CAPConfig) -> list[
     if not sparsities:
         raise CAPError("say how sparse: --sparsity 0.5 0.75 0.9")
     for sparsity in sparsities:
-        if not 0 <= sparsity < 1:
+        if not 0 <= round(sparsity, 12) < 1:
             raise CAPError(f"sparsity {sparsity:g} is not in [0, 1)")
-    return sorted(set(sparsities))
+    # Closer than this, two would share a folder.
+    return sorted({round(sparsity, 12) for sparsity in sparsities})
 
 
 def describe(
