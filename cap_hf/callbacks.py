@@ -1,6 +1,5 @@
 """What SparseTrainer adds to a run, each as a callback: masks, pruning steps, the weight average."""
 
-import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -15,8 +14,6 @@ from cap_hf.averaging import WeightAverage
 from cap_hf.mask_holder import MaskHolder
 from cap_hf.report import PruneReport
 from cap_hf.schedules import SparsitySchedule
-
-logger = logging.getLogger(__name__)
 
 # Prunes a model in place, to a sparsity, on the processes of an accelerator, the same on each.
 PruneStep = Callable[[PreTrainedModel, float, Accelerator], PruneReport]
@@ -57,9 +54,10 @@ class PruningCallback(TrainerCallback):
         prune: PruneStep,
         accelerator: Accelerator,
         average: WeightAverage | None,
+        log: Callable[[dict[str, float]], None],
     ) -> None:
         self.holder, self.schedule, self.prune, self.average = holder, schedule, prune, average
-        self.accelerator = accelerator
+        self.accelerator, self.log = accelerator, log
         self.steps: dict[int, float] = {}
 
     def on_train_begin(
@@ -88,8 +86,7 @@ class PruningCallback(TrainerCallback):
             self.average.restart()
         # The best checkpoint so far is denser than what this run is to end with.
         state.best_metric = state.best_model_checkpoint = state.best_global_step = None
-        state.log_history.append({"epoch": state.epoch, "step": state.global_step, "sparsity": report.sparsity})
-        logger.info("Pruned to %.4f %% at step %d.", 100 * report.sparsity, state.global_step)
+        self.log({"sparsity": report.sparsity})
 
 
 class AveragingCallback(TrainerCallback):

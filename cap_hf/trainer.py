@@ -78,7 +78,9 @@ class SparseTrainer(Trainer):
             if prune is None:
                 raise CAPError("a sparsity schedule needs something that prunes: pass prune=GradualPruner(...)")
             args.schedule.check_start(model_sparsity(model))
-            self.add_callback(PruningCallback(self.masks, args.schedule, prune, self.accelerator, self.average))
+            self.add_callback(
+                PruningCallback(self.masks, args.schedule, prune, self.accelerator, self.average, self.log)
+            )
 
         self.augmentation = make_augmentation(
             args.augmentation, self.processing_class, model.config.num_labels, args.random_flip
