@@ -78,9 +78,7 @@ def check_labels(student: PretrainedConfig, teacher: PretrainedConfig) -> None:
 
 
 @torch.no_grad()
-def check_outputs(
-    student: PreTrainedModel, teacher: Teacher, pixel_values: torch.Tensor, hidden_states: bool
-) -> None:
+def check_outputs(student: PreTrainedModel, teacher: Teacher, pixel_values: torch.Tensor, hidden_states: bool) -> None:
     """Raise a CAPError unless both models take these images and, if asked for, have alike hidden states.
 
     Args:

@@ -109,7 +109,7 @@ class SparsitySchedule:
                 raise CAPError(f"the schedule prunes at epoch {time:g}, but training ends at {length:g}: train longer")
             if step in found:
                 raise CAPError(
-                    f"the schedule prunes {len(self.steps)} times in {max_steps} optimizer steps, twice at step {step}: "
+                    f"the schedule prunes twice at optimizer step {step} of {max_steps}: "
                     "train longer or prune in fewer steps"
                 )
             found[step] = sparsity

@@ -29,7 +29,7 @@ from cap_hf.distillation import (
 from cap_hf.errors import CAPError
 from cap_hf.mask_holder import MaskHolder
 from cap_hf.schedules import cyclic_linear
-from cap_hf.targets import find_targets
+from cap_hf.targets import find_targets, summarize
 from cap_hf.training_arguments import SparseTrainingArguments
 
 
@@ -178,10 +178,36 @@ class SparseTrainer(Trainer):
         if averaging and _internal_call and self.args.should_save:
             self.average.save(output_dir)
 
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        load_weights(self.model, resume_from_checkpoint)
+
     def _load_best_model(self) -> None:
-        super()._load_best_model()
+        load_weights(self.model, self.state.best_model_checkpoint)
         if self.average is not None:
             self.average.load(self.state.best_model_checkpoint)
+
+
+def load_weights(model: PreTrainedModel, checkpoint: str) -> None:
+    """Load a checkpoint's weights into a model, in place, as `from_pretrained` reads them.
+
+    The Trainer's own loading takes the file's names as they are. `save_pretrained` writes many models under older
+    names than those of the modules, so that the Trainer of transformers 5.23 leaves their encoders as they were,
+    with a warning.
+
+    Raises:
+        CAPError: the checkpoint cannot be loaded, or is another model's.
+    """
+    try:
+        loaded, info = type(model).from_pretrained(
+            checkpoint, dtype=model.dtype, use_safetensors=True, output_loading_info=True
+        )
+        lost = sorted(map(str, (*info["missing_keys"], *info["mismatched_keys"])))
+        if lost:
+            raise ValueError(f"it has no weights for {summarize(lost, 3)}")
+        model.load_state_dict(loaded.state_dict())
+    except Exception as error:  # file format, names, shapes
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise CAPError(f"{checkpoint} cannot be loaded: {reason}") from error
 
 
 def model_sparsity(model: nn.Module) -> float:

@@ -115,6 +115,7 @@ def main(argv: list[str]) -> None:
         "dense": dense,
         "sparse": sparse,
         "recovered": recovered,
+        "sparsity_dense": None if teacher is None else model_sparsity(teacher),
         "sparsity_before": sparsity_before,
         "sparsity": model_sparsity(model),
         "training": outcome.metrics | {"steps": outcome.global_step},
@@ -153,7 +154,7 @@ def prepare_output(args: SparseTrainingArguments, overwrite: bool) -> str | bool
     if not resume or str(resume).lower() == "false":
         if any(Path(args.output_dir).glob("checkpoint-*")) and not overwrite:
             raise CAPError(
-                f"{args.output_dir} has checkpoints of an unfinished run: go on with --resume_from_checkpoint last or "
+                f"{args.output_dir} has checkpoints of an earlier run: go on with --resume_from_checkpoint last or "
                 "start again with --overwrite_output_dir"
             )
         return None
@@ -258,7 +259,7 @@ def recovery_arguments(args: SparseTrainingArguments) -> dict[str, object]:
 def summary(report: dict) -> str:
     """One line a model: sparsity, accuracy, the drop against the dense model."""
     rows, dense = [], report["dense"]
-    for name, sparsity in (("dense", 0.0), ("sparse", report["sparsity_before"]), ("recovered", report["sparsity"])):
+    for name, key in (("dense", "sparsity_dense"), ("sparse", "sparsity_before"), ("recovered", "sparsity")):
         metrics = report[name]
         if metrics is None:
             continue
@@ -266,7 +267,7 @@ def summary(report: dict) -> str:
         rows.append(
             [
                 name,
-                percent(sparsity),
+                percent(report[key]),
                 percent(metrics["top1"]),
                 percent(metrics.get("top5")),
                 f"{metrics['loss']:.4f}",
