@@ -108,10 +108,11 @@ class BatchAugmentation(nn.Module):
             images, mixed = self.mixup(images, labels)
         elif draw < self.preset.mixup + self.preset.cutmix:
             images, mixed = self.cutmix(images, labels)
+            # kornia gives the first label's share here, where its mixup gives the second's.
+            mixed = torch.stack([*mixed.reshape(-1, 3).unbind(dim=1)[:2], 1 - mixed.reshape(-1, 3)[:, 2]], dim=1)
         else:
             return images, F.one_hot(labels, self.num_labels).float()
-        # kornia's (b, 3): the label, the other's, and the other's share.
-        own, other, share = mixed.reshape(-1, 3).unbind(dim=1)
+        own, other, share = mixed.unbind(dim=1)
         first, second = (F.one_hot(each.long(), self.num_labels).float() for each in (own, other))
         return images, torch.lerp(first, second, share[:, None].float())
 

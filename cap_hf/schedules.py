@@ -81,14 +81,13 @@ class SparsitySchedule:
         except ValueError as error:
             raise CAPError(f"--sparsity_schedule {text!r} is not {FORMATS}") from error
 
-    def check_start(self, sparsity: float) -> None:
-        """Raise a CAPError if the first step is below the sparsity that the model has already."""
+    def check_start(self, num_zeros: int, num_weights: int) -> None:
+        """Raise a CAPError if the first step leaves fewer zeros than the model's target weights have already."""
         first = self.steps[0][1]
-        # Sparsities are met to the weight: no model has so many weights that this hides one step.
-        if first < sparsity - 1e-9:
+        if round(first * num_weights) < num_zeros:
             raise CAPError(
-                f"the schedule starts at sparsity {first:g}, but the model is {sparsity:.4%} sparse already: "
-                f"start at {sparsity:.4g} or above"
+                f"the schedule starts at sparsity {first:g}, but the model is {num_zeros / num_weights:.4%} sparse "
+                "already: start there or above"
             )
 
     def at_steps(self, max_steps: int, num_train_epochs: float) -> dict[int, float]:

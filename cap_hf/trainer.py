@@ -77,7 +77,7 @@ class SparseTrainer(Trainer):
         if args.schedule is not None:
             if prune is None:
                 raise CAPError("a sparsity schedule needs something that prunes: pass prune=GradualPruner(...)")
-            args.schedule.check_start(model_sparsity(model))
+            args.schedule.check_start(*count_zeros(model))
             self.add_callback(
                 PruningCallback(self.masks, args.schedule, prune, self.accelerator, self.average, self.log)
             )
@@ -210,10 +210,16 @@ def load_weights(model: PreTrainedModel, checkpoint: str) -> None:
         raise CAPError(f"{checkpoint} cannot be loaded: {reason}") from error
 
 
+def count_zeros(model: nn.Module) -> tuple[int, int]:
+    """How many of the target weights are 0, and how many there are."""
+    weights = [target.weight for target in find_targets(model)]
+    return sum(int((weight == 0).sum()) for weight in weights), sum(weight.numel() for weight in weights)
+
+
 def model_sparsity(model: nn.Module) -> float:
     """Share of the target weights that are 0."""
-    weights = [target.weight for target in find_targets(model)]
-    return sum(int((weight == 0).sum()) for weight in weights) / sum(weight.numel() for weight in weights)
+    zeros, total = count_zeros(model)
+    return zeros / total
 
 
 def last_whole_checkpoint(directory: str | Path) -> str | None:
