@@ -6,6 +6,8 @@ import signal
 import sys
 from pathlib import Path
 
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
 import torch
 from safetensors.torch import save_file
 from transformers import TrainerCallback, ViTConfig, ViTForImageClassification, ViTImageProcessorPil
