@@ -1,5 +1,6 @@
 """Augmentation presets: what comes out is images and label distributions, and weaker presets change less."""
 
+import itertools
 import sys
 
 import pytest
@@ -52,7 +53,7 @@ def test_it_works_without_torchvision():
 def test_presets_grow_stronger():
     names = ["none", "light", "medium", "heavy"]
     assert list(PRESETS) == names
-    for weaker, stronger in zip(names, names[1:], strict=False):
+    for weaker, stronger in itertools.pairwise(names):
         one, other = PRESETS[weaker], PRESETS[stronger]
         assert one.min_crop > other.min_crop
         assert one.magnitude < other.magnitude

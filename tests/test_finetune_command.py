@@ -93,11 +93,9 @@ def test_a_finished_part_is_resumed(tmp_path, folders, capsys):
 def test_a_yaml_file_of_the_same_names(tmp_path, folders):
     path = tmp_path / "recipe.yaml"
     lines = [f"{name[2:]}: {value}" for name, value in zip(QUICK[::2], QUICK[1::2], strict=True)]
-    path.write_text(
-        "\n".join(
-            [f"model_name_or_path: {folders[0]}", f"output_dir: {tmp_path / 'out'}", "augmentation: light", *lines]
-        ).replace("1e-2", "0.01")
-    )
+    lines += [f"model_name_or_path: {folders[0]}", f"output_dir: {tmp_path / 'out'}", "augmentation: light"]
+    # YAML takes 1e-2 for a word.
+    path.write_text("\n".join(lines).replace("1e-2", "0.01"))
     assert main(["finetune", str(path)]) == 0
     assert json.loads((tmp_path / "out" / "report.json").read_text())["training_arguments"]["augmentation"] == "light"
 

@@ -71,7 +71,7 @@ def test_two_steps_at_once_are_an_error():
 def test_the_start_is_compared_to_the_weight():
     schedule = SparsitySchedule.parse("0.6")
     schedule.check_start(num_zeros=602, num_weights=1003)
-    with pytest.raises(CAPError, match="starts at sparsity 0.6, but the model is"):
+    with pytest.raises(CAPError, match=r"starts at sparsity 0\.6, but the model is"):
         schedule.check_start(num_zeros=603, num_weights=1003)
 
 
