@@ -18,6 +18,7 @@ from transformers import (
     AutoConfig,
     AutoModelForImageClassification,
     PreTrainedModel,
+    PrinterCallback,
     Trainer,
     TrainerCallback,
     TrainingArguments,
@@ -52,7 +53,7 @@ def now() -> float:
 def make_model(name: str | None) -> PreTrainedModel:
     """A dense model: of a checkpoint's configuration, or a small ViT."""
     torch.manual_seed(0)
-    sizes = {"image_size": 32, "patch_size": 4, "hidden_size": 192, "num_hidden_layers": 6}
+    sizes = {"image_size": 28, "patch_size": 4, "hidden_size": 192, "intermediate_size": 384, "num_hidden_layers": 4}
     config = AutoConfig.from_pretrained(name) if name else ViTConfig(**sizes, num_attention_heads=3)
     return AutoModelForImageClassification.from_config(config)
 
@@ -73,6 +74,7 @@ def run_turn(kind: type, model: PreTrainedModel, data: list[dict], args: argpars
             dataloader_pin_memory=False,
         )
         trainer = kind(model, training, train_dataset=data, data_collator=collate)
+        trainer.remove_callback(PrinterCallback)
         trainer.add_callback(times)
         trainer.train()
     return times.seconds
