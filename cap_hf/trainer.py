@@ -103,8 +103,9 @@ class SparseTrainer(Trainer):
             return None
         check_labels(self.model.config, model.config)
         teacher = Teacher(model, args.device, args.teacher_bf16)
-        if self.train_dataset is not None:
-            example = self.train_dataset[0]["pixel_values"][None].to(args.device)
+        # A dataset that can only be iterated over is not begun for a check.
+        if hasattr(self.train_dataset, "__getitem__"):
+            example = torch.as_tensor(self.train_dataset[0]["pixel_values"])[None].to(args.device)
             check_outputs(self.model, teacher, example, args.hidden_state_weight > 0)
         return teacher
 

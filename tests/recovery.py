@@ -125,7 +125,7 @@ class Killer(TrainerCallback):
     """SIGKILL at an optimizer step: at its `begin` (after pruning), at its `end` (before a save) or in its `save`."""
 
     def __init__(self, moment: str, step: int) -> None:
-        self.moment, self.step, self.holder = moment, step, None
+        self.moment, self.step = moment, step
 
     def kill(self, moment: str, state) -> None:
         if (moment, state.global_step) == (self.moment, self.step):
