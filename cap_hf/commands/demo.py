@@ -43,7 +43,7 @@ class DemoArguments:
 
     output_dir: str = field(default="cap-hf-demo", metadata={"help": "Gets the dense and the pruned checkpoint."})
     num_train_epochs: int = field(default=30, metadata={"help": "Of the dense model."})
-    num_recovery_epochs: int = field(default=5, metadata={"help": "Of the sparsest model, with the dense as teacher."})
+    num_recovery_epochs: int = field(default=3, metadata={"help": "Of the sparsest model, with the dense as teacher."})
     num_grads: int = field(default=1024, metadata={"help": "Gradient samples of the Fisher."})
     seed: int = field(default=0, metadata={"help": "Of everything."})
 
