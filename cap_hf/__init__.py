@@ -3,8 +3,12 @@
 from cap_hf.compressor import CAPCompressor
 from cap_hf.config import CAPConfig, NMPattern
 from cap_hf.errors import CAPError
+from cap_hf.gradual import GradualPruner
 from cap_hf.report import LayerReport, PruneReport
+from cap_hf.schedules import SparsitySchedule
 from cap_hf.targets import Target, find_targets
+from cap_hf.trainer import SparseTrainer
+from cap_hf.training_arguments import SparseTrainingArguments
 
 __version__ = "0.1.0"
 
@@ -12,9 +16,13 @@ __all__ = [
     "CAPCompressor",
     "CAPConfig",
     "CAPError",
+    "GradualPruner",
     "LayerReport",
     "NMPattern",
     "PruneReport",
+    "SparseTrainer",
+    "SparseTrainingArguments",
+    "SparsitySchedule",
     "Target",
     "find_targets",
 ]

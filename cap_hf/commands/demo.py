@@ -1,4 +1,4 @@
-"""`cap-hf demo`: the whole way on the embedded digits, in minutes on a CPU and without a network."""
+"""`cap-hf demo`: train, prune, recover on the embedded digits, in minutes on a CPU and without a network."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,8 +26,10 @@ from cap_hf.data import DataArguments, ImageDataset, calibration_split, collate,
 from cap_hf.errors import CAPError
 from cap_hf.evaluation import evaluate_model
 from cap_hf.report import Phases, versions
+from cap_hf.trainer import SparseTrainer
+from cap_hf.training_arguments import SparseTrainingArguments
 
-SPARSITIES = (0.5, 0.75, 0.9, 0.95)
+SPARSITIES = (0.5, 0.75, 0.9, 0.95, 0.98)
 SAVED = 0.9
 METHODS = {
     "CAP": "cap",
@@ -41,14 +43,15 @@ class DemoArguments:
     """Where the demo works."""
 
     output_dir: str = field(default="cap-hf-demo", metadata={"help": "Gets the dense and the pruned checkpoint."})
-    num_train_epochs: int = field(default=40, metadata={"help": "Of the dense model."})
+    num_train_epochs: int = field(default=30, metadata={"help": "Of the dense model."})
+    num_recovery_epochs: int = field(default=3, metadata={"help": "Of the sparsest model, with the dense as teacher."})
     num_grads: int = field(default=1024, metadata={"help": "Gradient samples of the Fisher."})
     seed: int = field(default=0, metadata={"help": "Of everything."})
 
 
 def main(argv: list[str]) -> None:
     """Run the command with these arguments."""
-    (args,) = parse(argv, "demo", "Train, prune, evaluate, save and load a small ViT.", DemoArguments)
+    (args,) = parse(argv, "demo", "Train, prune, recover, evaluate, save and load a small ViT.", DemoArguments)
     transformers_logging.disable_progress_bar()
     transformers.set_seed(args.seed)
     output, phases, accelerator = Path(args.output_dir), Phases(), Accelerator()
@@ -93,12 +96,24 @@ def main(argv: list[str]) -> None:
                 facts = {"dense": dense_metrics, "sparse": metrics, "pruning": report.to_dict(), "versions": versions()}
                 save_checkpoint(saved_folder, model, compressor.config, facts, image_processor)
                 check_loaded(saved_folder, model, test_loader)
+        if method == "cap":
+            sparsest, config = model, compressor.config
+    print(f"Recovering CAP's {100 * SPARSITIES[-1]:g} % model with the dense one as teacher ...", flush=True)
+    with phases("recover"):
+        recover(output, sparsest, dense, splits, image_processor, data_args, args)
+    recovered = evaluate_model(sparsest, test_loader, accelerator)
+    recovered_folder = output / f"recovered-{SPARSITIES[-1]:g}"
+    facts = {"dense": dense_metrics, "recovered": recovered, "versions": versions()}
+    save_checkpoint(recovered_folder, sparsest, config, facts, image_processor)
+    check_loaded(recovered_folder, sparsest, test_loader)
+    reports[f"cap {SPARSITIES[-1]:g} recovered"] = {"recovered": recovered}
     write_json(output / "report.json", {"dense": dense_metrics, "results": reports, "phases": phases.records})
     header = ["top-1 % at sparsity", *(f"{100 * sparsity:g} %" for sparsity in SPARSITIES)]
     rows = [["dense", *([percent(dense_metrics["top1"])] * len(SPARSITIES))]]
     rows += [[label, *map(percent, values)] for label, values in accuracies.items()]
+    rows.insert(2, ["CAP, recovered", *(["-"] * (len(SPARSITIES) - 1)), percent(recovered["top1"])])
     print(f"\n{table(header, rows)}\n")
-    print(f"{saved_folder} was loaded again with from_pretrained and predicts the same.")
+    print(f"{saved_folder} and {recovered_folder} were loaded again with from_pretrained and predict the same.")
 
 
 def train_dense(folder: Path, splits: dict, data_args: DataArguments, args: DemoArguments) -> None:
@@ -142,6 +157,33 @@ def train_dense(folder: Path, splits: dict, data_args: DataArguments, args: Demo
     trainer.remove_callback(PrinterCallback)
     trainer.train()
     save_checkpoint(folder, model, image_processor=image_processor)
+
+
+def recover(
+    output: Path,
+    model: PreTrainedModel,
+    teacher: PreTrainedModel,
+    splits: dict,
+    image_processor: object,
+    data_args: DataArguments,
+    args: DemoArguments,
+) -> None:
+    """Finetune a sparse model for a few epochs, with its zeros held, to predict and to see what the teacher does."""
+    training = SparseTrainingArguments(
+        output_dir=str(output / "trainer"),
+        num_train_epochs=args.num_recovery_epochs,
+        per_device_train_batch_size=64,
+        learning_rate=1e-3,
+        hidden_state_weight=1.0,
+        save_strategy="no",
+        logging_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        seed=args.seed,
+        dataloader_pin_memory=False,
+    )
+    dataset = ImageDataset(splits["train"], image_processor, model.config, data_args)
+    SparseTrainer(model, training, teacher=teacher, train_dataset=dataset, data_collator=collate).train()
 
 
 def check_loaded(folder: Path, model: PreTrainedModel, loader: DataLoader) -> None:

@@ -7,6 +7,7 @@ import sys
 COMMANDS = {
     "demo": "train a small ViT on the embedded digits, prune it with every method, print one table",
     "prune": "prune a checkpoint to one or several sparsities",
+    "finetune": "recover a sparse checkpoint's accuracy, or prune it gradually, with every zero held",
     "evaluate": "measure the accuracy of a checkpoint",
     "inspect": "show the targets of a checkpoint and how sparse they are",
 }

@@ -1,0 +1,6 @@
+"""`cap-hf finetune` for `accelerate launch`: the same arguments, one process or many."""
+
+from cap_hf.commands.main import launch
+
+if __name__ == "__main__":
+    launch("finetune")
