@@ -4,6 +4,8 @@ from cap_hf.compressor import CAPCompressor
 from cap_hf.config import CAPConfig, NMPattern
 from cap_hf.errors import CAPError
 from cap_hf.evaluation import ImageClassificationMetric
+from cap_hf.hub import push_to_hub
+from cap_hf.quantizer import CompressedConfig
 from cap_hf.report import LayerReport, PruneReport
 from cap_hf.targets import Target, find_targets
 
@@ -13,10 +15,12 @@ __all__ = [
     "CAPCompressor",
     "CAPConfig",
     "CAPError",
+    "CompressedConfig",
     "ImageClassificationMetric",
     "LayerReport",
     "NMPattern",
     "PruneReport",
     "Target",
     "find_targets",
+    "push_to_hub",
 ]

@@ -62,6 +62,24 @@ def write_json(path: str | Path, content: dict) -> None:
         partial.unlink(missing_ok=True)
 
 
+def read_report(folder: str | Path) -> dict:
+    """The report of a checkpoint, or an empty one if it has none.
+
+    Raises:
+        CAPError: report.json is there and cannot be read.
+    """
+    path = Path(folder) / REPORT_NAME
+    if not path.exists():
+        return {}
+    try:
+        report = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise CAPError(f"{path} cannot be read: {error}") from error
+    if not isinstance(report, dict):
+        raise CAPError(f"{path} is not a report: it holds no JSON object")
+    return report
+
+
 def save_checkpoint(
     directory: str | Path,
     model: PreTrainedModel,

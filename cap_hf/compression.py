@@ -240,11 +240,7 @@ def _scatter(flat: np.ndarray, bitmask: np.ndarray, values: np.ndarray) -> None:
 def _patterns(n: int, m: int) -> np.ndarray:
     """The bytes in which each group of m bits has n ones, ascending, uint8; a code is an index into them."""
     return np.array(
-        [
-            byte
-            for byte in range(256)
-            if all(POPCOUNT[byte >> shift & 2**m - 1] == n for shift in range(0, 8, m))
-        ],
+        [byte for byte in range(256) if all(POPCOUNT[byte >> shift & 2**m - 1] == n for shift in range(0, 8, m))],
         dtype=np.uint8,
     )
 

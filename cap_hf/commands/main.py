@@ -9,6 +9,8 @@ COMMANDS = {
     "prune": "prune a checkpoint to one or several sparsities",
     "evaluate": "measure the accuracy of a checkpoint",
     "inspect": "show the targets of a checkpoint and how sparse they are",
+    "compress": "store a pruned checkpoint in few bytes",
+    "push": "publish a checkpoint with a model card on the Hub",
 }
 
 
