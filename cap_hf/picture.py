@@ -3,8 +3,6 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from cap_hf.targets import summarize
-
 MAX_NAMES = 100
 
 
@@ -37,5 +35,4 @@ def draw_sparsity(names: Sequence[str], sparsities: Sequence[float], total: floa
 
 def shorten(name: str, limit: int = 60) -> str:
     """The end of a name, where layers differ."""
-    name = summarize([name.replace("\n", " ")])
     return name if len(name) <= limit else f"...{name[-limit:]}"
