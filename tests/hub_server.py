@@ -152,7 +152,9 @@ class Handler(BaseHTTPRequestHandler):
         if not self.writer:
             return self.answer({"error": "You do not have the rights to create a model here"}, 403)
         if name in self.server.repos:
-            return self.answer({"error": "You already created this model repo", "url": f"{self.server.url}/{name}"}, 409)
+            return self.answer(
+                {"error": "You already created this model repo", "url": f"{self.server.url}/{name}"}, 409
+            )
         private = wanted.get("private") or wanted.get("visibility") == "private"
         self.server.repos[name] = Repo(private=bool(private))
         return self.answer({"url": f"{self.server.url}/{name}"})
@@ -169,7 +171,9 @@ class Handler(BaseHTTPRequestHandler):
         if found := self.repo(name, revision):
             repo, branch = found
             siblings = [{"rfilename": path} for path in sorted(repo.branches[branch])]
-            self.answer({"id": name, "sha": repo.sha(branch), "private": repo.private, "siblings": siblings, "tags": []})
+            self.answer(
+                {"id": name, "sha": repo.sha(branch), "private": repo.private, "siblings": siblings, "tags": []}
+            )
 
     def refs(self, body: bytes, name: str) -> None:
         if found := self.repo(name):

@@ -203,7 +203,7 @@ def test_parts_that_contradict_each_other(damage, tmp_path):
     tensors = packed_file(tmp_path / "x.safetensors", unstructured())
     damage(tensors)
     save_file(tensors, tmp_path / "x.safetensors")
-    with pytest.raises(CAPError, match="damaged|cannot be read"):
+    with pytest.raises(CAPError, match=r"damaged|cannot be read"):
         load_file(tmp_path / "x.safetensors")
 
 

@@ -52,9 +52,7 @@ def test_files(saved):
 )
 def test_loads_bit_for_bit(saved, name, arguments):
     folder, model = saved
-    loaded, info = AutoModelForImageClassification.from_pretrained(
-        folder / name, output_loading_info=True, **arguments
-    )
+    loaded, info = AutoModelForImageClassification.from_pretrained(folder / name, output_loading_info=True, **arguments)
     assert not any(info.values())
     assert_same_weights(loaded, model)
 
@@ -97,9 +95,10 @@ def test_what_is_loaded_is_a_plain_model(saved, tmp_path):
     config = json.loads((tmp_path / "again" / "config.json").read_text())
     assert "quantization_config" not in config
     assert "transformers_weights" not in config
-    assert load_file(tmp_path / "again" / "model.safetensors").keys() == load_file(
-        folder / "plain" / "model.safetensors"
-    ).keys()
+    assert (
+        load_file(tmp_path / "again" / "model.safetensors").keys()
+        == load_file(folder / "plain" / "model.safetensors").keys()
+    )
     assert_same_weights(AutoModelForImageClassification.from_pretrained(tmp_path / "again"), model)
     loaded.train()
     optimizer = torch.optim.SGD(loaded.parameters(), lr=0.1)
