@@ -8,7 +8,9 @@ import html
 import json
 import re
 import shlex
+from contextlib import suppress
 from dataclasses import dataclass, field, fields
+from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any
 
@@ -232,13 +234,19 @@ class CardFacts:
 
 
 def template_path() -> Path:
-    """The card's template: in `model_cards/` of the repository, which is `cap_hf.model_cards` once installed."""
-    package = Path(__file__).parent
-    for folder in (package, package.parent):
-        path = folder / "model_cards" / "template.md"
+    """The card's template: in the repository's `model_cards/`, or where an installation puts the package's data.
+
+    Raises:
+        CAPError: it is in none of these places.
+    """
+    root = Path(__file__).parents[1]
+    paths = [root / "model_cards" / "template.md", root / "share" / "cap_hf" / "template.md"]
+    with suppress(PackageNotFoundError):
+        paths += [Path(file.locate()) for file in distribution("cap_hf").files or () if file.name == "template.md"]
+    for path in paths:
         if path.is_file():
             return path
-    raise CAPError(f"model_cards/template.md is neither in {package} nor beside it: install cap_hf again")
+    raise CAPError("model_cards/template.md is missing: install cap_hf again")
 
 
 def base_license(base_model: str | None) -> dict[str, str]:
