@@ -14,7 +14,7 @@ from cap_hf.card import CardFacts, base_license, code, hub_id, text
 from cap_hf.hub import prepare_folder
 from cap_hf.picture import draw_sparsity
 
-NASTY = 'it\'s "x": {{ 1337 * 1337 }} {% for %} <script>alert(1)</script> | `a` [b](c)\n---\nlicense: evil\n\u2028# head'
+NASTY = 'it\'s "x": {{ 1337 * 1337 }} {% if %} <script>alert(1)</script> | `a` [b](c)\n---\nlicense: evil\n\u2028# head'
 
 
 def render(folder, repo_id="user/small-vit", **kwargs):

@@ -49,7 +49,8 @@ def prune(tensor: torch.Tensor, form: str) -> torch.Tensor:
         groups = tensor.reshape(-1, m).clone()
         return groups.scatter_(1, groups.abs().argsort(dim=1)[:, : m - n], 0.0).view(tensor.shape)
     kept = tensor.abs() > tensor.abs().flatten().kthvalue(int(float(form) * tensor.numel())).values
-    return tensor * kept
+    # A product would turn negative weights into -0.0, which is kept bit for bit.
+    return torch.where(kept, tensor, 0.0)
 
 
 def throughput(form: str, dtype: torch.dtype, threads: int, repeats: int) -> dict:
