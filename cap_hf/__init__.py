@@ -4,6 +4,8 @@ from cap_hf.compressor import CAPCompressor
 from cap_hf.config import CAPConfig, NMPattern
 from cap_hf.errors import CAPError
 from cap_hf.gradual import GradualPruner
+from cap_hf.hub import push_to_hub
+from cap_hf.quantizer import CompressedConfig
 from cap_hf.report import LayerReport, PruneReport
 from cap_hf.schedules import SparsitySchedule
 from cap_hf.targets import Target, find_targets
@@ -16,6 +18,7 @@ __all__ = [
     "CAPCompressor",
     "CAPConfig",
     "CAPError",
+    "CompressedConfig",
     "GradualPruner",
     "LayerReport",
     "NMPattern",
@@ -25,4 +28,5 @@ __all__ = [
     "SparsitySchedule",
     "Target",
     "find_targets",
+    "push_to_hub",
 ]

@@ -155,16 +155,19 @@ class CAPCompressor:
         self.report = report
         return report
 
-    def save_pretrained(self, save_directory: str | Path, image_processor: object | None = None) -> None:
+    def save_pretrained(
+        self, save_directory: str | Path, image_processor: object | None = None, compressed: bool = False
+    ) -> None:
         """Save the pruned model with its CAPConfig and report (main process), atomically.
 
         Args:
             save_directory: replaced as a whole if it exists.
             image_processor: saved beside the model if given.
+            compressed: store only what is not zero; then `import cap_hf` is needed before `from_pretrained`.
         """
         if self.accelerator.is_main_process:
             report = self.report.to_dict() if self.report else {}
-            save_checkpoint(save_directory, self.model, self.config, report, image_processor)
+            save_checkpoint(save_directory, self.model, self.config, report, image_processor, compressed)
         self.accelerator.wait_for_everyone()
 
     def _batches(self, dataloader: Iterable[Batch]) -> Iterator[tuple[Batch, int, torch.Tensor | None]]:

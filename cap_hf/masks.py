@@ -43,3 +43,18 @@ def find_pattern(target: Target, mask: torch.Tensor) -> NMPattern | None:
         if channels % pattern.m == 0 and (rows.unflatten(1, (-1, pattern.m)).sum(dim=2) <= pattern.n).all():
             return pattern
     return None
+
+
+def differing_layers(targets: Sequence[Target], report: Mapping) -> list[str] | None:
+    """The layers that do not have as many zeros as a checkpoint's report says; None if it says nothing of layers.
+
+    Args:
+        targets: all of the model.
+        report: as read from report.json.
+    """
+    # A report of `cap-hf prune` has its pruning under that name; one of CAPCompressor.save_pretrained is all pruning.
+    stated = (report.get("pruning") or report).get("layers")
+    if not stated:
+        return None
+    zeros = {target.name: int((target.weight.detach() == 0).sum()) for target in targets}
+    return [layer["name"] for layer in stated if zeros.get(layer["name"]) != layer["num_zeros"]]

@@ -1,13 +1,14 @@
 """`cap-hf inspect`: the targets of a checkpoint and how sparse they are."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from cap_hf.checkpoint import write_json
+from cap_hf.checkpoint import read_report, write_json
 from cap_hf.commands.common import DEFAULT_OUTPUT_DIR, ModelArguments, load_model, parse, percent, table
 from cap_hf.config import CAPConfig
-from cap_hf.masks import find_pattern, take_masks
-from cap_hf.targets import find_targets
+from cap_hf.masks import differing_layers, find_pattern, take_masks
+from cap_hf.targets import find_targets, summarize
+from cap_hf.weights import find_weight_files, local_folder, measure
 
 
 @dataclass
@@ -25,7 +26,11 @@ def main(argv: list[str]) -> None:
     model_args, args = parse(
         argv, "inspect", "Show the targets of a checkpoint and how sparse they are.", ModelArguments, InspectArguments
     )
-    model = load_model(model_args)
+    folder = local_folder(
+        model_args.model_name_or_path, model_args.model_revision, model_args.cache_dir, model_args.token
+    )
+    files = find_weight_files(folder)
+    model = load_model(replace(model_args, model_name_or_path=str(folder)))
     config = CAPConfig(fisher_block_size=args.fisher_block_size)
     targets = find_targets(model, config.fisher_block_size, args.include, args.exclude)
     masks = take_masks(targets)
@@ -45,6 +50,8 @@ def main(argv: list[str]) -> None:
         )
     weights, zeros = (sum(layer[key] for layer in layers) for key in ("num_weights", "num_zeros"))
     parameters = sum(parameter.numel() for parameter in model.parameters())
+    dense_bytes, compressed_bytes = measure(folder)
+    differing = differing_layers(find_targets(model), read_report(folder))
     report = {
         "model_name_or_path": model_args.model_name_or_path,
         "architecture": type(model).__name__,
@@ -52,6 +59,11 @@ def main(argv: list[str]) -> None:
         "num_weights": weights,
         "num_zeros": zeros,
         "sparsity": zeros / weights,
+        "compressed": files.compressed,
+        "file_bytes": files.num_bytes,
+        "dense_bytes": dense_bytes,
+        "compressed_bytes": compressed_bytes,
+        "layers_unlike_report": differing,
         "layers": layers,
     }
     write_json(Path(args.output_dir) / "inspect.json", report)
@@ -70,3 +82,13 @@ def main(argv: list[str]) -> None:
         f"\n{type(model).__name__}: {len(layers)} targets with {weights:,} of {parameters:,} parameters, "
         f"{percent(zeros / weights)} % of them 0"
     )
+    print(
+        f"Weights take {files.num_bytes:,} bytes, {'compressed' if files.compressed else 'plain'}: "
+        f"{dense_bytes:,} dense, {compressed_bytes:,} compressed ({percent(compressed_bytes / dense_bytes)} %)"
+    )
+    if differing is None:
+        print("There is no report of its pruning to compare with")
+    elif differing:
+        print(f"The zeros are NOT those of its report in {summarize(differing)}")
+    else:
+        print("The zeros of every layer are as many as its report says")

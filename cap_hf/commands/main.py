@@ -10,6 +10,8 @@ COMMANDS = {
     "finetune": "recover a sparse checkpoint's accuracy, or prune it gradually, with every zero held",
     "evaluate": "measure the accuracy of a checkpoint",
     "inspect": "show the targets of a checkpoint and how sparse they are",
+    "compress": "store a pruned checkpoint in few bytes",
+    "push": "publish a checkpoint with a model card on the Hub",
 }
 
 

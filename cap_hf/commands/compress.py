@@ -1,0 +1,34 @@
+"""`cap-hf compress`: a checkpoint in as few bytes as its zeros allow."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from cap_hf.checkpoint import compress_checkpoint
+from cap_hf.commands.common import ModelArguments, check_output, parse, percent
+from cap_hf.weights import find_weight_files, local_folder
+
+
+@dataclass
+class CompressArguments:
+    """Where the compressed checkpoint goes."""
+
+    output_dir: str = field(default="compressed", metadata={"help": "Gets the compressed checkpoint."})
+    overwrite_output_dir: bool = field(default=False, metadata={"help": "Replace the folder if it is there."})
+
+
+def main(argv: list[str]) -> None:
+    """Run the command with these arguments."""
+    model_args, args = parse(
+        argv, "compress", "Store a pruned checkpoint in few bytes.", ModelArguments, CompressArguments
+    )
+    output = Path(args.output_dir)
+    check_output(output, args.overwrite_output_dir)
+    source = local_folder(
+        model_args.model_name_or_path, model_args.model_revision, model_args.cache_dir, model_args.token
+    )
+    compress_checkpoint(source, output)
+    before, after = find_weight_files(source).num_bytes, find_weight_files(output).num_bytes
+    print(
+        f"{output}: {after:,} bytes of weights, {percent(after / before)} % of {before:,}; "
+        "load it with `import cap_hf` and from_pretrained"
+    )

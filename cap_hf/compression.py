@@ -1,0 +1,295 @@
+"""Sparse tensors in few bytes: their non-zero entries and where they were, bit for bit.
+
+An entry is zero when all its bits are 0, so -0.0 is kept and comes back as -0.0. A packed tensor `X` is stored as
+ordinary tensors named after it:
+
+- `X.cap_shape`: uint8 of shape `(0, *shape)`, which takes no bytes;
+- `X.cap_values`: the kept entries in order, `(kept,)` with a bitmask, `(numel / M, N)` with codes;
+- either `X.cap_bitmask`: uint8 `(ceil(numel / 8),)`, entry i in bit `i % 8` of byte `i // 8`;
+- or `X.cap_codes`: for N:M, 8 entries at a time, the rank of their bitmask byte among the bytes in which each group
+  of M bits has N ones, in the fewest bits that hold it: 3 bits for a group of 2:4 where a bitmask takes 4. Eight
+  codes of w bits fill w bytes, the first in the lowest bits.
+
+The order is the order of memory; in a 4-dimensional tensor (a convolution) with the input channels last, so that its
+N:M groups are neighbours.
+
+Bytes out of proportion to a file cannot be asked for: a group of 8 entries has at least one value or one bit each.
+"""
+
+import math
+from collections.abc import Mapping
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+
+from cap_hf.errors import CAPError
+
+SHAPE, VALUES, BITMASK, CODES = "cap_shape", "cap_values", "cap_bitmask", "cap_codes"
+PARTS = (SHAPE, VALUES, BITMASK, CODES)
+# The M of N:M that have codes; anything else is stored with a bitmask.
+GROUP_SIZES = (2, 4, 8)
+# Entries, and words of eight codes, that are worked on at a time, so that what is made of them stays in cache.
+CHUNK, WORDS = 1 << 16, 1 << 13
+INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+POPCOUNT = np.array([bin(byte).count("1") for byte in range(256)])
+# The most ones in a group of M bits of each byte.
+MOST = {
+    m: np.max([POPCOUNT[np.arange(256) >> shift & 2**m - 1] for shift in range(0, 8, m)], axis=0) for m in GROUP_SIZES
+}
+
+
+def pack(tensor: torch.Tensor) -> dict[str, torch.Tensor] | None:
+    """The parts of a tensor by their suffix in whichever form takes fewest bytes, or None if that is the dense one.
+
+    Args:
+        tensor: on the CPU, any shape and any dtype of 1, 2, 4 or 8 bytes.
+    """
+    size = tensor.element_size()
+    if size not in INTEGERS or not tensor.numel():
+        return None
+    flat = _in_group_order(tensor.detach()).contiguous().view(-1).view(INTEGERS[size]).numpy()
+    bitmask, values = _gather(flat)
+    sizes = {None: values.size * size + bitmask.size}
+    if flat.size % 8 == 0 and values.size:
+        # The bytes that occur in the bitmask say which N:M patterns hold.
+        seen = torch.bincount(torch.from_numpy(bitmask), minlength=256).numpy() > 0
+        for m in GROUP_SIZES:
+            n = int(MOST[m][seen].max())
+            if n < m:
+                sizes[n, m] = flat.size // m * n * size + _code_bytes(flat.size, n, m)
+    best = min(sizes, key=lambda form: sizes[form])
+    if sizes[best] >= flat.size * size:
+        return None
+    parts = {SHAPE: torch.empty((0, *tensor.shape), dtype=torch.uint8)}
+    if best is None:
+        return parts | {VALUES: torch.from_numpy(values).view(tensor.dtype), BITMASK: torch.from_numpy(bitmask)}
+    n, m = best
+    if values.size < flat.size // m * n:
+        # A group with fewer than N entries that are not zero keeps some zeros as well.
+        bitmask, values = _gather(flat, _covers(n, m).take(bitmask))
+    values = torch.from_numpy(values).view(tensor.dtype).view(-1, n)
+    return parts | {VALUES: values, CODES: torch.from_numpy(_pack_codes(bitmask, n, m))}
+
+
+def unpack(parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """The dense tensor, on the device of its parts and with the dtype of its values.
+
+    Args:
+        parts: what `pack` returned, its values perhaps cast to another dtype.
+
+    Raises:
+        CAPError: the parts contradict each other.
+    """
+    bitmask = _check(parts, "a packed tensor")
+    values, shape = parts[VALUES], tuple(parts[SHAPE].shape[1:])
+    if bitmask is None:
+        return torch.empty(shape, dtype=values.dtype, device=values.device)
+    is_conv = len(shape) == 4
+    dense = torch.empty(
+        (shape[0], *shape[2:], shape[1]) if is_conv else shape, dtype=values.dtype, device=values.device
+    )
+    integers = INTEGERS[values.element_size()]
+    flat, kept = dense.view(-1).view(integers), values.contiguous().view(-1).view(integers)
+    if values.device.type == "cpu":
+        _scatter(flat.numpy(), bitmask.numpy(), kept.numpy())
+    else:
+        shifts = torch.arange(8, dtype=torch.uint8, device=bitmask.device)
+        mask = ((bitmask[:, None] >> shifts) & 1).bool().view(-1)[: flat.numel()]
+        flat.zero_().masked_scatter_(mask, kept)
+    return dense.movedim(-1, 1).contiguous() if is_conv else dense
+
+
+def _check(parts: Mapping[str, torch.Tensor], name: str) -> torch.Tensor | None:
+    """The bitmask of a packed tensor whose parts fit each other; None if they are on the meta device.
+
+    Raises:
+        CAPError: a part is missing or superfluous, or their shapes, dtypes or numbers of entries disagree.
+    """
+    if set(parts) not in ({SHAPE, VALUES, BITMASK}, {SHAPE, VALUES, CODES}):
+        raise CAPError(f"{name} has the parts {', '.join(sorted(parts)) or 'none'}: the file is damaged")
+    shape, values, where = parts[SHAPE], parts[VALUES], parts[BITMASK if BITMASK in parts else CODES]
+    if shape.dim() < 1 or shape.shape[0] != 0:
+        raise CAPError(f"{name} has a {SHAPE} that is not (0, ...): the file is damaged")
+    if where.dtype != torch.uint8 or where.dim() != 1 or values.element_size() not in INTEGERS:
+        raise CAPError(f"{name} has a bitmask, codes or values of a wrong dtype or shape: the file is damaged")
+    numel = math.prod(shape.shape[1:])
+    if BITMASK in parts:
+        if values.dim() != 1 or where.numel() != -(-numel // 8):
+            raise CAPError(f"{name} has a bitmask or values of a wrong shape: the file is damaged")
+        if where.is_meta:
+            return None
+        counts = torch.bincount(where, minlength=256)
+        kept = int((counts * torch.from_numpy(POPCOUNT).to(counts.device)).sum())
+        if kept != values.numel() or (numel % 8 and int(where[-1]) >> numel % 8):
+            raise CAPError(f"{name} has {values.numel()} values, its bitmask marks {kept}: the file is damaged")
+        return where.contiguous()
+    groups, n = values.shape if values.dim() == 2 else (0, 0)
+    m = numel // groups if groups else 0
+    if m not in GROUP_SIZES or groups * m != numel or numel % 8 or not 0 < n < m:
+        raise CAPError(f"{name} has values that are no N:M groups of its shape: the file is damaged")
+    if where.numel() != _code_bytes(numel, n, m):
+        raise CAPError(f"{name} has codes of a wrong length for {n}:{m}: the file is damaged")
+    if where.is_meta:
+        return None
+    bitmask = _unpack_codes(where, n, m)
+    # What fills up the last eight codes is 0; a code beyond the patterns became 0, which no pattern is.
+    if not bool(bitmask[: numel // 8].all()) or bool((bitmask[numel // 8 :] != _patterns(n, m)[0]).any()):
+        raise CAPError(f"{name} has a code that is no {n}:{m} pattern: the file is damaged")
+    return bitmask[: numel // 8]
+
+
+def packed_names(names: list[str]) -> dict[str, list[str]]:
+    """The suffixes of the parts that tensor names in a file belong to, by the name of the packed tensor."""
+    packed: dict[str, list[str]] = {}
+    for name in names:
+        base, _, suffix = name.rpartition(".")
+        if suffix in PARTS:
+            packed.setdefault(base, []).append(suffix)
+    return packed
+
+
+def check_file(path: str | Path) -> None:
+    """Raise a CAPError unless a safetensors file is whole and each packed tensor in it can be unpacked.
+
+    Reads the header and what says where values go (a few bits an entry), no values.
+    """
+    with open_safetensors(path) as file:
+        names = set(file.keys())
+        for base, suffixes in packed_names(sorted(names)).items():
+            if base in names:
+                raise CAPError(f"{path} holds {base} both dense and packed: the file is damaged")
+            _check({suffix: _peek(file, f"{base}.{suffix}") for suffix in suffixes}, f"{base} in {path}")
+
+
+def load_file(path: str | Path) -> dict[str, torch.Tensor]:
+    """All tensors of a compressed or plain safetensors file, dense, on the CPU.
+
+    Raises:
+        CAPError: the file is damaged or is not a safetensors file.
+    """
+    check_file(path)
+    with open_safetensors(path) as file:
+        names = list(file.keys())
+        packed = packed_names(names)
+        tensors = {name: file.get_tensor(name) for name in names if name.rpartition(".")[2] not in PARTS}
+        for base, suffixes in packed.items():
+            tensors[base] = unpack({suffix: file.get_tensor(f"{base}.{suffix}") for suffix in suffixes})
+    return tensors
+
+
+def open_safetensors(path: str | Path) -> safe_open:
+    """Open a safetensors file for reading.
+
+    Raises:
+        CAPError: it is missing, truncated or something else.
+    """
+    try:
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError, ValueError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CAPError(f"{path} cannot be read as safetensors: {reason}") from error
+
+
+def _peek(file: safe_open, name: str) -> torch.Tensor:
+    """A part as it is, except that values stay on the disk."""
+    if name.endswith((BITMASK, CODES)):
+        return file.get_tensor(name)
+    view = file.get_slice(name)
+    shape = view.get_shape()
+    empty = view[:0] if shape else file.get_tensor(name)
+    # An expanded entry has any shape and no bytes of its own.
+    return torch.empty((), dtype=empty.dtype).expand(shape)
+
+
+def _in_group_order(tensor: torch.Tensor) -> torch.Tensor:
+    """Input channels last for a convolution, so that its N:M groups are neighbours."""
+    return tensor.movedim(1, -1) if tensor.dim() == 4 else tensor
+
+
+def _gather(flat: np.ndarray, bitmask: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """The bitmask of the entries that are not zero, if none is given, and the entries it marks, in order."""
+    masks, values = [], []
+    for first in range(0, flat.size, CHUNK):
+        chunk = flat[first : first + CHUNK]
+        if bitmask is None:
+            marks = chunk != 0
+            masks.append(np.packbits(marks, bitorder="little"))
+        else:
+            marks = np.unpackbits(bitmask[first // 8 : (first + CHUNK) // 8], bitorder="little").view(bool)
+        # Indices are several times as fast as indexing with a mask.
+        values.append(chunk.take(np.flatnonzero(marks)))
+    return np.concatenate(masks) if bitmask is None else bitmask, np.concatenate(values)
+
+
+def _scatter(flat: np.ndarray, bitmask: np.ndarray, values: np.ndarray) -> None:
+    """Put the values where the bitmask has a 1 and 0 elsewhere; `flat` need not be initialised."""
+    start = 0
+    for first in range(0, flat.size, CHUNK):
+        marks = np.unpackbits(bitmask[first // 8 : (first + CHUNK) // 8], bitorder="little")
+        indices = np.flatnonzero(marks.view(bool))
+        chunk = flat[first : first + CHUNK]
+        chunk.fill(0)
+        chunk[indices] = values[start : start + indices.size]
+        start += indices.size
+
+
+@lru_cache
+def _patterns(n: int, m: int) -> np.ndarray:
+    """The bytes in which each group of m bits has n ones, ascending, uint8; a code is an index into them."""
+    return np.array(
+        [byte for byte in range(256) if all(POPCOUNT[byte >> shift & 2**m - 1] == n for shift in range(0, 8, m))],
+        dtype=np.uint8,
+    )
+
+
+@lru_cache
+def _covers(n: int, m: int) -> np.ndarray:
+    """The smallest of `_patterns` that has all ones of each byte, uint8 `(256,)`; only where there is one."""
+    bytes_ = np.arange(256)[:, None]
+    return _patterns(n, m)[((_patterns(n, m) & bytes_) == bytes_).argmax(axis=1)]
+
+
+def _code_width(n: int, m: int) -> int:
+    return (len(_patterns(n, m)) - 1).bit_length()
+
+
+def _code_bytes(numel: int, n: int, m: int) -> int:
+    return -(-numel // 64) * _code_width(n, m)
+
+
+def _pack_codes(bitmask: np.ndarray, n: int, m: int) -> np.ndarray:
+    """The codes of a bitmask of `_patterns` bytes."""
+    width = _code_width(n, m)
+    ranks = np.zeros(256, dtype=np.uint64)
+    ranks[_patterns(n, m)] = np.arange(len(_patterns(n, m)))
+    packed = np.empty((-(-bitmask.size // 8), width), dtype=np.uint8)
+    for first in range(0, len(packed), WORDS):
+        chunk = bitmask[8 * first : 8 * (first + WORDS)]
+        codes = np.zeros(-(-chunk.size // 8) * 8, dtype=np.uint64)
+        codes[: chunk.size] = ranks.take(chunk)
+        words = np.zeros(codes.size // 8, dtype="<u8")
+        for place in range(8):
+            words |= codes[place::8] << np.uint64(place * width)
+        packed[first : first + WORDS] = words.view(np.uint8).reshape(-1, 8)[:, :width]
+    return packed.reshape(-1)
+
+
+def _unpack_codes(packed: torch.Tensor, n: int, m: int) -> torch.Tensor:
+    """The inverse of `_pack_codes` on any device, with whole words; 0 for what is no code."""
+    width = _code_width(n, m)
+    table = np.zeros(256, dtype=np.uint8)
+    table[: len(_patterns(n, m))] = _patterns(n, m)
+    table = torch.from_numpy(table).to(packed.device)
+    packed = packed.contiguous().view(-1, width)
+    bitmask = torch.empty((len(packed), 8), dtype=torch.uint8, device=packed.device)
+    for first in range(0, len(packed), WORDS):
+        chunk = packed[first : first + WORDS].long()
+        words = chunk[:, 0].clone()
+        for byte in range(1, width):
+            words |= chunk[:, byte] << 8 * byte
+        for place in range(8):
+            bitmask[first : first + WORDS, place] = table[words >> place * width & 2**width - 1]
+    return bitmask.view(-1)

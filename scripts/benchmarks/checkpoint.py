@@ -1,0 +1,139 @@
+"""Measure compressed checkpoints: packing and unpacking in bytes of dense tensors a second, and `from_pretrained`
+of a pruned ViT-B, plain against compressed, from a cold page cache.
+
+    python scripts/benchmarks/checkpoint.py --json checkpoint.json
+
+Loading is measured in fresh processes, plain and compressed in turn; the files' pages are dropped from the cache
+before each. Wall time counts what else the machine does, so CPU seconds are given too.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from transformers import ViTConfig, ViTForImageClassification
+
+from cap_hf import find_targets
+from cap_hf.checkpoint import compress_checkpoint
+from cap_hf.compression import pack, unpack
+from cap_hf.report import versions
+from cap_hf.weights import find_weight_files
+
+LOAD = """
+import json, resource, sys, time
+import torch, cap_hf
+from transformers import AutoModelForImageClassification
+from transformers.utils import logging
+logging.disable_progress_bar()
+wall, cpu = time.perf_counter(), time.process_time()
+model = AutoModelForImageClassification.from_pretrained(sys.argv[1])
+wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+print(json.dumps({"wall_seconds": wall, "cpu_seconds": cpu, "peak_bytes": peak}))
+"""
+
+
+def prune(tensor: torch.Tensor, form: str) -> torch.Tensor:
+    """Zeros where the magnitudes are smallest: a share of them, or N:M."""
+    if ":" in form:
+        n, m = map(int, form.split(":"))
+        groups = tensor.reshape(-1, m).clone()
+        return groups.scatter_(1, groups.abs().argsort(dim=1)[:, : m - n], 0.0).view(tensor.shape)
+    kept = tensor.abs() > tensor.abs().flatten().kthvalue(int(float(form) * tensor.numel())).values
+    # A product would turn negative weights into -0.0, which is kept bit for bit.
+    return torch.where(kept, tensor, 0.0)
+
+
+def throughput(form: str, dtype: torch.dtype, threads: int, repeats: int) -> dict:
+    """GB of dense tensors a second, median; `threads` tensors of the size of ViT-B's MLP at a time."""
+    tensors = [prune(torch.randn(3072, 768), form).to(dtype) for _ in range(2 * threads)]
+    packed = [pack(tensor) for tensor in tensors]
+    size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    result = {"form": form, "dtype": str(dtype), "threads": threads}
+    stored = sum(part.numel() * part.element_size() for parts in packed for part in parts.values())
+    result["compressed_share"] = stored / size
+    with ThreadPoolExecutor(threads) as pool:
+        for name, action, items in (("pack", pack, tensors), ("unpack", unpack, packed)):
+            walls, cpus = [], []
+            for _ in range(repeats):
+                wall, cpu = time.perf_counter(), time.process_time()
+                list(pool.map(action, items))
+                walls.append(time.perf_counter() - wall)
+                cpus.append(time.process_time() - cpu)
+            result[f"{name}_gb_per_second"] = size / 1e9 / statistics.median(walls)
+            result[f"{name}_gb_per_cpu_second"] = size / 1e9 / statistics.median(cpus)
+    return result
+
+
+def drop_pages(folder: Path) -> None:
+    """Take the files of a folder out of the page cache."""
+    for path in folder.iterdir():
+        descriptor = os.open(path, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(descriptor)
+
+
+def loading(folder: Path, sparsities: list[float], repeats: int) -> list[dict]:
+    """`from_pretrained` of a ViT-B, plain and compressed."""
+    results = []
+    for sparsity in sparsities:
+        model = ViTForImageClassification(ViTConfig(num_labels=1000))
+        for target in find_targets(model):
+            target.weight.data = prune(target.weight.data, str(sparsity))
+        folders = {"plain": folder / f"plain-{sparsity}", "compressed": folder / f"compressed-{sparsity}"}
+        model.save_pretrained(folders["plain"])
+        del model
+        start = time.perf_counter()
+        compress_checkpoint(folders["plain"], folders["compressed"])
+        seconds = time.perf_counter() - start
+        runs: dict[str, list[dict]] = {name: [] for name in folders}
+        for _ in range(repeats):
+            for name, path in folders.items():
+                drop_pages(path)
+                done = subprocess.run(
+                    [sys.executable, "-c", LOAD, str(path)], capture_output=True, text=True, check=True
+                )
+                runs[name].append(json.loads(done.stdout.splitlines()[-1]))
+        result = {"sparsity": sparsity, "compress_checkpoint_seconds": seconds}
+        for name, path in folders.items():
+            medians = {key: statistics.median(run[key] for run in runs[name]) for key in runs[name][0]}
+            result[name] = {"file_bytes": find_weight_files(path).num_bytes, **medians}
+        results.append(result)
+    return results
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", type=Path, required=True, help="Gets the figures.")
+    parser.add_argument("--forms", nargs="+", default=["0.5", "0.75", "0.9", "2:4", "1:4"])
+    parser.add_argument("--sparsities", type=float, nargs="+", default=[0.75, 0.9], help="Of the loaded ViT-B.")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="That pack at a time.")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--dir", type=Path, default=None, help="Where the checkpoints are written and read.")
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    report = {"versions": versions(), "machine": platform.machine(), "cpus": len(os.sched_getaffinity(0))}
+    report["throughput"] = [
+        throughput(form, dtype, args.threads, args.repeats)
+        for dtype in (torch.float32, torch.bfloat16)
+        for form in args.forms
+    ]
+    with tempfile.TemporaryDirectory(dir=args.dir) as folder:
+        report["loading"] = loading(Path(folder), args.sparsities, args.repeats)
+    args.json.write_text(json.dumps(report, indent=2) + "\n")
+    print(json.dumps(report, indent=2))
+
+
+if __name__ == "__main__":
+    main()
