@@ -1,6 +1,6 @@
 """`cap-hf demo`: train, prune, recover on the embedded digits, in minutes on a CPU and without a network."""
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -74,6 +74,7 @@ def main(argv: list[str]) -> None:
     calibration = calibration_split(splits["train"], args.num_grads, args.seed)
     train_loader = make_dataloader(ImageDataset(calibration, image_processor, dense.config, data_args), 64)
 
+    facts = {"data": asdict(data_args), "seed": args.seed, "dense": dense_metrics, "versions": versions()}
     accuracies: dict[str, list[float]] = {}
     reports = {}
     saved_folder = output / f"sparsity-{SAVED:g}"
@@ -93,8 +94,8 @@ def main(argv: list[str]) -> None:
             accuracies[label].append(metrics["top1"])
             reports[f"{method} {sparsity:g}"] = {"sparse": metrics, "pruning": report.to_dict()}
             if method == "cap" and sparsity == SAVED:
-                facts = {"dense": dense_metrics, "sparse": metrics, "pruning": report.to_dict(), "versions": versions()}
-                save_checkpoint(saved_folder, model, compressor.config, facts, image_processor)
+                sparse = facts | {"sparse": metrics, "pruning": report.to_dict()}
+                save_checkpoint(saved_folder, model, compressor.config, sparse, image_processor)
                 check_loaded(saved_folder, model, test_loader)
         if method == "cap":
             sparsest, config = model, compressor.config
@@ -103,8 +104,7 @@ def main(argv: list[str]) -> None:
         recover(output, sparsest, dense, splits, image_processor, data_args, args)
     recovered = evaluate_model(sparsest, test_loader, accelerator)
     recovered_folder = output / f"recovered-{SPARSITIES[-1]:g}"
-    facts = {"dense": dense_metrics, "recovered": recovered, "versions": versions()}
-    save_checkpoint(recovered_folder, sparsest, config, facts, image_processor)
+    save_checkpoint(recovered_folder, sparsest, config, facts | {"recovered": recovered}, image_processor)
     check_loaded(recovered_folder, sparsest, test_loader)
     reports[f"cap {SPARSITIES[-1]:g} recovered"] = {"recovered": recovered}
     write_json(output / "report.json", {"dense": dense_metrics, "results": reports, "phases": phases.records})
