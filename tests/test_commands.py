@@ -292,7 +292,7 @@ def test_demo_small(tmp_path, capsys, monkeypatch):
     arguments = ["demo", "--output_dir", str(tmp_path), "--num_train_epochs", "1", "--num_grads", "32"]
     assert main(arguments) == 0
     first = capsys.readouterr().out
-    assert "predicts the same" in first
+    assert "predict the same" in first
     loaded = AutoModelForImageClassification.from_pretrained(tmp_path / "sparsity-0.9")
     zeros = sum(int((value == 0).sum()) for name, value in loaded.state_dict().items() if ".layers." in name)
     assert zeros > 0.85 * sum(v.numel() for n, v in loaded.state_dict().items() if ".layers." in n and v.dim() == 2)
