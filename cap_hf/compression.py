@@ -55,7 +55,7 @@ def pack(tensor: torch.Tensor) -> dict[str, torch.Tensor] | None:
     sizes = {None: values.size * size + bitmask.size}
     if flat.size % 8 == 0 and values.size:
         # The bytes that occur in the bitmask say which N:M patterns hold.
-        seen = torch.bincount(torch.from_numpy(bitmask), minlength=256).numpy() > 0
+        seen = np.bincount(bitmask, minlength=256) > 0
         for m in GROUP_SIZES:
             n = int(MOST[m][seen].max())
             if n < m:
@@ -121,8 +121,7 @@ def _check(parts: Mapping[str, torch.Tensor], name: str) -> torch.Tensor | None:
             raise CAPError(f"{name} has a bitmask or values of a wrong shape: the file is damaged")
         if where.is_meta:
             return None
-        counts = torch.bincount(where, minlength=256)
-        kept = int((counts * torch.from_numpy(POPCOUNT).to(counts.device)).sum())
+        kept = sum(_counts(where.cpu().numpy()))
         if kept != values.numel() or (numel % 8 and int(where[-1]) >> numel % 8):
             raise CAPError(f"{name} has {values.numel()} values, its bitmask marks {kept}: the file is damaged")
         return where.contiguous()
@@ -207,6 +206,14 @@ def _peek(file: safe_open, name: str) -> torch.Tensor:
 def _in_group_order(tensor: torch.Tensor) -> torch.Tensor:
     """Input channels last for a convolution, so that its N:M groups are neighbours."""
     return tensor.movedim(1, -1) if tensor.dim() == 4 else tensor
+
+
+def _counts(bitmask: np.ndarray) -> list[int]:
+    """The number of ones in the bits of each chunk; `torch.bincount` takes ten times as long."""
+    return [
+        np.count_nonzero(np.unpackbits(bitmask[first : first + CHUNK // 8]))
+        for first in range(0, bitmask.size, CHUNK // 8)
+    ]
 
 
 def _gather(flat: np.ndarray, bitmask: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.core_model_loading import ConversionOps
+from transformers.core_model_loading import ConversionOps, WeightConverter
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
@@ -63,6 +63,7 @@ class Unpack(ConversionOps):
         weights = {}
         for pattern, tensors in input_dict.items():
             tensors = tensors if isinstance(tensors, list) else [tensors]
+            pattern = pattern.removesuffix("$")
             base, _, suffix = pattern.rpartition(".")
             if suffix in PARTS:
                 parts.setdefault(base, {})[suffix] = tensors
@@ -73,7 +74,7 @@ class Unpack(ConversionOps):
             if base in weights or len({len(tensors) for tensors in lists.values()}) != 1:
                 raise CAPError(f"{kwargs.get('full_layer_name', base)} is stored in part dense and in part compressed")
             count = len(next(iter(lists.values())))
-            weights[base] = [unpack({name: lists[name][index] for name in lists}) for index in range(count)]
+            weights[base] = [unpack({part: lists[part][index] for part in lists}) for index in range(count)]
         return weights
 
     @property
@@ -112,9 +113,22 @@ class CompressedQuantizer(HfQuantizer):
         del model.config.transformers_weights
         for file in checkpoint_files or ():
             check_file(file)
+        self.dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        # transformers 5.20 loads renamed weights of any pre-quantized model in the dtype of the file.
+        for name, parameter in model.named_parameters():
+            parameter.data = parameter.data.to(self.dtypes.get(name, parameter.dtype))
 
     def get_load_operations(self) -> dict[str, type[ConversionOps]]:
         return {"dequantize": Unpack}
+
+    def get_weight_conversions(self) -> list[WeightConverter]:
+        # transformers 5.21 makes them of the two above; 5.20 makes none, and takes the first pattern that fits.
+        return super().get_weight_conversions() or [
+            WeightConverter([f"{name}$", *names[1:]], name, [Unpack(self)])
+            for name, names in self.serialized_names.items()
+        ]
 
     def is_serializable(self) -> bool:
         return True
