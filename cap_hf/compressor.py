@@ -31,7 +31,7 @@ from cap_hf.elimination import (
 from cap_hf.errors import CAPError
 from cap_hf.fisher import Batch, BlockFisher
 from cap_hf.report import LayerReport, PruneReport
-from cap_hf.targets import Target, find_targets
+from cap_hf.targets import Target, find_targets, summarize
 
 logger = logging.getLogger(__name__)
 
@@ -151,7 +151,7 @@ class CAPCompressor:
             target.weight.data.copy_(broadcast(weight) if self.accelerator.num_processes > 1 else weight)
         collapsed = [layer.name for layer in report.layers if layer.num_zeros == layer.num_weights]
         if collapsed:
-            logger.warning("No weight is left in %s: consider --exclude or a lower sparsity.", ", ".join(collapsed))
+            logger.warning("No weight is left in %s: consider --exclude or a lower sparsity.", summarize(collapsed, 3))
         self.report = report
         return report
 

@@ -45,7 +45,7 @@ class DemoArguments:
     output_dir: str = field(default="cap-hf-demo", metadata={"help": "Gets the dense and the pruned checkpoint."})
     num_train_epochs: int = field(default=30, metadata={"help": "Of the dense model."})
     num_recovery_epochs: int = field(default=3, metadata={"help": "Of the sparsest model, with the dense as teacher."})
-    num_grads: int = field(default=1024, metadata={"help": "Gradient samples of the Fisher."})
+    num_grads: int = field(default=512, metadata={"help": "Gradient samples of the Fisher."})
     seed: int = field(default=0, metadata={"help": "Of everything."})
 
 
@@ -183,7 +183,9 @@ def recover(
         dataloader_pin_memory=False,
     )
     dataset = ImageDataset(splits["train"], image_processor, model.config, data_args)
-    SparseTrainer(model, training, teacher=teacher, train_dataset=dataset, data_collator=collate).train()
+    trainer = SparseTrainer(model, training, teacher=teacher, train_dataset=dataset, data_collator=collate)
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
 
 
 def check_loaded(folder: Path, model: PreTrainedModel, loader: DataLoader) -> None:
