@@ -36,6 +36,16 @@ METHODS = {
     "OBS without correlations": "obs",
     "magnitude, global": "magnitude",
 }
+# What the dense training and the recovery have in common: a short, silent run without checkpoints.
+TRAINING = {
+    "per_device_train_batch_size": 64,
+    "learning_rate": 1e-3,
+    "save_strategy": "no",
+    "logging_strategy": "no",
+    "report_to": "none",
+    "disable_tqdm": True,
+    "dataloader_pin_memory": False,
+}
 
 
 @dataclass
@@ -140,17 +150,11 @@ def train_dense(folder: Path, splits: dict, data_args: DataArguments, args: Demo
     training = TrainingArguments(
         output_dir=str(folder.parent / "trainer"),
         num_train_epochs=args.num_train_epochs,
-        per_device_train_batch_size=64,
-        learning_rate=1e-3,
         lr_scheduler_type="cosine",
         warmup_steps=50,
         weight_decay=0.05,
-        save_strategy="no",
-        logging_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
         seed=args.seed,
-        dataloader_pin_memory=False,
+        **TRAINING,
     )
     dataset = ImageDataset(splits["train"], image_processor, config, data_args)
     trainer = Trainer(model=model, args=training, train_dataset=dataset, data_collator=collate)
@@ -172,15 +176,9 @@ def recover(
     training = SparseTrainingArguments(
         output_dir=str(output / "trainer"),
         num_train_epochs=args.num_recovery_epochs,
-        per_device_train_batch_size=64,
-        learning_rate=1e-3,
         hidden_state_weight=1.0,
-        save_strategy="no",
-        logging_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
         seed=args.seed,
-        dataloader_pin_memory=False,
+        **TRAINING,
     )
     dataset = ImageDataset(splits["train"], image_processor, model.config, data_args)
     trainer = SparseTrainer(model, training, teacher=teacher, train_dataset=dataset, data_collator=collate)
