@@ -1,6 +1,7 @@
 """CAPCompressor: exact sparsity, zeros kept, several prunes from one collection, errors before any change."""
 
 import copy
+from functools import cache
 
 import pytest
 import torch
@@ -61,10 +62,10 @@ def test_sparsity_is_exact_to_the_weight(sparsity, allocation, selection):
         assert all(abs(layer.num_zeros - sparsity * layer.num_weights) <= 1 for layer in report.layers)
 
 
-def shared_compressor(cache=[]):  # noqa: B006 one collection serves all examples of the property test
-    if not cache:
-        cache.append(collected(build("ViT"), fisher_block_size=8))
-    return cache[0]
+@cache
+def shared_compressor() -> CAPCompressor:
+    """One collection serves all examples of the property test."""
+    return collected(build("ViT"), fisher_block_size=8)
 
 
 def test_the_weights_are_the_minimum_for_the_removed_set():
