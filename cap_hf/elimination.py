@@ -1,10 +1,12 @@
 """The greedy correlation-aware solver and its reconstruction (arXiv 2210.09223, section 3). Tensors only."""
 
+import math
 from dataclasses import dataclass
 
 import torch
 
 from cap_hf.config import NMPattern
+from cap_hf.extension import load_extension
 
 # Steps between two updates of the inverse: long enough that the update is a matrix product, short enough that
 # the pending columns stay in the cache.
@@ -51,14 +53,18 @@ def invert(fisher: torch.Tensor) -> torch.Tensor:
     """
     if len(fisher) > 1 and fisher.stride(0) == 0:  # one matrix, expanded
         return invert(fisher[:1]).expand_as(fisher)
-    factor, info = torch.linalg.cholesky_ex(fisher)
+    if has_kernels(fisher):
+        inverse, info = torch.ops.cap_hf.invert(fisher)
+    else:
+        factor, info = torch.linalg.cholesky_ex(fisher)
+        inverse = None if info.any() else torch.cholesky_inverse(factor)
     if info.any():
         block = int(info.nonzero()[0, 0])
         eigenvalues = torch.linalg.eigvalsh(fisher[block])
         # Enough to lift the lowest eigenvalue well above what float64 loses.
         damp = float(-2 * eigenvalues[0].clamp(max=0) + 1e-10 * eigenvalues[-1].abs())
         raise NotInvertibleError(block, damp)
-    return torch.cholesky_inverse(factor)
+    return inverse
 
 
 def decouple(fisher: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
@@ -73,18 +79,27 @@ def decouple(fisher: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
     return fisher
 
 
-def eliminate(weights: torch.Tensor, inverse: torch.Tensor, pattern: NMPattern | None = None) -> Elimination:
-    """Remove the cheapest weight, move the others, repeat, in all blocks at once.
+def has_kernels(tensor: torch.Tensor) -> bool:
+    """Whether the C++ kernels take a tensor like this one; else the PyTorch code does, with the same results."""
+    return tensor.device.type == "cpu" and tensor.dtype == torch.float64 and load_extension("elimination")
 
-    Removing entry p costs `w_p^2 / (2 A_pp)` and moves the others by `-A[:, p] w_p / A_pp`; `A` then loses rank
-    one. Within a panel of steps only the pivots' columns of the current `A` are formed (left-looking); after it
-    one matrix product brings `A` up to date on the survivors, so the work is 2/3 B^3 a block, almost all of it
-    matrix products, and nothing but `A` itself is carried along.
+
+def eliminate(
+    weights: torch.Tensor,
+    inverse: torch.Tensor,
+    pattern: NMPattern | None = None,
+    max_loss: float = math.inf,
+) -> Elimination:
+    """Remove the cheapest weight, move the others, repeat, in all blocks.
+
+    In float64 on a CPU a compiled kernel does what `eliminate_in_torch` does, block by block in the core's cache.
 
     Args:
         weights: `(n, B)`. Entries that are 0 are removed first, at no cost.
         inverse: `(n, B, B)`, the inverse damped Fisher `A`, symmetric. Not changed.
         pattern: N:M; then no group of M consecutive entries gives up more than M - N.
+        max_loss: a block stops before the first removal that costs more: the rest of its losses are infinite, and
+            its order lists the rest in any order.
 
     Returns:
         The order and losses of all B removals, or of the `B (M - N) / M` that the pattern allows.
@@ -92,12 +107,38 @@ def eliminate(weights: torch.Tensor, inverse: torch.Tensor, pattern: NMPattern |
     Raises:
         LostPivotError: rounding destroyed a pivot.
     """
+    if not has_kernels(weights):
+        return eliminate_in_torch(weights, inverse, pattern, max_loss)
+    steps, group, limit = weights.shape[1], 0, 0
+    if pattern is not None:
+        group, limit = pattern.m, pattern.m - pattern.n
+        steps = steps // group * limit
+    order, losses, lost = torch.ops.cap_hf.eliminate(weights, inverse, steps, group, limit, max_loss)
+    if lost >= 0:
+        raise LostPivotError(lost)
+    return Elimination(order, losses)
+
+
+def eliminate_in_torch(
+    weights: torch.Tensor,
+    inverse: torch.Tensor,
+    pattern: NMPattern | None = None,
+    max_loss: float = math.inf,
+) -> Elimination:
+    """`eliminate` in plain PyTorch, all blocks at once: what GPUs run, and what the kernel is checked against.
+
+    Removing entry p costs `w_p^2 / (2 A_pp)` and moves the others by `-A[:, p] w_p / A_pp`; `A` then loses rank
+    one. Within a panel of steps only the pivots' columns of the current `A` are formed (left-looking); after it
+    one matrix product brings `A` up to date on the survivors, so the work is 2/3 B^3 a block, almost all of it
+    matrix products, and nothing but `A` itself is carried along. Arguments and results are those of `eliminate`.
+    """
     n, size = weights.shape
     steps = size if pattern is None else size // pattern.m * (pattern.m - pattern.n)
     w, a = weights.clone(), inverse
     position = torch.arange(size, device=w.device).expand(n, size)
     order = torch.empty(n, steps, dtype=torch.int64, device=w.device)
-    losses = torch.empty(n, steps, dtype=w.dtype, device=w.device)
+    losses = torch.full((n, steps), math.inf, dtype=w.dtype, device=w.device)
+    done = torch.zeros(n, dtype=torch.bool, device=w.device)
     given = torch.zeros(n, size // pattern.m, dtype=torch.int64, device=w.device) if pattern else None
     zero = weights == 0
     batch = torch.arange(n, device=w.device)
@@ -132,15 +173,23 @@ def eliminate(weights: torch.Tensor, inverse: torch.Tensor, pattern: NMPattern |
                 given.scatter_add_(1, original // pattern.m, torch.ones_like(original))
             order[:, start + k] = original[:, 0]
             losses[:, start + k] = cost[:, 0].square() / 2
-        lost = ~losses[:, start : start + count].isfinite().all(dim=1)
+        panel = losses[:, start : start + count]
+        done |= (panel > max_loss).any(dim=1)
+        lost = ~panel.isfinite().all(dim=1) & ~done
         if lost.any():
             raise LostPivotError(int(lost.nonzero()[0, 0]))
         if start + count < steps:
-            left = (~removed).nonzero()[:, 1].view(n, -1)
+            left = (~removed).nonzero()[:, 1].view(n, w.shape[1] - count)
             w, zero, position = w.gather(1, left), zero.gather(1, left), position.gather(1, left)
+            if done.all():
+                order[:, start + count :] = position[:, : steps - start - count]
+                break
             columns = columns.gather(2, left[:, None].expand(n, count, -1))
             a = select_symmetric(a, left, *work).baddbmm_(columns.mT, columns, alpha=-1)
             work = work[::-1]
+    if max_loss < math.inf:
+        # What a block did past the limit while others went on does not count, NaN included.
+        losses.masked_fill_(losses.nan_to_num(nan=math.inf).cummax(dim=1).values > max_loss, math.inf)
     return Elimination(order, losses)
 
 
@@ -185,6 +234,11 @@ def reconstruct(weights: torch.Tensor, fisher: torch.Tensor, keep: torch.Tensor)
     Returns:
         `(n, B)` new weights, exactly 0 outside `keep`.
     """
+    if has_kernels(weights):
+        result, info = torch.ops.cap_hf.reconstruct(weights, fisher, keep)
+        if info.any():
+            raise torch.linalg.LinAlgError("the survivors' Fisher is not positive definite")
+        return result
     counts = keep.sum(dim=1)
     width = int(counts.max()) if len(counts) else 0
     if width == 0:

@@ -1,0 +1,214 @@
+// The greedy elimination of one block, as cap_hf/elimination.py does it in PyTorch, in memory that stays in the cache.
+//
+// The inverse A loses rank one with every removed weight. Within a panel of steps only the pivots' columns of the
+// current A are formed; after it the panel's product brings the survivors' part of A up to date, in place and packed
+// together, so the later panels work on ever less memory.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <limits>
+#include <vector>
+
+namespace cap_hf {
+
+// Steps of a panel: its columns stay in the second-level cache, and its update is a matrix product.
+constexpr int kPanel = 32;
+// Entries of a vector; compilers turn one into as many registers as the processor needs.
+constexpr int kLanes = 8;
+constexpr int kRows = 4;         // rows and
+constexpr int kColumns = 2;      // vectors of a tile of the update that stays in registers
+using Vector = double __attribute__((vector_size(kLanes * sizeof(double)), aligned(sizeof(double))));
+
+inline Vector load(const double* from) { return *reinterpret_cast<const Vector*>(from); }
+inline void store(double* to, Vector value) { *reinterpret_cast<Vector*>(to) = value; }
+
+// What a thread works in: all it needs for blocks of one size.
+class Eliminator {
+ public:
+  explicit Eliminator(int64_t size)
+      : stride_((size + kLanes - 1) / kLanes * kLanes + kLanes * kColumns),
+        a_(size * stride_ + kLanes * kColumns),
+        panel_(kPanel * stride_ + kLanes * kColumns),
+        w_(stride_), diagonal_(stride_), scores_(stride_),
+        position_(size), left_(size), state_(size), given_(size) {}
+
+  // Removes `steps` of the `size` weights. At most `limit` of `group` consecutive ones go (group 0: any number).
+  // Past a running maximum of the losses of `max_loss` it stops: the rest has infinite losses, in any order.
+  // Returns whether every pivot was positive and finite.
+  bool run(const double* weights, const double* inverse, int64_t size, int64_t steps, int64_t group, int64_t limit,
+           double max_loss, int64_t* order, double* losses) {
+    for (int64_t i = 0; i < size; ++i) std::copy_n(inverse + i * size, size, &a_[i * stride_]);
+    std::copy_n(weights, size, w_.begin());
+    std::fill(w_.begin() + size, w_.end(), 0.0);
+    for (int64_t i = 0; i < size; ++i) {
+      position_[i] = i;
+      state_[i] = weights[i] == 0.0 ? kZero : kLive;
+    }
+    std::fill(given_.begin(), given_.end(), 0);
+    double highest = 0.0;
+    int64_t count = size;  // weights that A still holds
+    for (int64_t start = 0; start < steps; start += kPanel) {
+      const int64_t width = std::min<int64_t>(kPanel, steps - start);
+      for (int64_t i = 0; i < count; ++i) diagonal_[i] = a_[i * stride_ + i];
+      std::fill(diagonal_.begin() + count, diagonal_.end(), 1.0);
+      for (int64_t k = 0; k < width; ++k) {
+        const int64_t pivot = cheapest(count, group, limit);
+        const double root = std::sqrt(diagonal_[pivot]);
+        const double cost = w_[pivot] / root, loss = cost * cost / 2;
+        if (!(diagonal_[pivot] > 0.0) || !std::isfinite(loss)) return false;
+        highest = std::max(highest, loss);
+        if (highest > max_loss) {
+          abandon(start + k, steps, count, order, losses);
+          return true;
+        }
+        form_column(pivot, k, count, root, cost);
+        w_[pivot] = 0.0;
+        state_[pivot] = kRemoved;
+        if (group) ++given_[position_[pivot] / group];
+        order[start + k] = position_[pivot];
+        losses[start + k] = loss;
+      }
+      if (start + width < steps) count = shrink(count, width);
+    }
+    return true;
+  }
+
+ private:
+  enum State : uint8_t { kLive, kZero, kRemoved };
+
+  // The live weight whose removal costs least, the first of equals; weights that were 0 come before all others.
+  int64_t cheapest(int64_t count, int64_t group, int64_t limit) {
+    for (int64_t i = 0; i < count; i += kLanes) {
+      const Vector w = load(&w_[i]);
+      store(&scores_[i], w * w / load(&diagonal_[i]));
+    }
+    constexpr double kInfinity = std::numeric_limits<double>::infinity();
+    double least = kInfinity;
+    int64_t found = -1;
+    for (int64_t i = 0; i < count; ++i) {
+      if (state_[i] == kRemoved || (group && given_[position_[i] / group] == limit)) continue;
+      const double score = state_[i] == kZero ? -1.0 : scores_[i];
+      if (found < 0 || score < least) {
+        least = score;
+        found = i;
+      }
+    }
+    return found;
+  }
+
+  // The pivot's column of the current A over the root of its diagonal; w and the diagonal move along.
+  void form_column(int64_t pivot, int64_t k, int64_t count, double root, double cost) {
+    double at_pivot[kPanel];
+    for (int64_t j = 0; j < k; ++j) at_pivot[j] = panel_[j * stride_ + pivot];
+    const double* row = &a_[pivot * stride_];
+    double* column = &panel_[k * stride_];
+    const double scale = 1.0 / root;
+    constexpr int kStep = 4;
+    int64_t i = 0;
+    for (; i + kStep * kLanes <= count; i += kStep * kLanes) form_part<kStep>(i, k, row, column, at_pivot, scale, cost);
+    for (; i < count; i += kLanes) form_part<1>(i, k, row, column, at_pivot, scale, cost);
+  }
+
+  template <int kStep>
+  void form_part(int64_t i, int64_t k, const double* row, double* column, const double* at_pivot, double scale,
+                 double cost) {
+    Vector sum[kStep];
+    for (int v = 0; v < kStep; ++v) sum[v] = load(row + i + v * kLanes);
+    const double* past = &panel_[i];
+    for (int64_t j = 0; j < k; ++j, past += stride_) {
+      for (int v = 0; v < kStep; ++v) sum[v] -= at_pivot[j] * load(past + v * kLanes);
+    }
+    for (int v = 0; v < kStep; ++v) {
+      const int64_t at = i + v * kLanes;
+      sum[v] *= scale;
+      store(column + at, sum[v]);
+      store(&w_[at], load(&w_[at]) - sum[v] * cost);
+      store(&diagonal_[at], load(&diagonal_[at]) - sum[v] * sum[v]);
+    }
+  }
+
+  // Brings A up to date with a whole panel, on the weights that are left, packed into the first rows and columns.
+  int64_t shrink(int64_t count, int64_t width) {
+    int64_t kept = 0;
+    for (int64_t i = 0; i < count; ++i) {
+      if (state_[i] != kRemoved) left_[kept++] = i;
+    }
+    for (int64_t i = 0; i < kept; ++i) {
+      w_[i] = w_[left_[i]];
+      position_[i] = position_[left_[i]];
+      state_[i] = state_[left_[i]];
+    }
+    for (int64_t k = 0; k < width; ++k) {
+      double* column = &panel_[k * stride_];
+      for (int64_t i = 0; i < kept; ++i) column[i] = column[left_[i]];
+    }
+    // Rows go up and columns to the left, and a tile is read before it is written, so nothing is overwritten that is
+    // read later. Tiles below the diagonal only; the upper half is their mirror image.
+    int64_t i = 0;
+    for (; i + kRows <= kept; i += kRows) update_rows<kRows>(i, width);
+    for (; i < kept; ++i) update_rows<1>(i, width);
+    mirror(kept);
+    return kept;
+  }
+
+  template <int kHeight>
+  void update_rows(int64_t i, int64_t width) {
+    constexpr int64_t kWide = kColumns * kLanes;
+    double packed[kHeight][kWide];
+    for (int64_t j = 0; j < i + kHeight; j += kWide) {
+      const int64_t real = std::min<int64_t>(kWide, i + kHeight - j);
+      for (int r = 0; r < kHeight; ++r) {
+        const double* row = &a_[left_[i + r] * stride_];
+        for (int64_t c = 0; c < real; ++c) packed[r][c] = row[left_[j + c]];
+      }
+      Vector sum[kHeight][kColumns];
+      for (int r = 0; r < kHeight; ++r) {
+        for (int c = 0; c < kColumns; ++c) sum[r][c] = load(&packed[r][c * kLanes]);
+      }
+      const double* column = panel_.data();
+      for (int64_t k = 0; k < width; ++k, column += stride_) {
+        Vector right[kColumns];
+        for (int c = 0; c < kColumns; ++c) right[c] = load(column + j + c * kLanes);
+        for (int r = 0; r < kHeight; ++r) {
+          for (int c = 0; c < kColumns; ++c) sum[r][c] -= column[i + r] * right[c];
+        }
+      }
+      for (int r = 0; r < kHeight; ++r) {
+        for (int c = 0; c < kColumns; ++c) store(&packed[r][c * kLanes], sum[r][c]);
+        std::copy_n(packed[r], real, &a_[(i + r) * stride_ + j]);
+      }
+    }
+  }
+
+  void mirror(int64_t count) {
+    constexpr int64_t kTile = 8;
+    for (int64_t i = 0; i < count; i += kTile) {
+      const int64_t rows = std::min(kTile, count - i);
+      for (int64_t j = 0; j <= i; j += kTile) {
+        const int64_t columns = std::min(kTile, count - j);
+        for (int64_t c = 0; c < columns; ++c) {
+          for (int64_t r = 0; r < rows; ++r) {
+            if (j + c < i + r) a_[(j + c) * stride_ + i + r] = a_[(i + r) * stride_ + j + c];
+          }
+        }
+      }
+    }
+  }
+
+  void abandon(int64_t step, int64_t steps, int64_t count, int64_t* order, double* losses) {
+    std::fill(losses + step, losses + steps, std::numeric_limits<double>::infinity());
+    for (int64_t i = 0; i < count && step < steps; ++i) {
+      if (state_[i] != kRemoved) order[step++] = position_[i];
+    }
+  }
+
+  int64_t stride_;
+  std::vector<double> a_, panel_, w_, diagonal_, scores_;
+  std::vector<int64_t> position_, left_;
+  std::vector<State> state_;
+  std::vector<int64_t> given_;
+};
+
+}  // namespace cap_hf

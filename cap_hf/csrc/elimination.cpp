@@ -1,0 +1,120 @@
+// torch.ops.cap_hf.eliminate, invert and reconstruct: whole blocks on each thread. LAPACK on all threads at once is
+// slower for blocks of these sizes than on one thread for each block.
+#include <ATen/Functions.h>
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <torch/library.h>
+
+#include <atomic>
+#include <tuple>
+#include <vector>
+
+#include "eliminate.h"
+
+namespace {
+
+using at::Tensor;
+
+std::tuple<Tensor, Tensor, int64_t> eliminate(const Tensor& weights, const Tensor& inverse, int64_t steps,
+                                              int64_t group, int64_t limit, double max_loss) {
+  TORCH_CHECK(weights.scalar_type() == at::kDouble && inverse.scalar_type() == at::kDouble, "float64 is needed");
+  TORCH_CHECK(weights.dim() == 2 && inverse.dim() == 3 && inverse.size(0) == weights.size(0) &&
+                  inverse.size(1) == weights.size(1) && inverse.size(2) == weights.size(1),
+              "weights (n, B) and inverse (n, B, B) are needed");
+  TORCH_CHECK(steps >= 0 && steps <= weights.size(1), "more steps than weights");
+  const Tensor w = weights.contiguous();
+  // Blocks may share one matrix, expanded.
+  const Tensor a = inverse.stride(2) == 1 && inverse.stride(1) == inverse.size(2) ? inverse : inverse.contiguous();
+  const int64_t n = w.size(0), size = w.size(1), block_stride = a.stride(0);
+  Tensor order = at::empty({n, steps}, w.options().dtype(at::kLong));
+  Tensor losses = at::empty({n, steps}, w.options());
+  const double* w_data = w.const_data_ptr<double>();
+  const double* a_data = a.const_data_ptr<double>();
+  int64_t* order_data = order.mutable_data_ptr<int64_t>();
+  double* losses_data = losses.mutable_data_ptr<double>();
+  std::atomic<int64_t> lost{n}, next{0};
+  // Each thread takes the next block: some end early, and cores are not equally fast.
+  at::parallel_for(0, std::min<int64_t>(n, at::get_num_threads()), 1, [&](int64_t begin, int64_t end) {
+    cap_hf::Eliminator eliminator(size);
+    for (int64_t b = next++; b < n; b = next++) {
+      const bool whole = eliminator.run(w_data + b * size, a_data + b * block_stride, size, steps, group, limit,
+                                        max_loss, order_data + b * steps, losses_data + b * steps);
+      if (!whole) {
+        int64_t first = lost.load();
+        while (b < first && !lost.compare_exchange_weak(first, b)) {
+        }
+      }
+    }
+  });
+  return {order, losses, lost.load() == n ? -1 : lost.load()};
+}
+
+// The inverses of positive definite matrices, and LAPACK's info of each factorisation.
+std::tuple<Tensor, Tensor> invert(const Tensor& matrices) {
+  Tensor inverse = at::empty_like(matrices, at::MemoryFormat::Contiguous);
+  Tensor info = at::empty({matrices.size(0)}, matrices.options().dtype(at::kInt));
+  at::parallel_for(0, matrices.size(0), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t b = begin; b < end; ++b) {
+      auto [factor, code] = at::linalg_cholesky_ex(matrices[b]);
+      info[b].copy_(code);
+      inverse[b].copy_(at::cholesky_inverse(factor));
+    }
+  });
+  return {inverse, info};
+}
+
+// As reconstruct in elimination.py; info is LAPACK's of each block's factorisation.
+std::tuple<Tensor, Tensor> reconstruct(const Tensor& weights, const Tensor& fisher, const Tensor& keep) {
+  TORCH_CHECK(weights.scalar_type() == at::kDouble && fisher.scalar_type() == at::kDouble &&
+                  keep.scalar_type() == at::kBool, "float64 and a bool mask are needed");
+  TORCH_CHECK(weights.dim() == 2 && fisher.dim() == 3 && keep.sizes() == weights.sizes() &&
+                  fisher.size(0) == weights.size(0) && fisher.size(1) == weights.size(1) &&
+                  fisher.size(2) == weights.size(1), "weights and keep (n, B) and fisher (n, B, B) are needed");
+  const Tensor old = weights.contiguous(), mask = keep.contiguous();
+  const Tensor f = fisher.stride(2) == 1 && fisher.stride(1) == fisher.size(2) ? fisher : fisher.contiguous();
+  const int64_t n = old.size(0), size = old.size(1), block_stride = f.stride(0);
+  Tensor result = at::zeros_like(old);
+  Tensor info = at::zeros({n}, old.options().dtype(at::kInt));
+  at::parallel_for(0, n, 1, [&](int64_t begin, int64_t end) {
+    std::vector<int64_t> kept(size);
+    for (int64_t b = begin; b < end; ++b) {
+      const double* w = old.const_data_ptr<double>() + b * size;
+      const double* matrix = f.const_data_ptr<double>() + b * block_stride;
+      const bool* keeps = mask.const_data_ptr<bool>() + b * size;
+      int64_t count = 0;
+      for (int64_t i = 0; i < size; ++i) {
+        if (keeps[i]) kept[count++] = i;
+      }
+      if (count == 0) continue;
+      Tensor system = at::empty({count, count}, old.options()), pull = at::zeros({count, 1}, old.options());
+      double* system_data = system.mutable_data_ptr<double>();
+      double* pull_data = pull.mutable_data_ptr<double>();
+      for (int64_t i = 0; i < count; ++i) {
+        const double* row = matrix + kept[i] * size;
+        for (int64_t j = 0; j < count; ++j) system_data[i * count + j] = row[kept[j]];
+        for (int64_t j = 0; j < size; ++j) {
+          if (!keeps[j]) pull_data[i] += row[j] * w[j];
+        }
+      }
+      auto [factor, code] = at::linalg_cholesky_ex(system);
+      info[b].copy_(code);
+      const Tensor moves = at::cholesky_solve(pull, factor);
+      const double* moves_data = moves.const_data_ptr<double>();  // one column
+      double* out = result.mutable_data_ptr<double>() + b * size;
+      for (int64_t i = 0; i < count; ++i) out[kept[i]] = w[kept[i]] + moves_data[i];
+    }
+  });
+  return {result, info};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(cap_hf, library) {
+  library.def("eliminate(Tensor weights, Tensor inverse, int steps, int group, int limit, float max_loss)"
+              " -> (Tensor, Tensor, int)");
+  library.def("invert(Tensor matrices) -> (Tensor, Tensor)");
+  library.def("reconstruct(Tensor weights, Tensor fisher, Tensor keep) -> (Tensor, Tensor)");
+  library.impl("eliminate", c10::DispatchKey::CPU, TORCH_FN(eliminate));
+  library.impl("invert", c10::DispatchKey::CPU, TORCH_FN(invert));
+  library.impl("reconstruct", c10::DispatchKey::CPU, TORCH_FN(reconstruct));
+}
