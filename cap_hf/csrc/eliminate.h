@@ -14,10 +14,10 @@
 namespace cap_hf {
 
 // Steps of a panel: its columns stay in the second-level cache, and its update is a matrix product.
-constexpr int kPanel = 32;
+constexpr int kPanel = 64;
 // Entries of a vector; compilers turn one into as many registers as the processor needs.
 constexpr int kLanes = 8;
-constexpr int kRows = 4;         // rows and
+constexpr int kRows = 8;         // rows and
 constexpr int kColumns = 2;      // vectors of a tile of the update that stays in registers
 using Vector = double __attribute__((vector_size(kLanes * sizeof(double)), aligned(sizeof(double))));
 
