@@ -140,11 +140,11 @@ class Progress:
         )
 
     def phase(self, name: str, unit: str, count: int, work: float | None = None) -> "Phase":
-        """A phase of `count` steps; `work` of each, or else its share of what solving takes."""
+        """A phase of `count` steps, and the `work` of all of them where it is not that of solving."""
         if self.bar is None:
             self.start([], 0.0, 1)
-        each = self._solving.get(name, 0.0) / max(count, 1) if work is None else work
-        return Phase(self.bar, name, unit, each)
+        work = self._solving.get(name, 0.0) if work is None else work
+        return Phase(self.bar, name, unit, work / max(count, 1))
 
     def pruned(self) -> None:
         """One sparsity is solved for; after the last the bar is full and goes."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from functools import wraps
+from itertools import pairwise
 from typing import ParamSpec, TypeVar
 
 import torch
@@ -45,7 +46,7 @@ class Processes:
     def shares(self, count: int) -> list[slice]:
         """`count` equal pieces of work as one slice a process; their sizes differ by one at most."""
         edges = [count * rank // self.world for rank in range(self.world + 1)]
-        return [slice(start, stop) for start, stop in zip(edges, edges[1:], strict=False)]
+        return [slice(start, stop) for start, stop in pairwise(edges)]
 
     @collective
     def gather_ints(self, *values: int) -> list[list[int]]:

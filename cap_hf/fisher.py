@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from itertools import pairwise
 
 import torch
 from torch import nn
@@ -42,7 +43,7 @@ class SymmetricSums:
     def zeros(cls, count: int, size: int, dtype: torch.dtype, device: torch.device) -> "SymmetricSums":
         """`count` matrices of zeros."""
         edges = strip_edges(size)
-        shapes = [(count, stop - start, stop) for start, stop in zip(edges, edges[1:], strict=False)]
+        shapes = [(count, stop - start, stop) for start, stop in pairwise(edges)]
         return cls(size, [torch.zeros(shape, dtype=dtype, device=device) for shape in shapes])
 
     def __len__(self) -> int:
@@ -83,7 +84,7 @@ def strip_edges(size: int) -> list[int]:
 def sums_per_block(size: int) -> int:
     """How many entries are stored of a symmetric B x B matrix."""
     edges = strip_edges(size)
-    return sum((stop - start) * stop for start, stop in zip(edges, edges[1:], strict=False))
+    return sum((stop - start) * stop for start, stop in pairwise(edges))
 
 
 def block_shares(target: Target, processes: Processes) -> list[slice]:

@@ -185,7 +185,8 @@ def make_plan(
     )
     passes = "" if most is None else f" in {most} pass{'es' if most > 1 else ''}"
     raise CAPError(
-        f"{wish} ({gigabytes(needed)}) does not fit into the {gigabytes(max(available, 0))} that are free{passes}: {advice}"
+        f"{wish} ({gigabytes(needed)}) does not fit into the {gigabytes(max(available, 0))} that are free{passes}: "
+        f"{advice}"
     )
 
 
