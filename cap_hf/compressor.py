@@ -22,6 +22,7 @@ from cap_hf.fisher import Batch, BlockFisher, block_shares, damps
 from cap_hf.plan import Plan, Resources, make_plan, spill_folder
 from cap_hf.report import LayerReport, PruneReport
 from cap_hf.solver import Solver
+from cap_hf.state import Checkpointing, CollectionState, hash_weights
 from cap_hf.storage import DiskTensors, SpilledSums
 from cap_hf.targets import Target, find_targets, summarize
 
@@ -70,10 +71,14 @@ class CAPCompressor:
         self.report: PruneReport | None = None
         self._pattern: NMPattern | None = None
         self._damps: dict[str, float] = {}
-        self._spill: tempfile.TemporaryDirectory | None = None
+        self.state: CollectionState | None = None
+        self._spill: Path | None = None
+        self._temporary: tempfile.TemporaryDirectory | None = None
         self._forget()
 
-    def collect(self, dataloader: DataLoader | Iterable[Batch]) -> "CAPCompressor":
+    def collect(
+        self, dataloader: DataLoader | Iterable[Batch], checkpointing: Checkpointing | None = None
+    ) -> "CAPCompressor":
         """Estimate the Fisher once, from `num_grads * samples_per_grad` examples, and remember the weights.
 
         What does not fit into memory at once is collected in several passes over the examples and kept on the disk;
@@ -83,6 +88,8 @@ class CAPCompressor:
             dataloader: batches of `pixel_values` and `labels`. A DataLoader, not prepared by accelerate, is
                 shared out between the processes; any other iterable holds this process's own share. The batch
                 size must be a multiple of `samples_per_grad`.
+            checkpointing: keep the state on the disk so that a run that was killed can go on; what it leaves is
+                removed by `discard_state`.
 
         Returns:
             self, ready for any number of `prune`.
@@ -104,7 +111,7 @@ class CAPCompressor:
         training = self.model.training
         self.model.eval()
         try:
-            self._make_plan(examples)
+            self._make_plan(examples, checkpointing)
             self.fisher = self._collect_passes(examples)
         finally:
             self.model.train(training)
@@ -177,9 +184,9 @@ class CAPCompressor:
 
     def _forget(self) -> None:
         """Begin anew, with nothing collected."""
-        if self._spill is not None:
-            self._spill.cleanup()
-        self.fisher, self.plan, self._spill = None, None, None
+        if self._temporary is not None:
+            self._temporary.cleanup()
+        self.fisher, self.plan, self.state, self._spill, self._temporary = None, None, None, None, None
         self._weights: MutableMapping[str, torch.Tensor] = {}
         self._orders: MutableMapping[str, torch.Tensor] = {}
         self._losses: MutableMapping[str, torch.Tensor] = {}
@@ -188,58 +195,91 @@ class CAPCompressor:
         """A dict of tensors; on the disk where the plan spills."""
         if self._spill is None:
             return {}
-        return DiskTensors(Path(self._spill.name) / kind, self.accelerator.device)
+        return DiskTensors(self._spill / kind, self.accelerator.device)
 
-    def _make_plan(self, examples: CalibrationExamples) -> None:
+    def discard_state(self) -> None:
+        """Remove what `collect` kept on the disk for a run that goes on: this one is over."""
+        if self.state is not None:
+            self.state.remove()
+            self.state = None
+
+    def _make_plan(self, examples: CalibrationExamples, checkpointing: Checkpointing | None) -> None:
         costs = measure(self.model, examples.peek(), self.targets)
-        if self.config.method != "sparsegpt":
+        if self.config.method == "sparsegpt":
+            self.plan = Plan([self.targets], "row", costs.samples)
+        else:
             self.plan = make_plan(self._find_targets, self._block_size, self.resources, costs, self.processes)
-            self.targets = [target for each in self.plan.passes for target in each]
-            examples.limit = self.plan.limit
-            passes = len(self.plan.passes)
-            if passes > 1 and examples.once:
-                raise CAPError(
-                    f"{passes} passes need the examples again: collect from a DataLoader or a list of batches"
-                )
-            if self.plan.spilled:
-                folder = spill_folder(self.resources)
-                self._spill = tempfile.TemporaryDirectory(prefix="cap_hf-", dir=folder, ignore_cleanup_errors=True)
-            seconds = costs.seconds * self.config.num_grads * passes / self.processes.world
-            # What is over before a bar would show needs no plan either.
-            if seconds > 2 or passes > 1:
-                self.progress.say(self.plan.describe(seconds, spill_folder(self.resources)))
+        if checkpointing is not None:
+            facts = {f"config {name}": value for name, value in self.config.to_dict().items()}
+            facts |= {"model weights": hash_weights(self.model), "number of processes": self.processes.world}
+            facts |= {"number of examples": examples.size, "PyTorch": torch.__version__}
+            self.state = CollectionState(checkpointing, self.processes, facts, self.plan.to_dict())
+            self.plan = self.plan.like(self.state.plan, self._find_targets)
+        self.targets = [target for each in self.plan.passes for target in each]
+        examples.limit = self.plan.limit
+        passes = len(self.plan.passes)
+        if passes > 1 and examples.once:
+            raise CAPError(f"{passes} passes need the examples again: collect from a DataLoader or a list of batches")
+        if self.plan.spilled and self.state is not None:
+            self._spill = self.state.folder / "spill"
+        elif self.plan.spilled:
+            folder = spill_folder(self.resources)
+            self._temporary = tempfile.TemporaryDirectory(prefix="cap_hf-", dir=folder, ignore_cleanup_errors=True)
+            self._spill = Path(self._temporary.name)
+        seconds = costs.seconds * self.config.num_grads * passes / self.processes.world
+        # What is over before a bar would show needs no plan either.
+        if seconds > 2 or passes > 1:
+            self.progress.say(self.plan.describe(seconds, self._spill))
         self.progress.start(self.targets, costs.work * self.config.num_grads, self.processes.world)
 
     def _collect_passes(self, examples: CalibrationExamples) -> BlockFisher:
         """The Fisher of all targets, from as many passes over the examples as the plan has."""
         kind = InputHessian if self.config.method == "sparsegpt" else BlockFisher
-        passes = [self.targets] if self.plan is None else self.plan.passes
+        passes = self.plan.passes
         dtype, wanted, work = getattr(torch, self.config.fisher_dtype), self.config.num_grads, self.progress.work
         spilled = None
         if self._spill is not None:
-            spilled = SpilledSums(Path(self._spill.name) / "sums", self.targets, self.accelerator.device)
+            spilled = SpilledSums(self._spill / "sums", self.targets, self.accelerator.device)
         means: dict[str, float] = {}
-        for number, targets in enumerate(passes, start=1):
-            name = "collecting" if len(passes) == 1 else f"collecting, pass {number} of {len(passes)}"
+        count, finished = 0, [] if self.state is None else self.state.passes()
+        for number, targets in enumerate(passes):
+            name = "collecting" if len(passes) == 1 else f"collecting, pass {number + 1} of {len(passes)}"
+            advance = self.progress.phase(name, "gradient", wanted, work / len(passes))
+            if number < len(finished):
+                means |= finished[number]["means"]
+                count = finished[number]["count"]
+                advance(count)
+                continue
             fisher = kind(targets, self.processes, dtype)
-            fisher.collect(self.model, examples, self.progress.phase(name, "gradient", wanted, work / len(passes)))
-            if not fisher.count:
+            if self.state is None:
+                fisher.collect(self.model, examples, advance)
+            else:
+                rest = self.state.begin_pass(number, fisher, examples)
+                advance(fisher.count)
+                fisher.collect(self.model, rest, self.state.saving(number, fisher, advance))
+            count = fisher.count
+            if not count:
                 raise CAPError("the dataloader is empty: no example to collect gradients from")
-            means |= fisher.mean_diagonals()
+            own = fisher.mean_diagonals()
+            means |= own
             if spilled is not None:
                 spilled.write(fisher.sums)
-                fisher.sums = spilled
-        if fisher.count < wanted:
+                fisher.sums = {}
+                if self.state is not None:
+                    self.state.finish_pass(number, {"means": own, "count": count})
+            elif self.state is not None:
+                self.state.save(number, fisher)
+        if count < wanted:
             logger.warning(
                 "The data ended after %d of %d gradient samples; they are what the Fisher is estimated from.",
-                fisher.count,
+                count,
                 wanted,
             )
         self._damps = damps(means, self.config.resolved_damp, self.config.absolute_damp)
-        if len(passes) == 1:
+        if spilled is None:
             return fisher
         whole = kind([], self.processes, dtype)
-        whole.targets, whole.sums, whole.count = self.targets, spilled, fisher.count
+        whole.targets, whole.sums, whole.count = self.targets, spilled, count
         whole.owned = {
             target.name: block_shares(target, self.processes)[self.processes.rank] for target in self.targets
         }

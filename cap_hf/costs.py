@@ -136,7 +136,7 @@ class Progress:
             total=total,
             delay=2,
             disable=self.disable,
-            bar_format="{desc}: {percentage:3.0f}% |{bar}| {elapsed}<{remaining}{postfix}",
+            bar_format="{desc}{percentage:3.0f}% |{bar}| {elapsed}<{remaining}{postfix}",
         )
 
     def phase(self, name: str, unit: str, count: int, work: float | None = None) -> "Phase":

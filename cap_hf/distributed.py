@@ -10,6 +10,7 @@ import torch.distributed as dist
 from accelerate import Accelerator
 
 from cap_hf.errors import CAPError
+from cap_hf.watch import lost_peer
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -23,7 +24,7 @@ def collective(method: Callable[P, R]) -> Callable[P, R]:
         try:
             return method(*args, **kwargs)
         except (RuntimeError, dist.DistError) as error:
-            if isinstance(error, torch.OutOfMemoryError):
+            if not lost_peer(error):
                 raise
             raise CAPError("another process of this run has ended or cannot be reached: see what it said") from error
 

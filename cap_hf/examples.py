@@ -1,7 +1,7 @@
 """The examples a Fisher is estimated from: the same, in the same order, however often and by however many processes."""
 
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sized
 from contextlib import contextmanager
 from itertools import chain, islice
 
@@ -42,6 +42,12 @@ class CalibrationExamples:
         if config.fisher_type == "sampled":
             # Drawn for all examples at once: an example gets the same label on whatever process it lands.
             self.uniforms = torch.rand(self.wanted, generator=torch.Generator().manual_seed(config.seed))
+
+    @property
+    def size(self) -> int | None:
+        """How many examples (batches, where it is not a DataLoader) there are to choose from, if that is known."""
+        everything = getattr(self.dataloader, "dataset", self.dataloader)
+        return len(everything) if isinstance(everything, Sized) else None
 
     def peek(self) -> Iterator[tuple[Batch, int, torch.Tensor | None]]:
         """The first batch alone, which the next iteration still has."""

@@ -5,7 +5,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import psutil
@@ -70,6 +70,7 @@ class Plan:
 
     Attributes:
         passes: the targets of each, in the model's order.
+        block_size: that they were found with.
         limit: gradient samples a step.
         available: bytes beyond those in use before.
         needed: of them, at the peak.
@@ -78,13 +79,27 @@ class Plan:
     """
 
     passes: list[list[Target]]
+    block_size: int | str
     limit: int
-    available: int
-    needed: int
-    sums: int
-    spilled: int
+    available: int = 0
+    needed: int = 0
+    sums: int = 0
+    spilled: int = 0
 
-    def describe(self, seconds: float, folder: Path) -> str:
+    def to_dict(self) -> dict:
+        """What another run needs to go through memory in the same way."""
+        passes = [[target.name for target in each] for each in self.passes]
+        spills = bool(self.spilled)
+        return {"passes": passes, "block_size": self.block_size, "limit": self.limit, "spills": spills}
+
+    def like(self, other: dict, find: Callable[[int | str], list[Target]]) -> "Plan":
+        """This plan with the passes of another one, as `to_dict` gave them."""
+        targets = {target.name: target for target in find(other["block_size"])}
+        passes = [[targets[name] for name in each] for each in other["passes"]]
+        spilled = max(self.spilled, 1) if other["spills"] else 0
+        return replace(self, passes=passes, block_size=other["block_size"], limit=other["limit"], spilled=spilled)
+
+    def describe(self, seconds: float, folder: Path | None) -> str:
         """One line; `seconds` are what the passes are expected to take."""
         passes = "one pass" if len(self.passes) == 1 else f"{len(self.passes)} passes"
         disk = f", {gigabytes(self.spilled)} kept in {folder}" if self.spilled else ""
@@ -96,12 +111,18 @@ class Plan:
 
 
 def plan_passes(
-    targets: Sequence[Target], available: int, costs: Costs, processes: Processes, max_passes: int | None = None
+    targets: Sequence[Target],
+    block_size: int | str,
+    available: int,
+    costs: Costs,
+    processes: Processes,
+    max_passes: int | None = None,
 ) -> Plan | None:
     """The plan with the fewest passes; None where the memory or `max_passes` does not allow any.
 
     Args:
         targets: in the model's order.
+        block_size: that they were found with.
         available: bytes beyond those in use.
         costs: of a gradient sample.
         processes: that share the blocks.
@@ -124,7 +145,7 @@ def plan_passes(
     # Weights, order, losses, and what the losses are compared by, or the new weights.
     needed = sum(sizes) + 14 * own + max(collecting, solving)
     if needed <= available:
-        return Plan([list(targets)], limit, available, needed, sum(sizes), 0)
+        return Plan([list(targets)], block_size, limit, available, needed, sum(sizes), 0)
     # All these are on the disk then, except for what the losses are compared by.
     room = available - collecting
     after = max(sizes) + solving + 4 * own
@@ -142,7 +163,7 @@ def plan_passes(
         return None
     # One pass would do for the sums alone, but not for what is kept beside them: then that goes to the disk.
     peak = max(sum(sums_bytes(target, processes) for target in each) for each in passes) + collecting
-    return Plan(passes, limit, available, max(peak, after), sum(sizes), sum(sizes) + 14 * own)
+    return Plan(passes, block_size, limit, available, max(peak, after), sum(sizes), sum(sizes) + 14 * own)
 
 
 def make_plan(
@@ -171,11 +192,13 @@ def make_plan(
     if block_size == "auto" and most is None:
         most = 1
     for size in BLOCK_SIZES if block_size == "auto" else (block_size,):
-        plan = plan_passes(find(size), available, costs, processes, most)
+        plan = plan_passes(find(size), size, available, costs, processes, most)
         if plan is not None:
             check_disk(plan, resources)
             return plan
-    would = next((size for size in BLOCK_SIZES if plan_passes(find(size), available, costs, processes, most)), None)
+    would = next(
+        (size for size in BLOCK_SIZES if plan_passes(find(size), size, available, costs, processes, most)), None
+    )
     advice = "prune fewer targets at a time with --include, or take a smaller batch size"
     if would is not None:
         advice = f"--fisher_block_size {would} would do"

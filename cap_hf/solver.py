@@ -21,8 +21,9 @@ from cap_hf.errors import CAPError
 from cap_hf.fisher import BlockFisher
 from cap_hf.targets import Target
 
-# Bytes of float64 matrices that are solved at a time.
-CHUNK_BYTES = 64 * 2**20
+# Bytes of float64 matrices that are solved at a time: they stay in the cache, and the allocator gives the same memory
+# again and again, where larger pieces would come fresh from the system each time.
+CHUNK_BYTES = 16 * 2**20
 # How many times that many bytes are in use while they are: F, its factor, the inverse and what changes of it.
 CHUNK_COPIES = 8
 
