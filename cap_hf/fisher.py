@@ -18,10 +18,9 @@ logger = logging.getLogger(__name__)
 
 Batch = dict[str, torch.Tensor]
 
-# Gradients that are made at a time: few enough to stay in the cache until they are summed.
-CHUNK_BYTES = 8 * 2**20
-# With fewer rows than this at a time their product runs well below the processor's speed.
-CHUNK_ROWS = 32
+# Rows of a weight whose gradients are made at a time: so few that the gradients of 64 examples stay in the cache until
+# they are summed, but enough for a matrix product, and so many pieces that processes have even shares of them.
+PIECE_BYTES, PIECE_ROWS, PIECES = 8 * 2**20, 24, 16
 # A symmetric sum is cut into strips of at least this height, and at most so many of them.
 STRIP_ROWS, MAX_STRIPS = 16, 6
 
@@ -87,10 +86,25 @@ def sums_per_block(size: int) -> int:
     return sum((stop - start) * stop for start, stop in pairwise(edges))
 
 
+def row_pieces(target: Target) -> list[slice]:
+    """A target's rows in pieces that are whole blocks and depend on nothing else.
+
+    Matrix products round differently for different shapes: pieces that are the same for any number of processes give
+    the same sums, bit for bit.
+    """
+    rows = len(target.weight)
+    fitting = max(PIECE_ROWS, PIECE_BYTES // (64 * 4 * target.row_size))
+    height = min(max(min(PIECE_ROWS, -(-rows // 4)), -(-rows // PIECES)), fitting)
+    unit = max(1, target.block_size // target.row_size)
+    height = -(-height // unit) * unit
+    return [slice(start, min(start + height, rows)) for start in range(0, rows, height)]
+
+
 def block_shares(target: Target, processes: Processes) -> list[slice]:
-    """The blocks of a target that each process owns: those of whole rows."""
-    blocks = max(1, target.row_size // target.block_size)
-    return [slice(share.start * blocks, share.stop * blocks) for share in processes.shares(target.num_blocks // blocks)]
+    """The blocks of a target that each process owns: those of consecutive pieces."""
+    pieces = row_pieces(target)
+    edges = [0, *(piece.stop * target.row_size // target.block_size for piece in pieces)]
+    return [slice(edges[share.start], edges[share.stop]) for share in processes.shares(len(pieces))]
 
 
 class BlockFisher:
@@ -132,8 +146,6 @@ class BlockFisher:
     def add(self, target: Target, gradients: LayerGradients | None, counts: Sequence[int] | None = None) -> None:
         """Add the outer products of a step's gradient samples.
 
-        Gradients are made for as many rows at a time as stay in the cache.
-
         Args:
             target: one of `targets`.
             gradients: of this process's examples; None if it has none.
@@ -141,31 +153,27 @@ class BlockFisher:
         """
         world, rank = self.processes.world, self.processes.rank
         counts = counts or [gradients.samples]
-        size, row = target.block_size, target.row_size
-        # In units of whole rows and whole blocks.
-        rows, blocks = max(1, size // row), max(1, row // size)
-        shares = self.processes.shares(target.num_blocks // blocks)
-        fits = CHUNK_BYTES // (world * max(counts) * row * target.weight.element_size())
-        step = max(1, max(fits, CHUNK_ROWS // world) // rows)
-        sums, own = self.sums[target.name], shares[rank]
-        for start in range(0, max(share.stop - share.start for share in shares), step):
-            pieces = [slice(min(s.start + start, s.stop), min(s.start + start + step, s.stop)) for s in shares]
-            parts = [
-                self._make(target, gradients, slice(piece.start * rows, piece.stop * rows), rank_)
-                for rank_, piece in enumerate(pieces)
-            ]
-            mine = pieces[rank]
-            height = (mine.stop - mine.start) * blocks
+        size, sums = target.block_size, self.sums[target.name]
+        pieces = row_pieces(target)
+        shares = self.processes.shares(len(pieces))
+        blocks = [target.row_size * (piece.stop - piece.start) // size for piece in pieces]
+        done = 0
+        for index in range(max(share.stop - share.start for share in shares)):
+            # The next piece of every process.
+            turn = [pieces[s.start + index] if s.start + index < s.stop else slice(0, 0) for s in shares]
+            parts = [self._make(target, gradients, rows, slot) for slot, rows in enumerate(turn)]
+            mine = shares[rank].start + index
+            height = blocks[mine] if mine < shares[rank].stop else 0
             if world > 1:
                 parts = self.processes.exchange(parts, [height * count * size for count in counts])
             if not height:
                 continue
-            place = slice((mine.start - own.start) * blocks, (mine.stop - own.start) * blocks)
             for part, count in zip(parts, counts, strict=True):
                 if count:
                     factors = part.view(height, count, size).to(sums.strips[0].dtype)
                     with self._precision():
-                        sums.add(place, factors)
+                        sums.add(slice(done, done + height), factors)
+            done += height
 
     def _make(self, target: Target, gradients: LayerGradients | None, rows: slice, slot: int) -> torch.Tensor:
         """The gradients of some rows, block by block: `(blocks, samples, B)`."""

@@ -134,11 +134,9 @@ def plan_passes(
     limit = costs.samples
     while limit > 1 and costs.bytes * limit > available // 2:
         limit //= 2
-    chunk = max(
-        max(fisher.CHUNK_BYTES, fisher.CHUNK_ROWS * limit * target.row_size * 4, limit * target.block_size * 4)
-        for target in targets
-    )
-    collecting = costs.bytes * limit + 4 * chunk
+    # A piece of every process: as it is made, by blocks, as sent, and as received.
+    piece = max(piece_weights(target) for target in targets) * processes.world * limit * 4
+    collecting = costs.bytes * limit + 4 * piece
     solving = solver.CHUNK_COPIES * max(solver.CHUNK_BYTES, *(8 * target.block_size**2 for target in targets))
     # A target's losses are compared in float64.
     solving += 24 * largest
@@ -217,6 +215,11 @@ def own_weights(target: Target, processes: Processes) -> int:
     """The most weights of a target that a process owns."""
     shares = fisher.block_shares(target, processes)
     return max(share.stop - share.start for share in shares) * target.block_size
+
+
+def piece_weights(target: Target) -> int:
+    """The most weights whose gradients are made at a time for one process."""
+    return max(piece.stop - piece.start for piece in fisher.row_pieces(target)) * target.row_size
 
 
 def sums_bytes(target: Target, processes: Processes) -> int:

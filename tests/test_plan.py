@@ -35,7 +35,6 @@ def test_memory_sizes_that_are_none(text):
 def test_a_plan_takes_every_target_once_and_stays_within_the_budget(available, size, sample):
     targets, processes = find_targets(build("ViT"), size), Processes()
     with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(plan_module.fisher, "CHUNK_BYTES", 2**12)
         monkeypatch.setattr(solver_module, "CHUNK_BYTES", 2**12)
         plan = plan_passes(targets, size, available, Costs(16, sample), processes)
         more = plan_passes(targets, size, 2 * available, Costs(16, sample), processes)
@@ -52,8 +51,6 @@ def test_a_plan_takes_every_target_once_and_stays_within_the_budget(available, s
 
 def squeeze(monkeypatch, fraction: float, **sizes) -> None:
     """Let the plan find so much of the Fisher's bytes free, with small chunks beside them."""
-    monkeypatch.setattr(plan_module.fisher, "CHUNK_BYTES", 2**12)
-    monkeypatch.setattr(plan_module.fisher, "CHUNK_ROWS", 2)
     monkeypatch.setattr(solver_module, "CHUNK_BYTES", 2**13)
     total = sum(sums_bytes(target, Processes()) for target in find_targets(build("ViT"), **sizes))
     monkeypatch.setattr(plan_module, "available_bytes", lambda *_: int(total * fraction))

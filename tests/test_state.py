@@ -25,7 +25,6 @@ CONFIG = {"num_grads": 32, "fisher_type": "sampled"}
 
 def squeeze(passes: bool) -> None:
     """Let little memory be free, so that there are several passes."""
-    plan_module.fisher.CHUNK_BYTES, plan_module.fisher.CHUNK_ROWS = 2**12, 2
     solver_module.CHUNK_BYTES = 2**13
     total = sum(sums_bytes(target, Processes()) for target in find_targets(build("ViT")))
     plan_module.available_bytes = lambda *_: int(total * (0.7 if passes else 100))
@@ -72,8 +71,6 @@ MOMENTS = {
 def restore(monkeypatch):
     """Undo `squeeze`."""
     for module, name in (
-        (plan_module.fisher, "CHUNK_BYTES"),
-        (plan_module.fisher, "CHUNK_ROWS"),
         (solver_module, "CHUNK_BYTES"),
         (plan_module, "available_bytes"),
     ):
