@@ -5,9 +5,11 @@ from cap_hf.config import CAPConfig, NMPattern
 from cap_hf.errors import CAPError
 from cap_hf.gradual import GradualPruner
 from cap_hf.hub import push_to_hub
+from cap_hf.plan import Resources
 from cap_hf.quantizer import CompressedConfig
 from cap_hf.report import LayerReport, PruneReport
 from cap_hf.schedules import SparsitySchedule
+from cap_hf.state import Checkpointing
 from cap_hf.targets import Target, find_targets
 from cap_hf.trainer import SparseTrainer
 from cap_hf.training_arguments import SparseTrainingArguments
@@ -18,11 +20,13 @@ __all__ = [
     "CAPCompressor",
     "CAPConfig",
     "CAPError",
+    "Checkpointing",
     "CompressedConfig",
     "GradualPruner",
     "LayerReport",
     "NMPattern",
     "PruneReport",
+    "Resources",
     "SparseTrainer",
     "SparseTrainingArguments",
     "SparsitySchedule",
