@@ -1,5 +1,7 @@
 """One bar for a whole prune."""
 
+import typing
+
 import pytest
 from conftest import build, random_batches
 
@@ -11,7 +13,7 @@ from cap_hf.costs import Progress
 class Bar:
     """What the bar was told."""
 
-    made: list["Bar"] = []
+    made: typing.ClassVar[list["Bar"]] = []
 
     def __init__(self, total=None, disable=False, **_):
         self.total, self.disable, self.done, self.closed = total, disable, 0.0, False
