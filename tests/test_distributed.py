@@ -161,10 +161,9 @@ def assert_same(expected, found):
         assert torch.equal(value, found[name]), name
 
 
-@pytest.mark.parametrize("processes", [2, 4])
-def test_sums_and_masks_do_not_depend_on_the_number_of_processes(alone, tmp_path, processes):
+def test_four_processes_give_the_sums_and_weights_of_one(alone, tmp_path):
     script, expected = alone
-    launch(processes, str(tmp_path / "found.safetensors"), script=script)
+    launch(4, str(tmp_path / "found.safetensors"), script=script)
     assert_same(expected, load_file(tmp_path / "found.safetensors"))
 
 
@@ -201,10 +200,12 @@ def test_two_machines(alone, tmp_path):
 # `cap-hf prune` whose process 1 is killed: while gradients are collected, or while process 0 is at work on its own.
 DYING = """
 import os, signal, sys, time
+import cap_hf.watch as watch
 from cap_hf.commands.main import launch
 from cap_hf.fisher import BlockFisher
 from cap_hf.solver import Solver
 
+watch.INTERVAL = float(os.environ.get("INTERVAL", watch.INTERVAL))
 moment, rank = os.environ["MOMENT"], int(os.environ["RANK"])
 kind, name, count = {"collect": (BlockFisher, "add", 20), "solve": (Solver, "eliminate", 2)}[moment]
 method = getattr(kind, name)
@@ -245,15 +246,17 @@ def test_a_process_killed_on_another_machine_ends_this_one(checkpoint, tmp_path)
     arguments = ["--model_name_or_path", str(checkpoint), "--sparsity", "0.5", "--num_grads", "64", "--no_do_eval"]
     arguments += ["--per_device_batch_size", "8", "--output_dir", str(tmp_path / "out")]
     start = time.monotonic()
-    machines = launch_machines(tmp_path / "dying.py", *arguments, MOMENT="solve", ACCELERATE_USE_CPU="true")
+    machines = launch_machines(
+        tmp_path / "dying.py", *arguments, MOMENT="solve", INTERVAL="1", ACCELERATE_USE_CPU="true"
+    )
     try:
         errors = [machine.communicate(timeout=120)[1] for machine in machines]
     finally:
         for machine in machines:
             machine.kill()
-    assert time.monotonic() - start < 100
+    assert time.monotonic() - start < 60
     assert all(machine.returncode for machine in machines)
-    assert "cap-hf prune: process 1 has given no sign of life for 40 seconds" in errors[0]
+    assert "cap-hf prune: process 1 has given no sign of life for 10 seconds" in errors[0]
 
 
 def test_silence_is_noticed_and_an_end_is_not_silence():
