@@ -131,7 +131,9 @@ class Progress:
         block = sum(target.weight.numel() * float(target.block_size) ** 2 for target in targets) / shares
         self._solving = {"eliminating": ELIMINATION * block, "reconstructing": RECONSTRUCTION * block}
         self.work, self._left = work, self.prunes
-        total = work + self._solving["eliminating"] + self.prunes * self._solving["reconstructing"]
+        self._open(work + self._solving["eliminating"] + self.prunes * self._solving["reconstructing"])
+
+    def _open(self, total: float) -> None:
         self.bar = transformers_logging.tqdm(
             total=total,
             delay=2,
@@ -141,9 +143,10 @@ class Progress:
 
     def phase(self, name: str, unit: str, count: int, work: float | None = None) -> "Phase":
         """A phase of `count` steps, and the `work` of all of them where it is not that of solving."""
+        work = self._solving.get(name, float(count)) if work is None else work
         if self.bar is None:
-            self.start([], 0.0, 1)
-        work = self._solving.get(name, 0.0) if work is None else work
+            # One more sparsity than was foreseen.
+            self._open(work)
         return Phase(self.bar, name, unit, work / max(count, 1))
 
     def pruned(self) -> None:

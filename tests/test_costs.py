@@ -48,6 +48,10 @@ def test_one_bar_shows_phases_speed_and_ends_full(monkeypatch, disable):
     compressor.prune(0.9)
     assert Bar.made == [bar]
     assert bar.closed
+    compressor.prune(0.6)
+    (again,) = Bar.made[1:]
+    assert again.closed
+    assert again.done == pytest.approx(again.total)
     assert bar.disable == disable
     assert bar.phases == ["Collecting", "Eliminating", "Reconstructing", "Reconstructing"]
     assert bar.done == pytest.approx(bar.total, rel=1e-6)
