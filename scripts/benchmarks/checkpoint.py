@@ -1,10 +1,13 @@
 """Measure compressed checkpoints: packing and unpacking in bytes of dense tensors a second, and `from_pretrained`
-of a pruned ViT-B, plain against compressed, from a cold page cache.
+of a pruned ViT-B, plain against compressed, from a cold and from a warm page cache.
 
     python scripts/benchmarks/checkpoint.py --json checkpoint.json
 
-Loading is measured in fresh processes, plain and compressed in turn; the files' pages are dropped from the cache
-before each. Wall time counts what else the machine does, so CPU seconds are given too.
+Each loading is a process of its own, plain and compressed in turn; imports are not counted. Cold: just before, the
+files are written back and their pages dropped (fsync, posix_fadvise DONTNEED), which needs no rights; how much was
+then read from the disk is in the report. Warm: the files are read to their end first. PyTorch maps a plain file into
+memory and reads most of it when a weight is first used, so the first forward pass of one image is timed as well.
+Wall time counts what else the machine does, so CPU seconds are given too.
 """
 
 import argparse
@@ -34,11 +37,24 @@ import torch, cap_hf
 from transformers import AutoModelForImageClassification
 from transformers.utils import logging
 logging.disable_progress_bar()
-wall, cpu = time.perf_counter(), time.process_time()
+torch.nn.functional.linear(torch.ones(1, 8), torch.ones(8, 8))
+
+def now():
+    with open("/proc/self/io") as file:
+        counters = dict(line.split(": ") for line in file)
+    return time.perf_counter(), time.process_time(), int(counters["read_bytes"])
+
+start = now()
 model = AutoModelForImageClassification.from_pretrained(sys.argv[1])
-wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-print(json.dumps({"wall_seconds": wall, "cpu_seconds": cpu, "peak_bytes": peak}))
+loaded = now()
+with torch.no_grad():
+    model(torch.zeros(1, 3, 224, 224))
+used = now()
+names = "wall_seconds", "cpu_seconds", "bytes_from_disk"
+result = dict(zip(names, (b - a for a, b in zip(start, loaded))))
+result |= {name + "_with_forward": b - a for name, a, b in zip(names, start, used)}
+result["peak_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+print(json.dumps(result))
 """
 
 
@@ -83,31 +99,47 @@ def drop_pages(folder: Path) -> None:
         os.close(descriptor)
 
 
-def loading(folder: Path, sparsities: list[float], repeats: int) -> list[dict]:
-    """`from_pretrained` of a ViT-B, plain and compressed."""
+def read_pages(folder: Path) -> None:
+    """Bring the files of a folder into the page cache."""
+    for path in folder.iterdir():
+        path.read_bytes()
+
+
+def spread(runs: list[dict], key: str) -> list[float]:
+    """Median, least and most."""
+    values = [run[key] for run in runs]
+    return [statistics.median(values), min(values), max(values)]
+
+
+def loading(folder: Path, sparsities: list[str], repeats: int) -> list[dict]:
+    """`from_pretrained` of a ViT-B, plain and compressed: medians, least and most; ratios are compressed / plain."""
     results = []
     for sparsity in sparsities:
         model = ViTForImageClassification(ViTConfig(num_labels=1000))
         for target in find_targets(model):
-            target.weight.data = prune(target.weight.data, str(sparsity))
+            target.weight.data = prune(target.weight.data, sparsity)
         folders = {"plain": folder / f"plain-{sparsity}", "compressed": folder / f"compressed-{sparsity}"}
         model.save_pretrained(folders["plain"])
         del model
         start = time.perf_counter()
         compress_checkpoint(folders["plain"], folders["compressed"])
         seconds = time.perf_counter() - start
-        runs: dict[str, list[dict]] = {name: [] for name in folders}
-        for _ in range(repeats):
-            for name, path in folders.items():
-                drop_pages(path)
-                done = subprocess.run(
-                    [sys.executable, "-c", LOAD, str(path)], capture_output=True, text=True, check=True
-                )
-                runs[name].append(json.loads(done.stdout.splitlines()[-1]))
         result = {"sparsity": sparsity, "compress_checkpoint_seconds": seconds}
-        for name, path in folders.items():
-            medians = {key: statistics.median(run[key] for run in runs[name]) for key in runs[name][0]}
-            result[name] = {"file_bytes": find_weight_files(path).num_bytes, **medians}
+        result["file_bytes"] = {name: find_weight_files(path).num_bytes for name, path in folders.items()}
+        for cache, prepare in (("cold", drop_pages), ("warm", read_pages)):
+            runs: dict[str, list[dict]] = {name: [] for name in folders}
+            for _ in range(repeats):
+                for name, path in folders.items():
+                    prepare(path)
+                    done = subprocess.run(
+                        [sys.executable, "-c", LOAD, str(path)], capture_output=True, text=True, check=True
+                    )
+                    runs[name].append(json.loads(done.stdout.splitlines()[-1]))
+            result[cache] = {name: {key: spread(runs[name], key) for key in runs[name][0]} for name in folders}
+            # Of neighbours in time, so that what else the machine does hits both.
+            for key in ("wall_seconds", "wall_seconds_with_forward", "cpu_seconds"):
+                ratios = [{key: b[key] / a[key]} for a, b in zip(runs["plain"], runs["compressed"], strict=True)]
+                result[cache][f"ratio_of_{key}"] = spread(ratios, key)
         results.append(result)
     return results
 
@@ -115,8 +147,8 @@ def loading(folder: Path, sparsities: list[float], repeats: int) -> list[dict]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path, required=True, help="Gets the figures.")
-    parser.add_argument("--forms", nargs="+", default=["0.5", "0.75", "0.9", "2:4", "1:4"])
-    parser.add_argument("--sparsities", type=float, nargs="+", default=[0.75, 0.9], help="Of the loaded ViT-B.")
+    parser.add_argument("--forms", nargs="*", default=["0.5", "0.75", "0.9", "2:4", "1:4"])
+    parser.add_argument("--sparsities", nargs="*", default=["0.75", "0.9"], help="Of the loaded ViT-B.")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="That pack at a time.")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--dir", type=Path, default=None, help="Where the checkpoints are written and read.")
@@ -126,7 +158,7 @@ def main() -> None:
     report = {"versions": versions(), "machine": platform.machine(), "cpus": len(os.sched_getaffinity(0))}
     report["throughput"] = [
         throughput(form, dtype, args.threads, args.repeats)
-        for dtype in (torch.float32, torch.bfloat16)
+        for dtype in (torch.float32, torch.bfloat16, torch.float16)
         for form in args.forms
     ]
     with tempfile.TemporaryDirectory(dir=args.dir) as folder:
