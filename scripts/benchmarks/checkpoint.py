@@ -3,8 +3,8 @@ of a pruned ViT-B, plain against compressed, from a cold and from a warm page ca
 
     python scripts/benchmarks/checkpoint.py --json checkpoint.json
 
-Each loading is a process of its own, plain and compressed in turn; imports are not counted. Cold: just before, the
-files are written back and their pages dropped (fsync, posix_fadvise DONTNEED), which needs no rights; how much was
+Each loading is in a new process that begins with everything imported, plain and compressed in turn. Cold: just before,
+the files are written back and their pages dropped (fsync, posix_fadvise DONTNEED), which needs no rights; how much was
 then read from the disk is in the report. Warm: the files are read to their end first. PyTorch maps a plain file into
 memory and reads most of it when a weight is first used, so the first forward pass of one image is timed as well.
 Wall time counts what else the machine does, so CPU seconds are given too.
@@ -12,18 +12,20 @@ Wall time counts what else the machine does, so CPU seconds are given too.
 
 import argparse
 import json
+import multiprocessing
 import os
 import platform
+import resource
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import torch
-from transformers import ViTConfig, ViTForImageClassification
+from transformers import AutoModelForImageClassification, ViTConfig, ViTForImageClassification
+from transformers.utils import logging
 
 from cap_hf import find_targets
 from cap_hf.checkpoint import compress_checkpoint
@@ -31,31 +33,28 @@ from cap_hf.compression import pack, unpack
 from cap_hf.report import versions
 from cap_hf.weights import find_weight_files
 
-LOAD = """
-import json, resource, sys, time
-import torch, cap_hf
-from transformers import AutoModelForImageClassification
-from transformers.utils import logging
-logging.disable_progress_bar()
-torch.nn.functional.linear(torch.ones(1, 8), torch.ones(8, 8))
 
-def now():
-    with open("/proc/self/io") as file:
-        counters = dict(line.split(": ") for line in file)
-    return time.perf_counter(), time.process_time(), int(counters["read_bytes"])
+def load(folder: Path) -> dict[str, float]:
+    """Time `from_pretrained` and a first forward pass in this process."""
+    logging.disable_progress_bar()
+    start = counters()
+    model = AutoModelForImageClassification.from_pretrained(folder)
+    loaded = counters()
+    with torch.no_grad():
+        model(torch.zeros(1, 3, 224, 224))
+    used = counters()
+    result = {name: loaded[name] - start[name] for name in start}
+    result |= {f"{name}_with_forward": used[name] - start[name] for name in start}
+    return result | {"peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
 
-start = now()
-model = AutoModelForImageClassification.from_pretrained(sys.argv[1])
-loaded = now()
-with torch.no_grad():
-    model(torch.zeros(1, 3, 224, 224))
-used = now()
-names = "wall_seconds", "cpu_seconds", "bytes_from_disk"
-result = dict(zip(names, (b - a for a, b in zip(start, loaded))))
-result |= {name + "_with_forward": b - a for name, a, b in zip(names, start, used)}
-result["peak_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-print(json.dumps(result))
-"""
+
+def counters() -> dict[str, float]:
+    """Times, and what this process has caused to be read from the disk (where the system tells, which is Linux)."""
+    result = {"wall_seconds": time.perf_counter(), "cpu_seconds": time.process_time()}
+    with suppress(OSError):
+        lines = Path("/proc/self/io").read_text().splitlines()
+        result["bytes_from_disk"] = int(dict(line.split(": ") for line in lines)["read_bytes"])
+    return result
 
 
 def prune(tensor: torch.Tensor, form: str) -> torch.Tensor:
@@ -111,6 +110,12 @@ def spread(runs: list[dict], key: str) -> list[float]:
     return [statistics.median(values), min(values), max(values)]
 
 
+def new_process_loads(folder: Path) -> dict[str, float]:
+    """`load` in a process of its own."""
+    with multiprocessing.get_context("forkserver").Pool(1) as pool:
+        return pool.apply(load, (folder,))
+
+
 def loading(folder: Path, sparsities: list[str], repeats: int) -> list[dict]:
     """`from_pretrained` of a ViT-B, plain and compressed: medians, least and most; ratios are compressed / plain."""
     results = []
@@ -131,10 +136,7 @@ def loading(folder: Path, sparsities: list[str], repeats: int) -> list[dict]:
             for _ in range(repeats):
                 for name, path in folders.items():
                     prepare(path)
-                    done = subprocess.run(
-                        [sys.executable, "-c", LOAD, str(path)], capture_output=True, text=True, check=True
-                    )
-                    runs[name].append(json.loads(done.stdout.splitlines()[-1]))
+                    runs[name].append(new_process_loads(path))
             result[cache] = {name: {key: spread(runs[name], key) for key in runs[name][0]} for name in folders}
             # Of neighbours in time, so that what else the machine does hits both.
             for key in ("wall_seconds", "wall_seconds_with_forward", "cpu_seconds"):
@@ -154,6 +156,9 @@ def main() -> None:
     parser.add_argument("--dir", type=Path, default=None, help="Where the checkpoints are written and read.")
     args = parser.parse_args()
     torch.manual_seed(0)
+    # New processes are forked from one that has imported these, so imports are not timed.
+    multiprocessing.get_context("forkserver").set_forkserver_preload(["cap_hf", "transformers.models.vit.modeling_vit"])
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
     report = {"versions": versions(), "machine": platform.machine(), "cpus": len(os.sched_getaffinity(0))}
     report["throughput"] = [
@@ -161,6 +166,7 @@ def main() -> None:
         for dtype in (torch.float32, torch.bfloat16, torch.float16)
         for form in args.forms
     ]
+    torch.set_num_threads(threads)
     with tempfile.TemporaryDirectory(dir=args.dir) as folder:
         report["loading"] = loading(Path(folder), args.sparsities, args.repeats)
     args.json.write_text(json.dumps(report, indent=2) + "\n")
