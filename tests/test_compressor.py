@@ -25,6 +25,10 @@ def zeros_of(compressor: CAPCompressor) -> int:
     return sum(int((target.weight == 0).sum()) for target in compressor.targets)
 
 
+def negative_zeros(weight: torch.Tensor) -> int:
+    return int(((weight == 0) & torch.signbit(weight)).sum())
+
+
 def total_of(compressor: CAPCompressor) -> int:
     return sum(target.weight.numel() for target in compressor.targets)
 
@@ -113,6 +117,19 @@ def test_a_sparse_model_is_pruned_further_and_loses_no_zero(method, allocation):
         assert (target.weight[before[target.name]] == 0).all()
     with pytest.raises(CAPError, match="sparse already"):
         compressor.prune(0.3)
+
+
+@pytest.mark.parametrize("method", ["cap", "obs", "sparsegpt", "magnitude"])
+@pytest.mark.parametrize("allocation", ["global", "2:4"])
+def test_pruned_weights_are_positive_zeros(method, allocation):
+    """A mask that was multiplied on leaves -0.0 behind, which a compressed checkpoint has to keep."""
+    model = build("ViT")
+    for target in CAPCompressor(model).targets:
+        target.weight.data.mul_(target.weight > target.weight.quantile(0.3))
+    compressor = collected(model, method=method, allocation=allocation)
+    assert any(negative_zeros(target.weight) for target in compressor.targets)
+    compressor.prune(0.5 if allocation == "global" else None)
+    assert not any(negative_zeros(target.weight) for target in compressor.targets)
 
 
 @pytest.mark.parametrize("method", ["cap", "obs", "sparsegpt", "magnitude"])
