@@ -2,6 +2,7 @@
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
+#include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/library.h>
 
 #include <memory>
@@ -20,7 +21,8 @@ at::Tensor sparse_linear(const at::Tensor& x, const at::Tensor& values, const at
   TORCH_CHECK(kernels != nullptr, "this processor has no instruction set ", std::string(instruction_set));
   TORCH_CHECK(x.dim() > 0 && x.size(-1) == cols, "sparse_linear: x has shape ", x.sizes(), ", its last size must be ",
               cols);
-  TORCH_CHECK(x.scalar_type() == at::kFloat, "sparse_linear: x must be float32, not ", x.scalar_type());
+  TORCH_CHECK(x.scalar_type() == at::kFloat || x.scalar_type() == at::kHalf || x.scalar_type() == at::kBFloat16,
+              "sparse_linear: x must be float32, float16 or bfloat16, not ", x.scalar_type());
   const cap_hf::SparseWeight weight{rows,
                                     cols,
                                     row_block,
@@ -36,25 +38,27 @@ at::Tensor sparse_linear(const at::Tensor& x, const at::Tensor& values, const at
                   values.numel() == offsets.numel() && starts.numel() == weight.segments() + 1 &&
                   order.numel() == weight.segments() * cap_hf::kSlice,
               "sparse_linear: the parts of the packed weight do not fit each other");
-  TORCH_CHECK(!bias || (bias->scalar_type() == at::kFloat && bias->is_contiguous() && bias->numel() == rows),
-              "sparse_linear: bias must be ", rows, " contiguous float32 numbers");
-  const at::Tensor input = x.contiguous();
+  TORCH_CHECK(!bias || (bias->is_floating_point() && bias->numel() == rows), "sparse_linear: bias must be ", rows,
+              " floating point numbers");
+  // Half precision is read and written, but the sums are float32.
+  const at::Tensor input = x.to(at::kFloat).contiguous();
+  const at::Tensor offset = bias ? bias->to(at::kFloat).contiguous() : at::Tensor();
   auto shape = input.sizes().vec();
   shape.back() = rows;
   at::Tensor y = at::empty(shape, input.options());
   const int64_t tokens = input.numel() / cols;
-  if (tokens == 0) return y;
+  if (tokens == 0) return y.to(x.scalar_type());
   const int64_t tiles = cap_hf::Product::tiles(tokens);
   const at::Tensor buffer = at::empty({tiles, cols, cap_hf::kTile}, input.options());
   const auto ready = std::make_unique<std::atomic<uint8_t>[]>(tiles);
   for (int64_t tile = 0; tile < tiles; ++tile) ready[tile] = 0;
   cap_hf::Product product(*kernels, weight, input.const_data_ptr<float>(), tokens,
-                          bias ? bias->const_data_ptr<float>() : nullptr, y.mutable_data_ptr<float>(),
+                          bias ? offset.const_data_ptr<float>() : nullptr, y.mutable_data_ptr<float>(),
                           buffer.mutable_data_ptr<float>(), ready.get());
   // One call a thread; the threads share the tasks out among themselves. Run one after another the calls are right
   // too: the first takes all tasks.
   at::parallel_for(0, at::get_num_threads(), 1, [&](int64_t, int64_t) { product.work(); });
-  return y;
+  return y.to(x.scalar_type());
 }
 
 std::string instruction_set() { return cap_hf::best_instruction_set(); }
@@ -69,3 +73,8 @@ TORCH_LIBRARY_FRAGMENT(cap_hf, m) {
 }
 
 TORCH_LIBRARY_IMPL(cap_hf, CPU, m) { m.impl("sparse_linear", &sparse_linear); }
+
+// Inference only: a backward pass ends in an error that names the operator, not in gradients that lack a part.
+TORCH_LIBRARY_IMPL(cap_hf, Autograd, m) {
+  m.impl("sparse_linear", torch::autograd::autogradNotImplementedFallback());
+}

@@ -7,7 +7,9 @@ import torch
 
 SLICE = 4  # rows that the kernel takes at a time
 ROW_BLOCK = 128  # rows in a block, at most
-COL_BLOCK = 384  # columns in a block, at most: a block of 32 tokens then about fits the L1 cache
+# Columns in a block, at most. Of 192 columns 32 tokens fit the L1 cache; but a block must hold enough weights of a row
+# to be worth its start, so that the second limit holds where a larger share than the third number is 0.
+COL_BLOCK, WIDE_COL_BLOCK, WIDE_SPARSITY = 192, 384, 0.85
 OFFSET = 16  # 8 bytes are the unit of offsets; a column of 32 float32 tokens has 16 of them
 
 
@@ -45,9 +47,10 @@ def pack(weight: torch.Tensor) -> PackedWeight:
     rows, cols = weight.shape
     # Whole squares of 16 are transposed fastest.
     row_block = even_blocks(rows, ROW_BLOCK, 16 if rows > 16 else SLICE)
-    col_block = even_blocks(cols, COL_BLOCK, 1)
-    row_blocks, col_blocks, slices = math.ceil(rows / row_block), math.ceil(cols / col_block), row_block // SLICE
     row, col = weight.nonzero(as_tuple=True)  # row by row, columns ascending
+    sparse = 1 - len(row) / weight.numel() > WIDE_SPARSITY
+    col_block = even_blocks(cols, WIDE_COL_BLOCK if sparse else COL_BLOCK, 1)
+    row_blocks, col_blocks, slices = math.ceil(rows / row_block), math.ceil(cols / col_block), row_block // SLICE
     # Weights of each row in each column block; in every block the longest rows come first.
     run = row * col_blocks + col // col_block
     counts = torch.bincount(run, minlength=row_blocks * row_block * col_blocks)
@@ -68,7 +71,7 @@ def pack(weight: torch.Tensor) -> PackedWeight:
         values.view(-1, SLICE),
         offsets.short().view(-1, SLICE),
         starts.int(),
-        order.short().view(-1, SLICE),
+        order.short().reshape(-1, SLICE).contiguous(),
         rows,
         cols,
         row_block,
