@@ -5,6 +5,7 @@ from cap_hf.config import CAPConfig, NMPattern
 from cap_hf.errors import CAPError
 from cap_hf.gradual import GradualPruner
 from cap_hf.hub import push_to_hub
+from cap_hf.inference.optimize import SparseModelForImageClassification, optimize_for_inference
 from cap_hf.quantizer import CompressedConfig
 from cap_hf.report import LayerReport, PruneReport
 from cap_hf.schedules import SparsitySchedule
@@ -23,10 +24,12 @@ __all__ = [
     "LayerReport",
     "NMPattern",
     "PruneReport",
+    "SparseModelForImageClassification",
     "SparseTrainer",
     "SparseTrainingArguments",
     "SparsitySchedule",
     "Target",
     "find_targets",
+    "optimize_for_inference",
     "push_to_hub",
 ]
