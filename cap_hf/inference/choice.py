@@ -72,12 +72,15 @@ def is_semi_structured_faster(linear: nn.Linear, tokens: int) -> bool:
     return statistics.median(sparse_seconds) < MARGIN * statistics.median(dense_seconds)
 
 
-def time_in_turns(calls: list[Callable[[], object]], runs: int, seconds: float = float("inf")) -> list[list[float]]:
+def time_in_turns(
+    calls: list[Callable[[], object]], runs: int, seconds: float = float("inf"), pause: float = 0.0
+) -> list[list[float]]:
     """Seconds of every run of every call; they take turns, so that what slows the machine slows all of them.
 
     Args:
         runs: how many turns.
         seconds: stop early after this long, but not before three turns.
+        pause: seconds to wait before each run.
     """
     times: list[list[float]] = [[] for _ in calls]
     for call in calls:
@@ -87,6 +90,7 @@ def time_in_turns(calls: list[Callable[[], object]], runs: int, seconds: float =
         if turn >= 3 and time.perf_counter() - begin > seconds:
             break
         for call, taken in zip(calls, times, strict=True):
+            time.sleep(pause)
             start = time.perf_counter()
             call()
             taken.append(time.perf_counter() - start)
