@@ -1,5 +1,6 @@
 """Linear layers that hold and compute with nothing but what is not zero. Inference only."""
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -121,7 +122,9 @@ class CSRLinear(SparseWeightLinear):
     """A Linear on PyTorch's own CSR product, for machines without a compiler."""
 
     def store(self, weight: torch.Tensor) -> None:
-        csr = weight.cpu().float().to_sparse_csr()
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
+            csr = weight.cpu().float().to_sparse_csr()
         self.register_buffer("starts", csr.crow_indices().int(), persistent=False)
         self.register_buffer("columns", csr.col_indices().int(), persistent=False)
         self.register_buffer("values", csr.values(), persistent=False)

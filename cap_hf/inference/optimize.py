@@ -1,5 +1,6 @@
 """`optimize_for_inference`: sparse layers in place of the Linear layers of a transformers model."""
 
+import functools
 import logging
 from collections.abc import Mapping
 from typing import Any
@@ -118,9 +119,14 @@ def choose_kind(backend: str) -> type[SparseWeightLinear]:
         return SparseLinear
     if backend == "kernel":
         raise CAPError("backend='kernel' needs a C++ compiler; the warning above tells what failed")
-    # has_kernel() has said why; this says what becomes of it.
-    logger.warning("Without the C++ kernel layers run on PyTorch's CSR product where that is faster, else dense")
+    warn_without_kernel()
     return CSRLinear
+
+
+@functools.cache
+def warn_without_kernel() -> None:
+    """Once a process; why there is no kernel has been said where it was compiled."""
+    logger.warning("Without the C++ kernel layers run on PyTorch's CSR product where that is faster, else dense")
 
 
 def count_tokens(
