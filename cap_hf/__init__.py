@@ -5,7 +5,9 @@ from cap_hf.config import CAPConfig, NMPattern
 from cap_hf.errors import CAPError
 from cap_hf.gradual import GradualPruner
 from cap_hf.hub import push_to_hub
+from cap_hf.inference.export import export_onnx
 from cap_hf.inference.optimize import SparseModelForImageClassification, optimize_for_inference
+from cap_hf.inference.quantization import quantize_int8
 from cap_hf.quantizer import CompressedConfig
 from cap_hf.report import LayerReport, PruneReport
 from cap_hf.schedules import SparsitySchedule
@@ -29,7 +31,9 @@ __all__ = [
     "SparseTrainingArguments",
     "SparsitySchedule",
     "Target",
+    "export_onnx",
     "find_targets",
     "optimize_for_inference",
     "push_to_hub",
+    "quantize_int8",
 ]

@@ -128,7 +128,7 @@ def test_state_dict_and_checkpoint_are_those_of_the_dense_model(tmp_path):
     dense = copy.deepcopy(model.state_dict())
     optimize_for_inference(model, "kernel")
     found = model.state_dict()
-    assert list(sorted(found)) == sorted(dense)
+    assert sorted(found) == sorted(dense)
     for name, tensor in dense.items():
         assert torch.equal(found[name], tensor), name
     model.save_pretrained(tmp_path)
