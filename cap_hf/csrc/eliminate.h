@@ -14,10 +14,10 @@
 namespace cap_hf {
 
 // Steps of a panel: its columns stay in the second-level cache, and its update is a matrix product.
-constexpr int kPanel = 32;
+constexpr int kPanel = 64;
 // Entries of a vector; compilers turn one into as many registers as the processor needs.
 constexpr int kLanes = 8;
-constexpr int kRows = 4;         // rows and
+constexpr int kRows = 8;         // rows and
 constexpr int kColumns = 2;      // vectors of a tile of the update that stays in registers
 using Vector = double __attribute__((vector_size(kLanes * sizeof(double)), aligned(sizeof(double))));
 
@@ -29,80 +29,95 @@ class Eliminator {
  public:
   explicit Eliminator(int64_t size)
       : stride_((size + kLanes - 1) / kLanes * kLanes + kLanes * kColumns),
-        a_(size * stride_ + kLanes * kColumns),
+        a_(std::max<int64_t>(0, size - kPanel) * stride_ + kLanes * kColumns),
         panel_(kPanel * stride_ + kLanes * kColumns),
-        w_(stride_), diagonal_(stride_), scores_(stride_),
-        position_(size), left_(size), state_(size), given_(size) {}
+        row_(stride_), w_(stride_), diagonal_(stride_), scores_(stride_), gate_(stride_),
+        position_(size), left_(size), given_(size), taken_(size) {}
 
   // Removes `steps` of the `size` weights. At most `limit` of `group` consecutive ones go (group 0: any number).
   // Past a running maximum of the losses of `max_loss` it stops: the rest has infinite losses, in any order.
   // Returns whether every pivot was positive and finite.
   bool run(const double* weights, const double* inverse, int64_t size, int64_t steps, int64_t group, int64_t limit,
            double max_loss, int64_t* order, double* losses) {
-    for (int64_t i = 0; i < size; ++i) std::copy_n(inverse + i * size, size, &a_[i * stride_]);
     std::copy_n(weights, size, w_.begin());
     std::fill(w_.begin() + size, w_.end(), 0.0);
+    std::fill(gate_.begin(), gate_.end(), kNever);
     for (int64_t i = 0; i < size; ++i) {
       position_[i] = i;
-      state_[i] = weights[i] == 0.0 ? kZero : kLive;
+      gate_[i] = weights[i] == 0.0 ? kFirst : kLive;
     }
     std::fill(given_.begin(), given_.end(), 0);
+    // The first panel reads the caller's matrix; what is left of it is packed into memory of our own.
+    const double* a = inverse;
+    int64_t a_stride = size;
     double highest = 0.0;
     int64_t count = size;  // weights that A still holds
     for (int64_t start = 0; start < steps; start += kPanel) {
       const int64_t width = std::min<int64_t>(kPanel, steps - start);
-      for (int64_t i = 0; i < count; ++i) diagonal_[i] = a_[i * stride_ + i];
+      for (int64_t i = 0; i < count; ++i) diagonal_[i] = a[i * a_stride + i];
       std::fill(diagonal_.begin() + count, diagonal_.end(), 1.0);
       for (int64_t k = 0; k < width; ++k) {
-        const int64_t pivot = cheapest(count, group, limit);
+        const int64_t pivot = cheapest(count);
+        if (pivot < 0) return false;
         const double root = std::sqrt(diagonal_[pivot]);
         const double cost = w_[pivot] / root, loss = cost * cost / 2;
         if (!(diagonal_[pivot] > 0.0) || !std::isfinite(loss)) return false;
         highest = std::max(highest, loss);
         if (highest > max_loss) {
-          abandon(start + k, steps, count, order, losses);
+          abandon(start + k, k, steps, count, order, losses);
           return true;
         }
+        std::copy_n(a + pivot * a_stride, count, row_.begin());
         form_column(pivot, k, count, root, cost);
         w_[pivot] = 0.0;
-        state_[pivot] = kRemoved;
-        if (group) ++given_[position_[pivot] / group];
+        diagonal_[pivot] = 1.0;
+        gate_[pivot] = kNever;
+        pivots_[k] = pivot;
+        if (group && ++given_[position_[pivot] / group] == limit) close(position_[pivot] / group, group, count);
         order[start + k] = position_[pivot];
         losses[start + k] = loss;
       }
-      if (start + width < steps) count = shrink(count, width);
+      if (start + width < steps) {
+        count = shrink(a, a_stride, count, width);
+        a = a_.data();
+        a_stride = stride_;
+      }
     }
     return true;
   }
 
  private:
-  enum State : uint8_t { kLive, kZero, kRemoved };
+  // Added to a weight's cost: whether it may be removed. Those that are 0 go before all others.
+  static constexpr double kLive = 0.0, kFirst = -1.0, kNever = std::numeric_limits<double>::infinity();
 
-  // The live weight whose removal costs least, the first of equals; weights that were 0 come before all others.
-  int64_t cheapest(int64_t count, int64_t group, int64_t limit) {
+  // The weight whose removal costs least, the first of equals; -1 if every cost is infinite or not a number.
+  int64_t cheapest(int64_t count) {
+    Vector least = Vector{} + kNever;
     for (int64_t i = 0; i < count; i += kLanes) {
-      const Vector w = load(&w_[i]);
-      store(&scores_[i], w * w / load(&diagonal_[i]));
+      const Vector w = load(&w_[i]), score = w * w / load(&diagonal_[i]) + load(&gate_[i]);
+      store(&scores_[i], score);
+      least = score < least ? score : least;
     }
-    constexpr double kInfinity = std::numeric_limits<double>::infinity();
-    double least = kInfinity;
-    int64_t found = -1;
-    for (int64_t i = 0; i < count; ++i) {
-      if (state_[i] == kRemoved || (group && given_[position_[i] / group] == limit)) continue;
-      const double score = state_[i] == kZero ? -1.0 : scores_[i];
-      if (found < 0 || score < least) {
-        least = score;
-        found = i;
-      }
-    }
+    double lowest = kNever;
+    for (int lane = 0; lane < kLanes; ++lane) lowest = std::min(lowest, least[lane]);
+    if (lowest == kNever) return -1;
+    int64_t found = 0;
+    while (scores_[found] != lowest) ++found;
     return found;
+  }
+
+  // A group has given up all it may: its other weights stay.
+  void close(int64_t number, int64_t group, int64_t count) {
+    for (int64_t i = 0; i < count; ++i) {
+      if (position_[i] / group == number) gate_[i] = kNever;
+    }
   }
 
   // The pivot's column of the current A over the root of its diagonal; w and the diagonal move along.
   void form_column(int64_t pivot, int64_t k, int64_t count, double root, double cost) {
     double at_pivot[kPanel];
     for (int64_t j = 0; j < k; ++j) at_pivot[j] = panel_[j * stride_ + pivot];
-    const double* row = &a_[pivot * stride_];
+    const double* row = row_.data();
     double* column = &panel_[k * stride_];
     const double scale = 1.0 / root;
     constexpr int kStep = 4;
@@ -130,16 +145,19 @@ class Eliminator {
   }
 
   // Brings A up to date with a whole panel, on the weights that are left, packed into the first rows and columns.
-  int64_t shrink(int64_t count, int64_t width) {
+  int64_t shrink(const double* a, int64_t a_stride, int64_t count, int64_t width) {
+    mark_taken(width);
     int64_t kept = 0;
     for (int64_t i = 0; i < count; ++i) {
-      if (state_[i] != kRemoved) left_[kept++] = i;
+      if (!taken_[i]) left_[kept++] = i;
     }
     for (int64_t i = 0; i < kept; ++i) {
       w_[i] = w_[left_[i]];
+      gate_[i] = gate_[left_[i]];
       position_[i] = position_[left_[i]];
-      state_[i] = state_[left_[i]];
     }
+    std::fill(w_.begin() + kept, w_.begin() + count, 0.0);
+    std::fill(gate_.begin() + kept, gate_.begin() + count, kNever);
     for (int64_t k = 0; k < width; ++k) {
       double* column = &panel_[k * stride_];
       for (int64_t i = 0; i < kept; ++i) column[i] = column[left_[i]];
@@ -147,20 +165,20 @@ class Eliminator {
     // Rows go up and columns to the left, and a tile is read before it is written, so nothing is overwritten that is
     // read later. Tiles below the diagonal only; the upper half is their mirror image.
     int64_t i = 0;
-    for (; i + kRows <= kept; i += kRows) update_rows<kRows>(i, width);
-    for (; i < kept; ++i) update_rows<1>(i, width);
+    for (; i + kRows <= kept; i += kRows) update_rows<kRows>(a, a_stride, i, width);
+    for (; i < kept; ++i) update_rows<1>(a, a_stride, i, width);
     mirror(kept);
     return kept;
   }
 
   template <int kHeight>
-  void update_rows(int64_t i, int64_t width) {
+  void update_rows(const double* a, int64_t a_stride, int64_t i, int64_t width) {
     constexpr int64_t kWide = kColumns * kLanes;
     double packed[kHeight][kWide];
     for (int64_t j = 0; j < i + kHeight; j += kWide) {
       const int64_t real = std::min<int64_t>(kWide, i + kHeight - j);
       for (int r = 0; r < kHeight; ++r) {
-        const double* row = &a_[left_[i + r] * stride_];
+        const double* row = a + left_[i + r] * a_stride;
         for (int64_t c = 0; c < real; ++c) packed[r][c] = row[left_[j + c]];
       }
       Vector sum[kHeight][kColumns];
@@ -197,18 +215,25 @@ class Eliminator {
     }
   }
 
-  void abandon(int64_t step, int64_t steps, int64_t count, int64_t* order, double* losses) {
+  void mark_taken(int64_t width) {
+    std::fill(taken_.begin(), taken_.end(), false);
+    for (int64_t k = 0; k < width; ++k) taken_[pivots_[k]] = true;
+  }
+
+  // The rest of the order is whatever is left.
+  void abandon(int64_t step, int64_t in_panel, int64_t steps, int64_t count, int64_t* order, double* losses) {
+    mark_taken(in_panel);
     std::fill(losses + step, losses + steps, std::numeric_limits<double>::infinity());
     for (int64_t i = 0; i < count && step < steps; ++i) {
-      if (state_[i] != kRemoved) order[step++] = position_[i];
+      if (!taken_[i]) order[step++] = position_[i];
     }
   }
 
   int64_t stride_;
-  std::vector<double> a_, panel_, w_, diagonal_, scores_;
-  std::vector<int64_t> position_, left_;
-  std::vector<State> state_;
-  std::vector<int64_t> given_;
+  std::vector<double> a_, panel_, row_, w_, diagonal_, scores_, gate_;
+  std::vector<int64_t> position_, left_, given_;
+  std::vector<uint8_t> taken_;
+  int64_t pivots_[kPanel];
 };
 
 }  // namespace cap_hf
