@@ -18,7 +18,7 @@ from cap_hf.inference.export import ONNX_NAME, export_onnx, need
 from cap_hf.inference.linear import SparseWeightLinear
 from cap_hf.inference.optimize import make_example, optimize_for_inference, resident_bytes
 
-# Seconds before each run: threads of the runtime measured before it still spin for a while and would take a core.
+# Seconds before each run: threads of the runtime measured before it may still spin and would take a core.
 PAUSE = 0.02
 # From pixels `(batch, channels, height, width)` to logits, whatever the runtime gives.
 Call = Callable[[torch.Tensor], Any]
@@ -120,6 +120,8 @@ class ONNXRuntime(Backend):
     def start(self, threads: int) -> Call:
         options = self.runtime.SessionOptions()
         options.intra_op_num_threads = threads
+        # Between two calls its threads would spin on, and take a core from what is measured next.
+        options.add_session_config_entry("session.force_spinning_stop", "1")
         session = self.runtime.InferenceSession(str(self.path), options, providers=["CPUExecutionProvider"])
         return lambda pixels: torch.from_numpy(session.run(None, {"pixel_values": pixels.numpy()})[0])
 
