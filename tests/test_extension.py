@@ -104,6 +104,16 @@ def test_reconstruction_equals_pytorch(share, monkeypatch):
     assert (found[~keep] == 0).all()
 
 
+def test_kernels_run_in_inference_mode():
+    weights, fisher = make_blocks(6, 8, 40)
+    keep = weights > 0
+    expected = elimination.invert(fisher), elimination.reconstruct(weights, fisher, keep)
+    with torch.inference_mode():
+        fisher = fisher.clone()
+        torch.testing.assert_close(elimination.invert(fisher), expected[0])
+        torch.testing.assert_close(elimination.reconstruct(weights, fisher, keep), expected[1])
+
+
 def test_one_thread_and_two_give_the_same_bits():
     weights, fisher = make_blocks(4, 20, 100)
     inverse, threads = elimination.invert(fisher), torch.get_num_threads()

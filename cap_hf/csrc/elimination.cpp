@@ -2,6 +2,7 @@
 // slower for blocks of these sizes than on one thread for each block.
 #include <ATen/Functions.h>
 #include <ATen/Parallel.h>
+#include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/Tensor.h>
 #include <torch/library.h>
 
@@ -54,6 +55,8 @@ std::tuple<Tensor, Tensor> invert(const Tensor& matrices) {
   Tensor inverse = at::empty_like(matrices, at::MemoryFormat::Contiguous);
   Tensor info = at::empty({matrices.size(0)}, matrices.options().dtype(at::kInt));
   at::parallel_for(0, matrices.size(0), 1, [&](int64_t begin, int64_t end) {
+    // What the caller's thread knows of autograd and inference mode, this one does not: leave both out.
+    const at::AutoDispatchBelowADInplaceOrView plain;
     for (int64_t b = begin; b < end; ++b) {
       auto [factor, code] = at::linalg_cholesky_ex(matrices[b]);
       info[b].copy_(code);
@@ -76,6 +79,7 @@ std::tuple<Tensor, Tensor> reconstruct(const Tensor& weights, const Tensor& fish
   Tensor result = at::zeros_like(old);
   Tensor info = at::zeros({n}, old.options().dtype(at::kInt));
   at::parallel_for(0, n, 1, [&](int64_t begin, int64_t end) {
+    const at::AutoDispatchBelowADInplaceOrView plain;
     std::vector<int64_t> kept(size);
     for (int64_t b = begin; b < end; ++b) {
       const double* w = old.const_data_ptr<double>() + b * size;
