@@ -161,6 +161,14 @@ def test_backward_is_an_error():
         (y.sum() + x.sum()).backward()
 
 
+def test_more_tokens_than_fit_the_working_memory():
+    # A tile of 4096 columns takes 2 ** 17 floats, so that 16 tiles (512 tokens) are computed at a time.
+    weight, x, bias = make_weight(5, 4096, 0.9), torch.randn(1100, 4096), torch.randn(5)
+    y = sparse_linear(x, pack(weight), bias)
+    torch.testing.assert_close(y, x @ weight.t() + bias, rtol=1e-3, atol=1e-3)
+    assert torch.equal(sparse_linear(x[:3], pack(weight), bias), y[:3])
+
+
 def test_one_thread_and_two_give_the_same_bits():
     packed, x, threads = pack(make_weight(300, 400, 0.8)), torch.randn(197, 400), torch.get_num_threads()
     try:

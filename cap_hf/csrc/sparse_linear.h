@@ -15,6 +15,8 @@
 
 namespace cap_hf {
 
+static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "four offsets are loaded as one number");
+
 constexpr int64_t kTile = 32;      // tokens in a tile
 constexpr int64_t kSlice = 4;      // rows in a slice
 constexpr int64_t kRowBlock = 128; // rows in a block, at most: their sums lie in a buffer on the stack
