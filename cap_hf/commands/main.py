@@ -11,6 +11,7 @@ COMMANDS = {
     "evaluate": "measure the accuracy of a checkpoint",
     "inspect": "show the targets of a checkpoint and how sparse they are",
     "compress": "store a pruned checkpoint in few bytes",
+    "benchmark": "measure how fast a checkpoint runs, dense and sparse, in several runtimes",
     "push": "publish a checkpoint with a model card on the Hub",
 }
 

@@ -1,0 +1,90 @@
+"""`cap-hf benchmark`: how fast a checkpoint runs, dense and sparse, side by side."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from cap_hf.checkpoint import write_json
+from cap_hf.commands.common import DEFAULT_OUTPUT_DIR, ModelArguments, load_model, parse, percent, table
+from cap_hf.errors import CAPError
+from cap_hf.inference.benchmark import BACKENDS, Measurement, benchmark, losses
+from cap_hf.inference.plot import draw_benchmark
+from cap_hf.report import versions
+from cap_hf.targets import find_targets
+
+
+@dataclass
+class BenchmarkArguments:
+    """What to measure."""
+
+    batch_sizes: list[int] = field(default_factory=lambda: [1, 8], metadata={"help": "Images a batch."})
+    threads: list[int] = field(default_factory=list, metadata={"help": "Numbers of threads. Default: PyTorch's."})
+    backends: list[str] = field(
+        default_factory=lambda: list(BACKENDS), metadata={"help": f"Which of {', '.join(BACKENDS)}. Default: all."}
+    )
+    runs: int = field(default=15, metadata={"help": "Runs of each backend in each setting; they take turns."})
+    max_seconds: float = field(default=60.0, metadata={"help": "End a setting earlier after this long (3 runs)."})
+    output_dir: str = field(default=DEFAULT_OUTPUT_DIR, metadata={"help": "Gets benchmark.json and benchmark.png."})
+    disable_tqdm: bool = field(default=False, metadata={"help": "No progress bar."})
+
+
+def main(argv: list[str]) -> None:
+    """Run the command with these arguments."""
+    model_args, args = parse(
+        argv, "benchmark", "Measure how fast a checkpoint runs on the CPU.", ModelArguments, BenchmarkArguments
+    )
+    threads = args.threads or [torch.get_num_threads()]
+    for name, values in (("batch_sizes", args.batch_sizes), ("threads", threads), ("runs", [args.runs])):
+        if not values or min(values) < 1:
+            raise CAPError(f"--{name} must be at least 1")
+    model = load_model(model_args).eval()
+    targets = find_targets(model)
+    zeros = sum(int((target.weight == 0).sum()) for target in targets)
+    sparsity = zeros / sum(target.weight.numel() for target in targets)
+    with tqdm(desc="Benchmark", bar_format="{desc}: {postfix} [{elapsed}]", disable=args.disable_tqdm) as bar:
+        found, missing = benchmark(
+            model, args.backends, args.batch_sizes, threads, max(args.runs, 3), args.max_seconds, bar.set_postfix_str
+        )
+    lost = losses(found)
+    folder = Path(args.output_dir)
+    report = {
+        "model_name_or_path": model_args.model_name_or_path,
+        "architecture": type(model).__name__,
+        "sparsity": sparsity,
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "measurements": [each.to_dict() for each in found],
+        "not_measured": missing,
+        "sparse_loses": lost,
+        "versions": versions(),
+    }
+    write_json(folder / "benchmark.json", report)
+    title = f"{model_args.model_name_or_path}, {percent(sparsity, 1)} % sparse"
+    draw_benchmark(found, title, folder / "benchmark.png")
+    print(format_table(found))
+    for name, reason in missing.items():
+        print(f"{name} was not measured: {reason}")
+    for line in lost:
+        print(line)
+    print(f"{title} ({folder / 'benchmark.json'}, {folder / 'benchmark.png'})")
+
+
+def format_table(found: list[Measurement]) -> str:
+    """One row a backend and setting."""
+    rows = [
+        [
+            each.backend,
+            str(each.batch_size),
+            str(each.threads),
+            f"{1000 * each.seconds:.1f}",
+            f"{1000 * each.low_seconds:.1f}-{1000 * each.high_seconds:.1f}",
+            f"{each.images_per_second:.1f}",
+            f"{each.speedup:.2f}",
+            f"{each.weight_bytes / 2**20:.1f}",
+            f"{each.max_difference:.0e}",
+        ]
+        for each in found
+    ]
+    header = ["backend", "batch", "threads", "ms", "quartiles", "images/s", "speedup", "weights MiB", "difference"]
+    return table(header, rows)

@@ -1,0 +1,117 @@
+// y = x W^T + b for a sparse W and a dense x: the packed weight, and one product written once over instruction sets.
+//
+// Nothing of PyTorch is included here, so that the product can be compiled and checked alone in a second.
+//
+// Activations are cut into tiles of 32 tokens and transposed, [column][token], so that one weight meets 32 contiguous
+// floats. Weights are cut into blocks of rows by blocks of columns: a block of columns of one tile stays in the L1
+// cache while all rows of the block pass over it. Inside a block the rows are sorted by their number of weights and
+// taken four at a time (a "slice", as in the SELL-C-sigma format, arXiv 1307.6209), with the accumulators of four rows
+// x 32 tokens in registers: four rows give independent chains of sums, and one load brings the next weight of each.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <thread>
+
+namespace cap_hf {
+
+static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "four offsets are loaded as one number");
+
+constexpr int64_t kTile = 32;      // tokens in a tile
+constexpr int64_t kSlice = 4;      // rows in a slice
+constexpr int64_t kRowBlock = 128; // rows in a block, at most: their sums lie in a buffer on the stack
+constexpr int64_t kHalf = 16;      // a tile of no more tokens is computed by halves
+constexpr int64_t kColBlock = 4095; // columns in a block, at most: 16 times a column is an offset of 16 bits
+
+// Segments are numbered (row block, column block, slice), each dimension in full: the last row block has as many
+// slices as the others. Segment s holds steps starts[s] .. starts[s + 1]; step i is the i-th weight of four rows.
+struct SparseWeight {
+  int64_t rows;
+  int64_t cols;
+  int64_t row_block;       // a multiple of kSlice, at most kRowBlock
+  int64_t col_block;       // at most 4095
+  const float* values;     // [steps][4]; 0 where a row has run out of weights
+  const uint16_t* offsets; // [steps][4]: column in the column block x 16, that is its place in a tile in 8 bytes
+  const int32_t* starts;   // [segments + 1]
+  const int16_t* order;    // [segments][4]: row in the row block
+
+  int64_t row_blocks() const { return (rows + row_block - 1) / row_block; }
+  int64_t col_blocks() const { return (cols + col_block - 1) / col_block; }
+  int64_t slices() const { return row_block / kSlice; }
+  int64_t segments() const { return row_blocks() * col_blocks() * slices(); }
+};
+
+// What an instruction set brings along.
+struct Kernels {
+  // tile[col][token] = x[token][col]; tokens that are not there become 0.
+  void (*load_tile)(const float* x, int64_t tokens, int64_t cols, float* tile);
+  // sums[row][token] += the product of one row block with a tile of kTile (or, if half, kHalf) tokens.
+  void (*multiply)(const SparseWeight& weight, int64_t row_block, const float* tile, bool half, float* sums);
+  // y[token * stride + row] = sums[row][token].
+  void (*store_tile)(const float* sums, int64_t rows, int64_t tokens, float* y, int64_t stride);
+};
+
+
+// One product, shared by the threads that call work(). Threads take tasks in order, so that none waits for another
+// that has more to do: first the tiles are transposed, then (row block, tile) pairs are computed. A pair waits for
+// its tile; the thread that took the tile's task earlier is at work on it, so the wait is short and ends.
+class Product {
+ public:
+  // x [tokens][cols], bias [rows] or null, y [tokens][rows]; buffer [tiles][cols][kTile] and ready [tiles], all 0,
+  // are working memory.
+  Product(const Kernels& kernels, const SparseWeight& weight, const float* x, int64_t tokens, const float* bias,
+          float* y, float* buffer, std::atomic<uint8_t>* ready)
+      : kernels_(kernels), weight_(weight), x_(x), tokens_(tokens), bias_(bias), y_(y), buffer_(buffer),
+        ready_(ready), tiles_(tiles(tokens)) {}
+
+  static int64_t tiles(int64_t tokens) { return (tokens + kTile - 1) / kTile; }
+
+  // Take tasks until none is left.
+  void work() {
+    const int64_t tasks = tiles_ * (1 + weight_.row_blocks());
+    for (int64_t task; (task = next_.fetch_add(1, std::memory_order_relaxed)) < tasks;) {
+      const int64_t tile = task % tiles_;
+      if (task < tiles_) {
+        kernels_.load_tile(x_ + tile * kTile * weight_.cols, tokens_in(tile), weight_.cols, tile_at(tile));
+        ready_[tile].store(1, std::memory_order_release);
+      } else {
+        while (!ready_[tile].load(std::memory_order_acquire)) std::this_thread::yield();
+        compute(task / tiles_ - 1, tile);
+      }
+    }
+  }
+
+ private:
+  int64_t tokens_in(int64_t tile) const {
+    const int64_t left = tokens_ - tile * kTile;
+    return left < kTile ? left : kTile;
+  }
+  float* tile_at(int64_t tile) const { return buffer_ + tile * weight_.cols * kTile; }
+
+  void compute(int64_t row_block, int64_t tile) const {
+    alignas(64) float sums[kRowBlock * kTile];
+    const int64_t first = row_block * weight_.row_block;
+    const int64_t rows = weight_.rows - first < weight_.row_block ? weight_.rows - first : weight_.row_block;
+    const int64_t tokens = tokens_in(tile);
+    // All rows of the block, also those past the last: slices are whole, and what they add to must be a number.
+    for (int64_t row = 0; row < weight_.row_block; ++row) {
+      const float start = bias_ != nullptr && row < rows ? bias_[first + row] : 0.0f;
+      for (int64_t token = 0; token < kTile; ++token) sums[row * kTile + token] = start;
+    }
+    kernels_.multiply(weight_, row_block, tile_at(tile), tokens <= kHalf, sums);
+    kernels_.store_tile(sums, rows, tokens, y_ + tile * kTile * weight_.rows + first, weight_.rows);
+  }
+
+  const Kernels& kernels_;
+  const SparseWeight& weight_;
+  const float* x_;
+  const int64_t tokens_;
+  const float* bias_;
+  float* y_;
+  float* buffer_;
+  std::atomic<uint8_t>* ready_;
+  const int64_t tiles_;
+  std::atomic<int64_t> next_{0};
+};
+
+} // namespace cap_hf

@@ -1,0 +1,136 @@
+"""ONNX files of image classifiers, zeros and all, checked in ONNX Runtime."""
+
+import contextlib
+import importlib
+import importlib.util
+import io
+import logging
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from cap_hf.checkpoint import atomic_directory
+from cap_hf.errors import CAPError
+from cap_hf.inference.linear import SparseWeightLinear
+from cap_hf.inference.optimize import make_example
+
+ONNX_NAME = "model.onnx"
+# float32 sums in another order, through all layers of a model.
+TOLERANCE = 1e-3
+
+
+class Logits(nn.Module):
+    """A classifier as a function of one tensor: pixels in, logits out."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        return self.model(pixel_values=pixel_values).logits
+
+
+def export_onnx(model: PreTrainedModel, output_dir: str | Path, image_processor: object | None = None) -> Path:
+    """Write `model.onnx`, the config and the image processor to a folder; batches may have any size.
+
+    The folder is what Optimum's ORTModelForImageClassification loads. The file is run in ONNX Runtime and compared
+    with the model before the folder takes its name.
+
+    Args:
+        model: an image classifier, dense or pruned, in float32; not one that was optimised for inference.
+        output_dir: replaced if it exists.
+
+    Returns:
+        The path of the ONNX file. Large weights lie beside it, in `model.onnx.data`.
+
+    Raises:
+        CAPError: a package is missing, the model cannot be exported, or ONNX Runtime gives other results.
+    """
+    runtime = need("onnxruntime")
+    need("onnxscript")
+    if any(isinstance(module, SparseWeightLinear) for module in model.modules()):
+        raise CAPError("a model that was optimised for inference has no ONNX form: export it before you optimise it")
+    model.eval()
+    example = make_example(model, batch_size=2)["pixel_values"]
+    with atomic_directory(output_dir) as folder:
+        try:
+            write_onnx(model, example, folder / ONNX_NAME)
+        except Exception as error:  # whatever the exporter meets in a model
+            reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+            raise CAPError(f"{type(model).__name__} cannot be exported to ONNX: {reason}") from error
+        check_onnx(runtime, model, folder / ONNX_NAME, example)
+        model.config.save_pretrained(folder)
+        if image_processor is not None:
+            image_processor.save_pretrained(folder)
+    return Path(output_dir) / ONNX_NAME
+
+
+def write_onnx(model: PreTrainedModel, example: torch.Tensor, path: Path) -> None:
+    """Export with a batch dimension of any size; `example` has at least two images, as 1 would be taken for fixed."""
+    with quiet_exporter(), eager_attention(model):
+        torch.onnx.export(
+            Logits(model),
+            (example,),
+            path,
+            dynamo=True,
+            verbose=False,
+            input_names=["pixel_values"],
+            output_names=["logits"],
+            dynamic_shapes={"pixel_values": {0: torch.export.Dim("batch_size")}},
+        )
+
+
+@contextlib.contextmanager
+def eager_attention(model: PreTrainedModel) -> Iterator[None]:
+    """Have a model's attention in single steps: the exporter cannot take Swin's fused attention apart."""
+    before = getattr(model.config, "_attn_implementation", None)
+    if before in (None, "eager"):
+        yield
+        return
+    model.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
+
+
+@contextlib.contextmanager
+def quiet_exporter() -> Iterator[None]:
+    """Without the exporter's progress on stdout and its warnings, such as that there is no torchvision."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def check_onnx(runtime: ModuleType, model: PreTrainedModel, path: Path, example: torch.Tensor) -> None:
+    """Raise a CAPError if ONNX Runtime and the model differ, on a batch of the example's size or another."""
+    session = runtime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    for batch in (example, example[:1], torch.cat([example, -example[:1]])):
+        (logits,) = session.run(["logits"], {"pixel_values": batch.numpy()})
+        with torch.inference_mode():
+            expected = Logits(model)(batch)
+        difference = (torch.from_numpy(logits) - expected).abs().max().item()
+        if not difference <= TOLERANCE * max(1.0, expected.abs().max().item()):
+            raise CAPError(f"ONNX Runtime's logits differ by {difference:.3g} on a batch of {len(batch)}: not written")
+
+
+def need(package: str) -> ModuleType:
+    """Import a package of the `export` extra.
+
+    Raises:
+        CAPError: it is not installed.
+    """
+    if importlib.util.find_spec(package) is None:
+        raise CAPError(f"{package} is not installed: pip install 'cap_hf[export]'")
+    return importlib.import_module(package)

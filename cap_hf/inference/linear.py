@@ -1,0 +1,153 @@
+"""Linear layers that hold and compute with nothing but what is not zero. Inference only."""
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from cap_hf.errors import CAPError
+from cap_hf.inference.operators import sparse_linear
+from cap_hf.inference.packing import PackedWeight, pack, unpack
+
+
+class SparseWeightLinear(nn.Module):
+    """What the sparse layers share: they stand where an nn.Linear stood, and their state_dict is that of one.
+
+    Subclasses hold the weight in buffers that are not saved, and give `store`, `dense_weight` and `forward`.
+    """
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        bias = linear.bias
+        self.bias = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=False)
+        self.dtype = linear.weight.dtype
+        self.store(linear.weight.detach())
+        self.train(linear.training)
+
+    def store(self, weight: torch.Tensor) -> None:
+        """Take over a dense weight `(out_features, in_features)`."""
+        raise NotImplementedError
+
+    def dense_weight(self) -> torch.Tensor:
+        """The weight as a dense tensor, made anew."""
+        raise NotImplementedError
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The dense weight, made anew at each access: for code that looks at a Linear's weight, not for computing."""
+        return self.dense_weight().to(self.dtype)
+
+    def weight_bytes(self) -> int:
+        """Bytes that the weight and its index take in memory."""
+        return sum(buffer.numel() * buffer.element_size() for buffer in self.buffers())
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+
+    def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
+        destination[f"{prefix}weight"] = self.weight
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict,
+        prefix: str,
+        local_metadata: dict,
+        strict: bool,
+        missing_keys: list,
+        unexpected_keys: list,
+        error_msgs: list,
+    ) -> None:
+        name = f"{prefix}weight"
+        weight = state_dict.get(name)
+        if weight is None:
+            missing_keys.append(name)
+        elif weight.shape != (self.out_features, self.in_features):
+            error_msgs.append(f"{name} has shape {tuple(weight.shape)}, not {(self.out_features, self.in_features)}")
+        else:
+            self.store(weight.detach())
+        rest = {key: value for key, value in state_dict.items() if key != name}
+        super()._load_from_state_dict(rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> nn.Module:
+        super()._apply(fn, recurse)
+        # `.half()` and the like change what goes in and comes out; the kernel computes in float32.
+        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.values.device)).dtype
+        self.values = self.values.float()
+        return self
+
+    def check_device(self, x: torch.Tensor) -> None:
+        """Raise a CAPError if the input is not on the CPU."""
+        if x.device.type != "cpu":
+            raise CAPError(
+                f"this model was optimised for inference on the CPU and got an input on {x.device}: "
+                "keep it there, or load it anew for another device"
+            )
+
+
+class SparseLinear(SparseWeightLinear):
+    """A Linear on the C++ kernel: `(..., in_features)` -> `(..., out_features)`, float32 inside."""
+
+    def store(self, weight: torch.Tensor) -> None:
+        packed = pack(weight.cpu())
+        for name in ("values", "offsets", "starts", "order"):
+            self.register_buffer(name, getattr(packed, name), persistent=False)
+        self.row_block, self.col_block = packed.row_block, packed.col_block
+
+    def packed_weight(self) -> PackedWeight:
+        """The weight as the kernel reads it; shares memory with this layer."""
+        return PackedWeight(
+            self.values,
+            self.offsets,
+            self.starts,
+            self.order,
+            self.out_features,
+            self.in_features,
+            self.row_block,
+            self.col_block,
+        )
+
+    def dense_weight(self) -> torch.Tensor:
+        return unpack(self.packed_weight())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.check_device(x)
+        return sparse_linear(x, self.packed_weight(), self.bias)
+
+
+class CSRLinear(SparseWeightLinear):
+    """A Linear on PyTorch's own CSR product, for machines without a compiler."""
+
+    def store(self, weight: torch.Tensor) -> None:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
+            csr = weight.cpu().float().to_sparse_csr()
+        self.register_buffer("starts", csr.crow_indices().int(), persistent=False)
+        self.register_buffer("columns", csr.col_indices().int(), persistent=False)
+        self.register_buffer("values", csr.values(), persistent=False)
+
+    def csr_weight(self) -> torch.Tensor:
+        """The weight as a sparse CSR tensor; shares memory with this layer."""
+        shape = (self.out_features, self.in_features)
+        return torch.sparse_csr_tensor(self.starts, self.columns, self.values, shape, check_invariants=False)
+
+    def dense_weight(self) -> torch.Tensor:
+        return self.csr_weight().to_dense()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.check_device(x)
+        columns = x.reshape(-1, self.in_features).float().t()
+        y = (self.csr_weight() @ columns).t()
+        if self.bias is not None:
+            y = y + self.bias
+        return y.reshape(*x.shape[:-1], self.out_features).to(x.dtype)
+
+
+def carry_hooks(old: nn.Module, new: nn.Module) -> None:
+    """Give a module that takes another's place the hooks of the other; their handles stay good."""
+    names: list[Any] = [name for name in vars(old) if name.startswith(("_forward_hooks", "_forward_pre_hooks"))]
+    for name in names:
+        setattr(new, name, getattr(old, name))

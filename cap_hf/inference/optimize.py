@@ -1,0 +1,214 @@
+"""`optimize_for_inference`: sparse layers in place of the Linear layers of a transformers model."""
+
+import functools
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForImageClassification, PreTrainedModel
+
+from cap_hf.errors import CAPError
+from cap_hf.inference.choice import is_faster, is_semi_structured_faster
+from cap_hf.inference.linear import CSRLinear, SparseLinear, SparseWeightLinear, carry_hooks
+from cap_hf.inference.operators import has_kernel
+from cap_hf.inference.semi_structured import check_device, is_semi_structured, to_semi_structured
+
+logger = logging.getLogger(__name__)
+
+BACKENDS = ("auto", "kernel", "csr", "semi_structured")
+
+
+def optimize_for_inference(
+    model: nn.Module, backend: str = "auto", example_inputs: Mapping[str, torch.Tensor] | None = None
+) -> nn.Module:
+    """Replace the sparse Linear layers of a model, in place, by layers that compute with what is not zero.
+
+    Everything else of the model stays as it is: names, hooks, `pipeline`, `torch.compile`, `torch.export`. Its
+    state_dict and `save_pretrained` give the dense weights. The replaced weights' memory is given back. A layer that
+    is replaced cannot be trained: a backward pass through it is an error.
+
+    Args:
+        model: a transformers model (or any module), on the CPU in float32, or on a GPU in half precision.
+        backend: 'auto' replaces where that is measured to be faster, and leaves the rest dense. On the CPU it takes
+            the C++ kernel, or PyTorch's CSR product where there is no compiler; on a GPU the 2:4 product. 'kernel',
+            'csr' and 'semi_structured' name one of these and replace every layer that it can, faster or not.
+        example_inputs: what the model is called with, to see how many tokens each layer gets; default: one image of
+            the config's size.
+
+    Returns:
+        The model, in eval mode.
+
+    Raises:
+        CAPError: the backend is unknown or cannot run here, the model has no sparse Linear layer for it, or no
+            example can be made from its config.
+    """
+    if backend not in BACKENDS:
+        raise CAPError(f"backend {backend!r} is none of {', '.join(BACKENDS)}")
+    model.eval()
+    linears = find_sparse_linears(model)
+    if not linears:
+        raise CAPError(f"{type(model).__name__} has no Linear layer with zeros: prune it first")
+    devices = {linear.weight.device.type for linear in linears.values()}
+    if backend == "semi_structured" or (backend == "auto" and devices == {"cuda"}):
+        return use_semi_structured(model, linears, backend, example_inputs)
+    if devices != {"cpu"}:
+        raise CAPError(f"the sparse layers run on the CPU and the model is on {', '.join(sorted(devices))}: move it")
+    kind = choose_kind(backend)
+    linears = {name: linear for name, linear in linears.items() if linear.weight.dtype == torch.float32}
+    if not linears:
+        raise CAPError("the sparse layers compute in float32: load the model with dtype='float32'")
+    tokens = count_tokens(model, linears, example_inputs) if backend == "auto" else {}
+    for name, linear in linears.items():
+        # A layer that the example does not reach is never slower for being left alone.
+        if backend != "auto" or (name in tokens and is_faster(kind, linear, tokens[name])):
+            replace(model, name, kind(linear))
+    return model
+
+
+class SparseModelForImageClassification:
+    """Loads a checkpoint, plain or compressed, straight into a model optimised for inference."""
+
+    @classmethod
+    def from_pretrained(cls, model_name_or_path: str, backend: str = "auto", **kwargs: Any) -> PreTrainedModel:
+        """`AutoModelForImageClassification.from_pretrained`, then `optimize_for_inference`.
+
+        Args:
+            model_name_or_path: a Hub id or a folder.
+            backend: as of `optimize_for_inference`.
+            kwargs: passed on to transformers, such as `revision` or `token`.
+
+        Raises:
+            CAPError: as of `optimize_for_inference`.
+        """
+        kwargs.setdefault("dtype", "float32")
+        model = AutoModelForImageClassification.from_pretrained(model_name_or_path, **kwargs)
+        return optimize_for_inference(model, backend)
+
+
+def find_sparse_linears(model: nn.Module) -> dict[str, nn.Linear]:
+    """The Linear layers with zeros in their weight, by name, that can be replaced.
+
+    Left out: subclasses, which may compute something else; layers whose weight another module uses too; layers that
+    accelerate moves between devices.
+    """
+    users: dict[int, int] = {}
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            users[id(parameter)] = users.get(id(parameter), 0) + 1
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if type(module) is nn.Linear
+        and users[id(module.weight)] == 1
+        and not hasattr(module, "_hf_hook")
+        and int(torch.count_nonzero(module.weight)) < module.weight.numel()
+    }
+
+
+def choose_kind(backend: str) -> type[SparseWeightLinear]:
+    """The CPU's layer for a backend.
+
+    Raises:
+        CAPError: the kernel is asked for and cannot be compiled.
+    """
+    if backend == "csr":
+        return CSRLinear
+    if has_kernel():
+        return SparseLinear
+    if backend == "kernel":
+        raise CAPError("backend='kernel' needs a C++ compiler; the warning above tells what failed")
+    warn_without_kernel()
+    return CSRLinear
+
+
+@functools.cache
+def warn_without_kernel() -> None:
+    """Once a process; why there is no kernel has been said where it was compiled."""
+    logger.warning("Without the C++ kernel layers run on PyTorch's CSR product where that is faster, else dense")
+
+
+def count_tokens(
+    model: nn.Module, linears: Mapping[str, nn.Linear], example_inputs: Mapping[str, torch.Tensor] | None
+) -> dict[str, int]:
+    """Rows of the input that each layer gets in one forward pass, the most if it is called several times."""
+    tokens: dict[str, int] = {}
+
+    def watch(name: str) -> Any:
+        def hook(module: nn.Module, args: tuple) -> None:
+            tokens[name] = max(tokens.get(name, 0), args[0].numel() // args[0].shape[-1])
+
+        return hook
+
+    inputs = make_example(model) if example_inputs is None else example_inputs
+    handles = [linear.register_forward_pre_hook(watch(name)) for name, linear in linears.items()]
+    try:
+        with torch.inference_mode():
+            model(**inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return tokens
+
+
+def make_example(model: nn.Module, batch_size: int = 1) -> dict[str, torch.Tensor]:
+    """Random pixels `(batch, channels, height, width)` of the size that a model's config names.
+
+    Raises:
+        CAPError: the config does not name it.
+    """
+    config = getattr(model, "config", None)
+    size = getattr(config, "image_size", None)
+    channels = getattr(config, "num_channels", None)
+    if channels is None:
+        raise CAPError(f"the config of {type(model).__name__} has no num_channels: pass example_inputs")
+    # Fully convolutional models take any size; 224 is what they are used with.
+    height, width = size if isinstance(size, (list, tuple)) else (size or 224, size or 224)
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randn(batch_size, channels, height, width, generator=generator)
+    parameter = next(model.parameters())
+    return {"pixel_values": pixels.to(device=parameter.device, dtype=parameter.dtype)}
+
+
+def use_semi_structured(
+    model: nn.Module,
+    linears: Mapping[str, nn.Linear],
+    backend: str,
+    example_inputs: Mapping[str, torch.Tensor] | None,
+) -> nn.Module:
+    """Put the weights that are 2:4 into the form of the GPU's sparse tensor cores.
+
+    Raises:
+        CAPError: the device has none, or no weight is 2:4.
+    """
+    chosen = {name: linear for name, linear in linears.items() if is_semi_structured(linear.weight)}
+    if not chosen:
+        raise CAPError(
+            "no weight is 2:4 in float16 or bfloat16 and of a shape that GPUs take: prune with --allocation 2:4 and "
+            "load with dtype='bfloat16'"
+        )
+    for linear in chosen.values():
+        check_device(linear.weight.device)
+    tokens = count_tokens(model, chosen, example_inputs) if backend == "auto" else {}
+    for name, linear in chosen.items():
+        if backend != "auto" or (name in tokens and is_semi_structured_faster(linear, tokens[name])):
+            to_semi_structured(linear)
+    return model
+
+
+def replace(model: nn.Module, name: str, new: SparseWeightLinear) -> None:
+    """Put a layer in the place of a Linear, with its hooks."""
+    parent, _, child = name.rpartition(".")
+    owner = model.get_submodule(parent)
+    carry_hooks(getattr(owner, child), new)
+    setattr(owner, child, new)
+
+
+def resident_bytes(model: nn.Module) -> int:
+    """Bytes of all parameters and buffers that a model holds in memory."""
+    held = {}
+    for tensor in (*model.parameters(), *model.buffers()):
+        storage = tensor.untyped_storage()
+        held[storage.data_ptr()] = storage.nbytes()
+    return sum(held.values())
