@@ -267,7 +267,8 @@ class CAPCompressor:
                 fisher.sums = {}
                 if self.state is not None:
                     self.state.finish_pass(number, {"means": own, "count": count})
-            elif self.state is not None:
+            elif self.state is not None and kind is BlockFisher:
+                # Input Hessians are summed over the processes by now: going on from these would do that twice.
                 self.state.save(number, fisher)
         if count < wanted:
             logger.warning(

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -157,6 +158,14 @@ class CollectionState:
         """Write the sums and the place of a pass."""
         self._since = 0
         final = self.folder / f"step-{number}-{self._steps}"
+        if not final.exists():
+            self._write_save(fisher, final)
+        self.processes.gather_ints(0)
+        for path in self._saves():
+            if path != final:
+                shutil.rmtree(path, ignore_errors=True)
+
+    def _write_save(self, fisher: BlockFisher, final: Path) -> None:
         partial = self.folder / "partial"
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
@@ -165,14 +174,9 @@ class CollectionState:
                 strips = {str(key): strip.cpu() for key, strip in enumerate(fisher.sums[target.name].strips)}
                 save_file(strips, partial / f"{index}.safetensors")
             self._write(partial / "place.json", {"count": fisher.count, "digest": self.digest.hexdigest()})
-            if not final.exists():
-                os.replace(partial, final)
-        except OSError as error:
-            raise CAPError(f"the state cannot be written to {self.root}: {error.strerror}") from error
-        self.processes.gather_ints(0)
-        for path in self._saves():
-            if path != final:
-                shutil.rmtree(path, ignore_errors=True)
+            os.replace(partial, final)
+        except (OSError, SafetensorError) as error:
+            raise CAPError(f"the state cannot be written to {self.root}: {error}") from error
 
     def finish_pass(self, number: int, facts: dict) -> None:
         """Note that a pass is done and its sums lie where they stay."""

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from cap_hf.errors import CAPError
@@ -32,7 +33,7 @@ class DiskTensors(MutableMapping[str, torch.Tensor]):
         try:
             save_file({"tensor": tensor.detach().cpu().contiguous()}, partial)
             os.replace(partial, self._path(name))
-        except (OSError, RuntimeError) as error:
+        except (OSError, SafetensorError) as error:
             reason = str(error).splitlines()[0]
             raise CAPError(
                 f"{self.folder} cannot be written ({reason}): name another folder with --spill_dir"
