@@ -1,6 +1,5 @@
 """The greedy correlation-aware solver and its reconstruction (arXiv 2210.09223, section 3). Tensors only."""
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -84,12 +83,7 @@ def has_kernels(tensor: torch.Tensor) -> bool:
     return tensor.device.type == "cpu" and tensor.dtype == torch.float64 and load_extension("elimination")
 
 
-def eliminate(
-    weights: torch.Tensor,
-    inverse: torch.Tensor,
-    pattern: NMPattern | None = None,
-    max_loss: float = math.inf,
-) -> Elimination:
+def eliminate(weights: torch.Tensor, inverse: torch.Tensor, pattern: NMPattern | None = None) -> Elimination:
     """Remove the cheapest weight, move the others, repeat, in all blocks.
 
     In float64 on a CPU a compiled kernel does what `eliminate_in_torch` does, block by block in the core's cache.
@@ -98,8 +92,6 @@ def eliminate(
         weights: `(n, B)`. Entries that are 0 are removed first, at no cost.
         inverse: `(n, B, B)`, the inverse damped Fisher `A`, symmetric. Not changed.
         pattern: N:M; then no group of M consecutive entries gives up more than M - N.
-        max_loss: a block stops before the first removal that costs more: the rest of its losses are infinite, and
-            its order lists the rest in any order.
 
     Returns:
         The order and losses of all B removals, or of the `B (M - N) / M` that the pattern allows.
@@ -108,23 +100,18 @@ def eliminate(
         LostPivotError: rounding destroyed a pivot.
     """
     if not has_kernels(weights):
-        return eliminate_in_torch(weights, inverse, pattern, max_loss)
+        return eliminate_in_torch(weights, inverse, pattern)
     steps, group, limit = weights.shape[1], 0, 0
     if pattern is not None:
         group, limit = pattern.m, pattern.m - pattern.n
         steps = steps // group * limit
-    order, losses, lost = torch.ops.cap_hf.eliminate(weights, inverse, steps, group, limit, max_loss)
+    order, losses, lost = torch.ops.cap_hf.eliminate(weights, inverse, steps, group, limit)
     if lost >= 0:
         raise LostPivotError(lost)
     return Elimination(order, losses)
 
 
-def eliminate_in_torch(
-    weights: torch.Tensor,
-    inverse: torch.Tensor,
-    pattern: NMPattern | None = None,
-    max_loss: float = math.inf,
-) -> Elimination:
+def eliminate_in_torch(weights: torch.Tensor, inverse: torch.Tensor, pattern: NMPattern | None = None) -> Elimination:
     """`eliminate` in plain PyTorch, all blocks at once: what GPUs run, and what the kernel is checked against.
 
     Removing entry p costs `w_p^2 / (2 A_pp)` and moves the others by `-A[:, p] w_p / A_pp`; `A` then loses rank
@@ -137,8 +124,7 @@ def eliminate_in_torch(
     w, a = weights.clone(), inverse
     position = torch.arange(size, device=w.device).expand(n, size)
     order = torch.empty(n, steps, dtype=torch.int64, device=w.device)
-    losses = torch.full((n, steps), math.inf, dtype=w.dtype, device=w.device)
-    done = torch.zeros(n, dtype=torch.bool, device=w.device)
+    losses = torch.empty(n, steps, dtype=w.dtype, device=w.device)
     given = torch.zeros(n, size // pattern.m, dtype=torch.int64, device=w.device) if pattern else None
     zero = weights == 0
     batch = torch.arange(n, device=w.device)
@@ -173,23 +159,15 @@ def eliminate_in_torch(
                 given.scatter_add_(1, original // pattern.m, torch.ones_like(original))
             order[:, start + k] = original[:, 0]
             losses[:, start + k] = cost[:, 0].square() / 2
-        panel = losses[:, start : start + count]
-        done |= (panel > max_loss).any(dim=1)
-        lost = ~panel.isfinite().all(dim=1) & ~done
+        lost = ~losses[:, start : start + count].isfinite().all(dim=1)
         if lost.any():
             raise LostPivotError(int(lost.nonzero()[0, 0]))
         if start + count < steps:
             left = (~removed).nonzero()[:, 1].view(n, w.shape[1] - count)
             w, zero, position = w.gather(1, left), zero.gather(1, left), position.gather(1, left)
-            if done.all():
-                order[:, start + count :] = position[:, : steps - start - count]
-                break
             columns = columns.gather(2, left[:, None].expand(n, count, -1))
             a = select_symmetric(a, left, *work).baddbmm_(columns.mT, columns, alpha=-1)
             work = work[::-1]
-    if max_loss < math.inf:
-        # What a block did past the limit while others went on does not count, NaN included.
-        losses.masked_fill_(losses.nan_to_num(nan=math.inf).cummax(dim=1).values > max_loss, math.inf)
     return Elimination(order, losses)
 
 

@@ -61,22 +61,6 @@ def test_kernel_keeps_a_pattern(kept, of, size):
     assert (removed.view(5, -1, of).sum(dim=2) == of - kept).all()
 
 
-@pytest.mark.parametrize("quantile", [0.0, 0.1, 0.5, 0.99])
-def test_both_stop_at_the_highest_loss(quantile):
-    weights, fisher = make_blocks(5, 7, 150, zeros=0.1)
-    inverse = elimination.invert(fisher)
-    whole = elimination.eliminate(weights, inverse)
-    max_loss = float(whole.losses.quantile(quantile))
-    stopped = whole.losses.cummax(dim=1).values > max_loss
-    assert stopped.any()
-    for solve in (elimination.eliminate, elimination.eliminate_in_torch):
-        part = solve(weights, inverse, max_loss=max_loss)
-        torch.testing.assert_close(part.losses, whole.losses.masked_fill(stopped, math.inf), rtol=1e-8, atol=1e-12)
-        assert torch.equal(part.order.sort(dim=1).values, torch.arange(150).expand(7, -1))
-        live = ~stopped & (whole.losses > 0)
-        assert torch.equal(part.order[live], whole.order[live])
-
-
 def test_kernel_names_the_first_block_with_a_lost_pivot():
     weights, fisher = make_blocks(1, 6, 40)
     inverse = elimination.invert(fisher)

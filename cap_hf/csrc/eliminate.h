@@ -35,10 +35,9 @@ class Eliminator {
         position_(size), left_(size), given_(size), taken_(size) {}
 
   // Removes `steps` of the `size` weights. At most `limit` of `group` consecutive ones go (group 0: any number).
-  // Past a running maximum of the losses of `max_loss` it stops: the rest has infinite losses, in any order.
   // Returns whether every pivot was positive and finite.
   bool run(const double* weights, const double* inverse, int64_t size, int64_t steps, int64_t group, int64_t limit,
-           double max_loss, int64_t* order, double* losses) {
+           int64_t* order, double* losses) {
     std::copy_n(weights, size, w_.begin());
     std::fill(w_.begin() + size, w_.end(), 0.0);
     std::fill(gate_.begin(), gate_.end(), kNever);
@@ -50,7 +49,6 @@ class Eliminator {
     // The first panel reads the caller's matrix; what is left of it is packed into memory of our own.
     const double* a = inverse;
     int64_t a_stride = size;
-    double highest = 0.0;
     int64_t count = size;  // weights that A still holds
     for (int64_t start = 0; start < steps; start += kPanel) {
       const int64_t width = std::min<int64_t>(kPanel, steps - start);
@@ -62,11 +60,6 @@ class Eliminator {
         const double root = std::sqrt(diagonal_[pivot]);
         const double cost = w_[pivot] / root, loss = cost * cost / 2;
         if (!(diagonal_[pivot] > 0.0) || !std::isfinite(loss)) return false;
-        highest = std::max(highest, loss);
-        if (highest > max_loss) {
-          abandon(start + k, k, steps, count, order, losses);
-          return true;
-        }
         std::copy_n(a + pivot * a_stride, count, row_.begin());
         form_column(pivot, k, count, root, cost);
         w_[pivot] = 0.0;
@@ -146,7 +139,8 @@ class Eliminator {
 
   // Brings A up to date with a whole panel, on the weights that are left, packed into the first rows and columns.
   int64_t shrink(const double* a, int64_t a_stride, int64_t count, int64_t width) {
-    mark_taken(width);
+    std::fill(taken_.begin(), taken_.end(), false);
+    for (int64_t k = 0; k < width; ++k) taken_[pivots_[k]] = true;
     int64_t kept = 0;
     for (int64_t i = 0; i < count; ++i) {
       if (!taken_[i]) left_[kept++] = i;
@@ -212,20 +206,6 @@ class Eliminator {
           }
         }
       }
-    }
-  }
-
-  void mark_taken(int64_t width) {
-    std::fill(taken_.begin(), taken_.end(), false);
-    for (int64_t k = 0; k < width; ++k) taken_[pivots_[k]] = true;
-  }
-
-  // The rest of the order is whatever is left.
-  void abandon(int64_t step, int64_t in_panel, int64_t steps, int64_t count, int64_t* order, double* losses) {
-    mark_taken(in_panel);
-    std::fill(losses + step, losses + steps, std::numeric_limits<double>::infinity());
-    for (int64_t i = 0; i < count && step < steps; ++i) {
-      if (!taken_[i]) order[step++] = position_[i];
     }
   }
 

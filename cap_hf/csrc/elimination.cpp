@@ -17,7 +17,7 @@ namespace {
 using at::Tensor;
 
 std::tuple<Tensor, Tensor, int64_t> eliminate(const Tensor& weights, const Tensor& inverse, int64_t steps,
-                                              int64_t group, int64_t limit, double max_loss) {
+                                              int64_t group, int64_t limit) {
   TORCH_CHECK(weights.scalar_type() == at::kDouble && inverse.scalar_type() == at::kDouble, "float64 is needed");
   TORCH_CHECK(weights.dim() == 2 && inverse.dim() == 3 && inverse.size(0) == weights.size(0) &&
                   inverse.size(1) == weights.size(1) && inverse.size(2) == weights.size(1),
@@ -39,7 +39,7 @@ std::tuple<Tensor, Tensor, int64_t> eliminate(const Tensor& weights, const Tenso
     cap_hf::Eliminator eliminator(size);
     for (int64_t b = next++; b < n; b = next++) {
       const bool whole = eliminator.run(w_data + b * size, a_data + b * block_stride, size, steps, group, limit,
-                                        max_loss, order_data + b * steps, losses_data + b * steps);
+                                        order_data + b * steps, losses_data + b * steps);
       if (!whole) {
         int64_t first = lost.load();
         while (b < first && !lost.compare_exchange_weak(first, b)) {
@@ -114,7 +114,7 @@ std::tuple<Tensor, Tensor> reconstruct(const Tensor& weights, const Tensor& fish
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(cap_hf, library) {
-  library.def("eliminate(Tensor weights, Tensor inverse, int steps, int group, int limit, float max_loss)"
+  library.def("eliminate(Tensor weights, Tensor inverse, int steps, int group, int limit)"
               " -> (Tensor, Tensor, int)");
   library.def("invert(Tensor matrices) -> (Tensor, Tensor)");
   library.def("reconstruct(Tensor weights, Tensor fisher, Tensor keep) -> (Tensor, Tensor)");
