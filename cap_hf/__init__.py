@@ -8,9 +8,11 @@ from cap_hf.hub import push_to_hub
 from cap_hf.inference.export import export_onnx
 from cap_hf.inference.optimize import SparseModelForImageClassification, optimize_for_inference
 from cap_hf.inference.quantization import quantize_int8
+from cap_hf.plan import Resources
 from cap_hf.quantizer import CompressedConfig
 from cap_hf.report import LayerReport, PruneReport
 from cap_hf.schedules import SparsitySchedule
+from cap_hf.state import Checkpointing
 from cap_hf.targets import Target, find_targets
 from cap_hf.trainer import SparseTrainer
 from cap_hf.training_arguments import SparseTrainingArguments
@@ -21,11 +23,13 @@ __all__ = [
     "CAPCompressor",
     "CAPConfig",
     "CAPError",
+    "Checkpointing",
     "CompressedConfig",
     "GradualPruner",
     "LayerReport",
     "NMPattern",
     "PruneReport",
+    "Resources",
     "SparseModelForImageClassification",
     "SparseTrainer",
     "SparseTrainingArguments",

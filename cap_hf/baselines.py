@@ -7,14 +7,16 @@
   all its rows, and the exact greedy elimination of each row instead of SparseGPT's fixed column order.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import nn
 
 from cap_hf.config import NMPattern
 from cap_hf.elimination import Elimination
-from cap_hf.fisher import Batch, BlockFisher, unfold_conv
+from cap_hf.fisher import Batch, BlockFisher, SymmetricSums
+from cap_hf.gradients import unfold_conv
 from cap_hf.targets import Target
 
 
@@ -34,29 +36,35 @@ def rank_scores(scores: torch.Tensor, pattern: NMPattern | None) -> Elimination:
 class InputHessian(BlockFisher):
     """`H = (1/N) sum x x^T` over a target's input rows: one matrix a target (one a group of a convolution).
 
-    Takes the place of the block Fisher: `sums[name]` is `(groups, row, row)`, shared by the rows of a group.
+    Takes the place of the block Fisher: `sums[name]` are `(groups, row, row)`, shared by the rows of a group, and
+    the same on every process.
     """
 
-    def __init__(self, targets: Sequence[Target]) -> None:
-        super().__init__(targets, num_blocks=lambda target: getattr(target.module, "groups", 1))
+    def _zeros(self, target: Target) -> SymmetricSums:
+        dtype = torch.promote_types(target.weight.dtype, torch.float32)
+        groups = getattr(target.module, "groups", 1)
+        return SymmetricSums.zeros(groups, target.block_size, dtype, target.weight.device)
 
-    @torch.no_grad()
-    def collect(self, model: nn.Module, batches: Iterable[tuple[Batch, int, torch.Tensor | None]]) -> None:
-        """Run the model forward over batches and add up; arguments and errors as for `BlockFisher.collect`."""
+    @contextmanager
+    def _listen(self) -> Iterator[None]:
         handles = [target.module.register_forward_hook(self._hook(target)) for target in self.targets]
         try:
-            for batch, samples, _ in batches:
-                model(**{name: value for name, value in batch.items() if name != "labels"})
-                self.count += samples
+            yield
         finally:
             for handle in handles:
                 handle.remove()
-        self.check_finite()
+
+    @torch.no_grad()
+    def _step(
+        self, model: nn.Module, hooks: None, batch: Batch | None, uniforms: torch.Tensor | None, counts: list[int]
+    ) -> None:
+        if batch is not None:
+            model(**{name: value for name, value in batch.items() if name != "labels"})
 
     def _hook(self, target: Target) -> Callable:
         def hook(module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
             sums = self.sums[target.name]
-            inputs = args[0].to(sums.dtype)
+            inputs = args[0].to(sums.strips[0].dtype)
             if target.is_conv:
                 # Patches run over channels, then the kernel; the blocks of a target the other way round.
                 _, channels, height, width = module.weight.shape
@@ -64,6 +72,26 @@ class InputHessian(BlockFisher):
                 rows = patches.flatten(2, 3).permute(1, 0, 3, 2).flatten(1, 2)
             else:
                 rows = inputs.reshape(1, -1, inputs.shape[-1])
-            sums.baddbmm_(rows.mT, rows)
+            sums.add(slice(None), rows)
 
         return hook
+
+    def _finish(self, hooks: None) -> None:
+        for sums in self.sums.values():
+            for strip in sums.strips:
+                self.processes.sum(strip)
+        self.check_finite()
+
+    def _traces(self, target: Target) -> torch.Tensor:
+        traces = self.sums[target.name].diagonals().double().sum(dim=1)
+        return traces.repeat_interleave(target.num_blocks // len(traces))
+
+    def damped(self, target: Target, blocks: slice | torch.Tensor, damp: float) -> torch.Tensor:
+        """`H + damp I` of some of this process's blocks; blocks that share one matrix get it expanded."""
+        sums, owned = self.sums[target.name], self.owned[target.name]
+        index = torch.arange(owned.start, owned.stop, device=target.weight.device)[blocks]
+        index = index * len(sums) // target.num_blocks
+        single = len(index) > 1 and bool((index == index[0]).all())
+        hessian = sums.full(index[:1] if single else index).div_(self.count)
+        hessian.diagonal(dim1=-2, dim2=-1).add_(damp)
+        return hessian.expand(len(index), -1, -1)

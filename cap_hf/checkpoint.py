@@ -42,12 +42,13 @@ def atomic_directory(path: str | Path) -> Iterator[Path]:
         if path.exists():
             os.rename(path, old)
         os.rename(partial, path)
-        shutil.rmtree(old, ignore_errors=True)
     except (OSError, SafetensorError) as error:
-        if old.exists() and not path.exists():
-            os.rename(old, path)
         raise _user_error(path, error) from error
     finally:
+        # Also after Ctrl-C: one of the two folders has the name.
+        if old.exists() and not path.exists():
+            os.rename(old, path)
+        shutil.rmtree(old, ignore_errors=True)
         shutil.rmtree(partial, ignore_errors=True)
 
 

@@ -17,6 +17,7 @@ Bytes out of proportion to a file cannot be asked for: a group of 8 entries has 
 """
 
 import math
+import re
 from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
@@ -31,13 +32,16 @@ SHAPE, VALUES, BITMASK, CODES = "cap_shape", "cap_values", "cap_bitmask", "cap_c
 PARTS = (SHAPE, VALUES, BITMASK, CODES)
 # The M of N:M that have codes; anything else is stored with a bitmask.
 GROUP_SIZES = (2, 4, 8)
-# Entries, and words of eight codes, that are worked on at a time, so that what is made of them stays in cache.
-CHUNK, WORDS = 1 << 16, 1 << 13
+# Entries that are worked on at a time, so that what is made of them stays in cache.
+CHUNK = 1 << 17
+# Eight codes in a word, one a byte: how wide a lane is, in bits, and a 1 at the start of each pair of lanes. The codes
+# of the pairs move together, then those of the pairs of pairs, then the two halves, and back in the opposite order.
+LANES = ((8, 0x0001000100010001), (16, 0x0000000100000001), (32, 1))
 INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-POPCOUNT = np.array([bin(byte).count("1") for byte in range(256)])
+BYTES = np.arange(256, dtype=np.uint8)
 # The most ones in a group of M bits of each byte.
 MOST = {
-    m: np.max([POPCOUNT[np.arange(256) >> shift & 2**m - 1] for shift in range(0, 8, m)], axis=0) for m in GROUP_SIZES
+    m: np.max([np.bitwise_count(BYTES >> shift & 2**m - 1) for shift in range(0, 8, m)], axis=0) for m in GROUP_SIZES
 }
 
 
@@ -51,9 +55,10 @@ def pack(tensor: torch.Tensor) -> dict[str, torch.Tensor] | None:
     if size not in INTEGERS or not tensor.numel():
         return None
     flat = _in_group_order(tensor.detach()).contiguous().view(-1).view(INTEGERS[size]).numpy()
-    bitmask, values = _gather(flat)
-    sizes = {None: values.size * size + bitmask.size}
-    if flat.size % 8 == 0 and values.size:
+    bitmask = _mark(flat)
+    kept = _count(bitmask)
+    sizes = {None: kept * size + bitmask.size}
+    if flat.size % 8 == 0 and kept:
         # The bytes that occur in the bitmask say which N:M patterns hold.
         seen = np.bincount(bitmask, minlength=256) > 0
         for m in GROUP_SIZES:
@@ -65,12 +70,13 @@ def pack(tensor: torch.Tensor) -> dict[str, torch.Tensor] | None:
         return None
     parts = {SHAPE: torch.empty((0, *tensor.shape), dtype=torch.uint8)}
     if best is None:
-        return parts | {VALUES: torch.from_numpy(values).view(tensor.dtype), BITMASK: torch.from_numpy(bitmask)}
+        values = torch.from_numpy(_gather(flat, bitmask, kept)).view(tensor.dtype)
+        return parts | {VALUES: values, BITMASK: torch.from_numpy(bitmask)}
     n, m = best
-    if values.size < flat.size // m * n:
+    if kept < flat.size // m * n:
         # A group with fewer than N entries that are not zero keeps some zeros as well.
-        bitmask, values = _gather(flat, _covers(n, m).take(bitmask))
-    values = torch.from_numpy(values).view(tensor.dtype).view(-1, n)
+        bitmask = _covers(n, m).take(bitmask)
+    values = torch.from_numpy(_gather(flat, bitmask, flat.size // m * n)).view(tensor.dtype).view(-1, n)
     return parts | {VALUES: values, CODES: torch.from_numpy(_pack_codes(bitmask, n, m))}
 
 
@@ -88,17 +94,15 @@ def unpack(parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
     if bitmask is None:
         return torch.empty(shape, dtype=values.dtype, device=values.device)
     is_conv = len(shape) == 4
-    dense = torch.empty(
-        (shape[0], *shape[2:], shape[1]) if is_conv else shape, dtype=values.dtype, device=values.device
-    )
-    integers = INTEGERS[values.element_size()]
-    flat, kept = dense.view(-1).view(integers), values.contiguous().view(-1).view(integers)
+    order = (shape[0], *shape[2:], shape[1]) if is_conv else shape
+    kept = values.contiguous().view(-1).view(INTEGERS[values.element_size()])
+    # Half of the time goes into the first touch of this memory, which PyTorch spreads over its threads.
+    flat = torch.zeros(math.prod(shape), dtype=kept.dtype, device=kept.device)
     if values.device.type == "cpu":
         _scatter(flat.numpy(), bitmask.numpy(), kept.numpy())
     else:
-        shifts = torch.arange(8, dtype=torch.uint8, device=bitmask.device)
-        mask = ((bitmask[:, None] >> shifts) & 1).bool().view(-1)[: flat.numel()]
-        flat.zero_().masked_scatter_(mask, kept)
+        _scatter_on_device(flat, bitmask, kept)
+    dense = flat.view(values.dtype).view(order)
     return dense.movedim(-1, 1).contiguous() if is_conv else dense
 
 
@@ -121,7 +125,7 @@ def _check(parts: Mapping[str, torch.Tensor], name: str) -> torch.Tensor | None:
             raise CAPError(f"{name} has a bitmask or values of a wrong shape: the file is damaged")
         if where.is_meta:
             return None
-        kept = sum(_counts(where.cpu().numpy()))
+        kept = _count(where.cpu().numpy())
         if kept != values.numel() or (numel % 8 and int(where[-1]) >> numel % 8):
             raise CAPError(f"{name} has {values.numel()} values, its bitmask marks {kept}: the file is damaged")
         return where.contiguous()
@@ -160,7 +164,7 @@ def check_file(path: str | Path) -> None:
         for base, suffixes in packed_names(sorted(names)).items():
             if base in names:
                 raise CAPError(f"{path} holds {base} both dense and packed: the file is damaged")
-            _check({suffix: _peek(file, f"{base}.{suffix}") for suffix in suffixes}, f"{base} in {path}")
+            _check({suffix: _peek(file, f"{base}.{suffix}", path) for suffix in suffixes}, f"{base} in {path}")
 
 
 def load_file(path: str | Path) -> dict[str, torch.Tensor]:
@@ -192,15 +196,18 @@ def open_safetensors(path: str | Path) -> safe_open:
         raise CAPError(f"{path} cannot be read as safetensors: {reason}") from error
 
 
-def _peek(file: safe_open, name: str) -> torch.Tensor:
-    """A part as it is, except that values stay on the disk."""
-    if name.endswith((BITMASK, CODES)):
+def _peek(file: safe_open, name: str, path: str | Path) -> torch.Tensor:
+    """A part as it is, except that values are not read: the right shape and size of an entry, and nothing in it."""
+    if not name.endswith(VALUES):
         return file.get_tensor(name)
     view = file.get_slice(name)
-    shape = view.get_shape()
-    empty = view[:0] if shape else file.get_tensor(name)
+    # The dtypes of safetensors have their bits in their names: BF16, F8_E4M3, C64.
+    bits = re.search(r"\d+|BOOL", view.get_dtype())
+    size = 1 if bits is None or bits[0] == "BOOL" else int(bits[0]) / 8
+    if size not in INTEGERS:
+        raise CAPError(f"{path} has {name} in the dtype {view.get_dtype()}, which is never packed: the file is damaged")
     # An expanded entry has any shape and no bytes of its own.
-    return torch.empty((), dtype=empty.dtype).expand(shape)
+    return torch.empty((), dtype=INTEGERS[size]).expand(view.get_shape())
 
 
 def _in_group_order(tensor: torch.Tensor) -> torch.Tensor:
@@ -208,46 +215,61 @@ def _in_group_order(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.movedim(1, -1) if tensor.dim() == 4 else tensor
 
 
-def _counts(bitmask: np.ndarray) -> list[int]:
-    """The number of ones in the bits of each chunk; `torch.bincount` takes ten times as long."""
-    return [
-        np.count_nonzero(np.unpackbits(bitmask[first : first + CHUNK // 8]))
-        for first in range(0, bitmask.size, CHUNK // 8)
-    ]
+def _count(bitmask: np.ndarray) -> int:
+    """The number of ones in all bits."""
+    whole = bitmask.size // 8 * 8
+    words = np.bitwise_count(bitmask[:whole].view(np.uint64)).sum(dtype=np.int64)
+    return int(words) + int(np.bitwise_count(bitmask[whole:]).sum(dtype=np.int64))
 
 
-def _gather(flat: np.ndarray, bitmask: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """The bitmask of the entries that are not zero, if none is given, and the entries it marks, in order."""
-    masks, values = [], []
+def _mark(flat: np.ndarray) -> np.ndarray:
+    """The bitmask of the entries that are not zero."""
+    bitmask = np.empty(-(-flat.size // 8), dtype=np.uint8)
     for first in range(0, flat.size, CHUNK):
-        chunk = flat[first : first + CHUNK]
-        if bitmask is None:
-            marks = chunk != 0
-            masks.append(np.packbits(marks, bitorder="little"))
-        else:
-            marks = np.unpackbits(bitmask[first // 8 : (first + CHUNK) // 8], bitorder="little").view(bool)
+        marks = np.packbits(flat[first : first + CHUNK] != 0, bitorder="little")
+        bitmask[first // 8 : first // 8 + marks.size] = marks
+    return bitmask
+
+
+def _indices(bitmask: np.ndarray, first: int) -> np.ndarray:
+    """Where the bits of the chunk that begins with entry `first` are 1, counted from there."""
+    marks = np.unpackbits(bitmask[first // 8 : (first + CHUNK) // 8], bitorder="little")
+    return np.flatnonzero(marks.view(bool))
+
+
+def _gather(flat: np.ndarray, bitmask: np.ndarray, kept: int) -> np.ndarray:
+    """The `kept` entries that the bitmask marks, in order."""
+    values, start = np.empty(kept, dtype=flat.dtype), 0
+    for first in range(0, flat.size, CHUNK):
         # Indices are several times as fast as indexing with a mask.
-        values.append(chunk.take(np.flatnonzero(marks)))
-    return np.concatenate(masks) if bitmask is None else bitmask, np.concatenate(values)
+        indices = _indices(bitmask, first)
+        # Without a mode numpy writes into a buffer first, to raise an error on an index that is none.
+        flat[first : first + CHUNK].take(indices, out=values[start : start + indices.size], mode="clip")
+        start += indices.size
+    return values
 
 
 def _scatter(flat: np.ndarray, bitmask: np.ndarray, values: np.ndarray) -> None:
-    """Put the values where the bitmask has a 1 and 0 elsewhere; `flat` need not be initialised."""
+    """Put the values where the bitmask has a 1; `flat` holds zeros."""
     start = 0
     for first in range(0, flat.size, CHUNK):
-        marks = np.unpackbits(bitmask[first // 8 : (first + CHUNK) // 8], bitorder="little")
-        indices = np.flatnonzero(marks.view(bool))
-        chunk = flat[first : first + CHUNK]
-        chunk.fill(0)
-        chunk[indices] = values[start : start + indices.size]
+        indices = _indices(bitmask, first)
+        flat[first : first + CHUNK][indices] = values[start : start + indices.size]
         start += indices.size
+
+
+def _scatter_on_device(flat: torch.Tensor, bitmask: torch.Tensor, values: torch.Tensor) -> None:
+    """`_scatter` in PyTorch, for any device."""
+    shifts = torch.arange(8, dtype=torch.uint8, device=bitmask.device)
+    marks = ((bitmask[:, None] >> shifts) & 1).bool().view(-1)[: flat.numel()]
+    flat.masked_scatter_(marks, values)
 
 
 @lru_cache
 def _patterns(n: int, m: int) -> np.ndarray:
     """The bytes in which each group of m bits has n ones, ascending, uint8; a code is an index into them."""
     return np.array(
-        [byte for byte in range(256) if all(POPCOUNT[byte >> shift & 2**m - 1] == n for shift in range(0, 8, m))],
+        [byte for byte in range(256) if all((byte >> shift & 2**m - 1).bit_count() == n for shift in range(0, 8, m))],
         dtype=np.uint8,
     )
 
@@ -270,18 +292,15 @@ def _code_bytes(numel: int, n: int, m: int) -> int:
 def _pack_codes(bitmask: np.ndarray, n: int, m: int) -> np.ndarray:
     """The codes of a bitmask of `_patterns` bytes."""
     width = _code_width(n, m)
-    ranks = np.zeros(256, dtype=np.uint64)
+    ranks = np.zeros(256, dtype=np.uint8)
     ranks[_patterns(n, m)] = np.arange(len(_patterns(n, m)))
-    packed = np.empty((-(-bitmask.size // 8), width), dtype=np.uint8)
-    for first in range(0, len(packed), WORDS):
-        chunk = bitmask[8 * first : 8 * (first + WORDS)]
-        codes = np.zeros(-(-chunk.size // 8) * 8, dtype=np.uint64)
-        codes[: chunk.size] = ranks.take(chunk)
-        words = np.zeros(codes.size // 8, dtype="<u8")
-        for place in range(8):
-            words |= codes[place::8] << np.uint64(place * width)
-        packed[first : first + WORDS] = words.view(np.uint8).reshape(-1, 8)[:, :width]
-    return packed.reshape(-1)
+    codes = np.zeros(-(-bitmask.size // 8) * 8, dtype=np.uint8)
+    ranks.take(bitmask, out=codes[: bitmask.size], mode="clip")
+    words = codes.view("<u8")
+    for bits, units in LANES:
+        taken, low = bits // 8 * width, units * (2**bits - 1)
+        words = words & low | (words & low << bits) >> bits - taken
+    return np.ascontiguousarray(words.view(np.uint8).reshape(-1, 8)[:, :width]).reshape(-1)
 
 
 def _unpack_codes(packed: torch.Tensor, n: int, m: int) -> torch.Tensor:
@@ -290,13 +309,15 @@ def _unpack_codes(packed: torch.Tensor, n: int, m: int) -> torch.Tensor:
     table = np.zeros(256, dtype=np.uint8)
     table[: len(_patterns(n, m))] = _patterns(n, m)
     table = torch.from_numpy(table).to(packed.device)
-    packed = packed.contiguous().view(-1, width)
-    bitmask = torch.empty((len(packed), 8), dtype=torch.uint8, device=packed.device)
-    for first in range(0, len(packed), WORDS):
-        chunk = packed[first : first + WORDS].long()
-        words = chunk[:, 0].clone()
-        for byte in range(1, width):
-            words |= chunk[:, byte] << 8 * byte
-        for place in range(8):
-            bitmask[first : first + WORDS, place] = table[words >> place * width & 2**width - 1]
+    bitmask = torch.zeros((packed.numel() // width, 8), dtype=torch.uint8, device=packed.device)
+    bitmask[:, :width] = packed.reshape(-1, width)
+    # Chunks that stay in cache, and that PyTorch does not split among its threads.
+    for chunk in bitmask.view(-1).split(1 << 15):
+        words = chunk.view(torch.int64)
+        for bits, units in reversed(LANES):
+            taken = bits // 8 * width
+            low = units * (2**taken - 1)
+            words = words & low | (words & low << taken) << bits - taken
+        # Several times as fast as `table[...]`.
+        chunk.copy_(table.index_select(0, words.view(torch.uint8).int()))
     return bitmask.view(-1)

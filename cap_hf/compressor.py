@@ -1,42 +1,32 @@
 """CAPCompressor: collect once, prune to any sparsity, save."""
 
 import logging
-import os
-from collections.abc import Iterable, Iterator
+import tempfile
+from collections.abc import Iterable, MutableMapping
 from pathlib import Path
 
-import psutil
 import torch
 from accelerate import Accelerator
-from accelerate.data_loader import prepare_data_loader
-from accelerate.utils import broadcast
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
-from transformers.utils import logging as transformers_logging
 
-from cap_hf.allocation import allocate_global, allocate_uniform, path_losses, removed_mask
-from cap_hf.baselines import InputHessian, rank_scores
+from cap_hf.allocation import allocate_global, allocate_uniform, path_losses
+from cap_hf.baselines import InputHessian
 from cap_hf.checkpoint import save_checkpoint
 from cap_hf.config import CAPConfig, NMPattern
-from cap_hf.elimination import (
-    Elimination,
-    LostPivotError,
-    NotInvertibleError,
-    decouple,
-    eliminate,
-    independent_update,
-    invert,
-    reconstruct,
-)
+from cap_hf.costs import Progress, measure
+from cap_hf.distributed import Processes
 from cap_hf.errors import CAPError
-from cap_hf.fisher import Batch, BlockFisher
+from cap_hf.examples import CalibrationExamples
+from cap_hf.fisher import Batch, BlockFisher, block_shares, damps
+from cap_hf.plan import Plan, Resources, make_plan, spill_folder
 from cap_hf.report import LayerReport, PruneReport
+from cap_hf.solver import Solver
+from cap_hf.state import Checkpointing, CollectionState, hash_weights
+from cap_hf.storage import DiskTensors, SpilledSums
 from cap_hf.targets import Target, find_targets, summarize
 
 logger = logging.getLogger(__name__)
-
-# Bytes of float64 matrices that are solved at a time.
-CHUNK_BYTES = 64 * 2**20
 
 
 class CAPCompressor:
@@ -45,8 +35,16 @@ class CAPCompressor:
     Args:
         model: in float32 or float64 (half precision loses the gradients of single examples).
         config: how to prune; `CAPConfig()` if None.
-        accelerator: from accelerate; with several processes each takes its share of the examples.
-        disable_tqdm: no progress bars.
+        accelerator: from accelerate; with several processes each takes its share of the examples and of the blocks.
+        disable_tqdm: no progress bar.
+        resources: memory, passes and disk; `Resources()` if None.
+        prunes: how many sparsities will be pruned to, for the time left that the bar shows.
+
+    Attributes:
+        targets: what is pruned.
+        fisher: of this process's blocks, after `collect`.
+        plan: how the collection went through memory.
+        report: of the last `prune`.
 
     Raises:
         CAPError: the model has no targets, or the config does not fit them.
@@ -58,27 +56,40 @@ class CAPCompressor:
         config: CAPConfig | None = None,
         accelerator: Accelerator | None = None,
         disable_tqdm: bool = False,
+        resources: Resources | None = None,
+        prunes: int = 1,
     ) -> None:
         self.model = model
         self.config = config or CAPConfig()
         self.accelerator = accelerator or Accelerator()
-        self.disable_tqdm = disable_tqdm or not self.accelerator.is_main_process
-        block_size = "row" if self.config.method == "sparsegpt" else self.config.fisher_block_size
-        self.targets = find_targets(model, block_size, self.config.include, self.config.exclude, self.config.pattern)
+        self.processes = Processes(self.accelerator)
+        self.resources = resources or Resources()
+        self.progress = Progress(disable_tqdm or not self.accelerator.is_main_process, prunes)
+        self.targets = self._find_targets("row" if self._block_size == "auto" else self._block_size)
         self.fisher: BlockFisher | None = None
+        self.plan: Plan | None = None
         self.report: PruneReport | None = None
-        self._weights: dict[str, torch.Tensor] = {}
-        self._eliminations: dict[str, Elimination] = {}
         self._pattern: NMPattern | None = None
         self._damps: dict[str, float] = {}
+        self.state: CollectionState | None = None
+        self._spill: Path | None = None
+        self._temporary: tempfile.TemporaryDirectory | None = None
+        self._forget()
 
-    def collect(self, dataloader: DataLoader | Iterable[Batch]) -> "CAPCompressor":
+    def collect(
+        self, dataloader: DataLoader | Iterable[Batch], checkpointing: Checkpointing | None = None
+    ) -> "CAPCompressor":
         """Estimate the Fisher once, from `num_grads * samples_per_grad` examples, and remember the weights.
+
+        What does not fit into memory at once is collected in several passes over the examples and kept on the disk;
+        a warning says so.
 
         Args:
             dataloader: batches of `pixel_values` and `labels`. A DataLoader, not prepared by accelerate, is
                 shared out between the processes; any other iterable holds this process's own share. The batch
                 size must be a multiple of `samples_per_grad`.
+            checkpointing: keep the state on the disk so that a run that was killed can go on; what it leaves is
+                removed by `discard_state`.
 
         Returns:
             self, ready for any number of `prune`.
@@ -87,6 +98,7 @@ class CAPCompressor:
             CAPError: there is too little memory, no data, a batch that does not fit, or a gradient that is not
                 finite.
         """
+        self._forget()
         if self.config.method == "magnitude":
             self._remember_weights()
             return self
@@ -94,27 +106,15 @@ class CAPCompressor:
             raise CAPError(f"the model is in {self.model.dtype}: load it in float32 to collect gradients")
         if self.accelerator.device.type == "mps":
             raise CAPError("Apple's MPS has no float64, which the solver needs: set ACCELERATE_USE_CPU=true")
-        self._check_memory()
-        self.fisher, self._weights, self._eliminations = None, {}, {}
         self.model.to(self.accelerator.device)
-        fisher = (InputHessian if self.config.method == "sparsegpt" else BlockFisher)(self.targets)
+        examples = CalibrationExamples(dataloader, self.config, self.processes)
         training = self.model.training
         self.model.eval()
         try:
-            fisher.collect(self.model, self._batches(dataloader))
+            self._make_plan(examples, checkpointing)
+            self.fisher = self._collect_passes(examples)
         finally:
             self.model.train(training)
-        fisher.reduce(self.accelerator)
-        if not fisher.count:
-            raise CAPError("the dataloader is empty: no example to collect gradients from")
-        if fisher.count < self.config.num_grads:
-            logger.warning(
-                "The data ended after %d of %d gradient samples; they are what the Fisher is estimated from.",
-                fisher.count,
-                self.config.num_grads,
-            )
-        self._damps = fisher.damps(self.config.resolved_damp, self.config.absolute_damp)
-        self.fisher = fisher
         self._remember_weights()
         return self
 
@@ -132,27 +132,31 @@ class CAPCompressor:
                 called; a block Fisher cannot be inverted.
         """
         sparsity = self._check_sparsity(sparsity)
-        if not self._eliminations or self._pattern != self.config.pattern:
-            self._solve()
+        solver = Solver(self.config, self.fisher, self._damps)
+        if not self._orders or self._pattern != self.config.pattern:
+            self._eliminate(solver)
         counts = self._allocate(sparsity)
-        report = PruneReport(self.config.method, self.config.allocation, self.config.selection, sparsity)
-        pruned = {}
-        for target, count in self._progress(list(zip(self.targets, counts, strict=True)), "Reconstructing"):
-            pruned[target.name], loss = self._reconstruct(target, count)
-            zeros = int((pruned[target.name] == 0).sum())
-            report.layers.append(
-                LayerReport(
-                    target.name, tuple(target.weight.shape), target.block_size, target.weight.numel(), zeros, loss
-                )
-            )
+        pruned, figures = self._tensors("pruned"), []
+        advance = self.progress.phase("reconstructing", "block", sum(map(len, counts)))
+        for target, count in zip(self.targets, counts, strict=True):
+            weights, order = self._weights[target.name], self._orders[target.name]
+            new, loss = solver.reconstruct(target, weights, order, count, advance)
+            figures.append([float((new == 0).sum()), loss or 0.0])
+            pruned[target.name] = new
+        figures = self.processes.sum(torch.tensor(figures, dtype=torch.float64, device=self.accelerator.device))
         # Nothing is changed before everything is solved.
-        for target in self.targets:
-            weight = target.from_blocks(pruned[target.name]).to(target.weight)
-            target.weight.data.copy_(broadcast(weight) if self.accelerator.num_processes > 1 else weight)
+        report = PruneReport(self.config.method, self.config.allocation, self.config.selection, sparsity)
+        for target, (zeros, loss) in zip(self.targets, figures.tolist(), strict=True):
+            blocks = self.processes.assemble(pruned.pop(target.name), block_shares(target, self.processes))
+            target.weight.data.copy_(target.from_blocks(blocks))
+            loss = None if self.config.method == "magnitude" else loss
+            shape, size, total = tuple(target.weight.shape), target.block_size, target.weight.numel()
+            report.layers.append(LayerReport(target.name, shape, size, total, int(zeros), loss))
         collapsed = [layer.name for layer in report.layers if layer.num_zeros == layer.num_weights]
         if collapsed:
             logger.warning("No weight is left in %s: consider --exclude or a lower sparsity.", summarize(collapsed, 3))
         self.report = report
+        self.progress.pruned()
         return report
 
     def save_pretrained(
@@ -170,54 +174,123 @@ class CAPCompressor:
             save_checkpoint(save_directory, self.model, self.config, report, image_processor, compressed)
         self.accelerator.wait_for_everyone()
 
-    def _batches(self, dataloader: Iterable[Batch]) -> Iterator[tuple[Batch, int, torch.Tensor | None]]:
-        """This process's batches, cut to the examples asked for, as `BlockFisher.collect` takes them."""
-        group, world = self.config.samples_per_grad, self.accelerator.num_processes
-        wanted = self.config.num_grads * group
-        uniforms = None
-        if self.config.fisher_type == "sampled":
-            # Drawn for all examples at once: an example gets the same label on whatever process it lands.
-            uniforms = torch.rand(wanted, generator=torch.Generator().manual_seed(self.config.seed))
-        rank, size = self.accelerator.process_index, None
-        if isinstance(dataloader, DataLoader):
-            size = getattr(dataloader.batch_sampler, "batch_size", None)
-            if size is None and world > 1:
-                raise CAPError("several processes share batches of one size: give the dataloader a batch_size")
-            # Even shares would repeat examples, and the Fisher would count them twice.
-            dataloader = prepare_data_loader(
-                dataloader,
-                num_processes=world,
-                process_index=rank,
-                put_on_device=False,
-                even_batches=False,
-                rng_types=["generator"],
-            )
+    @property
+    def _block_size(self) -> int | str:
+        return "row" if self.config.method == "sparsegpt" else self.config.fisher_block_size
+
+    def _find_targets(self, block_size: int | str) -> list[Target]:
+        config = self.config
+        return find_targets(self.model, block_size, config.include, config.exclude, config.pattern)
+
+    def _forget(self) -> None:
+        """Begin anew, with nothing collected."""
+        if self._temporary is not None:
+            self._temporary.cleanup()
+        self.fisher, self.plan, self.state, self._spill, self._temporary = None, None, None, None, None
+        self._weights: MutableMapping[str, torch.Tensor] = {}
+        self._orders: MutableMapping[str, torch.Tensor] = {}
+        self._losses: MutableMapping[str, torch.Tensor] = {}
+
+    def _tensors(self, kind: str) -> MutableMapping[str, torch.Tensor]:
+        """A dict of tensors; on the disk where the plan spills."""
+        if self._spill is None:
+            return {}
+        return DiskTensors(self._spill / kind, self.accelerator.device)
+
+    def discard_state(self) -> None:
+        """Remove what `collect` kept on the disk for a run that goes on: this one is over."""
+        if self.state is not None:
+            self.state.remove()
+            self.state = None
+
+    def _make_plan(self, examples: CalibrationExamples, checkpointing: Checkpointing | None) -> None:
+        costs = measure(self.model, examples.peek(), self.targets)
+        if self.config.method == "sparsegpt":
+            self.plan = Plan([self.targets], "row", costs.samples)
         else:
-            rank, world = 0, 1
-        progress = transformers_logging.tqdm(
-            total=-(-wanted // world), desc="Collecting", unit="example", delay=2, disable=self.disable_tqdm
-        )
-        seen = 0
-        with progress:
-            for index, batch in enumerate(dataloader):
-                if "labels" not in batch or "pixel_values" not in batch:
-                    raise CAPError(f"a batch has {sorted(batch)}; it needs pixel_values and labels")
-                full = size or len(batch["labels"])
-                if full % group:
-                    raise CAPError(f"the batch size {full} is not a multiple of samples_per_grad={group}")
-                # Where this batch's examples stand among those of all processes.
-                start = (index * world + rank) * size if world > 1 else seen
-                seen += len(batch["labels"])
-                length = min(len(batch["labels"]), wanted - start) // group * group
-                if length <= 0:
-                    break
-                batch = {name: value[:length].to(self.accelerator.device) for name, value in batch.items()}
-                yield batch, length // group, None if uniforms is None else uniforms[start : start + length]
-                progress.update(length)
+            self.plan = make_plan(self._find_targets, self._block_size, self.resources, costs, self.processes)
+        if checkpointing is not None:
+            facts = {f"config {name}": value for name, value in self.config.to_dict().items()}
+            facts |= {"model weights": hash_weights(self.model), "number of processes": self.processes.world}
+            facts |= {"number of examples": examples.size, "PyTorch": torch.__version__}
+            self.state = CollectionState(checkpointing, self.processes, facts, self.plan.to_dict())
+            self.plan = self.plan.like(self.state.plan, self._find_targets)
+        self.targets = [target for each in self.plan.passes for target in each]
+        examples.limit = self.plan.limit
+        passes = len(self.plan.passes)
+        if passes > 1 and examples.once:
+            raise CAPError(f"{passes} passes need the examples again: collect from a DataLoader or a list of batches")
+        if self.plan.spilled and self.state is not None:
+            self._spill = self.state.folder / "spill"
+        elif self.plan.spilled:
+            folder = spill_folder(self.resources)
+            self._temporary = tempfile.TemporaryDirectory(prefix="cap_hf-", dir=folder, ignore_cleanup_errors=True)
+            self._spill = Path(self._temporary.name)
+        seconds = costs.seconds * self.config.num_grads * passes / self.processes.world
+        # What is over before a bar would show needs no plan either.
+        if seconds > 2 or passes > 1:
+            self.progress.say(self.plan.describe(seconds, self._spill))
+        self.progress.start(self.targets, costs.work * self.config.num_grads, self.processes.world)
+
+    def _collect_passes(self, examples: CalibrationExamples) -> BlockFisher:
+        """The Fisher of all targets, from as many passes over the examples as the plan has."""
+        kind = InputHessian if self.config.method == "sparsegpt" else BlockFisher
+        passes = self.plan.passes
+        dtype, wanted, work = getattr(torch, self.config.fisher_dtype), self.config.num_grads, self.progress.work
+        spilled = None
+        if self._spill is not None:
+            spilled = SpilledSums(self._spill / "sums", self.targets, self.accelerator.device)
+        means: dict[str, float] = {}
+        count, finished = 0, [] if self.state is None else self.state.passes()
+        for number, targets in enumerate(passes):
+            name = "collecting" if len(passes) == 1 else f"collecting, pass {number + 1} of {len(passes)}"
+            advance = self.progress.phase(name, "gradient", wanted, work / len(passes))
+            if number < len(finished):
+                means |= finished[number]["means"]
+                count = finished[number]["count"]
+                advance(count)
+                continue
+            fisher = kind(targets, self.processes, dtype)
+            if self.state is None:
+                fisher.collect(self.model, examples, advance)
+            else:
+                rest = self.state.begin_pass(number, fisher, examples)
+                advance(fisher.count)
+                fisher.collect(self.model, rest, self.state.saving(number, fisher, advance))
+            count = fisher.count
+            if not count:
+                raise CAPError("the dataloader is empty: no example to collect gradients from")
+            own = fisher.mean_diagonals()
+            means |= own
+            if spilled is not None:
+                spilled.write(fisher.sums)
+                fisher.sums = {}
+                if self.state is not None:
+                    self.state.finish_pass(number, {"means": own, "count": count})
+            elif self.state is not None and kind is BlockFisher:
+                # Input Hessians are summed over the processes by now: going on from these would do that twice.
+                self.state.save(number, fisher)
+        if count < wanted:
+            logger.warning(
+                "The data ended after %d of %d gradient samples; they are what the Fisher is estimated from.",
+                count,
+                wanted,
+            )
+        self._damps = damps(means, self.config.resolved_damp, self.config.absolute_damp)
+        if spilled is None:
+            return fisher
+        whole = kind([], self.processes, dtype)
+        whole.targets, whole.sums, whole.count = self.targets, spilled, count
+        whole.owned = {
+            target.name: block_shares(target, self.processes)[self.processes.rank] for target in self.targets
+        }
+        return whole
 
     def _remember_weights(self) -> None:
-        self._weights = {target.name: target.to_blocks(target.weight.detach()).clone() for target in self.targets}
-        self._eliminations = {}
+        self._weights = self._tensors("weights")
+        for target in self.targets:
+            own = block_shares(target, self.processes)[self.processes.rank]
+            self._weights[target.name] = target.to_blocks(target.weight.detach())[own].clone()
 
     def _check_sparsity(self, sparsity: float | None) -> float:
         if not self._weights:
@@ -233,127 +306,35 @@ class CAPCompressor:
             return pattern.sparsity
         if sparsity is None or not 0 <= sparsity < 1:
             raise CAPError(f"sparsity {sparsity} is not in [0, 1)")
-        total = sum(weights.numel() for weights in self._weights.values())
-        zeros = sum(int((weights == 0).sum()) for weights in self._weights.values())
+        total = sum(target.weight.numel() for target in self.targets)
+        own = sum(int((self._weights[target.name] == 0).sum()) for target in self.targets)
+        zeros = sum(zeros for (zeros,) in self.processes.gather_ints(own))
         if round(total * sparsity) < zeros:
             raise CAPError(f"the model is {zeros / total:.4%} sparse already: sparsity {sparsity} would be less")
         return sparsity
 
+    def _eliminate(self, solver: Solver) -> None:
+        """The order and losses of all removals of this process's blocks."""
+        self._orders, self._losses = self._tensors("orders"), self._tensors("losses")
+        shares = [block_shares(target, self.processes)[self.processes.rank] for target in self.targets]
+        count = sum(share.stop - share.start for share in shares)
+        advance = self.progress.phase("eliminating", "block", count)
+        for target in self.targets:
+            found = solver.eliminate(target, self._weights[target.name], advance)
+            self._orders[target.name], self._losses[target.name] = found.order, found.losses
+        self._pattern = self.config.pattern
+
     def _allocate(self, sparsity: float) -> list[torch.Tensor]:
-        """How many weights each block of each target gives up."""
-        eliminations = [self._eliminations[target.name] for target in self.targets]
+        """How many weights each of this process's blocks gives up, for each target."""
+        names = [target.name for target in self.targets]
         if self.config.pattern is not None:
-            return [torch.full_like(each.order[:, 0], each.order.shape[1]) for each in eliminations]
+            orders = [self._orders[name] for name in names]
+            return [torch.full(order.shape[:1], order.shape[1], device=order.device) for order in orders]
         paths = [
-            path_losses(each.losses, (self._weights[target.name] == 0).sum(dim=1), self.config.selection)
-            for target, each in zip(self.targets, eliminations, strict=True)
+            path_losses(self._losses[name], (self._weights[name] == 0).sum(dim=1), self.config.selection)
+            for name in names
         ]
         sizes = [target.weight.numel() for target in self.targets]
         if self.config.allocation == "global":
-            return allocate_global(paths, round(sum(sizes) * sparsity))
-        return allocate_uniform(paths, sizes, sparsity)
-
-    def _solve(self) -> None:
-        """The order and losses of all removals of all blocks."""
-        chunks = [(target, blocks) for target in self.targets for blocks in self._chunks(target)]
-        parts: dict[str, list[Elimination]] = {}
-        for target, blocks in self._progress(chunks, "Eliminating"):
-            try:
-                part = self._eliminate(target, blocks)
-            except LostPivotError as error:
-                raise CAPError(
-                    f"rounding destroyed a pivot of {target.name} (block {blocks.start + error.block}): "
-                    f"raise the damp, now {self.config.resolved_damp:g}"
-                ) from error
-            parts.setdefault(target.name, []).append(Elimination(part.order.int(), part.losses.float()))
-        self._eliminations = {
-            name: Elimination(torch.cat([p.order for p in each]), torch.cat([p.losses for p in each]))
-            for name, each in parts.items()
-        }
-        self._pattern = self.config.pattern
-
-    def _eliminate(self, target: Target, blocks: slice) -> Elimination:
-        weights = self._weights[target.name][blocks].double()
-        pattern = self.config.pattern
-        if self.config.method == "magnitude":
-            return rank_scores(weights.square(), pattern)
-        inverse = self._invert(target, blocks, weights == 0)
-        if self.config.method == "obs":
-            scores = weights.square() / inverse.diagonal(dim1=-2, dim2=-1) / 2
-            return rank_scores(scores.masked_fill(weights == 0, -1.0), pattern)
-        return eliminate(weights, inverse, pattern)
-
-    def _invert(self, target: Target, blocks: slice | torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
-        """The inverse damped Fisher of blocks whose weights marked by `zero` `(n, B)` stay 0."""
-        try:
-            return invert(decouple(self.fisher.damped(target, blocks, self._damps[target.name]), zero))
-        except NotInvertibleError as error:
-            enough = self._damps[target.name] + error.damp
-            number = int(torch.arange(target.num_blocks)[blocks][error.block])
-            if not self.config.absolute_damp:
-                enough *= self.config.resolved_damp / self._damps[target.name]
-            raise CAPError(
-                f"the Fisher of {target.name} (block {number}) cannot be inverted with "
-                f"damp={self.config.resolved_damp:g}: --damp {enough:.1e} would do"
-            ) from error
-
-    def _reconstruct(self, target: Target, counts: torch.Tensor) -> tuple[torch.Tensor, float | None]:
-        """The new weights `(num_blocks, B)` of a target whose blocks give up `counts` weights, and their loss."""
-        weights = self._weights[target.name]
-        removed = removed_mask(self._eliminations[target.name].order.long(), counts, target.block_size)
-        keep = ~removed & (weights != 0)
-        if self.config.method == "magnitude":
-            return weights.masked_fill(~keep, 0.0), None
-        # Blocks with as many survivors are solved together.
-        by_count = keep.sum(dim=1).argsort()
-        pruned, loss = torch.empty_like(weights), 0.0
-        for chunk in self._chunks(target):
-            blocks = by_count[chunk]
-            old = weights[blocks].double()
-            fisher = self.fisher.damped(target, blocks, self._damps[target.name])
-            if self.config.weight_update == "joint":
-                new = reconstruct(old, fisher, keep[blocks])
-            elif self.config.weight_update == "independent":
-                new = independent_update(old, self._invert(target, blocks, old == 0), keep[blocks])
-            else:
-                new = old.masked_fill(~keep[blocks], 0.0)
-            pruned[blocks] = new.to(pruned.dtype)
-            change = (new - old)[..., None]
-            loss += float((change * fisher.bmm(change)).sum() - self._damps[target.name] * change.square().sum()) / 2
-        return pruned, loss
-
-    def _chunks(self, target: Target) -> Iterator[slice]:
-        step = max(1, CHUNK_BYTES // (8 * target.block_size**2))
-        for start in range(0, target.num_blocks, step):
-            yield slice(start, min(start + step, target.num_blocks))
-
-    def _progress(self, items: list, description: str) -> Iterable:
-        return transformers_logging.tqdm(items, desc=description, delay=2, disable=self.disable_tqdm)
-
-    def _check_memory(self) -> None:
-        """Raise a CAPError that names a block size that fits, before memory runs out."""
-        device = self.accelerator.device
-        if device.type == "cuda":
-            free = torch.cuda.mem_get_info(device)[0]
-        else:
-            free = psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        needed = self._fisher_bytes(self.targets)
-        if needed <= free or self.config.method == "sparsegpt":
-            return
-        config = self.config
-        for size in (4096, 3072, 2048, 1536, 1024, 768, 512, 384, 256, 192, 128, 64, 32, 16):
-            fitted = find_targets(self.model, size, config.include, config.exclude, config.pattern)
-            if self._fisher_bytes(fitted) <= free:
-                advice = f"--fisher_block_size {size} would do"
-                break
-        else:
-            advice = "prune fewer targets at a time with --include"
-        raise CAPError(
-            f"the Fisher with fisher_block_size={config.fisher_block_size} takes {needed / 2**30:.1f} GiB of the "
-            f"{free / 2**30:.1f} GiB that are free: {advice}"
-        )
-
-    @staticmethod
-    def _fisher_bytes(targets: list[Target]) -> int:
-        """Bytes of the block Fishers, and of what is solved at a time beside them."""
-        return sum(4 * target.weight.numel() * target.block_size for target in targets) + 8 * CHUNK_BYTES
+            return allocate_global(paths, round(sum(sizes) * sparsity), self.processes)
+        return allocate_uniform(paths, sizes, sparsity, self.processes)

@@ -11,6 +11,7 @@ CONFIG_NAME = "cap_config.json"
 METHODS = ("cap", "obs", "sparsegpt", "magnitude")
 SELECTIONS = ("marginal", "cumulative")
 FISHER_TYPES = ("empirical", "sampled")
+FISHER_DTYPES = ("float32", "bfloat16")
 WEIGHT_UPDATES = ("joint", "independent", "none")
 
 # Relative damps that measured best one-shot (README, "Results"); SparseGPT's is its own published value.
@@ -59,11 +60,21 @@ class CAPConfig:
     samples_per_grad: int = field(default=1, metadata={"help": "Examples whose mean gradient is one gradient sample."})
     fisher_block_size: str = field(
         default="row",
-        metadata={"help": "Weights a Fisher block: 'row', or a number (fitted to each target's rows)."},
+        metadata={
+            "help": "Weights a Fisher block: 'row', a number (fitted to each target's rows), or 'auto': the most that "
+            "the memory and --max_passes allow, a row at most."
+        },
     )
     fisher_type: str = field(
         default="empirical",
         metadata={"help": "Labels of the gradients: the data's, or sampled from the model.", "choices": FISHER_TYPES},
+    )
+    fisher_dtype: str = field(
+        default="float32",
+        metadata={
+            "help": "Gradients as they are, or rounded to bfloat16 before they are multiplied and sent.",
+            "choices": FISHER_DTYPES,
+        },
     )
     damp: float | None = field(
         default=None,
@@ -90,6 +101,7 @@ class CAPConfig:
             ("method", METHODS),
             ("selection", SELECTIONS),
             ("fisher_type", FISHER_TYPES),
+            ("fisher_dtype", FISHER_DTYPES),
             ("weight_update", WEIGHT_UPDATES),
         ):
             if getattr(self, name) not in choices:
@@ -98,14 +110,14 @@ class CAPConfig:
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
                 raise CAPError(f"{name}={value!r} must be a whole number of at least 1")
-        if self.fisher_block_size != "row":
+        if self.fisher_block_size not in ("row", "auto"):
             # The command line and YAML hand over a string or an int; from here on it is an int.
             try:
                 self.fisher_block_size = int(self.fisher_block_size)
             except (TypeError, ValueError):
                 self.fisher_block_size = 0
             if self.fisher_block_size < 1:
-                raise CAPError("fisher_block_size must be 'row' or a whole number of at least 1")
+                raise CAPError("fisher_block_size must be 'row', 'auto' or a whole number of at least 1")
         if not isinstance(self.seed, int) or not 0 <= self.seed < 2**32:
             raise CAPError(f"seed={self.seed!r} must be a whole number from 0 to 2^32 - 1")
         if self.damp is not None and not 0 < self.damp < float("inf"):

@@ -1,201 +1,291 @@
-"""Gradient samples through hooks, and the block Fisher summed from them."""
+"""The block Fisher, summed from gradient samples."""
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
-from types import TracebackType
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from itertools import pairwise
 
 import torch
-from accelerate import Accelerator
 from torch import nn
 from torch.nn import functional as F
 
+from cap_hf.distributed import Processes
 from cap_hf.errors import CAPError
+from cap_hf.gradients import GradientSamples, LayerGradients, labels_for
 from cap_hf.targets import Target, summarize
 
 logger = logging.getLogger(__name__)
 
 Batch = dict[str, torch.Tensor]
 
-
-def unfold_conv(module: nn.Conv2d, inputs: torch.Tensor) -> torch.Tensor:
-    """The input patches of a convolution: `(b, channels, h, w)` -> `(b, groups, patch, positions)`."""
-    # The convolution's own padding in F.pad's order; it covers 'same' and every padding mode.
-    mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
-    inputs = F.pad(inputs, module._reversed_padding_repeated_twice, mode=mode)
-    patches = F.unfold(inputs, module.kernel_size, dilation=module.dilation, stride=module.stride)
-    return patches.unflatten(1, (module.groups, -1))
+# Rows of a weight whose gradients are made at a time: so few that the gradients of 64 examples stay in the cache until
+# they are summed, but enough for a matrix product, and so many pieces that processes have even shares of them.
+PIECE_BYTES, PIECE_ROWS, PIECES = 8 * 2**20, 24, 16
+# A symmetric sum is cut into strips of at least this height, and at most so many of them.
+STRIP_ROWS, MAX_STRIPS = 16, 6
 
 
-def sample_gradients(
-    module: nn.Module, inputs: torch.Tensor, grads: torch.Tensor, samples: int, buffer: torch.Tensor | None = None
-) -> torch.Tensor:
-    """Gradients of the weight, one for each of `samples` equal groups of consecutive examples.
+class SymmetricSums:
+    """Sums of outer products, of which a little more than the lower half is stored and computed.
+
+    Strip i holds rows `edges[i]` to `edges[i + 1]` and the columns before `edges[i + 1]`.
 
     Args:
-        module: a Linear or a Conv2d.
-        inputs: what it was called with; Linear `(b, ..., in)`, Conv2d `(b, in, h, w)`. b is a multiple of
-            `samples`: windows or groups of one example lie side by side in it.
-        grads: gradient of the summed loss with respect to its output.
-        samples: how many gradient samples there are.
-        buffer: 1-d float32 memory of at least `samples * weight.numel()` entries that a Linear's result may take.
-
-    Returns:
-        `(samples, *weight.shape)`, the sum over each group, in float32 (float64 stays).
-    """
-    dtype = torch.promote_types(inputs.dtype, torch.float32)
-    inputs, grads = inputs.to(dtype), grads.to(dtype)
-    if isinstance(module, nn.Linear):
-        inputs = inputs.reshape(samples, -1, inputs.shape[-1])
-        grads = grads.reshape(samples, -1, grads.shape[-1])
-        out = None
-        if buffer is not None and buffer.dtype == dtype:
-            out = buffer[: samples * module.weight.numel()].view(samples, *module.weight.shape)
-        return torch.bmm(grads.mT, inputs, out=out)
-    patches = unfold_conv(module, inputs)
-    grads = grads.flatten(2).unflatten(1, (module.groups, -1))
-    patches, grads = (tensor.unflatten(0, (samples, -1)) for tensor in (patches, grads))
-    return torch.einsum("sbgol,sbgil->sgoi", grads, patches).reshape(samples, *module.weight.shape)
-
-
-class GradientSamples:
-    """Hooks that hand over each target's gradient samples during the backward pass, one target at a time.
-
-    Inside the context call `start(samples)`, the model's forward, and backward on the summed loss. A module that
-    is called several times in one forward gives one gradient, the sum over its calls.
-
-    Args:
-        targets: whose gradients are wanted.
-        sink: called with the target and its `(samples, num_blocks, block_size)` gradients.
+        size: B, their rows and columns.
+        strips: of height `edges[i + 1] - edges[i]`, each `(count, height, edges[i + 1])`.
     """
 
-    def __init__(self, targets: Sequence[Target], sink: Callable[[Target, torch.Tensor], None]) -> None:
-        self.targets, self.sink = targets, sink
-        self.samples = 0
-        self.seen: set[str] = set()
-        self._calls: dict[str, int] = {}
-        self._sums: dict[str, torch.Tensor] = {}
-        self._handles: list = []
-        self._buffer: torch.Tensor | None = None
+    def __init__(self, size: int, strips: list[torch.Tensor]) -> None:
+        self.size, self.strips, self.edges = size, strips, strip_edges(size)
 
-    def start(self, samples: int) -> None:
-        """Forget the previous batch; the next one holds `samples` gradient samples."""
-        self.samples = samples
-        self._calls.clear()
-        self._sums.clear()
-        # One memory for all targets in turn: touching fresh memory costs several times the product itself.
-        size = samples * max(target.weight.numel() for target in self.targets)
-        if self._buffer is None or self._buffer.numel() < size:
-            self._buffer = torch.empty(size, dtype=torch.float32, device=self.targets[0].weight.device)
+    @classmethod
+    def zeros(cls, count: int, size: int, dtype: torch.dtype, device: torch.device) -> "SymmetricSums":
+        """`count` matrices of zeros."""
+        edges = strip_edges(size)
+        shapes = [(count, stop - start, stop) for start, stop in pairwise(edges)]
+        return cls(size, [torch.zeros(shape, dtype=dtype, device=device) for shape in shapes])
 
-    def __enter__(self) -> "GradientSamples":
-        for target in self.targets:
-            self._handles.append(target.module.register_forward_hook(self._forward_hook(target)))
-        return self
+    def __len__(self) -> int:
+        return len(self.strips[0])
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        while self._handles:
-            self._handles.pop().remove()
-        self._sums.clear()
-        self._buffer = None
+    def add(self, blocks: slice, factors: torch.Tensor) -> None:
+        """Add `factors[b].T @ factors[b]` to some of the matrices, for factors `(n, samples, B)`."""
+        for strip, start, stop in zip(self.strips, self.edges, self.edges[1:], strict=False):
+            strip[blocks].baddbmm_(factors[:, :, start:stop].mT, factors[:, :, :stop])
 
-    def _forward_hook(self, target: Target) -> Callable:
-        def hook(module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
-            inputs = args[0].detach()
-            if len(inputs) % self.samples:
-                raise CAPError(
-                    f"{target.name} mixes examples (its input has {len(inputs)} rows for {self.samples} gradient "
-                    f"samples): leave it out with --exclude '{target.name}'"
-                )
-            self.seen.add(target.name)
-            self._calls[target.name] = self._calls.get(target.name, 0) + 1
-            output.register_hook(lambda grads: self._backward(target, inputs, grads))
+    def full(self, index: slice | torch.Tensor = slice(None), dtype: torch.dtype = torch.float64) -> torch.Tensor:
+        """Some of the matrices, whole, `(n, B, B)`, a new tensor."""
+        rows = [strip[index] for strip in self.strips]
+        full = torch.empty(len(rows[0]), self.size, self.size, dtype=dtype, device=rows[0].device)
+        for strip, start, stop in zip(rows, self.edges, self.edges[1:], strict=False):
+            full[:, start:stop, :stop] = strip
+            full[:, :start, start:stop] = strip[:, :, :start].mT
+        return full
 
-        return hook
+    def diagonals(self) -> torch.Tensor:
+        """`(count, B)`."""
+        parts = [
+            strip.diagonal(offset=start, dim1=1, dim2=2) for strip, start in zip(self.strips, self.edges, strict=False)
+        ]
+        return torch.cat(parts, dim=1)
 
-    def _backward(self, target: Target, inputs: torch.Tensor, grads: torch.Tensor) -> None:
-        gradient = sample_gradients(target.module, inputs, grads.detach(), self.samples, self._buffer)
-        if target.name in self._sums:
-            gradient = gradient.add_(self._sums.pop(target.name))
-        self._calls[target.name] -= 1
-        if self._calls[target.name]:
-            self._sums[target.name] = gradient.clone()
-        else:
-            self.sink(target, target.to_blocks(gradient))
+    def zero_(self) -> None:
+        for strip in self.strips:
+            strip.zero_()
 
 
-def labels_for(logits: torch.Tensor, labels: torch.Tensor, uniforms: torch.Tensor | None) -> torch.Tensor:
-    """The data's labels, or labels drawn from the model's own distribution by inverting its cumulative sum.
+def strip_edges(size: int) -> list[int]:
+    """Where the strips of a symmetric B x B matrix begin, and B."""
+    strips = max(1, min(MAX_STRIPS, size // STRIP_ROWS))
+    return [size * index // strips for index in range(strips + 1)]
 
-    Args:
-        logits: `(b, classes)`.
-        labels: `(b,)`.
-        uniforms: None for the data's labels, else `(b,)` in [0, 1), one number an example.
+
+def sums_per_block(size: int) -> int:
+    """How many entries are stored of a symmetric B x B matrix."""
+    edges = strip_edges(size)
+    return sum((stop - start) * stop for start, stop in pairwise(edges))
+
+
+def row_pieces(target: Target) -> list[slice]:
+    """A target's rows in pieces that are whole blocks and depend on nothing else.
+
+    Matrix products round differently for different shapes: pieces that are the same for any number of processes give
+    the same sums, bit for bit.
     """
-    if uniforms is None:
-        return labels
-    cumulative = logits.detach().double().softmax(dim=-1).cumsum(dim=-1)
-    drawn = torch.searchsorted(cumulative, uniforms.to(cumulative)[:, None])[:, 0]
-    return drawn.clamp_max(logits.shape[-1] - 1)
+    rows = len(target.weight)
+    fitting = max(PIECE_ROWS, PIECE_BYTES // (64 * 4 * target.row_size))
+    height = min(max(min(PIECE_ROWS, -(-rows // 4)), -(-rows // PIECES)), fitting)
+    unit = max(1, target.block_size // target.row_size)
+    height = -(-height // unit) * unit
+    return [slice(start, min(start + height, rows)) for start in range(0, rows, height)]
+
+
+def block_shares(target: Target, processes: Processes) -> list[slice]:
+    """The blocks of a target that each process owns: those of consecutive pieces."""
+    pieces = row_pieces(target)
+    edges = [0, *(piece.stop * target.row_size // target.block_size for piece in pieces)]
+    return [slice(edges[share.start], edges[share.stop]) for share in processes.shares(len(pieces))]
 
 
 class BlockFisher:
     """`F_b = (1/N) sum g_b g_b^T` for every block of every target (arXiv 2210.09223, eq. of the empirical Fisher).
 
+    Of several processes each owns an equal share of every target's blocks: it is sent all processes' gradients of
+    these and sums them in the order of the examples, so that the sums do not depend on the number of processes.
+
     Attributes:
-        sums: for each target's name `(num_blocks, B, B)`: sums of outer products.
+        owned: for each target's name the blocks whose sums this process has.
+        sums: for each target's name the sums of outer products of those.
         count: how many gradient samples they hold.
+
+    Args:
+        targets: whose Fisher it is.
+        processes: of the run; None for this process alone.
+        dtype: what gradients are rounded to before they are multiplied: float32, or bfloat16 (then CUDA also
+            multiplies in tf32). Sums are float32 (float64 in a float64 model).
     """
 
     def __init__(
-        self, targets: Sequence[Target], num_blocks: Callable[[Target], int] = lambda target: target.num_blocks
+        self, targets: Sequence[Target], processes: Processes | None = None, dtype: torch.dtype = torch.float32
     ) -> None:
         self.targets = list(targets)
-        self.sums: dict[str, torch.Tensor] = {}
+        self.processes = processes or Processes()
+        self.dtype = dtype
         self.count = 0
-        for target in self.targets:
-            dtype = torch.promote_types(target.weight.dtype, torch.float32)
-            shape = (num_blocks(target), target.block_size, target.block_size)
-            self.sums[target.name] = torch.zeros(shape, dtype=dtype, device=target.weight.device)
+        self.owned = {target.name: block_shares(target, self.processes)[self.processes.rank] for target in self.targets}
+        self.sums = {target.name: self._zeros(target) for target in self.targets}
+        self._buffers: dict[str, torch.Tensor] = {}
+        # Of a step in which some process has no examples: who tells it which target is next.
+        self._leader: int | None = None
 
-    def add(self, target: Target, gradients: torch.Tensor) -> None:
-        """Add `(samples, num_blocks, B)` gradients by one batched matrix product, without a copy of them."""
-        sums = self.sums[target.name]
-        sums.baddbmm_(gradients.permute(1, 2, 0), gradients.permute(1, 0, 2))
+    def _zeros(self, target: Target) -> SymmetricSums:
+        dtype = torch.promote_types(target.weight.dtype, torch.float32)
+        owned = self.owned[target.name]
+        return SymmetricSums.zeros(owned.stop - owned.start, target.block_size, dtype, target.weight.device)
 
-    def collect(self, model: nn.Module, batches: Iterable[tuple[Batch, int, torch.Tensor | None]]) -> None:
-        """Run the model forward and backward over batches and add up.
+    def add(self, target: Target, gradients: LayerGradients | None, counts: Sequence[int] | None = None) -> None:
+        """Add the outer products of a step's gradient samples.
+
+        Args:
+            target: one of `targets`.
+            gradients: of this process's examples; None if it has none.
+            counts: how many gradient samples each process has in this step; None where there is one process.
+        """
+        world, rank = self.processes.world, self.processes.rank
+        counts = counts or [gradients.samples]
+        size, sums = target.block_size, self.sums[target.name]
+        pieces = row_pieces(target)
+        shares = self.processes.shares(len(pieces))
+        blocks = [target.row_size * (piece.stop - piece.start) // size for piece in pieces]
+        done = 0
+        for index in range(max(share.stop - share.start for share in shares)):
+            # The next piece of every process.
+            turn = [pieces[s.start + index] if s.start + index < s.stop else slice(0, 0) for s in shares]
+            parts = [self._make(target, gradients, rows, slot) for slot, rows in enumerate(turn)]
+            mine = shares[rank].start + index
+            height = blocks[mine] if mine < shares[rank].stop else 0
+            if world > 1:
+                parts = self.processes.exchange(parts, [height * count * size for count in counts])
+            if not height:
+                continue
+            for part, count in zip(parts, counts, strict=True):
+                if count:
+                    factors = part.view(height, count, size).to(sums.strips[0].dtype)
+                    with self._precision():
+                        sums.add(slice(done, done + height), factors)
+            done += height
+
+    def _make(self, target: Target, gradients: LayerGradients | None, rows: slice, slot: int) -> torch.Tensor:
+        """The gradients of some rows, block by block: `(blocks, samples, B)`."""
+        dtype = torch.promote_types(target.weight.dtype, torch.float32)
+        sent = self.dtype if dtype == torch.float32 else dtype
+        if gradients is None or rows.start == rows.stop:
+            return torch.empty(0, dtype=sent, device=target.weight.device)
+        shape = (gradients.samples, (rows.stop - rows.start) * target.row_size // target.block_size, target.block_size)
+        numel = shape[0] * shape[1] * shape[2]
+        with self._precision():
+            made = gradients.rows(rows.start, rows.stop, self._buffer("rows", numel, dtype, target.weight.device))
+        blocks = self._buffer(f"blocks {slot}", numel, sent, target.weight.device)[:numel]
+        return blocks.view(shape[1], shape[0], shape[2]).copy_(made.reshape(shape).transpose(0, 1))
+
+    def _buffer(self, name: str, numel: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        # Touching fresh memory costs several times the product itself.
+        buffer = self._buffers.get(name)
+        if buffer is None or buffer.numel() < numel or buffer.dtype != dtype:
+            buffer = self._buffers[name] = torch.empty(numel, dtype=dtype, device=device)
+        return buffer
+
+    @contextmanager
+    def _precision(self) -> Iterator[None]:
+        if self.dtype == torch.float32 or not torch.cuda.is_available():
+            yield
+            return
+        before = torch.get_float32_matmul_precision()
+        # tf32 holds a bfloat16 exactly.
+        torch.set_float32_matmul_precision("high")
+        try:
+            yield
+        finally:
+            torch.set_float32_matmul_precision(before)
+
+    def collect(
+        self,
+        model: nn.Module,
+        batches: Iterable[tuple[Batch, int, torch.Tensor | None]],
+        on_step: Callable[[int], None] = lambda samples: None,
+    ) -> None:
+        """Run the model over batches and add up.
 
         Args:
             model: in eval mode; its parameters need no `requires_grad`, and their `.grad` is not touched.
-            batches: (batch with `labels`, number of gradient samples, uniforms for sampled labels or None).
+            batches: of this process: (batch with `labels`, number of gradient samples, uniforms for sampled labels
+                or None). Processes may have different numbers of them.
+            on_step: called after each batch (of all processes) with the number of its gradient samples.
 
         Raises:
             CAPError: a loss or a gradient is not finite (names the layer), or a layer mixes examples.
         """
-        # Gradients of activations alone are needed: weights are frozen, and the pixels start the graph.
+        # Gradients of activations alone are needed: weights are frozen.
         required = {parameter: parameter.requires_grad for parameter in model.parameters()}
         model.requires_grad_(False)
+        stream = iter(batches)
         try:
-            with GradientSamples(self.targets, self.add) as hooks, torch.enable_grad():
-                for batch, samples, uniforms in batches:
-                    hooks.start(samples)
-                    inputs = {name: value for name, value in batch.items() if name != "labels"}
-                    inputs["pixel_values"] = inputs["pixel_values"].detach().requires_grad_()
-                    logits = model(**inputs).logits
-                    labels = labels_for(logits, batch["labels"], uniforms)
-                    loss = F.cross_entropy(logits.float(), labels, reduction="sum") * (samples / len(labels))
-                    loss.backward()
-                    self.count += samples
-                    if not loss.isfinite():
-                        self.check_finite()
-                        raise CAPError("the loss is NaN or infinite: check the model's head and the pixel values")
+            with self._listen() as hooks:
+                while True:
+                    batch, samples, uniforms = next(stream, (None, 0, None))
+                    counts = [count for (count,) in self.processes.gather_ints(samples)]
+                    if not any(counts):
+                        break
+                    self._step(model, hooks, batch, uniforms, counts)
+                    self.count += sum(counts)
+                    on_step(sum(counts))
         finally:
+            self._buffers.clear()
             for parameter, requires_grad in required.items():
                 parameter.requires_grad_(requires_grad)
+        self._finish(hooks)
+
+    def _listen(self) -> AbstractContextManager:
+        return GradientSamples(self.targets, lambda target, gradients: self._receive(target, gradients))
+
+    def _step(
+        self,
+        model: nn.Module,
+        hooks: GradientSamples,
+        batch: Batch | None,
+        uniforms: torch.Tensor | None,
+        counts: list[int],
+    ) -> None:
+        """One forward and backward pass, or the part that a process without examples has in the others'."""
+        self._counts = counts
+        self._leader = None if all(counts) else next(rank for rank, count in enumerate(counts) if count)
+        if batch is None:
+            while (index := self.processes.broadcast_int(0, self._leader)) >= 0:
+                self.add(self.targets[index], None, counts)
+            return
+        samples = counts[self.processes.rank]
+        hooks.start(samples)
+        inputs = {name: value for name, value in batch.items() if name != "labels"}
+        with torch.enable_grad():
+            logits = model(**inputs).logits
+            labels = labels_for(logits, batch["labels"], uniforms)
+            loss = F.cross_entropy(logits.float(), labels, reduction="sum") * (samples / len(labels))
+        if loss.requires_grad:
+            loss.backward()
+        if self._leader is not None:
+            self.processes.broadcast_int(-1, self._leader)
+        if not loss.isfinite():
+            self.check_finite()
+            raise CAPError("the loss is NaN or infinite: check the model's head and the pixel values")
+
+    def _receive(self, target: Target, gradients: LayerGradients) -> None:
+        if self._leader is not None:
+            self.processes.broadcast_int(self.targets.index(target), self._leader)
+        self.add(target, gradients, self._counts)
+
+    def _finish(self, hooks: GradientSamples) -> None:
         self.check_finite()
-        unseen = [target.name for target in self.targets if self.count and target.name not in hooks.seen]
+        unseen = [target.name for target in self.targets if hooks.seen and target.name not in hooks.seen]
         if unseen:
             raise CAPError(
                 f"{summarize(unseen, 3)} take no part in the model's forward pass: leave them out with --exclude"
@@ -203,56 +293,54 @@ class BlockFisher:
 
     def check_finite(self) -> None:
         """Raise a CAPError that names the first layers whose sums are not finite."""
-        broken = [name for name, sums in self.sums.items() if not sums.diagonal(dim1=-2, dim2=-1).sum().isfinite()]
+        broken = [name for name, sums in self.sums.items() if not sums.diagonals().sum().isfinite()]
         if broken:
             raise CAPError(
                 f"gradients are NaN or infinite in {summarize(broken, 3)}: check the model's weights and its dtype "
                 "(load it in float32) and the pixel values"
             )
 
-    def reduce(self, accelerator: Accelerator) -> None:
-        """Add up the sums and counts of all processes, in place, on every process."""
-        if accelerator.num_processes == 1:
-            return
-        for name, sums in self.sums.items():
-            self.sums[name] = accelerator.reduce(sums, reduction="sum")
-        count = torch.tensor(self.count, device=accelerator.device)
-        self.count = int(accelerator.reduce(count, reduction="sum"))
+    def mean_diagonals(self) -> dict[str, float]:
+        """The mean of each target's diagonal of F, over the blocks of all processes, exactly the same on each.
 
-    def damps(self, damp: float, absolute: bool) -> dict[str, float]:
-        """What is added to the diagonal of each target's F: `damp`, relative to the target's mean diagonal or not.
-
-        Names blocks without any gradient in a warning. A target without any takes the mean damp of the others.
-
-        Raises:
-            CAPError: no target has a gradient.
+        Names blocks without any gradient in a warning.
         """
         means = {}
-        for name, sums in self.sums.items():
-            diagonals = sums.diagonal(dim1=-2, dim2=-1).double()
-            means[name] = float(diagonals.mean()) / self.count
-            dead = int((diagonals.sum(dim=1) == 0).sum())
-            if dead:
+        for target in self.targets:
+            traces = self._traces(target)
+            means[target.name] = float(traces.sum()) / (len(traces) * target.block_size * self.count)
+            dead = int((traces == 0).sum())
+            if dead and self.processes.rank == 0:
                 logger.warning(
                     "%s: %d of %d blocks have no gradient at all; their weights are removed first.",
-                    name,
+                    target.name,
                     dead,
-                    len(diagonals),
+                    len(traces),
                 )
-        alive = [mean for mean in means.values() if mean > 0]
-        if not alive:
-            raise CAPError("all gradients are 0: the loss does not depend on any target")
-        fallback = sum(alive) / len(alive)
-        return {name: damp if absolute else damp * (mean or fallback) for name, mean in means.items()}
+        return means
+
+    def _traces(self, target: Target) -> torch.Tensor:
+        """The sum of the diagonal of every block, of all processes, `(num_blocks,)` in float64."""
+        own = self.sums[target.name].diagonals().double().sum(dim=1)
+        return self.processes.assemble(own, block_shares(target, self.processes))
 
     def damped(self, target: Target, blocks: slice | torch.Tensor, damp: float) -> torch.Tensor:
-        """`F + damp I` of some of a target's blocks, `(n, B, B)`, a new tensor in float64."""
-        sums = self.sums[target.name]
-        index = torch.arange(target.num_blocks, device=sums.device)[blocks]
-        if len(sums) != target.num_blocks:
-            # Shared by the rows of a group (sparsegpt).
-            index = index * len(sums) // target.num_blocks
-        single = len(index) > 1 and bool((index == index[0]).all())
-        fisher = sums[index[:1] if single else index].double() / self.count
+        """`F + damp I` of some of this process's blocks of a target, `(n, B, B)`, a new tensor in float64."""
+        fisher = self.sums[target.name].full(blocks).div_(self.count)
         fisher.diagonal(dim1=-2, dim2=-1).add_(damp)
-        return fisher.expand(len(index), -1, -1)
+        return fisher
+
+
+def damps(means: dict[str, float], damp: float, absolute: bool) -> dict[str, float]:
+    """What is added to the diagonal of each target's F: `damp`, relative to the target's mean diagonal or not.
+
+    A target without any gradient takes the mean damp of the others.
+
+    Raises:
+        CAPError: no target has a gradient.
+    """
+    alive = [mean for mean in means.values() if mean > 0]
+    if not alive:
+        raise CAPError("all gradients are 0: the loss does not depend on any target")
+    fallback = sum(alive) / len(alive)
+    return {name: damp if absolute else damp * (mean or fallback) for name, mean in means.items()}

@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 
 from cap_hf.compressor import CAPCompressor
 from cap_hf.config import CAPConfig
+from cap_hf.plan import Resources
 from cap_hf.report import PruneReport
 
 
@@ -19,11 +20,13 @@ class GradualPruner:
         dataloader: calibration examples in a fixed order, so that a step repeated after a crash prunes the same.
         config: how to prune.
         disable_tqdm: no progress bars.
+        resources: memory and passes of a step; `Resources()` if None.
     """
 
     dataloader: DataLoader
     config: CAPConfig
     disable_tqdm: bool = False
+    resources: Resources | None = None
 
     def __call__(self, model: PreTrainedModel, sparsity: float, accelerator: Accelerator) -> PruneReport:
         """Prune the model in place.
@@ -31,5 +34,5 @@ class GradualPruner:
         Raises:
             CAPError: as `CAPCompressor.collect` and `prune`.
         """
-        compressor = CAPCompressor(model, self.config, accelerator, self.disable_tqdm)
+        compressor = CAPCompressor(model, self.config, accelerator, self.disable_tqdm, self.resources)
         return compressor.collect(self.dataloader).prune(sparsity)

@@ -77,6 +77,10 @@ class Unpack(ConversionOps):
             weights[base] = [unpack({part: lists[part][index] for part in lists}) for index in range(count)]
         return weights
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Unpack":
+        # transformers copies the converter for each tensor of a file; this part of it has no state.
+        return self
+
     @property
     def reverse_op(self) -> ConversionOps:
         return Keep()

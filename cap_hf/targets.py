@@ -38,6 +38,11 @@ class Target:
         return self.weight.numel() // self.block_size
 
     @property
+    def row_size(self) -> int:
+        """Weights that feed one output."""
+        return self.weight[0].numel()
+
+    @property
     def is_conv(self) -> bool:
         return isinstance(self.module, nn.Conv2d)
 

@@ -11,7 +11,7 @@ import torch
 from huggingface_hub import snapshot_download
 from safetensors.torch import save_file
 
-from cap_hf.compression import load_file, open_safetensors, pack
+from cap_hf.compression import VALUES, load_file, open_safetensors, pack
 from cap_hf.errors import CAPError
 from cap_hf.quantizer import COMPRESSED_INDEX_NAME, COMPRESSED_NAME, FORMAT_VERSION, IMPORT_HINT, QUANT_METHOD
 
@@ -148,6 +148,23 @@ def _packed(name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
     if parts is None or _num_bytes(parts) + HEADER_BYTES >= tensor.numel() * tensor.element_size():
         return {name: tensor}
     return {f"{name}.{suffix}": part for suffix, part in parts.items()}
+
+
+def count_negative_zeros(folder: str | Path) -> int:
+    """How many values of a compressed checkpoint's packed weights are -0.0, kept because their sign is a bit too.
+
+    Raises:
+        CAPError: as `find_weight_files`.
+    """
+    count = 0
+    for path in find_weight_files(folder).paths:
+        with open_safetensors(path) as file:
+            for name in file.keys():  # noqa: SIM118
+                if name.endswith(f".{VALUES}"):
+                    values = file.get_tensor(name)
+                    if values.dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
+                        count += int(((values == 0) & torch.signbit(values)).sum())
+    return count
 
 
 def measure(folder: str | Path) -> tuple[int, int]:

@@ -114,6 +114,29 @@ def test_a_kill_between_the_renames_loses_nothing(tmp_path):
         pass
 
 
+@pytest.mark.parametrize("rename", [1, 2])
+@pytest.mark.parametrize("after", [False, True])
+def test_an_interrupt_around_the_renames_leaves_one_whole_folder(tmp_path, monkeypatch, rename, after):
+    """Ctrl-C just before or just after either of the two renames that replace a folder."""
+    with atomic_directory(tmp_path / "out") as folder:
+        (folder / "old").write_text("1")
+    calls, real = [], checkpoint_module.os.rename
+
+    def interrupted(source, destination):
+        calls.append(source)
+        if len(calls) == rename and not after:
+            raise KeyboardInterrupt
+        real(source, destination)
+        if len(calls) == rename:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoint_module.os, "rename", interrupted)
+    with pytest.raises(KeyboardInterrupt), atomic_directory(tmp_path / "out") as folder:
+        (folder / "new").write_text("2")
+    whole = "new" if rename == 2 and after else "old"
+    assert [path.name for path in tmp_path.rglob("*")] == ["out", whole]
+
+
 def test_a_folder_that_cannot_be_made_is_one_line(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(CAPError, match="cannot write .*file/out"):

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file as load_plain
 from safetensors.torch import save_file
 
-from cap_hf import CAPError
-from cap_hf.compression import BITMASK, CODES, INTEGERS, SHAPE, VALUES, check_file, load_file, pack, unpack
+from cap_hf import CAPError, compression
+from cap_hf.compression import BITMASK, CHUNK, CODES, INTEGERS, SHAPE, VALUES, check_file, load_file, pack, unpack
 
 DTYPES = [
     torch.float64,
@@ -34,6 +34,8 @@ DTYPES = [
     torch.bool,
     torch.complex64,
 ]
+# Bits of a code: 16, 16, 36, 16, 8, 28, 70 and 8 bytes have N ones in each group of M bits.
+CODE_BITS = {(1, 2): 4, (1, 4): 4, (2, 4): 6, (3, 4): 4, (1, 8): 3, (2, 8): 5, (4, 8): 7, (7, 8): 3}
 PATTERNS = [(1, 2), (1, 4), (2, 4), (3, 4), (1, 8), (2, 8), (4, 8), (7, 8)]
 
 
@@ -166,6 +168,46 @@ def test_other_devices_and_dtypes_follow_the_parts():
     assert torch.equal(cast, tensor.bfloat16())
 
 
+@pytest.mark.parametrize(("n", "m"), [(None, None), *PATTERNS])
+def test_every_device_expands_alike(n, m):
+    """What other devices than the CPU run, run on the CPU."""
+    tensor = prune_nm((24, 40), n, m) if n else unstructured()
+    parts = pack(tensor)
+    bitmask = compression._check(parts, "x")
+    flat = torch.zeros(tensor.numel(), dtype=torch.int32)
+    compression._scatter_on_device(flat, bitmask, parts[VALUES].view(-1).view(torch.int32))
+    assert torch.equal(flat, bits(tensor))
+
+
+@pytest.mark.parametrize("sparsity", [0.0, 0.5, 0.9, 0.999, 1.0])
+@pytest.mark.parametrize("numel", [0, 1, 7, 8, 9, 63, 64, 65, 2 * CHUNK - 1, 2 * CHUNK, 2 * CHUNK + 9])
+def test_bitmask_and_values_equal_a_plain_loop_over_chunk_borders(numel, sparsity):
+    random = np.random.default_rng(numel)
+    array = random.integers(1, 100, numel).astype(np.int16) * (random.random(numel) >= sparsity).astype(np.int16)
+    bitmask = compression._mark(array)
+    assert np.array_equal(np.unpackbits(bitmask, bitorder="little")[:numel], array != 0)
+    assert compression._count(bitmask) == np.count_nonzero(array)
+    values = compression._gather(array, bitmask, np.count_nonzero(array))
+    assert np.array_equal(values, array[array != 0])
+    restored = np.zeros_like(array)
+    compression._scatter(restored, bitmask, values)
+    assert np.array_equal(restored, array)
+
+
+@pytest.mark.parametrize(("n", "m"), PATTERNS)
+def test_codes_equal_a_plain_loop(n, m):
+    """Rank by rank into one long number, least significant first."""
+    bitmask = compression._mark(bits(prune_nm((3, 24), n, m)).numpy())
+    width = CODE_BITS[n, m]
+    patterns = [
+        byte for byte in range(256) if all(bin(byte >> shift & 2**m - 1).count("1") == n for shift in range(0, 8, m))
+    ]
+    number = sum(patterns.index(byte) << place * width for place, byte in enumerate(bitmask))
+    packed = compression._pack_codes(bitmask, n, m)
+    assert packed.tobytes() == number.to_bytes(-(-len(bitmask) // 8) * width, "little")
+    assert np.array_equal(compression._unpack_codes(torch.from_numpy(packed), n, m)[: len(bitmask)], bitmask)
+
+
 def packed_file(path, tensor=None):
     tensor = prune_nm((16, 32), 2, 4) if tensor is None else tensor
     tensors = {f"x.weight.{name}": part for name, part in pack(tensor).items()}
@@ -275,6 +317,15 @@ def test_a_huge_declared_size_is_refused_before_any_memory_is_taken(tmp_path):
     tensors = {"x.weight.cap_shape": shape, "x.weight.cap_values": torch.ones(1)}
     save_file(tensors | {"x.weight.cap_bitmask": torch.ones(1, dtype=torch.uint8)}, tmp_path / "x.safetensors")
     with pytest.raises(CAPError, match="damaged"):
+        load_file(tmp_path / "x.safetensors")
+
+
+@pytest.mark.parametrize("head", [b"\xff" * 8, (1 << 40).to_bytes(8, "little"), bytes(8), b""])
+def test_a_header_that_lies_about_its_length_is_refused(head, tmp_path):
+    packed_file(tmp_path / "x.safetensors")
+    data = (tmp_path / "x.safetensors").read_bytes()
+    (tmp_path / "x.safetensors").write_bytes(head + data[8:] if head else head)
+    with pytest.raises(CAPError, match="cannot be read as safetensors"):
         load_file(tmp_path / "x.safetensors")
 
 

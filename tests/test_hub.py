@@ -203,5 +203,20 @@ def test_compress_and_inspect_commands(tmp_path, capsys):
     assert capsys.readouterr().err.startswith("cap-hf compress: no/where is no folder and cannot be downloaded: ")
 
 
+def test_compress_tells_of_zeros_with_a_sign(tmp_path, capsys):
+    model = make_checkpoint(tmp_path / "m")
+    weight = model.vit.layers[0].mlp.fc1.weight
+    zeros = (weight == 0).nonzero()
+    weight.data[zeros[:7, 0], zeros[:7, 1]] = -0.0
+    model.save_pretrained(tmp_path / "m")
+    command = ["--model_name_or_path", str(tmp_path / "m"), "--output_dir", str(tmp_path / "c")]
+    assert run_command("compress", command) == 0
+    assert "\n7 zeros are -0.0" in capsys.readouterr().out
+    weight.data[weight == 0] = 0
+    model.save_pretrained(tmp_path / "m")
+    assert run_command("compress", [*command, "--overwrite_output_dir", "true"]) == 0
+    assert "-0.0" not in capsys.readouterr().out
+
+
 def test_errors_are_value_errors():
     assert issubclass(CAPError, ValueError)

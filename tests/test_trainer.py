@@ -28,6 +28,7 @@ from transformers import (
 from cap_hf.data import collate
 from cap_hf.errors import CAPError
 from cap_hf.mask_holder import MaskHolder
+from cap_hf.targets import find_targets
 from cap_hf.trainer import model_sparsity
 from cap_hf.training_arguments import SparseTrainingArguments
 
@@ -50,6 +51,21 @@ def test_no_zero_comes_back_under_any_optimizer(tmp_path, name):
     make_trainer(tmp_path, model, optimizers=(make_optimizer(name, model), None)).train()
     assert_same_zeros(model, before)
     assert not torch.equal(model.vit.layers[0].mlp.fc1.weight, start["vit.layers.0.mlp.fc1.weight"])
+
+
+@pytest.mark.parametrize("changes", [{}, {"ema_decay": 0.5}])
+def test_what_is_saved_has_positive_zeros(tmp_path, changes):
+    """Also of a model whose mask was multiplied on, with a -0.0 where a weight was negative."""
+    model = sparse_vit()
+    for target in find_targets(model):
+        target.weight.data.copy_(torch.where(target.weight == 0, -0.0, target.weight))
+    trainer = make_trainer(tmp_path, model, **changes)
+    trainer.train()
+    trainer.save_model(str(tmp_path / "saved"))
+    for target in find_targets(ViTForImageClassification.from_pretrained(tmp_path / "saved")):
+        removed = target.weight == 0
+        assert removed.any()
+        assert not torch.signbit(target.weight[removed]).any(), target.name
 
 
 @pytest.mark.parametrize(

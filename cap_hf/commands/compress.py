@@ -5,7 +5,7 @@ from pathlib import Path
 
 from cap_hf.checkpoint import compress_checkpoint
 from cap_hf.commands.common import ModelArguments, check_output, parse, percent
-from cap_hf.weights import find_weight_files, local_folder
+from cap_hf.weights import count_negative_zeros, find_weight_files, local_folder
 
 
 @dataclass
@@ -32,3 +32,8 @@ def main(argv: list[str]) -> None:
         f"{output}: {after:,} bytes of weights, {percent(after / before)} % of {before:,}; "
         "load it with `import cap_hf` and from_pretrained"
     )
+    if negative := count_negative_zeros(output):
+        print(
+            f"{negative:,} zeros are -0.0, which a mask leaves behind that was multiplied on; they are stored like any "
+            "value: set `weight[weight == 0] = 0` before saving to be rid of them"
+        )

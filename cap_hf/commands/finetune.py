@@ -28,6 +28,7 @@ from cap_hf.data import DataArguments, ImageDataset, calibration_split, collate,
 from cap_hf.errors import CAPError
 from cap_hf.evaluation import ImageClassificationMetric, evaluate_model
 from cap_hf.gradual import GradualPruner
+from cap_hf.plan import Resources
 from cap_hf.report import Phases, versions
 from cap_hf.trainer import SparseTrainer, model_sparsity
 from cap_hf.training_arguments import SparseTrainingArguments
@@ -52,7 +53,7 @@ def without_fields(kind: type, *names: str) -> type:
 def main(argv: list[str]) -> None:
     """Run the command with these arguments."""
     description = "Finetune a sparse image classifier with its zeros held; with a schedule, prune it gradually."
-    model_args, data_args, args, training_args, config = parse(
+    model_args, data_args, args, training_args, config, resources = parse(
         argv,
         "finetune",
         description,
@@ -61,6 +62,7 @@ def main(argv: list[str]) -> None:
         FinetuneArguments,
         SparseTrainingArguments,
         without_fields(CAPConfig, "seed"),
+        Resources,
     )
     data_args = DataArguments(**asdict(data_args), dataloader_num_workers=training_args.dataloader_num_workers)
     config = CAPConfig(**asdict(config), seed=training_args.seed)
@@ -78,7 +80,7 @@ def main(argv: list[str]) -> None:
             model,
             training_args,
             teacher=teacher,
-            prune=make_pruner(splits, image_processor, model, data_args, config, training_args),
+            prune=make_pruner(splits, image_processor, model, data_args, config, training_args, resources),
             train_dataset=ImageDataset(splits["train"], image_processor, model.config, data_args),
             eval_dataset=evaluation,
             data_collator=collate,
@@ -206,6 +208,7 @@ def make_pruner(
     data_args: DataArguments,
     config: CAPConfig,
     args: SparseTrainingArguments,
+    resources: Resources,
 ) -> GradualPruner | None:
     """What a pruning step of the schedule calls, on a calibration set that the seed fixes; None without a schedule."""
     if args.schedule is None:
@@ -214,9 +217,8 @@ def make_pruner(
     examples = calibration_split(splits["train"], config.num_grads * group, config.seed)
     dataset = ImageDataset(examples, image_processor, model.config, data_args)
     batch_size = max(1, args.per_device_train_batch_size // group) * group
-    return GradualPruner(
-        make_dataloader(dataset, batch_size, args.dataloader_num_workers), config, bool(args.disable_tqdm)
-    )
+    loader = make_dataloader(dataset, batch_size, args.dataloader_num_workers)
+    return GradualPruner(loader, config, bool(args.disable_tqdm), resources)
 
 
 def student_config(model_args: ModelArguments) -> CAPConfig | None:

@@ -54,6 +54,27 @@ def main(argv: list[str] | None = None) -> int:
     return run(argv[0], argv[1:])
 
 
+def run_among_others(command: str) -> int:
+    """`run` as one of several processes: one line, not a traceback or a hang, when another one is gone."""
+    from cap_hf.watch import Watch, lost_peer
+
+    with Watch(command) as watch:
+        try:
+            code = run(command, sys.argv[1:])
+        except Exception as error:
+            if not lost_peer(error):
+                raise
+            print(f"cap-hf {command}: another process of this run has ended: see what it said", file=sys.stderr)
+            code = 1
+        if code:
+            # Now, before the launcher's signal makes a second line of it.
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+        watch.finish()
+    return code
+
+
 def launch(command: str) -> None:
     """Entry point of the scripts for `accelerate launch`."""
     import torch
@@ -65,7 +86,7 @@ def launch(command: str) -> None:
     if world == 1 and "MASTER_ADDR" in os.environ and "ACCELERATE_MIXED_PRECISION" in os.environ:
         message = "accelerate started one process only: for several on CPUs add --multi_gpu to its arguments"
         print(f"cap-hf {command}: {message}", file=sys.stderr)
-    code = run(command, sys.argv[1:])
+    code = run_among_others(command) if world > 1 else run(command, sys.argv[1:])
     sys.stdout.flush()
     sys.stderr.flush()
     if code and world > 1:

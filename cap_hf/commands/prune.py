@@ -22,7 +22,9 @@ from cap_hf.config import CAPConfig
 from cap_hf.data import DataArguments, ImageDataset, calibration_split, make_dataloader
 from cap_hf.errors import CAPError
 from cap_hf.evaluation import evaluate_model
+from cap_hf.plan import Resources
 from cap_hf.report import Phases, PruneReport, versions
+from cap_hf.state import Checkpointing
 
 
 @dataclass
@@ -38,19 +40,25 @@ class PruneArguments:
     per_device_eval_batch_size: int = field(default=64, metadata={"help": "Examples a step of evaluation."})
     do_eval: bool = field(default=True, metadata={"help": "Evaluate the dense model and each sparse one."})
     overwrite_output_dir: bool = field(default=False, metadata={"help": "Replace checkpoints that are there."})
+    checkpoint_every: int | None = field(
+        default=None,
+        metadata={"help": "Gradient samples between two saves of the collection's state, in OUTPUT_DIR-collection."},
+    )
+    resume: bool = field(default=False, metadata={"help": "Go on from the state that a killed run has left."})
     disable_tqdm: bool = field(default=False, metadata={"help": "No progress bars."})
 
 
 def main(argv: list[str]) -> None:
     """Run the command with these arguments."""
     description = "Prune an image classifier with CAP, in one shot, to one or several sparsities."
-    model_args, data_args, args, config = parse(
-        argv, "prune", description, ModelArguments, DataArguments, PruneArguments, CAPConfig
+    model_args, data_args, args, config, resources = parse(
+        argv, "prune", description, ModelArguments, DataArguments, PruneArguments, CAPConfig, Resources
     )
     sparsities = check_sparsities(args.sparsity, config)
     output = Path(args.output_dir)
     folders = [output / f"sparsity-{sparsity:.12g}" for sparsity in sparsities]
-    check_output(output, args.overwrite_output_dir)
+    checkpointing = check_state(args)
+    check_output(output, args.overwrite_output_dir or args.resume)
     if args.disable_tqdm:
         transformers_logging.disable_progress_bar()
 
@@ -59,7 +67,7 @@ def main(argv: list[str]) -> None:
         model, image_processor, splits = load_all(
             model_args, data_args, config.seed, ["train", "eval"] if args.do_eval else ["train"]
         )
-        compressor = CAPCompressor(model, config, accelerator, args.disable_tqdm)
+        compressor = CAPCompressor(model, config, accelerator, args.disable_tqdm, resources, len(sparsities))
         examples = calibration_split(splits["train"], config.num_grads * config.samples_per_grad, config.seed)
         calibration = ImageDataset(examples, image_processor, model.config, data_args)
         # Gradient samples do not straddle batches.
@@ -77,7 +85,7 @@ def main(argv: list[str]) -> None:
 
     dense = evaluate("evaluate dense")
     with phases("collect"):
-        compressor.collect(train_loader)
+        compressor.collect(train_loader, checkpointing)
     results = []
     for sparsity, folder in zip(sparsities, folders, strict=True):
         with phases(f"prune {sparsity:g}"):
@@ -99,8 +107,27 @@ def main(argv: list[str]) -> None:
         write_json(output / "report.json", full)
         print(summary(dense, results))
         print(f"\n{len(results)} checkpoint(s) and report.json are in {output}")
+    compressor.discard_state()
     accelerator.wait_for_everyone()
     accelerator.end_training()
+
+
+def check_state(args: PruneArguments) -> Checkpointing | None:
+    """Where the collection's state goes, if it is to be kept.
+
+    Raises:
+        CAPError: a state is there and nothing is said of it, or the other way round.
+    """
+    folder = Path(args.output_dir).with_name(f"{Path(args.output_dir).name}-collection")
+    if args.checkpoint_every is None:
+        if args.resume:
+            raise CAPError("--resume goes with --checkpoint_every, as the run that was killed had it")
+        return None
+    if args.checkpoint_every < 1:
+        raise CAPError(f"checkpoint_every={args.checkpoint_every} must be at least 1")
+    if args.resume and not folder.is_dir():
+        raise CAPError(f"--resume: {folder} is not there, so nothing was saved: leave --resume out")
+    return Checkpointing(folder, args.checkpoint_every, args.resume)
 
 
 def check_sparsities(sparsities: list[float] | None, config: CAPConfig) -> list[float]:

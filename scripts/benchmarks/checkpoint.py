@@ -1,26 +1,31 @@
 """Measure compressed checkpoints: packing and unpacking in bytes of dense tensors a second, and `from_pretrained`
-of a pruned ViT-B, plain against compressed, from a cold page cache.
+of a pruned ViT-B, plain against compressed, from a cold and from a warm page cache.
 
     python scripts/benchmarks/checkpoint.py --json checkpoint.json
 
-Loading is measured in fresh processes, plain and compressed in turn; the files' pages are dropped from the cache
-before each. Wall time counts what else the machine does, so CPU seconds are given too.
+Each loading is in a new process that begins with everything imported, plain and compressed in turn. Cold: just before,
+the files are written back and their pages dropped (fsync, posix_fadvise DONTNEED), which needs no rights; how much was
+then read from the disk is in the report. Warm: the files are read to their end first. PyTorch maps a plain file into
+memory and reads most of it when a weight is first used, so the first forward pass of one image is timed as well.
+Wall time counts what else the machine does, so CPU seconds are given too.
 """
 
 import argparse
 import json
+import multiprocessing
 import os
 import platform
+import resource
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import torch
-from transformers import ViTConfig, ViTForImageClassification
+from transformers import AutoModelForImageClassification, ViTConfig, ViTForImageClassification
+from transformers.utils import logging
 
 from cap_hf import find_targets
 from cap_hf.checkpoint import compress_checkpoint
@@ -28,18 +33,28 @@ from cap_hf.compression import pack, unpack
 from cap_hf.report import versions
 from cap_hf.weights import find_weight_files
 
-LOAD = """
-import json, resource, sys, time
-import torch, cap_hf
-from transformers import AutoModelForImageClassification
-from transformers.utils import logging
-logging.disable_progress_bar()
-wall, cpu = time.perf_counter(), time.process_time()
-model = AutoModelForImageClassification.from_pretrained(sys.argv[1])
-wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-print(json.dumps({"wall_seconds": wall, "cpu_seconds": cpu, "peak_bytes": peak}))
-"""
+
+def load(folder: Path) -> dict[str, float]:
+    """Time `from_pretrained` and a first forward pass in this process."""
+    logging.disable_progress_bar()
+    start = counters()
+    model = AutoModelForImageClassification.from_pretrained(folder)
+    loaded = counters()
+    with torch.no_grad():
+        model(torch.zeros(1, 3, 224, 224))
+    used = counters()
+    result = {name: loaded[name] - start[name] for name in start}
+    result |= {f"{name}_with_forward": used[name] - start[name] for name in start}
+    return result | {"peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+
+
+def counters() -> dict[str, float]:
+    """Times, and what this process has caused to be read from the disk (where the system tells, which is Linux)."""
+    result = {"wall_seconds": time.perf_counter(), "cpu_seconds": time.process_time()}
+    with suppress(OSError):
+        lines = Path("/proc/self/io").read_text().splitlines()
+        result["bytes_from_disk"] = int(dict(line.split(": ") for line in lines)["read_bytes"])
+    return result
 
 
 def prune(tensor: torch.Tensor, form: str) -> torch.Tensor:
@@ -83,31 +98,50 @@ def drop_pages(folder: Path) -> None:
         os.close(descriptor)
 
 
-def loading(folder: Path, sparsities: list[float], repeats: int) -> list[dict]:
-    """`from_pretrained` of a ViT-B, plain and compressed."""
+def read_pages(folder: Path) -> None:
+    """Bring the files of a folder into the page cache."""
+    for path in folder.iterdir():
+        path.read_bytes()
+
+
+def spread(runs: list[dict], key: str) -> list[float]:
+    """Median, least and most."""
+    values = [run[key] for run in runs]
+    return [statistics.median(values), min(values), max(values)]
+
+
+def new_process_loads(folder: Path) -> dict[str, float]:
+    """`load` in a process of its own."""
+    with multiprocessing.get_context("forkserver").Pool(1) as pool:
+        return pool.apply(load, (folder,))
+
+
+def loading(folder: Path, sparsities: list[str], repeats: int) -> list[dict]:
+    """`from_pretrained` of a ViT-B, plain and compressed: medians, least and most; ratios are compressed / plain."""
     results = []
     for sparsity in sparsities:
         model = ViTForImageClassification(ViTConfig(num_labels=1000))
         for target in find_targets(model):
-            target.weight.data = prune(target.weight.data, str(sparsity))
+            target.weight.data = prune(target.weight.data, sparsity)
         folders = {"plain": folder / f"plain-{sparsity}", "compressed": folder / f"compressed-{sparsity}"}
         model.save_pretrained(folders["plain"])
         del model
         start = time.perf_counter()
         compress_checkpoint(folders["plain"], folders["compressed"])
         seconds = time.perf_counter() - start
-        runs: dict[str, list[dict]] = {name: [] for name in folders}
-        for _ in range(repeats):
-            for name, path in folders.items():
-                drop_pages(path)
-                done = subprocess.run(
-                    [sys.executable, "-c", LOAD, str(path)], capture_output=True, text=True, check=True
-                )
-                runs[name].append(json.loads(done.stdout.splitlines()[-1]))
         result = {"sparsity": sparsity, "compress_checkpoint_seconds": seconds}
-        for name, path in folders.items():
-            medians = {key: statistics.median(run[key] for run in runs[name]) for key in runs[name][0]}
-            result[name] = {"file_bytes": find_weight_files(path).num_bytes, **medians}
+        result["file_bytes"] = {name: find_weight_files(path).num_bytes for name, path in folders.items()}
+        for cache, prepare in (("cold", drop_pages), ("warm", read_pages)):
+            runs: dict[str, list[dict]] = {name: [] for name in folders}
+            for _ in range(repeats):
+                for name, path in folders.items():
+                    prepare(path)
+                    runs[name].append(new_process_loads(path))
+            result[cache] = {name: {key: spread(runs[name], key) for key in runs[name][0]} for name in folders}
+            # Of neighbours in time, so that what else the machine does hits both.
+            for key in ("wall_seconds", "wall_seconds_with_forward", "cpu_seconds"):
+                ratios = [{key: b[key] / a[key]} for a, b in zip(runs["plain"], runs["compressed"], strict=True)]
+                result[cache][f"ratio_of_{key}"] = spread(ratios, key)
         results.append(result)
     return results
 
@@ -115,20 +149,24 @@ def loading(folder: Path, sparsities: list[float], repeats: int) -> list[dict]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path, required=True, help="Gets the figures.")
-    parser.add_argument("--forms", nargs="+", default=["0.5", "0.75", "0.9", "2:4", "1:4"])
-    parser.add_argument("--sparsities", type=float, nargs="+", default=[0.75, 0.9], help="Of the loaded ViT-B.")
+    parser.add_argument("--forms", nargs="*", default=["0.5", "0.75", "0.9", "2:4", "1:4"])
+    parser.add_argument("--sparsities", nargs="*", default=["0.75", "0.9"], help="Of the loaded ViT-B.")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="That pack at a time.")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--dir", type=Path, default=None, help="Where the checkpoints are written and read.")
     args = parser.parse_args()
     torch.manual_seed(0)
+    # New processes are forked from one that has imported these, so imports are not timed.
+    multiprocessing.get_context("forkserver").set_forkserver_preload(["cap_hf", "transformers.models.vit.modeling_vit"])
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
     report = {"versions": versions(), "machine": platform.machine(), "cpus": len(os.sched_getaffinity(0))}
     report["throughput"] = [
         throughput(form, dtype, args.threads, args.repeats)
-        for dtype in (torch.float32, torch.bfloat16)
+        for dtype in (torch.float32, torch.bfloat16, torch.float16)
         for form in args.forms
     ]
+    torch.set_num_threads(threads)
     with tempfile.TemporaryDirectory(dir=args.dir) as folder:
         report["loading"] = loading(Path(folder), args.sparsities, args.repeats)
     args.json.write_text(json.dumps(report, indent=2) + "\n")

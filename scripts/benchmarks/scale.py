@@ -25,7 +25,7 @@ from transformers import ViTConfig, ViTForImageClassification
 
 from cap_hf import CAPCompressor, CAPConfig
 from cap_hf.elimination import eliminate, invert
-from cap_hf.fisher import BlockFisher
+from cap_hf.fisher import BlockFisher, damps
 from cap_hf.report import versions
 from cap_hf.targets import Target
 
@@ -58,6 +58,20 @@ def make_fisher(num_blocks: int, size: int) -> tuple[BlockFisher, Target]:
     return BlockFisher([target]), target
 
 
+class StoredGradients:
+    """Gradients that are there already, `(samples, rows, row)`, in the place of a layer's factors."""
+
+    def __init__(self, gradients: torch.Tensor) -> None:
+        self.gradients, self.samples = gradients, len(gradients)
+
+    def rows(self, start: int, stop: int, buffer: torch.Tensor | None = None) -> torch.Tensor:
+        return self.gradients[:, start:stop]
+
+
+def damp_of(fisher: BlockFisher, target: Target) -> float:
+    return damps(fisher.mean_diagonals(), DAMP, absolute=False)[target.name]
+
+
 def make_gradients(num_blocks: int, size: int) -> torch.Tensor:
     """Gradients `(SAMPLES, num_blocks, size)` whose entries are correlated, as a network's are."""
     generator = torch.Generator().manual_seed(0)
@@ -66,7 +80,7 @@ def make_gradients(num_blocks: int, size: int) -> torch.Tensor:
 
 
 def inverses(fisher: BlockFisher, target: Target) -> list[torch.Tensor]:
-    damp = fisher.damps(DAMP, absolute=False)[target.name]
+    damp = damp_of(fisher, target)
     starts = range(0, target.num_blocks, CHUNK)
     return [invert(fisher.damped(target, slice(start, start + CHUNK), damp)) for start in starts]
 
@@ -79,10 +93,10 @@ def measure_fisher(args: argparse.Namespace) -> dict[str, object]:
         def work() -> None:
             fisher, target = make_fisher(num_blocks, size)
             for _ in range(NUM_GRADS // SAMPLES):
-                fisher.add(target, gradients)
+                fisher.add(target, StoredGradients(gradients))
                 fisher.count += SAMPLES
             # One at a time, as the pruner takes them: nobody holds all inverses.
-            damp = fisher.damps(DAMP, absolute=False)[target.name]
+            damp = damp_of(fisher, target)
             for start in range(0, num_blocks, CHUNK):
                 invert(fisher.damped(target, slice(start, start + CHUNK), damp))
 
@@ -99,7 +113,7 @@ def measure_fisher(args: argparse.Namespace) -> dict[str, object]:
 
 def measure_elimination(num_blocks: int, size: int, args: argparse.Namespace) -> dict[str, object]:
     fisher, target = make_fisher(num_blocks, size)
-    fisher.add(target, make_gradients(num_blocks, size))
+    fisher.add(target, StoredGradients(make_gradients(num_blocks, size)))
     fisher.count += SAMPLES
     inverse = torch.cat(inverses(fisher, target))
     weights = torch.randn(num_blocks, size, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
@@ -140,9 +154,9 @@ def print_memory(name: str) -> None:
         published.eliminate(weights, fisher.inverse)
     else:
         ours, target = make_fisher(num_blocks, size)
-        ours.add(target, gradients)
+        ours.add(target, StoredGradients(gradients))
         ours.count += len(gradients)
-        damp = ours.damps(DAMP, absolute=False)[target.name]
+        damp = damp_of(ours, target)
         kept = []
         for start in range(0, num_blocks, CHUNK):
             blocks = slice(start, start + CHUNK)
