@@ -71,15 +71,16 @@ at::Tensor sparse_linear(const at::Tensor& x, const at::Tensor& values, const at
   const int64_t tiles_at_once = std::clamp(kScratch / tile_size, int64_t{1}, cap_hf::Product::tiles(tokens));
   float* buffer = scratch(tiles_at_once * tile_size);
   const auto ready = std::make_unique<std::atomic<uint8_t>[]>(tiles_at_once);
+  const int64_t threads = at::get_num_threads();
   const int64_t step = tiles_at_once * cap_hf::kTile;
   for (int64_t first = 0; first < tokens; first += step) {
     for (int64_t tile = 0; tile < tiles_at_once; ++tile) ready[tile] = 0;
     cap_hf::Product product(*kernels, weight, input.const_data_ptr<float>() + first * cols,
                             std::min(step, tokens - first), bias ? offset.const_data_ptr<float>() : nullptr,
-                            y.mutable_data_ptr<float>() + first * rows, buffer, ready.get());
-    // One call a thread; the threads share the tasks out among themselves. Run one after another the calls are right
-    // too: the first takes all tasks.
-    at::parallel_for(0, at::get_num_threads(), 1, [&](int64_t, int64_t) { product.work(); });
+                            y.mutable_data_ptr<float>() + first * rows, buffer, ready.get(), threads);
+    // One call a thread, with its number: thread i always is the same, also in PyTorch's own operators, and has the
+    // same tokens in all. Where there is but one call for all numbers it empties all queues.
+    at::parallel_for(0, threads, 1, [&](int64_t thread, int64_t) { product.work(thread); });
   }
   return y.to(x.scalar_type());
 }

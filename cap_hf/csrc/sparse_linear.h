@@ -12,6 +12,7 @@
 #include <atomic>
 #include <cstdint>
 #include <thread>
+#include <vector>
 
 namespace cap_hf {
 
@@ -52,36 +53,49 @@ struct Kernels {
 };
 
 
-// One product, shared by the threads that call work(). Threads take tasks in order, so that none waits for another
-// that has more to do: first the tiles are transposed, then (row block, tile) pairs are computed. A pair waits for
-// its tile; the thread that took the tile's task earlier is at work on it, so the wait is short and ends.
+// One product, shared by the threads that call work(). Every thread has a queue, a run of tiles: what a thread writes
+// here it reads in the next layer, and lines that move between the caches of two cores cost more than the product
+// saves. Its tasks are, in order, to transpose its tiles, and (row block, tile) pairs. A thread that is done takes tasks
+// from the queues of others, so that none waits for another. A pair needs its tile transposed; the thread that took
+// that task earlier is at work on it, so the wait is short and ends.
 class Product {
  public:
   // x [tokens][cols], bias [rows] or null, y [tokens][rows]; buffer [tiles][cols][kTile] and ready [tiles], all 0,
   // are working memory.
   Product(const Kernels& kernels, const SparseWeight& weight, const float* x, int64_t tokens, const float* bias,
-          float* y, float* buffer, std::atomic<uint8_t>* ready)
+          float* y, float* buffer, std::atomic<uint8_t>* ready, int64_t queues)
       : kernels_(kernels), weight_(weight), x_(x), tokens_(tokens), bias_(bias), y_(y), buffer_(buffer),
-        ready_(ready), tiles_(tiles(tokens)) {}
+        ready_(ready), tiles_(tiles(tokens)), queues_(queues) {}
 
   static int64_t tiles(int64_t tokens) { return (tokens + kTile - 1) / kTile; }
 
-  // Take tasks until none is left.
-  void work() {
-    const int64_t tasks = tiles_ * (1 + weight_.row_blocks());
-    for (int64_t task; (task = next_.fetch_add(1, std::memory_order_relaxed)) < tasks;) {
-      const int64_t tile = task % tiles_;
-      if (task < tiles_) {
+  // Take tasks, from queue `own` first, until none is left.
+  void work(int64_t own) {
+    const int64_t queues = static_cast<int64_t>(queues_.size());
+    for (int64_t i = 0; i < queues; ++i) empty((own + i) % queues);
+  }
+
+ private:
+  struct alignas(64) Queue {
+    std::atomic<int64_t> next{0};
+  };
+
+  void empty(int64_t queue) {
+    const int64_t queues = static_cast<int64_t>(queues_.size());
+    const int64_t first = tiles_ * queue / queues, count = tiles_ * (queue + 1) / queues - first;
+    const int64_t tasks = count * (1 + weight_.row_blocks());
+    for (int64_t task; (task = queues_[queue].next.fetch_add(1, std::memory_order_relaxed)) < tasks;) {
+      const int64_t tile = first + task % count;
+      if (task < count) {
         kernels_.load_tile(x_ + tile * kTile * weight_.cols, tokens_in(tile), weight_.cols, tile_at(tile));
         ready_[tile].store(1, std::memory_order_release);
       } else {
         while (!ready_[tile].load(std::memory_order_acquire)) std::this_thread::yield();
-        compute(task / tiles_ - 1, tile);
+        compute(task / count - 1, tile);
       }
     }
   }
 
- private:
   int64_t tokens_in(int64_t tile) const {
     const int64_t left = tokens_ - tile * kTile;
     return left < kTile ? left : kTile;
@@ -111,7 +125,7 @@ class Product {
   float* buffer_;
   std::atomic<uint8_t>* ready_;
   const int64_t tiles_;
-  std::atomic<int64_t> next_{0};
+  std::vector<Queue> queues_;
 };
 
 } // namespace cap_hf

@@ -68,9 +68,9 @@ bool check(const char* name, int64_t tokens, int64_t rows, int64_t cols, int64_t
   std::vector<float> buffer(tiles * cols * cap_hf::kTile);
   std::vector<std::atomic<uint8_t>> ready(tiles);
   cap_hf::Product product(*cap_hf::kernels_named(name), weight, x.data(), tokens, with_bias ? bias.data() : nullptr,
-                          y.data(), buffer.data(), ready.data());
-  std::thread other([&] { product.work(); });
-  product.work();
+                          y.data(), buffer.data(), ready.data(), 3);
+  std::thread other([&] { product.work(1); });
+  product.work(0);
   other.join();
   for (int64_t t = 0; t < tokens; ++t)
     for (int64_t r = 0; r < rows; ++r) {
