@@ -16,9 +16,10 @@ N:M groups are neighbours.
 Bytes out of proportion to a file cannot be asked for: a group of 8 entries has at least one value or one bit each.
 """
 
+import hashlib
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from pathlib import Path
 
@@ -154,10 +155,18 @@ def packed_names(names: list[str]) -> dict[str, list[str]]:
     return packed
 
 
-def check_file(path: str | Path) -> None:
-    """Raise a CAPError unless a safetensors file is whole and each packed tensor in it can be unpacked.
+def digest_names(names: Iterable[str]) -> str:
+    """SHA-256 of tensor names in any order: with another one a file lacks weights, or has them under other names."""
+    return hashlib.sha256("\n".join(sorted(names)).encode()).hexdigest()
+
+
+def check_file(path: str | Path) -> set[str]:
+    """The names of the tensors of a safetensors file, if it is whole and each packed tensor can be unpacked.
 
     Reads the header and what says where values go (a few bits an entry), no values.
+
+    Raises:
+        CAPError: it is damaged.
     """
     with open_safetensors(path) as file:
         names = set(file.keys())
@@ -165,6 +174,7 @@ def check_file(path: str | Path) -> None:
             if base in names:
                 raise CAPError(f"{path} holds {base} both dense and packed: the file is damaged")
             _check({suffix: _peek(file, f"{base}.{suffix}", path) for suffix in suffixes}, f"{base} in {path}")
+    return names
 
 
 def load_file(path: str | Path) -> dict[str, torch.Tensor]:

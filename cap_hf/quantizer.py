@@ -12,7 +12,7 @@ from transformers.core_model_loading import ConversionOps, WeightConverter
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from cap_hf.compression import PARTS, check_file, unpack
+from cap_hf.compression import PARTS, check_file, digest_names, unpack
 from cap_hf.errors import CAPError
 
 QUANT_METHOD = "cap_hf"
@@ -31,6 +31,7 @@ class CompressedConfig(QuantizationConfigMixin):
     Args:
         weights_file: the safetensors file or its index, one of two fixed names.
         format_version: of the compressed format.
+        names_digest: `digest_names` of all tensors that the files hold.
 
     Raises:
         CAPError: the file has another name, or a newer cap_hf wrote the checkpoint.
@@ -39,7 +40,13 @@ class CompressedConfig(QuantizationConfigMixin):
     # Tells transformers to drop this config from the model once it is loaded.
     dequantize = True
 
-    def __init__(self, weights_file: str = COMPRESSED_NAME, format_version: int = FORMAT_VERSION, **_: Any) -> None:
+    def __init__(
+        self,
+        weights_file: str = COMPRESSED_NAME,
+        format_version: int = FORMAT_VERSION,
+        names_digest: str = "",
+        **_: Any,
+    ) -> None:
         if weights_file not in (COMPRESSED_NAME, COMPRESSED_INDEX_NAME):
             raise CAPError(f"config.json names the compressed weights {weights_file!r}, not {COMPRESSED_NAME!r}")
         if format_version != FORMAT_VERSION:
@@ -47,6 +54,7 @@ class CompressedConfig(QuantizationConfigMixin):
         self.quant_method = QUANT_METHOD
         self.weights_file = weights_file
         self.format_version = format_version
+        self.names_digest = names_digest
 
 
 class Unpack(ConversionOps):
@@ -115,8 +123,12 @@ class CompressedQuantizer(HfQuantizer):
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
         del model.config.transformers_weights
-        for file in checkpoint_files or ():
-            check_file(file)
+        names = {name for file in checkpoint_files or () for name in check_file(file)}
+        # A weight that is missing or has another name would come up random, with a warning.
+        if checkpoint_files and digest_names(names) != self.quantization_config.names_digest:
+            raise CAPError(
+                f"the tensors in {checkpoint_files[0]} are not those that config.json tells of: the file is damaged"
+            )
         self.dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:

@@ -11,7 +11,7 @@ import torch
 from huggingface_hub import snapshot_download
 from safetensors.torch import save_file
 
-from cap_hf.compression import VALUES, load_file, open_safetensors, pack
+from cap_hf.compression import VALUES, digest_names, load_file, open_safetensors, pack
 from cap_hf.errors import CAPError
 from cap_hf.quantizer import COMPRESSED_INDEX_NAME, COMPRESSED_NAME, FORMAT_VERSION, IMPORT_HINT, QUANT_METHOD
 
@@ -134,6 +134,7 @@ def compress_weights(source: Path, destination: Path) -> None:
         "quant_method": QUANT_METHOD,
         "format_version": FORMAT_VERSION,
         "weights_file": weights_file,
+        "names_digest": digest_names(weight_map),
     }
     (destination / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     if source == destination:

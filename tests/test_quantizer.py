@@ -147,6 +147,22 @@ def test_damaged_files_are_refused_in_one_line(saved, tmp_path):
         AutoModelForImageClassification.from_pretrained(tmp_path / "c")
 
 
+@pytest.mark.parametrize("change", ["missing", "renamed"])
+def test_tensors_that_are_missing_or_renamed_never_come_up_random(saved, tmp_path, change):
+    folder, _ = saved
+    compress_checkpoint(folder / "plain", tmp_path / "c")
+    path = tmp_path / "c" / COMPRESSED_NAME
+    with safe_open(path, "pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    name = next(name for name in sorted(tensors) if name.endswith("bias"))
+    tensor = tensors.pop(name)
+    if change == "renamed":
+        tensors[name.replace("bias", "b1as")] = tensor
+    save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="are not those that config.json tells of"):
+        AutoModelForImageClassification.from_pretrained(tmp_path / "c")
+
+
 @pytest.mark.parametrize(
     ("key", "value", "error"),
     [("weights_file", "../model.safetensors", "names the compressed weights"), ("format_version", 99, "update cap_hf")],
