@@ -229,8 +229,9 @@ def measure_processes(args: argparse.Namespace) -> dict[str, object]:
 
     def prune(processes: int) -> float:
         command = [sys.executable, "-m", "accelerate.commands.launch", f"--num_processes={processes}"]
-        command += ["--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no", "--cpu", "--main_process_port=0"]
-        command += ["--multi_gpu"] if processes > 1 else []
+        command += ["--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=0"]
+        # Several processes on CPUs are what accelerate starts under this name where there is no GPU.
+        command += ["--multi_gpu"] if processes > 1 else ["--cpu"]
         command += [__file__, "--prune_of", str(args.process_examples), "--batch_size", str(args.batch_size)]
         return float(run(command, OMP_NUM_THREADS="1", MKL_NUM_THREADS="1").split()[-1])
 
