@@ -65,7 +65,8 @@ def draw(results: dict[str, list[dict]], path: str) -> None:
         for name, label in (("collect", "gradients and Fisher"), ("prune", "elimination and weights")):
             axis.plot(values, [row[name] for row in rows], marker="o", label=label)
         axis.set_xscale("log", base=2)
-        axis.set_yscale("log")
+        axis.set_yscale("log", base=2)
+        axis.yaxis.set_major_formatter("{x:g}")
         axis.set_xticks(values, [str(value) for value in values])
         axis.minorticks_off()
         axis.set_xlabel(title)
