@@ -22,7 +22,7 @@ from transformers import AutoModelForImageClassification
 from cap_hf.checkpoint import read_report
 from cap_hf.config import CONFIG_NAME, CAPConfig
 from cap_hf.errors import CAPError
-from cap_hf.masks import differing_layers, find_pattern, take_masks
+from cap_hf.masks import describe_masks, differing_layers, find_pattern, take_masks
 from cap_hf.targets import find_targets
 from cap_hf.weights import find_weight_files, measure
 
@@ -45,7 +45,7 @@ class CardFacts:
         repo_id: the name to load the model by.
         sparsity: share of the targets' weights that are 0, in [0, 1].
         pattern: N:M, if every target keeps to it.
-        layers: of each target: name, shape, num_weights, num_zeros.
+        layers: of each target what `describe_masks` says.
         dense, sparse: what `ImageClassificationMetric` computed, accuracies in [0, 1].
         file_bytes: of the weight files; dense_bytes, compressed_bytes: of their tensors in either form.
     """
@@ -103,15 +103,6 @@ class CardFacts:
             raise CAPError(f"{folder} cannot be loaded: {one_line(str(error))}") from error
         targets = find_targets(model, "row", config.get("include"), config.get("exclude"))
         masks = take_masks(targets)
-        layers = [
-            {
-                "name": target.name,
-                "shape": list(target.weight.shape),
-                "num_weights": masks[target.name].numel(),
-                "num_zeros": int((~masks[target.name]).sum()),
-            }
-            for target in targets
-        ]
         wrong = differing_layers(find_targets(model), report)
         if wrong:
             raise CAPError(
@@ -126,7 +117,7 @@ class CardFacts:
             repo_id=repo_id,
             architecture=type(model).__name__,
             num_parameters=sum(parameter.numel() for parameter in model.parameters()),
-            layers=layers,
+            layers=describe_masks(targets),
             pattern=(patterns.pop() or None) if len(patterns) == 1 else None,
             labels=[str(labels[index]) for index in sorted(labels)],
             compressed=files.compressed,

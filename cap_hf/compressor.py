@@ -19,6 +19,7 @@ from cap_hf.distributed import Processes
 from cap_hf.errors import CAPError
 from cap_hf.examples import CalibrationExamples
 from cap_hf.fisher import Batch, BlockFisher, block_shares, damps
+from cap_hf.masks import describe_masks
 from cap_hf.plan import Plan, Resources, make_plan, spill_folder
 from cap_hf.report import LayerReport, PruneReport
 from cap_hf.solver import Solver
@@ -136,22 +137,22 @@ class CAPCompressor:
         if not self._orders or self._pattern != self.config.pattern:
             self._eliminate(solver)
         counts = self._allocate(sparsity)
-        pruned, figures = self._tensors("pruned"), []
+        pruned, losses = self._tensors("pruned"), []
         advance = self.progress.phase("reconstructing", "block", sum(map(len, counts)))
         for target, count in zip(self.targets, counts, strict=True):
             weights, order = self._weights[target.name], self._orders[target.name]
             new, loss = solver.reconstruct(target, weights, order, count, advance)
-            figures.append([float((new == 0).sum()), loss or 0.0])
+            losses.append(loss or 0.0)
             pruned[target.name] = new
-        figures = self.processes.sum(torch.tensor(figures, dtype=torch.float64, device=self.accelerator.device))
+        losses = self.processes.sum(torch.tensor(losses, dtype=torch.float64, device=self.accelerator.device))
         # Nothing is changed before everything is solved.
         report = PruneReport(self.config.method, self.config.allocation, self.config.selection, sparsity)
-        for target, (zeros, loss) in zip(self.targets, figures.tolist(), strict=True):
+        for target, loss in zip(self.targets, losses.tolist(), strict=True):
             blocks = self.processes.assemble(pruned.pop(target.name), block_shares(target, self.processes))
             target.weight.data.copy_(target.from_blocks(blocks))
             loss = None if self.config.method == "magnitude" else loss
-            shape, size, total = tuple(target.weight.shape), target.block_size, target.weight.numel()
-            report.layers.append(LayerReport(target.name, shape, size, total, int(zeros), loss))
+            (mask,) = describe_masks([target])
+            report.layers.append(LayerReport(**mask, block_size=target.block_size, loss=loss))
         collapsed = [layer.name for layer in report.layers if layer.num_zeros == layer.num_weights]
         if collapsed:
             logger.warning("No weight is left in %s: consider --exclude or a lower sparsity.", summarize(collapsed, 3))

@@ -1,7 +1,9 @@
 """Masks: taken from a model, applied to it, verified. True marks a weight that is kept."""
 
+import hashlib
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 import torch
 
 from cap_hf.config import NMPattern
@@ -45,8 +47,30 @@ def find_pattern(target: Target, mask: torch.Tensor) -> NMPattern | None:
     return None
 
 
+def describe_masks(targets: Sequence[Target]) -> list[dict]:
+    """What reports and cards say of each target's mask: name, shape, numbers of weights and zeros, digest.
+
+    The digest, 128 bits of SHA-256 in hexadecimal digits, changes with the place of any zero.
+    """
+    layers = []
+    for target in targets:
+        mask = (target.weight.detach() != 0).cpu().numpy()
+        layers.append(
+            {
+                "name": target.name,
+                "shape": tuple(target.weight.shape),
+                "num_weights": mask.size,
+                "num_zeros": mask.size - int(np.count_nonzero(mask)),
+                "mask_digest": hashlib.sha256(np.packbits(mask)).hexdigest()[:32],
+            }
+        )
+    return layers
+
+
 def differing_layers(targets: Sequence[Target], report: Mapping) -> list[str] | None:
-    """The layers that do not have as many zeros as a checkpoint's report says; None if it says nothing of layers.
+    """The layers whose zeros are not those that a checkpoint's report says; None if it says nothing of layers.
+
+    A report without digests, of cap_hf before it wrote them, tells how many zeros there are and not where.
 
     Args:
         targets: all of the model.
@@ -56,5 +80,10 @@ def differing_layers(targets: Sequence[Target], report: Mapping) -> list[str] | 
     stated = (report.get("pruning") or report).get("layers")
     if not stated:
         return None
-    zeros = {target.name: int((target.weight.detach() == 0).sum()) for target in targets}
-    return [layer["name"] for layer in stated if zeros.get(layer["name"]) != layer["num_zeros"]]
+    found = {layer["name"]: layer for layer in describe_masks(targets)}
+    facts = ("num_zeros", "mask_digest")
+    return [
+        layer["name"]
+        for layer in stated
+        if any(fact in layer and found.get(layer["name"], {}).get(fact) != layer[fact] for fact in facts)
+    ]

@@ -148,9 +148,11 @@ class CompressedQuantizer(HfQuantizer):
         return {"dequantize": Unpack}
 
     def get_weight_conversions(self) -> list[WeightConverter]:
-        # transformers 5.20 takes the first pattern that fits, so one must not be the beginning of another.
+        # transformers 5.21 makes its own of the two above; 5.20 makes none, and takes the first pattern that fits.
+        end = "" if super().get_weight_conversions() else "$"
         return [
-            Converter([f"{name}$", *names[1:]], name, [Unpack(self)]) for name, names in self.serialized_names.items()
+            Converter([f"{name}{end}", *parts], name, [Unpack(self)])
+            for name, (_, *parts) in self.serialized_names.items()
         ]
 
     def is_serializable(self) -> bool:

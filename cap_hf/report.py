@@ -21,18 +21,20 @@ class LayerReport:
     Attributes:
         name: of the module whose `weight` is the target.
         shape: of the weight.
-        block_size: weights a Fisher block.
         num_weights: in the target.
         num_zeros: of them exactly 0.
+        mask_digest: changes with the place of any zero, see `describe_masks`.
+        block_size: weights a Fisher block.
         loss: what the quadratic model says the removal costs, `1/2 d^T F d` for the change d of the weights, in
             units of the training loss (for sparsegpt: of the squared layer output); None where no F was collected.
     """
 
     name: str
     shape: tuple[int, ...]
-    block_size: int
     num_weights: int
     num_zeros: int
+    mask_digest: str
+    block_size: int
     loss: float | None
 
     @property

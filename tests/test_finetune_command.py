@@ -13,6 +13,8 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from cap_hf.commands.main import main
 from cap_hf.config import CAPConfig
+from cap_hf.masks import differing_layers
+from cap_hf.targets import find_targets
 from cap_hf.trainer import model_sparsity
 
 NAMES = {"id2label": {i: str(i) for i in range(10)}, "label2id": {str(i): i for i in range(10)}, "num_labels": 10}
@@ -53,6 +55,8 @@ def test_recovery_keeps_exactly_the_zeros(tmp_path, folders, capsys):
     assert report["sparsity"] == report["sparsity_before"] == model_sparsity(before)
     assert report["dense"]["num_examples"] == 60
     assert report["sparse"] != report["recovered"]
+    assert differing_layers(find_targets(after), report) == []
+    assert differing_layers(find_targets(load(teacher)), report) == [layer["name"] for layer in report["layers"]]
     assert report["training"]["steps"] == 4
     assert CAPConfig.load(output).num_grads == 77
     assert AutoImageProcessor.from_pretrained(output).size == {"height": 8, "width": 8}

@@ -186,19 +186,23 @@ def test_dry_run_writes_what_would_be_pushed(tmp_path, capsys):
 
 
 def test_compress_and_inspect_commands(tmp_path, capsys):
-    make_checkpoint(tmp_path / "m")
+    model = make_checkpoint(tmp_path / "m")
     arguments = ["--model_name_or_path", str(tmp_path / "m"), "--output_dir"]
     assert run_command("compress", [*arguments, str(tmp_path / "c")]) == 0
     assert "bytes of weights" in capsys.readouterr().out
     assert run_command("compress", [*arguments, str(tmp_path / "c")]) == 1
     assert "exists" in capsys.readouterr().err
     assert run_command("inspect", ["--model_name_or_path", str(tmp_path / "c"), "--output_dir", str(tmp_path)]) == 0
-    assert "as many as its report says" in capsys.readouterr().out
-    report = json.loads((tmp_path / "c" / "report.json").read_text())
-    report["pruning"]["layers"][0]["num_zeros"] -= 1
-    (tmp_path / "c" / "report.json").write_text(json.dumps(report))
-    assert run_command("inspect", ["--model_name_or_path", str(tmp_path / "c"), "--output_dir", str(tmp_path)]) == 0
-    assert "NOT those of its report in vit.layers.0" in capsys.readouterr().out
+    assert "where its report says" in capsys.readouterr().out
+    # As many zeros as before, one of them in another place.
+    weights = model.vit.layers[1].mlp.fc2.weight.detach().view(-1)
+    zero, other = int((weights == 0).nonzero()[0]), int((weights != 0).nonzero()[0])
+    weights[zero], weights[other] = weights[other].clone(), 0
+    model.save_pretrained(tmp_path / "m")
+    assert run_command("inspect", [*arguments, str(tmp_path)]) == 0
+    assert "NOT those of its report in vit.layers.1.mlp.fc2\n" in capsys.readouterr().out
+    assert run_command("push", [*arguments, str(tmp_path / "p"), "--hub_model_id", "a/b", "--dry_run"]) == 1
+    assert "is not about these weights (vit.layers.1.mlp.fc2 has other zeros)" in capsys.readouterr().err
     assert run_command("compress", ["--model_name_or_path", "no/where", "--output_dir", str(tmp_path / "d")]) == 1
     assert capsys.readouterr().err.startswith("cap-hf compress: no/where is no folder and cannot be downloaded: ")
 

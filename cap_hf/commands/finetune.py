@@ -28,8 +28,10 @@ from cap_hf.data import DataArguments, ImageDataset, calibration_split, collate,
 from cap_hf.errors import CAPError
 from cap_hf.evaluation import ImageClassificationMetric, evaluate_model
 from cap_hf.gradual import GradualPruner
+from cap_hf.masks import describe_masks
 from cap_hf.plan import Resources
 from cap_hf.report import Phases, versions
+from cap_hf.targets import find_targets
 from cap_hf.trainer import SparseTrainer, model_sparsity
 from cap_hf.training_arguments import SparseTrainingArguments
 
@@ -120,6 +122,7 @@ def main(argv: list[str]) -> None:
         "sparsity_dense": None if teacher is None else model_sparsity(teacher),
         "sparsity_before": sparsity_before,
         "sparsity": model_sparsity(model),
+        "layers": describe_masks(find_targets(model)),
         "training": outcome.metrics | {"steps": outcome.global_step},
         "log_history": trainer.state.log_history,
         "phases": phases.records,

@@ -6,7 +6,7 @@ from pathlib import Path
 from cap_hf.checkpoint import read_report, write_json
 from cap_hf.commands.common import DEFAULT_OUTPUT_DIR, ModelArguments, load_model, parse, percent, table
 from cap_hf.config import CAPConfig
-from cap_hf.masks import differing_layers, find_pattern, take_masks
+from cap_hf.masks import describe_masks, differing_layers, find_pattern, take_masks
 from cap_hf.targets import find_targets, summarize
 from cap_hf.weights import find_weight_files, local_folder, measure
 
@@ -34,20 +34,10 @@ def main(argv: list[str]) -> None:
     config = CAPConfig(fisher_block_size=args.fisher_block_size)
     targets = find_targets(model, config.fisher_block_size, args.include, args.exclude)
     masks = take_masks(targets)
-    layers = []
-    for target in targets:
-        keep = masks[target.name]
-        pattern = find_pattern(target, keep)
-        layers.append(
-            {
-                "name": target.name,
-                "shape": list(target.weight.shape),
-                "block_size": target.block_size,
-                "num_weights": keep.numel(),
-                "num_zeros": int((~keep).sum()),
-                "pattern": str(pattern) if pattern else None,
-            }
-        )
+    layers = describe_masks(targets)
+    for layer, target in zip(layers, targets, strict=True):
+        pattern = find_pattern(target, masks[target.name])
+        layer |= {"block_size": target.block_size, "pattern": str(pattern) if pattern else None}
     weights, zeros = (sum(layer[key] for layer in layers) for key in ("num_weights", "num_zeros"))
     parameters = sum(parameter.numel() for parameter in model.parameters())
     dense_bytes, compressed_bytes = measure(folder)
@@ -91,4 +81,4 @@ def main(argv: list[str]) -> None:
     elif differing:
         print(f"The zeros are NOT those of its report in {summarize(differing)}")
     else:
-        print("The zeros of every layer are as many as its report says")
+        print("The zeros of every layer are where its report says")
