@@ -18,10 +18,8 @@ Bytes out of proportion to a file cannot be asked for: a group of 8 entries has 
 
 import hashlib
 import math
-import mmap
 import re
 from collections.abc import Iterable, Mapping
-from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 
@@ -30,6 +28,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from cap_hf.errors import CAPError
+from cap_hf.memory import zeros
 
 SHAPE, VALUES, BITMASK, CODES = "cap_shape", "cap_values", "cap_bitmask", "cap_codes"
 PARTS = (SHAPE, VALUES, BITMASK, CODES)
@@ -37,8 +36,6 @@ PARTS = (SHAPE, VALUES, BITMASK, CODES)
 GROUP_SIZES = (2, 4, 8)
 # Entries that are worked on at a time, so that what is made of them stays in cache.
 CHUNK = 1 << 17
-# Bytes of a page that is asked for where memory is large.
-HUGE_PAGE = 1 << 21
 # Eight codes in a word, one a byte: how wide a lane is, in bits, and a 1 at the start of each pair of lanes. The codes
 # of the pairs move together, then those of the pairs of pairs, then the two halves, and back in the opposite order.
 LANES = ((8, 0x0001000100010001), (16, 0x0000000100000001), (32, 1))
@@ -101,7 +98,7 @@ def unpack(parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
     is_conv = len(shape) == 4
     order = (shape[0], *shape[2:], shape[1]) if is_conv else shape
     kept = values.contiguous().view(-1).view(INTEGERS[values.element_size()])
-    flat = _zeros(math.prod(shape), kept.dtype, kept.device)
+    flat = zeros([math.prod(shape)], kept.dtype, kept.device)
     if values.device.type == "cpu":
         _scatter(flat.numpy(), bitmask.numpy(), kept.numpy())
     else:
@@ -260,17 +257,6 @@ def _gather(flat: np.ndarray, bitmask: np.ndarray, kept: int) -> np.ndarray:
         flat[first : first + CHUNK].take(indices, out=values[start : start + indices.size], mode="clip")
         start += indices.size
     return values
-
-
-def _zeros(numel: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Zeros of shape `(numel,)`."""
-    if device.type != "cpu" or not hasattr(mmap, "MADV_HUGEPAGE") or numel * dtype.itemsize < HUGE_PAGE:
-        return torch.zeros(numel, dtype=dtype, device=device)
-    # The first touch of fresh memory takes longer than filling it, and a third of that with pages of 2 MiB.
-    memory = mmap.mmap(-1, numel * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with suppress(OSError):  # a kernel without them
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=dtype)
 
 
 def _scatter(flat: np.ndarray, bitmask: np.ndarray, values: np.ndarray) -> None:

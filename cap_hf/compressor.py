@@ -207,7 +207,7 @@ class CAPCompressor:
     def _make_plan(self, examples: CalibrationExamples, checkpointing: Checkpointing | None) -> None:
         costs = measure(self.model, examples.peek(), self.targets)
         if self.config.method == "sparsegpt":
-            self.plan = Plan([self.targets], "row", costs.samples)
+            self.plan = Plan([self.targets], "row", costs.samples, costs.samples)
         else:
             self.plan = make_plan(self._find_targets, self._block_size, self.resources, costs, self.processes)
         if checkpointing is not None:
@@ -251,7 +251,7 @@ class CAPCompressor:
                 count = finished[number]["count"]
                 advance(count)
                 continue
-            fisher = kind(targets, self.processes, dtype)
+            fisher = kind(targets, self.processes, dtype, self.plan.at_a_time)
             if self.state is None:
                 fisher.collect(self.model, examples, advance)
             else:

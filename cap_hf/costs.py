@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from transformers.utils import logging as transformers_logging
 
 from cap_hf.fisher import Batch, sums_per_block
-from cap_hf.gradients import GradientSamples, LayerGradients
+from cap_hf.gradients import GradientSamples, StepGradients
 from cap_hf.targets import Target
 
 # Gradient samples that are measured.
@@ -31,12 +31,16 @@ class Costs:
     Attributes:
         samples: gradient samples of the first batch.
         bytes: that one of them takes while it is in the model.
+        kept: bytes that stay of it until the step ends: the inputs of the targets, and the gradients of their outputs.
+        widest: bytes of the largest of these.
         seconds: of its forward and backward pass, with its gradients.
         work: multiplications that it takes in all.
     """
 
     samples: int = 0
     bytes: int = 0
+    kept: int = 0
+    widest: int = 0
     seconds: float = 0.0
     work: float = 1.0
 
@@ -60,6 +64,8 @@ def measure(
     count = min(MEASURED, samples)
     batch = {name: value[: len(value) // samples * count] for name, value in batch.items()}
     held: dict[int, int] = {}
+    kept: dict[int, int] = {}
+    outputs: list[int] = []
     weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     work = 0.0
 
@@ -69,20 +75,25 @@ def measure(
             held[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    def held_input(tensor: torch.Tensor) -> None:
-        hold(tensor)
 
-    def make(target: Target, gradients: LayerGradients) -> None:
+    def keep(module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+        storage = hold(args[0]).untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        outputs.append(output.nbytes)
+
+    def make(target: Target, gradients: StepGradients) -> None:
         nonlocal work
-        gradients.rows(0, min(len(target.weight), 64))
-        positions = gradients.inputs.shape[1]
+        height = min(len(target.weight), 64)
+        (part,) = gradients.parts
+        part.rows(0, height, part.inputs.new_empty(count, height, target.row_size))
+        positions = part.inputs.shape[1]
         shared = sums_per_block(target.block_size) / target.block_size
         # Forward, backward, gradients, and sums.
         work += target.weight.numel() * (3 * positions + shared)
 
     required = {parameter: parameter.requires_grad for parameter in model.parameters()}
     model.requires_grad_(False)
-    inputs = [target.module.register_forward_pre_hook(lambda module, args: held_input(args[0])) for target in targets]
+    handles = [target.module.register_forward_hook(keep) for target in targets]
     start = time.perf_counter()
     try:
         with (
@@ -96,12 +107,19 @@ def measure(
             if loss.requires_grad:
                 loss.backward()
     finally:
-        for handle in inputs:
+        for handle in handles:
             handle.remove()
         for parameter, requires_grad in required.items():
             parameter.requires_grad_(requires_grad)
     seconds = (time.perf_counter() - start) / count
-    return Costs(samples, int(PASSING * sum(held.values()) / count), seconds, max(work, 1.0))
+    return Costs(
+        samples,
+        bytes=int(PASSING * sum(held.values()) / count),
+        kept=(sum(kept.values()) + sum(outputs)) // count,
+        widest=max((*kept.values(), *outputs), default=0) // count,
+        seconds=seconds,
+        work=max(work, 1.0),
+    )
 
 
 class Progress:

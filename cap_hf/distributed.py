@@ -1,5 +1,6 @@
 """What several processes tell each other; with one process everything here is a plain copy."""
 
+import os
 from collections.abc import Callable, Sequence
 from functools import wraps
 from itertools import pairwise
@@ -37,11 +38,20 @@ class Processes:
     Attributes:
         rank: this process's number.
         world: how many there are.
+
+    Raises:
+        CAPError: the launcher has started several processes, and accelerate believes this one to be alone.
     """
 
     def __init__(self, accelerator: Accelerator | None = None) -> None:
         self.rank = 0 if accelerator is None else accelerator.process_index
         self.world = 1 if accelerator is None else accelerator.num_processes
+        launched = int(os.environ.get("WORLD_SIZE", 1))
+        if accelerator is not None and launched > self.world == 1:
+            raise CAPError(
+                f"{launched} processes were launched and each believes to be alone: without GPUs set "
+                "ACCELERATE_USE_CPU=true"
+            )
         self.device = torch.device("cpu") if accelerator is None else accelerator.device
 
     def shares(self, count: int) -> list[slice]:

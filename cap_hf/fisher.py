@@ -1,6 +1,7 @@
 """The block Fisher, summed from gradient samples."""
 
 import logging
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from itertools import pairwise
@@ -11,7 +12,8 @@ from torch.nn import functional as F
 
 from cap_hf.distributed import Processes
 from cap_hf.errors import CAPError
-from cap_hf.gradients import GradientSamples, LayerGradients, labels_for
+from cap_hf.gradients import GradientSamples, StepGradients, labels_for
+from cap_hf.memory import zeros
 from cap_hf.targets import Target, summarize
 
 logger = logging.getLogger(__name__)
@@ -43,7 +45,7 @@ class SymmetricSums:
         """`count` matrices of zeros."""
         edges = strip_edges(size)
         shapes = [(count, stop - start, stop) for start, stop in pairwise(edges)]
-        return cls(size, [torch.zeros(shape, dtype=dtype, device=device) for shape in shapes])
+        return cls(size, [zeros(shape, dtype, device) for shape in shapes])
 
     def __len__(self) -> int:
         return len(self.strips[0])
@@ -123,14 +125,19 @@ class BlockFisher:
         processes: of the run; None for this process alone.
         dtype: what gradients are rounded to before they are multiplied: float32, or bfloat16 (then CUDA also
             multiplies in tf32). Sums are float32 (float64 in a float64 model).
+        at_a_time: gradient samples that go through the model at a time, where that is fewer than a step has.
     """
 
     def __init__(
-        self, targets: Sequence[Target], processes: Processes | None = None, dtype: torch.dtype = torch.float32
+        self,
+        targets: Sequence[Target],
+        processes: Processes | None = None,
+        dtype: torch.dtype = torch.float32,
+        at_a_time: int | None = None,
     ) -> None:
         self.targets = list(targets)
         self.processes = processes or Processes()
-        self.dtype = dtype
+        self.dtype, self.at_a_time = dtype, at_a_time
         self.count = 0
         self.owned = {target.name: block_shares(target, self.processes)[self.processes.rank] for target in self.targets}
         self.sums = {target.name: self._zeros(target) for target in self.targets}
@@ -143,7 +150,7 @@ class BlockFisher:
         owned = self.owned[target.name]
         return SymmetricSums.zeros(owned.stop - owned.start, target.block_size, dtype, target.weight.device)
 
-    def add(self, target: Target, gradients: LayerGradients | None, counts: Sequence[int] | None = None) -> None:
+    def add(self, target: Target, gradients: StepGradients | None, counts: Sequence[int] | None = None) -> None:
         """Add the outer products of a step's gradient samples.
 
         Args:
@@ -175,25 +182,26 @@ class BlockFisher:
                         sums.add(slice(done, done + height), factors)
             done += height
 
-    def _make(self, target: Target, gradients: LayerGradients | None, rows: slice, slot: int) -> torch.Tensor:
+    def _make(self, target: Target, gradients: StepGradients | None, rows: slice, slot: int) -> torch.Tensor:
         """The gradients of some rows, block by block: `(blocks, samples, B)`."""
         dtype = torch.promote_types(target.weight.dtype, torch.float32)
         sent = self.dtype if dtype == torch.float32 else dtype
         if gradients is None or rows.start == rows.stop:
             return torch.empty(0, dtype=sent, device=target.weight.device)
-        shape = (gradients.samples, (rows.stop - rows.start) * target.row_size // target.block_size, target.block_size)
-        numel = shape[0] * shape[1] * shape[2]
+        samples, height, size = gradients.samples, rows.stop - rows.start, target.block_size
+        blocks = height * target.row_size // size
+        made = self._buffer("rows", (samples, height, target.row_size), dtype, target.weight.device)
         with self._precision():
-            made = gradients.rows(rows.start, rows.stop, self._buffer("rows", numel, dtype, target.weight.device))
-        blocks = self._buffer(f"blocks {slot}", numel, sent, target.weight.device)[:numel]
-        return blocks.view(shape[1], shape[0], shape[2]).copy_(made.reshape(shape).transpose(0, 1))
+            gradients.rows(rows.start, rows.stop, made)
+        sorted_ = self._buffer(f"blocks {slot}", (blocks, samples, size), sent, target.weight.device)
+        return sorted_.copy_(made.view(samples, blocks, size).transpose(0, 1))
 
-    def _buffer(self, name: str, numel: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    def _buffer(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         # Touching fresh memory costs several times the product itself.
-        buffer = self._buffers.get(name)
+        buffer, numel = self._buffers.get(name), math.prod(shape)
         if buffer is None or buffer.numel() < numel or buffer.dtype != dtype:
             buffer = self._buffers[name] = torch.empty(numel, dtype=dtype, device=device)
-        return buffer
+        return buffer[:numel].view(shape)
 
     @contextmanager
     def _precision(self) -> Iterator[None]:
@@ -264,21 +272,27 @@ class BlockFisher:
                 self.add(self.targets[index], None, counts)
             return
         samples = counts[self.processes.rank]
-        hooks.start(samples)
-        inputs = {name: value for name, value in batch.items() if name != "labels"}
-        with torch.enable_grad():
-            logits = model(**inputs).logits
-            labels = labels_for(logits, batch["labels"], uniforms)
-            loss = F.cross_entropy(logits.float(), labels, reduction="sum") * (samples / len(labels))
-        if loss.requires_grad:
-            loss.backward()
+        group = len(batch["labels"]) // samples
+        is_finite = True
+        for first in range(0, samples, self.at_a_time or samples):
+            last = min(first + (self.at_a_time or samples), samples)
+            hooks.start(last - first, last == samples)
+            part = slice(first * group, last * group)
+            inputs = {name: value[part] for name, value in batch.items() if name != "labels"}
+            with torch.enable_grad():
+                logits = model(**inputs).logits
+                labels = labels_for(logits, batch["labels"][part], None if uniforms is None else uniforms[part])
+                loss = F.cross_entropy(logits.float(), labels, reduction="sum") / group
+            if loss.requires_grad:
+                loss.backward()
+            is_finite = is_finite and bool(loss.isfinite())
         if self._leader is not None:
             self.processes.broadcast_int(-1, self._leader)
-        if not loss.isfinite():
+        if not is_finite:
             self.check_finite()
             raise CAPError("the loss is NaN or infinite: check the model's head and the pixel values")
 
-    def _receive(self, target: Target, gradients: LayerGradients) -> None:
+    def _receive(self, target: Target, gradients: StepGradients) -> None:
         if self._leader is not None:
             self.processes.broadcast_int(self.targets.index(target), self._leader)
         self.add(target, gradients, self._counts)

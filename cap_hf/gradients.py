@@ -56,23 +56,31 @@ class LayerGradients:
         self.inputs = torch.cat([self.inputs, other.inputs], dim=1)
         self.grads = torch.cat([self.grads, other.grads], dim=1)
 
-    def rows(self, start: int, stop: int, buffer: torch.Tensor | None = None) -> torch.Tensor:
-        """The gradients of some rows of the weight, `(samples, stop - start, row)`.
-
-        Args:
-            start: first row.
-            stop: one after the last.
-            buffer: 1-d memory of the factors' dtype that the result may take, at least as large.
-        """
+    def rows(self, start: int, stop: int, out: torch.Tensor) -> None:
+        """Write the gradients of the weight's rows from `start` to `stop` to `out`, `(samples, stop - start, row)`."""
         if self.groups == 1:
-            shape = (self.samples, stop - start, self.inputs.shape[-1])
-            out = None if buffer is None else buffer[: shape[0] * shape[1] * shape[2]].view(shape)
-            return torch.bmm(self.grads[:, :, start:stop].mT, self.inputs, out=out)
+            torch.bmm(self.grads[:, :, start:stop].mT, self.inputs, out=out)
+            return
         # Rows of a grouped convolution are short: all of the groups that they lie in cost little.
         height = self.grads.shape[-1]
         first, last = start // height, -(-stop // height)
         inputs, grads = (each.unflatten(0, (self.samples, -1))[:, first:last] for each in (self.inputs, self.grads))
-        return (grads.mT @ inputs).flatten(1, 2)[:, start - first * height : stop - first * height]
+        out.copy_((grads.mT @ inputs).flatten(1, 2)[:, start - first * height : stop - first * height])
+
+
+class StepGradients:
+    """The gradient samples of one layer in a whole step, whose examples went through the model in parts."""
+
+    def __init__(self, parts: Sequence[LayerGradients]) -> None:
+        self.parts = parts
+        self.samples = sum(part.samples for part in parts)
+
+    def rows(self, start: int, stop: int, out: torch.Tensor) -> None:
+        """As of `LayerGradients`, the samples of all parts in order."""
+        done = 0
+        for part in self.parts:
+            part.rows(start, stop, out[done : done + part.samples])
+            done += part.samples
 
 
 class GradientSamples:
@@ -80,26 +88,32 @@ class GradientSamples:
 
     Inside the context call `start(samples)`, the model's forward, and backward on the summed loss; weights need no
     `requires_grad`: the graph begins at the first targets' outputs. A module that is called several times in one
-    forward gives one gradient, the sum over its calls.
+    forward gives one gradient, the sum over its calls. Between `start(samples, last=False)` and the next start
+    gradients are kept, to be handed over with those of the last part of the step.
 
     Args:
         targets: whose gradients are wanted.
         sink: called with the target and its gradients.
     """
 
-    def __init__(self, targets: Sequence[Target], sink: Callable[[Target, LayerGradients], None]) -> None:
+    def __init__(self, targets: Sequence[Target], sink: Callable[[Target, StepGradients], None]) -> None:
         self.targets, self.sink = targets, sink
         self.samples = 0
         self.seen: set[str] = set()
+        self._part, self._last = 0, True
         self._calls: dict[str, int] = {}
-        self._sums: dict[str, LayerGradients] = {}
+        # Of each target, by part and call: its inputs, the gradients of its outputs, and the samples in these. The
+        # factors made of them can take many times as much (the patches of a convolution).
+        self._kept: dict[str, dict[int, list[tuple[torch.Tensor, torch.Tensor, int]]]] = {}
         self._handles: list = []
 
-    def start(self, samples: int) -> None:
-        """Forget the previous batch; the next one holds `samples` gradient samples."""
-        self.samples = samples
+    def start(self, samples: int, last: bool = True) -> None:
+        """Go on with the next part of a step, which holds `samples` gradient samples; after the last begins another."""
+        if self._last:
+            self._kept.clear()
+        self._part += 1
+        self.samples, self._last = samples, last
         self._calls.clear()
-        self._sums.clear()
 
     def __enter__(self) -> "GradientSamples":
         for target in self.targets:
@@ -111,7 +125,7 @@ class GradientSamples:
     ) -> None:
         while self._handles:
             self._handles.pop().remove()
-        self._sums.clear()
+        self._kept.clear()
 
     def _forward_hook(self, target: Target) -> Callable:
         def hook(module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
@@ -132,14 +146,17 @@ class GradientSamples:
         return hook
 
     def _backward(self, target: Target, inputs: torch.Tensor, grads: torch.Tensor) -> None:
-        gradients = LayerGradients(target.module, inputs, grads.detach(), self.samples)
-        if target.name in self._sums:
-            gradients.add(self._sums.pop(target.name))
+        calls = self._kept.setdefault(target.name, {}).setdefault(self._part, [])
+        calls.append((inputs, grads.detach(), self.samples))
         self._calls[target.name] -= 1
-        if self._calls[target.name]:
-            self._sums[target.name] = gradients
-        else:
-            self.sink(target, gradients)
+        if self._calls[target.name] or not self._last:
+            return
+        parts = []
+        for calls in self._kept.pop(target.name).values():
+            parts.append(LayerGradients(target.module, *calls[0]))
+            for call in calls[1:]:
+                parts[-1].add(LayerGradients(target.module, *call))
+        self.sink(target, StepGradients(parts))
 
 
 def labels_for(logits: torch.Tensor, labels: torch.Tensor, uniforms: torch.Tensor | None) -> torch.Tensor:

@@ -19,6 +19,9 @@ from cap_hf.targets import Target
 
 # Of the memory that is free, what is planned with: allocators and other programs need some.
 HEAD_ROOM = 0.85
+# Of the widest activation on a CPU: what the samples that go through a model together fit into, so that a layer finds
+# in the cache what the one before it has left there.
+CACHED_BYTES = 8 * 2**20
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 # What is tried where a block size has to be found, largest first.
 BLOCK_SIZES = ("row", 4096, 3072, 2048, 1536, 1024, 768, 512, 384, 256, 192, 128, 96, 64, 48, 32, 16)
@@ -72,6 +75,7 @@ class Plan:
         passes: the targets of each, in the model's order.
         block_size: that they were found with.
         limit: gradient samples a step.
+        at_a_time: of them, that go through the model at a time.
         available: bytes beyond those in use before.
         needed: of them, at the peak.
         sums: bytes of this process's Fisher sums, of all passes.
@@ -81,6 +85,7 @@ class Plan:
     passes: list[list[Target]]
     block_size: int | str
     limit: int
+    at_a_time: int
     available: int = 0
     needed: int = 0
     sums: int = 0
@@ -90,14 +95,16 @@ class Plan:
         """What another run needs to go through memory in the same way."""
         passes = [[target.name for target in each] for each in self.passes]
         spills = bool(self.spilled)
-        return {"passes": passes, "block_size": self.block_size, "limit": self.limit, "spills": spills}
+        steps = {"limit": self.limit, "at_a_time": self.at_a_time}
+        return {"passes": passes, "block_size": self.block_size, "spills": spills} | steps
 
     def like(self, other: dict, find: Callable[[int | str], list[Target]]) -> "Plan":
         """This plan with the passes of another one, as `to_dict` gave them."""
         targets = {target.name: target for target in find(other["block_size"])}
         passes = [[targets[name] for name in each] for each in other["passes"]]
         spilled = max(self.spilled, 1) if other["spills"] else 0
-        return replace(self, passes=passes, block_size=other["block_size"], limit=other["limit"], spilled=spilled)
+        steps = {name: other[name] for name in ("block_size", "limit", "at_a_time")}
+        return replace(self, passes=passes, spilled=spilled, **steps)
 
     def describe(self, seconds: float, folder: Path | None) -> str:
         """One line; `seconds` are what the passes are expected to take."""
@@ -132,18 +139,19 @@ def plan_passes(
     largest = max(own_weights(target, processes) for target in targets)
     sizes = [sums_bytes(target, processes) for target in targets]
     limit = costs.samples
-    while limit > 1 and costs.bytes * limit > available // 2:
+    while limit > 1 and in_model(limit, costs, processes.device) > available // 2:
         limit //= 2
     # A piece of every process: as it is made, by blocks, as sent, and as received.
     piece = max(piece_weights(target) for target in targets) * processes.world * limit * 4
-    collecting = costs.bytes * limit + 4 * piece
+    collecting = in_model(limit, costs, processes.device) + 4 * piece
+    at_a_time = samples_at_a_time(limit, costs, processes.device)
     solving = solver.CHUNK_COPIES * max(solver.CHUNK_BYTES, *(8 * target.block_size**2 for target in targets))
     # A target's losses are compared in float64.
     solving += 24 * largest
     # Weights, order, losses, and what the losses are compared by, or the new weights.
     needed = sum(sizes) + 14 * own + max(collecting, solving)
     if needed <= available:
-        return Plan([list(targets)], block_size, limit, available, needed, sum(sizes), 0)
+        return Plan([list(targets)], block_size, limit, at_a_time, available, needed, sum(sizes), 0)
     # All these are on the disk then, except for what the losses are compared by.
     room = available - collecting
     after = max(sizes) + solving + 4 * own
@@ -161,7 +169,21 @@ def plan_passes(
         return None
     # One pass would do for the sums alone, but not for what is kept beside them: then that goes to the disk.
     peak = max(sum(sums_bytes(target, processes) for target in each) for each in passes) + collecting
-    return Plan(passes, block_size, limit, available, max(peak, after), sum(sizes), sum(sizes) + 14 * own)
+    return Plan(passes, block_size, limit, at_a_time, available, max(peak, after), sum(sizes), sum(sizes) + 14 * own)
+
+
+def samples_at_a_time(limit: int, costs: Costs, device: torch.device) -> int:
+    """How many of a step's `limit` gradient samples go through the model at a time."""
+    if device.type != "cpu":
+        return limit
+    # The same for every machine, because results depend on it by rounding.
+    return max(1, min(limit, CACHED_BYTES // max(costs.widest, 1)))
+
+
+def in_model(limit: int, costs: Costs, device: torch.device) -> int:
+    """Bytes of a step's `limit` gradient samples."""
+    at_a_time = samples_at_a_time(limit, costs, device)
+    return costs.bytes * at_a_time + (costs.kept * limit if at_a_time < limit else 0)
 
 
 def make_plan(
@@ -183,9 +205,11 @@ def make_plan(
     Raises:
         CAPError: nothing fits; says what would.
     """
-    everyone = processes.gather_ints(available_bytes(resources, processes.device), costs.bytes, costs.samples)
+    everyone = processes.gather_ints(
+        available_bytes(resources, processes.device), costs.samples, costs.bytes, costs.kept, costs.widest
+    )
     available = min(each[0] for each in everyone)
-    costs = Costs(max(each[2] for each in everyone), max(each[1] for each in everyone))
+    costs = Costs(*(max(values) for values in list(zip(*everyone, strict=True))[1:]))
     most = resources.max_passes
     if block_size == "auto" and most is None:
         most = 1

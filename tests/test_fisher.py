@@ -23,8 +23,11 @@ def loop_gradients(module, inputs, weigh, group):
 
 def whole(target, gradients):
     """All gradients of a layer, made in pieces of 2 rows, `(samples, rows, row)`."""
-    outputs = len(target.weight)
-    pieces = [gradients.rows(start, min(start + 2, outputs)) for start in range(0, outputs, 2)]
+    pieces = []
+    for start in range(0, len(target.weight), 2):
+        height = min(2, len(target.weight) - start)
+        pieces.append(target.weight.new_empty(gradients.samples, height, target.row_size))
+        gradients.rows(start, start + height, pieces[-1])
     return torch.cat(pieces, dim=1)
 
 

@@ -90,7 +90,7 @@ def test_larger_batches_are_split_where_memory_is_short(monkeypatch):
     squeeze(monkeypatch, 100.0, block_size="row")
     sums = []
     for bytes_ in (0, 2**21):
-        monkeypatch.setattr("cap_hf.compressor.measure", lambda *_, bytes_=bytes_: Costs(16, bytes_, 0.0))
+        monkeypatch.setattr("cap_hf.compressor.measure", lambda *_, bytes_=bytes_: Costs(16, bytes_))
         compressor = CAPCompressor(model, CAPConfig(num_grads=30)).collect(loader(model, batch_size=16))
         sums.append({name: each.full() for name, each in compressor.fisher.sums.items()})
         assert (compressor.plan.limit < 16) == (bytes_ > 0)

@@ -64,8 +64,8 @@ class StoredGradients:
     def __init__(self, gradients: torch.Tensor) -> None:
         self.gradients, self.samples = gradients, len(gradients)
 
-    def rows(self, start: int, stop: int, buffer: torch.Tensor | None = None) -> torch.Tensor:
-        return self.gradients[:, start:stop]
+    def rows(self, start: int, stop: int, out: torch.Tensor) -> None:
+        out.copy_(self.gradients[:, start:stop])
 
 
 def damp_of(fisher: BlockFisher, target: Target) -> float:
@@ -233,7 +233,7 @@ def measure_processes(args: argparse.Namespace) -> dict[str, object]:
         # Several processes on CPUs are what accelerate starts under this name where there is no GPU.
         command += ["--multi_gpu"] if processes > 1 else ["--cpu"]
         command += [__file__, "--prune_of", str(args.process_examples), "--batch_size", str(args.batch_size)]
-        return float(run(command, OMP_NUM_THREADS="1", MKL_NUM_THREADS="1").split()[-1])
+        return float(run(command, OMP_NUM_THREADS="1", ACCELERATE_USE_CPU="true").split()[-1])
 
     pairs = [(prune(1), prune(2)) for _ in range(args.whole_repeats)]
     one, two = (statistics.median(values) for values in zip(*pairs, strict=True))
