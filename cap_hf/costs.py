@@ -75,7 +75,6 @@ def measure(
             held[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-
     def keep(module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
         storage = hold(args[0]).untyped_storage()
         kept[storage.data_ptr()] = storage.nbytes()

@@ -117,12 +117,13 @@ from accelerate import Accelerator
 from conftest import ARCHITECTURES, build, random_batches
 from safetensors.torch import save_file
 from torch.utils.data import DataLoader
-from cap_hf import CAPCompressor, CAPConfig
+from cap_hf import CAPCompressor, CAPConfig, plan
 from cap_hf.distributed import Processes
 from cap_hf.fisher import block_shares
 
 accelerator = Accelerator(cpu=True)
-found = {}
+plan.CACHED_BYTES = 12000  # a batch of 4 goes through the models in parts
+found, parts = {}, set()
 for name, config in {
     "ViT": {}, "ResNet": {}, "ConvNext": {"fisher_block_size": 8}, "Swin": {"allocation": "uniform"},
     "Dinov2": {"allocation": "2:4"}, "DeiT": {"method": "obs", "fisher_dtype": "bfloat16"},
@@ -133,11 +134,13 @@ for name, config in {
     loader = DataLoader(examples, batch_size=4, shuffle=True)
     compressor = CAPCompressor(model, CAPConfig(num_grads=38, **config), accelerator, disable_tqdm=True)
     compressor.collect(loader).prune(None if "allocation" in config and ":" in config["allocation"] else 0.7)
+    parts.add(compressor.plan.at_a_time)
     for target in compressor.targets:
         found[f"{name} {target.name}"] = target.weight.detach().contiguous()
         own = compressor.fisher.sums[target.name].full()
         everyone = Processes(accelerator)
         found[f"{name} {target.name} sums"] = everyone.assemble(own, block_shares(target, everyone)).contiguous()
+assert parts & {2, 3}, parts
 if accelerator.is_main_process:
     save_file(found, sys.argv[1])
 accelerator.wait_for_everyone()
@@ -165,6 +168,21 @@ def test_four_processes_give_the_sums_and_weights_of_one(alone, tmp_path):
     script, expected = alone
     launch(4, str(tmp_path / "found.safetensors"), script=script)
     assert_same(expected, load_file(tmp_path / "found.safetensors"))
+
+
+LONELY = """
+from accelerate import Accelerator
+from conftest import build
+from cap_hf import CAPCompressor
+
+CAPCompressor(build("ViT"), accelerator=Accelerator())
+"""
+
+
+def test_processes_that_believe_to_be_alone_are_an_error(tmp_path):
+    (tmp_path / "lonely.py").write_text(LONELY)
+    done = launch(2, script=tmp_path / "lonely.py", expect=1)
+    assert "2 processes were launched and each believes to be alone: without GPUs set ACCELERATE_USE_CPU" in done.stderr
 
 
 def free_port() -> int:

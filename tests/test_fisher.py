@@ -65,7 +65,8 @@ def test_gradient_samples_equal_a_loop(name, group):
     torch.testing.assert_close(found["layer"] / group, target.to_blocks(expected))
 
 
-def test_a_module_called_twice_gives_one_gradient():
+@pytest.mark.parametrize("parts", [[4], [1, 3], [2, 1, 1]])
+def test_a_module_called_twice_gives_one_gradient(parts):
     module = nn.Linear(5, 5).double()
     torch.manual_seed(0)
     inputs = torch.randn(4, 3, 5, dtype=torch.float64, requires_grad=True)
@@ -75,19 +76,24 @@ def test_a_module_called_twice_gives_one_gradient():
         expected.append(torch.autograd.grad(loss, module.weight)[0])
     found = []
     with GradientSamples([Target("layer", module, 5)], lambda t, grads: found.append(whole(t, grads))) as hooks:
-        hooks.start(4)
-        module(module(inputs).tanh()).square().sum().backward()
+        # What a step that was given up has left is forgotten.
+        hooks.start(1)
+        module(inputs[:1])
+        for index, part in enumerate(inputs.split(parts)):
+            assert not found
+            hooks.start(len(part), last=index == len(parts) - 1)
+            module(module(part).tanh()).square().sum().backward()
     assert len(found) == 1
     torch.testing.assert_close(found[0], torch.stack(expected))
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
-@pytest.mark.parametrize("group", [1, 2])
-def test_block_fisher_equals_a_loop_on_every_architecture(name, group):
+@pytest.mark.parametrize(("group", "at_a_time"), [(1, None), (1, 3), (2, None), (2, 1)])
+def test_block_fisher_equals_a_loop_on_every_architecture(name, group, at_a_time):
     model = build(name).double()
     targets = find_targets(model, block_size=24)
     batches = random_batches(model, ARCHITECTURES[name][1])
-    fisher = BlockFisher(targets)
+    fisher = BlockFisher(targets, at_a_time=at_a_time)
     before = {key: value.clone() for key, value in model.state_dict().items()}
     fisher.collect(model, [(batch, 4 // group, None) for batch in batches])
     assert fisher.count == 8 // group
@@ -155,6 +161,20 @@ def test_a_target_outside_the_forward_pass_is_named():
     model.vit.unused = nn.Linear(4, 4)
     with pytest.raises(CAPError, match="vit.unused take no part"):
         BlockFisher(find_targets(model)).collect(model, [(random_batches(model, 8)[0], 4, None)])
+
+
+def test_parts_of_a_step_have_their_own_sampled_labels():
+    model = build("ViT").double()
+    (batch,) = random_batches(model, 8, sizes=(6,))
+    batch["pixel_values"] = batch["pixel_values"].double()
+    uniforms = torch.rand(6, generator=torch.Generator().manual_seed(1))
+    sums = []
+    for at_a_time in (None, 2):
+        fisher = BlockFisher(find_targets(model), at_a_time=at_a_time)
+        fisher.collect(model, [(batch, 6, uniforms)])
+        sums.append(fisher.sums)
+    for name, whole in sums[0].items():
+        torch.testing.assert_close(sums[1][name].full(), whole.full(), rtol=1e-10, atol=1e-14)
 
 
 def test_sampled_labels_follow_the_model():
