@@ -20,7 +20,7 @@ from cap_hf.errors import CAPError
 from cap_hf.examples import CalibrationExamples
 from cap_hf.fisher import Batch, BlockFisher, block_shares, damps
 from cap_hf.masks import describe_masks
-from cap_hf.plan import Plan, Resources, make_plan, spill_folder
+from cap_hf.plan import Plan, Resources, disk_seconds, make_plan, spill_folder
 from cap_hf.report import LayerReport, PruneReport
 from cap_hf.solver import Solver
 from cap_hf.state import Checkpointing, CollectionState, hash_weights
@@ -228,6 +228,8 @@ class CAPCompressor:
             self._temporary = tempfile.TemporaryDirectory(prefix="cap_hf-", dir=folder, ignore_cleanup_errors=True)
             self._spill = Path(self._temporary.name)
         seconds = costs.seconds * self.config.num_grads * passes / self.processes.world
+        if self._spill is not None:
+            seconds += disk_seconds(self.plan, self._spill.parent)
         # What is over before a bar would show needs no plan either.
         if seconds > 2 or passes > 1:
             self.progress.say(self.plan.describe(seconds, self._spill))

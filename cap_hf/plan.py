@@ -4,6 +4,7 @@ import os
 import re
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -22,6 +23,8 @@ HEAD_ROOM = 0.85
 # Of the widest activation on a CPU: what the samples that go through a model together fit into, so that a layer finds
 # in the cache what the one before it has left there.
 CACHED_BYTES = 8 * 2**20
+# Written to the disk to see how fast it is.
+TRIAL_BYTES = 32 * 2**20
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 # What is tried where a block size has to be found, largest first.
 BLOCK_SIZES = ("row", 4096, 3072, 2048, 1536, 1024, 768, 512, 384, 256, 192, 128, 96, 64, 48, 32, 16)
@@ -276,6 +279,23 @@ def check_disk(plan: Plan, resources: Resources) -> None:
             f"{len(plan.passes)} passes keep {gigabytes(needed)} in {folder}, where {gigabytes(free)} are free: name "
             "another folder with --spill_dir, or take a smaller --fisher_block_size"
         )
+
+
+def disk_seconds(plan: Plan, folder: Path) -> float:
+    """What it takes to write what a plan spills to a folder's disk and to read it again, from a short trial.
+
+    Raises:
+        CAPError: the folder cannot be written.
+    """
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            start = time.perf_counter()
+            file.write(bytes(TRIAL_BYTES))
+            file.flush()
+            os.fsync(file.fileno())
+            return 2 * plan.spilled / TRIAL_BYTES * (time.perf_counter() - start)
+    except OSError as error:
+        raise CAPError(f"--spill_dir {folder} cannot be written: {error.strerror}") from error
 
 
 def spill_folder(resources: Resources) -> Path:

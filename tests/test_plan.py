@@ -30,19 +30,29 @@ def test_memory_sizes_that_are_none(text):
         Resources(max_memory=text)
 
 
-@given(available=st.integers(10**5, 10**9), size=st.sampled_from([4, 8, 16, 32]), sample=st.integers(0, 10**6))
+@given(
+    available=st.integers(10**5, 10**9),
+    size=st.sampled_from([4, 8, 16, 32]),
+    sample=st.integers(0, 10**6),
+    share=st.sampled_from([0.0, 0.5, 1.0]),
+    widest=st.sampled_from([0, 2**10, 2**21, 2**24]),
+)
 @settings(max_examples=100, deadline=None)
-def test_a_plan_takes_every_target_once_and_stays_within_the_budget(available, size, sample):
+def test_a_plan_takes_every_target_once_and_stays_within_the_budget(available, size, sample, share, widest):
     targets, processes = find_targets(build("ViT"), size), Processes()
+    costs = Costs(16, sample, int(share * sample), widest)
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(solver_module, "CHUNK_BYTES", 2**12)
-        plan = plan_passes(targets, size, available, Costs(16, sample), processes)
-        more = plan_passes(targets, size, 2 * available, Costs(16, sample), processes)
+        plan = plan_passes(targets, size, available, costs, processes)
+        more = plan_passes(targets, size, 2 * available, costs, processes)
     if plan is None:
         return
     assert [target for each in plan.passes for target in each] == targets
     assert plan.needed <= available
-    assert 1 <= plan.limit <= 16
+    assert 1 <= plan.at_a_time <= plan.limit <= 16
+    assert plan.at_a_time in (1, plan.limit) or plan.at_a_time * widest <= plan_module.CACHED_BYTES
+    held = sample * plan.at_a_time + costs.kept * plan.limit * (plan.at_a_time < plan.limit)
+    assert plan.needed >= held
     for each in plan.passes:
         assert sum(sums_bytes(target, processes) for target in each) <= available
     assert bool(plan.spilled) or len(plan.passes) == 1
