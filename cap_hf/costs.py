@@ -62,7 +62,8 @@ def measure(
     if batch is None:
         return Costs()
     count = min(MEASURED, samples)
-    batch = {name: value[: len(value) // samples * count] for name, value in batch.items()}
+    # Copies: a view's memory would count as that of the whole batch.
+    batch = {name: value[: len(value) // samples * count].clone() for name, value in batch.items()}
     held: dict[int, int] = {}
     kept: dict[int, int] = {}
     outputs: list[int] = []

@@ -84,27 +84,38 @@ class Processes:
         return tensor
 
     @collective
-    def exchange(self, parts: Sequence[torch.Tensor], sizes: Sequence[int]) -> list[torch.Tensor]:
-        """Send `parts[q]` to process q; returns what each process sent here.
+    def exchange(
+        self, sent: torch.Tensor, parts: Sequence[int], received: torch.Tensor, sizes: Sequence[int]
+    ) -> Callable[[], list[torch.Tensor]]:
+        """Begin to send each process its part of a tensor.
 
         Args:
-            parts: one contiguous tensor a process, all of one dtype.
-            sizes: how many entries come from each process.
+            sent: 1-d, the parts for the processes one after the other; not to be written to until all has arrived.
+            parts: their numbers of entries.
+            received: 1-d, gets what the processes send here.
+            sizes: how many entries come from each.
 
         Returns:
-            1-d tensors of these sizes.
+            A function that waits for them and returns the parts of `received`.
         """
-        sent = torch.cat([part.flatten() for part in parts])
-        received = sent.new_empty(sum(sizes))
+        if self.world == 1:
+            return lambda: [sent]
         # As bytes: not every backend knows every dtype.
         width = sent.element_size()
-        dist.all_to_all_single(
+        work = dist.all_to_all_single(
             received.view(torch.uint8),
             sent.view(torch.uint8),
             [width * size for size in sizes],
-            [width * part.numel() for part in parts],
+            [width * size for size in parts],
+            async_op=True,
         )
-        return list(received.split(list(sizes)))
+
+        @collective
+        def arrived() -> list[torch.Tensor]:
+            work.wait()
+            return list(received.split(list(sizes)))
+
+        return arrived
 
     @collective
     def assemble(self, part: torch.Tensor, shares: Sequence[slice]) -> torch.Tensor:

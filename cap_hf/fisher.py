@@ -4,7 +4,7 @@ import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from itertools import pairwise
+from itertools import pairwise, zip_longest
 
 import torch
 from torch import nn
@@ -158,43 +158,66 @@ class BlockFisher:
             gradients: of this process's examples; None if it has none.
             counts: how many gradient samples each process has in this step; None where there is one process.
         """
-        world, rank = self.processes.world, self.processes.rank
         counts = counts or [gradients.samples]
         size, sums = target.block_size, self.sums[target.name]
-        pieces = row_pieces(target)
-        shares = self.processes.shares(len(pieces))
-        blocks = [target.row_size * (piece.stop - piece.start) // size for piece in pieces]
-        done = 0
-        for index in range(max(share.stop - share.start for share in shares)):
-            # The next piece of every process.
-            turn = [pieces[s.start + index] if s.start + index < s.stop else slice(0, 0) for s in shares]
-            parts = [self._make(target, gradients, rows, slot) for slot, rows in enumerate(turn)]
-            mine = shares[rank].start + index
-            height = blocks[mine] if mine < shares[rank].stop else 0
-            if world > 1:
-                parts = self.processes.exchange(parts, [height * count * size for count in counts])
-            if not height:
-                continue
+        dtype = sums.strips[0].dtype
+        turns, done = self._turns(target), 0
+        for turn, parts in zip(turns, self._arrivals(target, gradients, turns, counts), strict=True):
+            rows = turn[self.processes.rank]
+            blocks = (rows.stop - rows.start) * target.row_size // size
             for part, count in zip(parts, counts, strict=True):
-                if count:
-                    factors = part.view(height, count, size).to(sums.strips[0].dtype)
+                if blocks and count:
                     with self._precision():
-                        sums.add(slice(done, done + height), factors)
-            done += height
+                        sums.add(slice(done, done + blocks), part.view(blocks, count, size).to(dtype))
+            done += blocks
 
-    def _make(self, target: Target, gradients: StepGradients | None, rows: slice, slot: int) -> torch.Tensor:
-        """The gradients of some rows, block by block: `(blocks, samples, B)`."""
+    def _arrivals(
+        self, target: Target, gradients: StepGradients | None, turns: list[list[slice]], counts: Sequence[int]
+    ) -> Iterator[list[torch.Tensor]]:
+        """Of each turn the gradients of this process's rows, by process; the next turn's are on their way meanwhile."""
+        waiting = None
+        for index, turn in enumerate(turns):
+            begun = self._send(target, gradients, turn, counts, slot=index % min(self.processes.world, 2))
+            if self.processes.world == 1:
+                yield begun()
+                continue
+            if waiting is not None:
+                yield waiting()
+            waiting = begun
+        if waiting is not None:
+            yield waiting()
+
+    def _turns(self, target: Target) -> list[list[slice]]:
+        """A target's rows, turn by turn: for each process the next piece of those that it owns, or none."""
+        pieces = row_pieces(target)
+        shares = [pieces[share] for share in self.processes.shares(len(pieces))]
+        return [list(turn) for turn in zip_longest(*shares, fillvalue=slice(0, 0))]
+
+    def _send(
+        self, target: Target, gradients: StepGradients | None, turn: list[slice], counts: Sequence[int], slot: int
+    ) -> Callable[[], list[torch.Tensor]]:
+        """Make the gradients of a turn's rows and send them to who owns these; returns what waits for one's own."""
+        dtype, device = torch.promote_types(target.weight.dtype, torch.float32), target.weight.device
+        dtype = self.dtype if dtype == torch.float32 else dtype
+        weights = [(rows.stop - rows.start) * target.row_size for rows in turn]
+        rank = self.processes.rank
+        parts, sizes = [counts[rank] * each for each in weights], [count * weights[rank] for count in counts]
+        sent = self._buffer(f"sent {slot}", (sum(parts),), dtype, device)
+        for rows, part in zip(turn, sent.split(parts), strict=True):
+            if part.numel():
+                self._make(target, gradients, rows, part)
+        received = self._buffer(f"received {slot}", (sum(sizes) if len(counts) > 1 else 0,), dtype, device)
+        return self.processes.exchange(sent, parts, received, sizes)
+
+    def _make(self, target: Target, gradients: StepGradients, rows: slice, out: torch.Tensor) -> None:
+        """Write the gradients of some rows into `out`, 1-d, block by block: `(blocks, samples, B)`."""
         dtype = torch.promote_types(target.weight.dtype, torch.float32)
-        sent = self.dtype if dtype == torch.float32 else dtype
-        if gradients is None or rows.start == rows.stop:
-            return torch.empty(0, dtype=sent, device=target.weight.device)
-        samples, height, size = gradients.samples, rows.stop - rows.start, target.block_size
-        blocks = height * target.row_size // size
-        made = self._buffer("rows", (samples, height, target.row_size), dtype, target.weight.device)
+        shape = (gradients.samples, rows.stop - rows.start, target.row_size)
+        made = self._buffer("rows", shape, dtype, target.weight.device)
         with self._precision():
             gradients.rows(rows.start, rows.stop, made)
-        sorted_ = self._buffer(f"blocks {slot}", (blocks, samples, size), sent, target.weight.device)
-        return sorted_.copy_(made.view(samples, blocks, size).transpose(0, 1))
+        made = made.view(gradients.samples, -1, target.block_size).transpose(0, 1)
+        out.view(made.shape).copy_(made)
 
     def _buffer(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         # Touching fresh memory costs several times the product itself.

@@ -144,9 +144,9 @@ def plan_passes(
     limit = costs.samples
     while limit > 1 and in_model(limit, costs, processes.device) > available // 2:
         limit //= 2
-    # A piece of every process: as it is made, by blocks, as sent, and as received.
+    # A piece of every process: as it is made, and twice each as it is sent and as it is received.
     piece = max(piece_weights(target) for target in targets) * processes.world * limit * 4
-    collecting = in_model(limit, costs, processes.device) + 4 * piece
+    collecting = in_model(limit, costs, processes.device) + 5 * piece
     at_a_time = samples_at_a_time(limit, costs, processes.device)
     solving = solver.CHUNK_COPIES * max(solver.CHUNK_BYTES, *(8 * target.block_size**2 for target in targets))
     # A target's losses are compared in float64.

@@ -263,7 +263,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--whole_repeats", type=int, default=5, help="repeats of the whole prunes, minutes each")
     parser.add_argument("--examples", type=int, default=1024, help="examples of the whole prune")
-    parser.add_argument("--process_examples", type=int, default=256, help="examples with one and two processes")
+    parser.add_argument("--process_examples", type=int, default=1024, help="examples with one and two processes")
     parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--whole", action="store_true", help="time every step of the published procedure")
     parser.add_argument("--only", nargs="*", help="some of: fisher elimination memory overhead processes")
