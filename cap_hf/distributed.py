@@ -46,7 +46,8 @@ class Processes:
     def __init__(self, accelerator: Accelerator | None = None) -> None:
         self.rank = 0 if accelerator is None else accelerator.process_index
         self.world = 1 if accelerator is None else accelerator.num_processes
-        launched = int(os.environ.get("WORLD_SIZE", 1))
+        # Launchers tell every process its LOCAL_RANK; clusters may set WORLD_SIZE alone.
+        launched = int(os.environ.get("WORLD_SIZE", 1)) if "LOCAL_RANK" in os.environ else 1
         if accelerator is not None and launched > self.world == 1:
             raise CAPError(
                 f"{launched} processes were launched and each believes to be alone: without GPUs set "
