@@ -105,7 +105,7 @@ class Converter(WeightConverter):
     """A converter that transformers' copies of it, one for each tensor of a file, share all but the tensors with."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Converter":
-        # A tenth of the time to load a ViT-B goes into full copies.
+        # Full copies of what never changes add up over hundreds of tensors.
         converter = copy.copy(self)
         converter.collected_tensors, converter.layer_targets = defaultdict(list), defaultdict(set)
         return converter

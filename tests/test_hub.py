@@ -193,7 +193,7 @@ def test_compress_and_inspect_commands(tmp_path, capsys):
     assert run_command("compress", [*arguments, str(tmp_path / "c")]) == 1
     assert "exists" in capsys.readouterr().err
     assert run_command("inspect", ["--model_name_or_path", str(tmp_path / "c"), "--output_dir", str(tmp_path)]) == 0
-    assert "where its report says" in capsys.readouterr().out
+    assert "those of its report" in capsys.readouterr().out
     # As many zeros as before, one of them in another place.
     weights = model.vit.layers[1].mlp.fc2.weight.detach().view(-1)
     zero, other = int((weights == 0).nonzero()[0]), int((weights != 0).nonzero()[0])

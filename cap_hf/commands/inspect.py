@@ -81,4 +81,4 @@ def main(argv: list[str]) -> None:
     elif differing:
         print(f"The zeros are NOT those of its report in {summarize(differing)}")
     else:
-        print("The zeros of every layer are where its report says")
+        print("The zeros of every layer are those of its report")
