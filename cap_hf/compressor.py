@@ -10,21 +10,21 @@ from accelerate import Accelerator
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
-from cap_hf.allocation import allocate_global, allocate_uniform, path_losses
-from cap_hf.baselines import InputHessian
-from cap_hf.checkpoint import save_checkpoint
+from cap_hf.checkpoints.saving import save_checkpoint
+from cap_hf.collection.costs import Progress, measure
+from cap_hf.collection.examples import CalibrationExamples
+from cap_hf.collection.plan import Plan, Resources, disk_seconds, make_plan, spill_folder
+from cap_hf.collection.solver import Solver
+from cap_hf.collection.state import Checkpointing, CollectionState, hash_weights
+from cap_hf.collection.storage import DiskTensors, SpilledSums
 from cap_hf.config import CAPConfig, NMPattern
-from cap_hf.costs import Progress, measure
-from cap_hf.distributed import Processes
+from cap_hf.distributed.processes import Processes
 from cap_hf.errors import CAPError
-from cap_hf.examples import CalibrationExamples
-from cap_hf.fisher import Batch, BlockFisher, block_shares, damps
 from cap_hf.masks import describe_masks
-from cap_hf.plan import Plan, Resources, disk_seconds, make_plan, spill_folder
+from cap_hf.method.allocation import allocate_global, allocate_uniform, path_losses
+from cap_hf.method.baselines import InputHessian
+from cap_hf.method.fisher import Batch, BlockFisher, block_shares, damps
 from cap_hf.report import LayerReport, PruneReport
-from cap_hf.solver import Solver
-from cap_hf.state import Checkpointing, CollectionState, hash_weights
-from cap_hf.storage import DiskTensors, SpilledSums
 from cap_hf.targets import Target, find_targets, summarize
 
 logger = logging.getLogger(__name__)

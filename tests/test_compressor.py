@@ -5,15 +5,15 @@ from functools import cache
 
 import pytest
 import torch
-from conftest import ARCHITECTURES, build, random_batches
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.models import ARCHITECTURES, build, random_batches
 from torch.utils.data import DataLoader
 
-import cap_hf.solver as solver_module
+import cap_hf.collection.solver as solver_module
 from cap_hf import CAPCompressor, CAPConfig, CAPError
-from cap_hf.elimination import LostPivotError, invert, reconstruct
 from cap_hf.masks import find_pattern
+from cap_hf.method.elimination import LostPivotError, invert, reconstruct
 
 
 def collected(model, side=8, **config) -> CAPCompressor:

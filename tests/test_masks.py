@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import build
+from support.models import build
 
 from cap_hf import CAPCompressor, CAPConfig, CAPError
 from cap_hf.masks import apply_masks, find_pattern, take_masks, verify_masks

@@ -3,9 +3,9 @@
 import pytest
 import torch
 import transformers
-from conftest import ARCHITECTURES, build
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.models import ARCHITECTURES, build
 from torch import nn
 
 from cap_hf.config import NMPattern

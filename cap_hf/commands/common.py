@@ -13,7 +13,7 @@ import yaml
 from transformers import AutoImageProcessor, AutoModelForImageClassification, HfArgumentParser, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from cap_hf.data import DataArguments, ImageDataset, load_splits
+from cap_hf.data.images import DataArguments, ImageDataset, load_splits
 from cap_hf.errors import CAPError
 from cap_hf.targets import summarize
 

@@ -3,9 +3,9 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from cap_hf.checkpoint import compress_checkpoint
+from cap_hf.checkpoints.saving import compress_checkpoint
+from cap_hf.checkpoints.weights import count_negative_zeros, find_weight_files, local_folder
 from cap_hf.commands.common import ModelArguments, check_output, parse, percent
-from cap_hf.weights import count_negative_zeros, find_weight_files, local_folder
 
 
 @dataclass

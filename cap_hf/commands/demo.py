@@ -18,16 +18,16 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from cap_hf.checkpoint import save_checkpoint, write_json
+from cap_hf.checkpoints.saving import save_checkpoint, write_json
 from cap_hf.commands.common import ModelArguments, load_image_processor, load_model, parse, percent, table
 from cap_hf.compressor import CAPCompressor
 from cap_hf.config import CAPConfig
-from cap_hf.data import DataArguments, ImageDataset, calibration_split, collate, load_splits, make_dataloader
+from cap_hf.data.evaluation import evaluate_model
+from cap_hf.data.images import DataArguments, ImageDataset, calibration_split, collate, load_splits, make_dataloader
 from cap_hf.errors import CAPError
-from cap_hf.evaluation import evaluate_model
+from cap_hf.recovery.trainer import SparseTrainer
+from cap_hf.recovery.training_arguments import SparseTrainingArguments
 from cap_hf.report import Phases, versions
-from cap_hf.trainer import SparseTrainer
-from cap_hf.training_arguments import SparseTrainingArguments
 
 SPARSITIES = (0.5, 0.75, 0.9, 0.95, 0.98)
 SAVED = 0.9

@@ -5,10 +5,10 @@ from pathlib import Path
 
 from accelerate import Accelerator
 
-from cap_hf.checkpoint import write_json
+from cap_hf.checkpoints.saving import write_json
 from cap_hf.commands.common import DEFAULT_OUTPUT_DIR, ModelArguments, eval_dataset, load_all, parse, percent
-from cap_hf.data import DataArguments, make_dataloader
-from cap_hf.evaluation import evaluate_model
+from cap_hf.data.evaluation import evaluate_model
+from cap_hf.data.images import DataArguments, make_dataloader
 from cap_hf.report import versions
 
 

@@ -9,9 +9,8 @@ from transformers import EvalPrediction, PreTrainedModel
 from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
-from cap_hf.augmentation import pixel_statistics
-from cap_hf.callbacks import full_precision
-from cap_hf.checkpoint import save_checkpoint
+from cap_hf.checkpoints.saving import save_checkpoint
+from cap_hf.collection.plan import Resources
 from cap_hf.commands.common import (
     ModelArguments,
     check_output,
@@ -24,16 +23,17 @@ from cap_hf.commands.common import (
     table,
 )
 from cap_hf.config import CONFIG_NAME, CAPConfig
-from cap_hf.data import DataArguments, ImageDataset, calibration_split, collate, make_dataloader
+from cap_hf.data.evaluation import ImageClassificationMetric, evaluate_model
+from cap_hf.data.images import DataArguments, ImageDataset, calibration_split, collate, make_dataloader
 from cap_hf.errors import CAPError
-from cap_hf.evaluation import ImageClassificationMetric, evaluate_model
-from cap_hf.gradual import GradualPruner
 from cap_hf.masks import describe_masks
-from cap_hf.plan import Resources
+from cap_hf.recovery.augmentation import pixel_statistics
+from cap_hf.recovery.callbacks import full_precision
+from cap_hf.recovery.gradual import GradualPruner
+from cap_hf.recovery.trainer import SparseTrainer, model_sparsity
+from cap_hf.recovery.training_arguments import SparseTrainingArguments
 from cap_hf.report import Phases, versions
 from cap_hf.targets import find_targets
-from cap_hf.trainer import SparseTrainer, model_sparsity
-from cap_hf.training_arguments import SparseTrainingArguments
 
 
 @dataclass

@@ -3,12 +3,12 @@
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from cap_hf.checkpoint import read_report, write_json
+from cap_hf.checkpoints.saving import read_report, write_json
+from cap_hf.checkpoints.weights import find_weight_files, local_folder, measure
 from cap_hf.commands.common import DEFAULT_OUTPUT_DIR, ModelArguments, load_model, parse, percent, table
 from cap_hf.config import CAPConfig
 from cap_hf.masks import describe_masks, differing_layers, find_pattern, take_masks
 from cap_hf.targets import find_targets, summarize
-from cap_hf.weights import find_weight_files, local_folder, measure
 
 
 @dataclass

@@ -56,7 +56,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def run_among_others(command: str) -> int:
     """`run` as one of several processes: one line, not a traceback or a hang, when another one is gone."""
-    from cap_hf.watch import Watch, lost_peer
+    from cap_hf.distributed.watch import Watch, lost_peer
 
     with Watch(command) as watch:
         try:

@@ -6,7 +6,9 @@ from pathlib import Path
 from accelerate import Accelerator
 from transformers.utils import logging as transformers_logging
 
-from cap_hf.checkpoint import save_checkpoint, write_json
+from cap_hf.checkpoints.saving import save_checkpoint, write_json
+from cap_hf.collection.plan import Resources
+from cap_hf.collection.state import Checkpointing
 from cap_hf.commands.common import (
     DEFAULT_OUTPUT_DIR,
     ModelArguments,
@@ -19,12 +21,10 @@ from cap_hf.commands.common import (
 )
 from cap_hf.compressor import CAPCompressor
 from cap_hf.config import CAPConfig
-from cap_hf.data import DataArguments, ImageDataset, calibration_split, make_dataloader
+from cap_hf.data.evaluation import evaluate_model
+from cap_hf.data.images import DataArguments, ImageDataset, calibration_split, make_dataloader
 from cap_hf.errors import CAPError
-from cap_hf.evaluation import evaluate_model
-from cap_hf.plan import Resources
 from cap_hf.report import Phases, PruneReport, versions
-from cap_hf.state import Checkpointing
 
 
 @dataclass

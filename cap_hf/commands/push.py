@@ -3,10 +3,10 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from cap_hf.checkpoints.weights import local_folder
 from cap_hf.commands.common import ModelArguments, check_output, parse, percent
 from cap_hf.errors import CAPError
-from cap_hf.hub import prepare_folder, push_to_hub
-from cap_hf.weights import local_folder
+from cap_hf.hub.publish import prepare_folder, push_to_hub
 
 
 @dataclass

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from cap_hf.checkpoint import atomic_directory
+from cap_hf.checkpoints.saving import atomic_directory
 from cap_hf.errors import CAPError
 from cap_hf.inference.linear import SparseWeightLinear
 from cap_hf.inference.optimize import make_example

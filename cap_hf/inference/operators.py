@@ -4,8 +4,8 @@ import functools
 
 import torch
 
-from cap_hf.extension import load_extension
 from cap_hf.inference.packing import PackedWeight
+from cap_hf.kernels.build import load_extension
 
 
 @functools.cache

@@ -1,4 +1,4 @@
-"""A sparse weight in the form that the CPU kernel reads (described in csrc/sparse_linear.h), and back."""
+"""A sparse weight in the form that the CPU kernel reads (described in kernels/csrc/sparse_linear.h), and back."""
 
 import math
 from dataclasses import dataclass

@@ -28,10 +28,10 @@ from transformers import AutoModelForImageClassification, ViTConfig, ViTForImage
 from transformers.utils import logging
 
 from cap_hf import find_targets
-from cap_hf.checkpoint import compress_checkpoint
-from cap_hf.compression import pack, unpack
+from cap_hf.checkpoints.compression import pack, unpack
+from cap_hf.checkpoints.saving import compress_checkpoint
+from cap_hf.checkpoints.weights import find_weight_files
 from cap_hf.report import versions
-from cap_hf.weights import find_weight_files
 
 
 def load(folder: Path) -> dict[str, float]:

@@ -13,10 +13,10 @@ from pathlib import Path
 import transformers
 from accelerate import Accelerator
 
-from cap_hf.checkpoint import write_json
+from cap_hf.checkpoints.saving import write_json
 from cap_hf.commands.common import ModelArguments, eval_dataset, load_all, percent, table
-from cap_hf.data import DataArguments, make_dataloader
-from cap_hf.evaluation import evaluate_model
+from cap_hf.data.evaluation import evaluate_model
+from cap_hf.data.images import DataArguments, make_dataloader
 from cap_hf.inference.quantization import count_zeros, lost_zeros, quantize_int8
 from cap_hf.report import versions
 

@@ -24,8 +24,8 @@ from torch.nn import functional as F
 from transformers import ViTConfig, ViTForImageClassification
 
 from cap_hf import CAPCompressor, CAPConfig
-from cap_hf.elimination import eliminate, invert
-from cap_hf.fisher import BlockFisher, damps
+from cap_hf.method.elimination import eliminate, invert
+from cap_hf.method.fisher import BlockFisher, damps
 from cap_hf.report import versions
 from cap_hf.targets import Target
 

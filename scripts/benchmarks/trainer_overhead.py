@@ -26,7 +26,7 @@ from transformers import (
 )
 
 from cap_hf import SparseTrainer, SparseTrainingArguments
-from cap_hf.data import collate
+from cap_hf.data.images import collate
 from cap_hf.report import versions
 
 

@@ -1,0 +1,1 @@
+"""Checkpoints on the disk: whole or not there, plain or compressed."""

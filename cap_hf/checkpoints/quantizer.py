@@ -1,0 +1,163 @@
+"""Lets `from_pretrained` load compressed checkpoints; importing this module registers it with transformers.
+
+transformers calls a way of storing weights a quantization method. This one stores nothing differently but zeros: what
+is loaded is a plain dense model in the dtype asked for, and saving it again gives a plain checkpoint.
+"""
+
+import copy
+from collections import defaultdict
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.core_model_loading import ConversionOps, WeightConverter
+from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from cap_hf.checkpoints.compression import PARTS, check_file, digest_names, unpack
+from cap_hf.errors import CAPError
+
+QUANT_METHOD = "cap_hf"
+FORMAT_VERSION = 1
+COMPRESSED_NAME = "model.cap.safetensors"
+COMPRESSED_INDEX_NAME = "model.cap.safetensors.index.json"
+# `transformers_weights` of a compressed checkpoint's config.json: transformers looks for no other file, and quotes
+# this in the error it raises when nobody has put the file's name in its place.
+IMPORT_HINT = "this checkpoint is compressed: pip install cap_hf, then `import cap_hf` before from_pretrained"
+
+
+@register_quantization_config(QUANT_METHOD)
+class CompressedConfig(QuantizationConfigMixin):
+    """`quantization_config` in the config.json of a compressed checkpoint.
+
+    Args:
+        weights_file: the safetensors file or its index, one of two fixed names.
+        format_version: of the compressed format.
+        names_digest: `digest_names` of all tensors that the files hold.
+
+    Raises:
+        CAPError: the file has another name, or a newer cap_hf wrote the checkpoint.
+    """
+
+    # Tells transformers to drop this config from the model once it is loaded.
+    dequantize = True
+
+    def __init__(
+        self,
+        weights_file: str = COMPRESSED_NAME,
+        format_version: int = FORMAT_VERSION,
+        names_digest: str = "",
+        **_: Any,
+    ) -> None:
+        if weights_file not in (COMPRESSED_NAME, COMPRESSED_INDEX_NAME):
+            raise CAPError(f"config.json names the compressed weights {weights_file!r}, not {COMPRESSED_NAME!r}")
+        if format_version != FORMAT_VERSION:
+            raise CAPError(f"the checkpoint has format version {format_version!r}: update cap_hf to load it")
+        self.quant_method = QUANT_METHOD
+        self.weights_file = weights_file
+        self.format_version = format_version
+        self.names_digest = names_digest
+
+
+class Unpack(ConversionOps):
+    """Puts the parts of a packed weight together; a weight that is stored dense passes through."""
+
+    def __init__(self, quantizer: HfQuantizer) -> None:
+        # The quantizer is not kept: transformers takes an operation that has one to cast the dtype by itself.
+        pass
+
+    def convert(
+        self, input_dict: dict[str, Any], source_patterns: list[str], target_patterns: list[str], **kwargs: Any
+    ) -> dict[str, Any]:
+        parts: dict[str, dict[str, list[torch.Tensor]]] = {}
+        weights = {}
+        for pattern, tensors in input_dict.items():
+            tensors = tensors if isinstance(tensors, list) else [tensors]
+            pattern = pattern.removesuffix("$")
+            base, _, suffix = pattern.rpartition(".")
+            if suffix in PARTS:
+                parts.setdefault(base, {})[suffix] = tensors
+            else:
+                weights[pattern] = tensors
+        for base, lists in parts.items():
+            # One converter may gather the weights of many layers, each part a list in the same order.
+            if base in weights or len({len(tensors) for tensors in lists.values()}) != 1:
+                raise CAPError(f"{kwargs.get('full_layer_name', base)} is stored in part dense and in part compressed")
+            count = len(next(iter(lists.values())))
+            weights[base] = [unpack({part: lists[part][index] for part in lists}) for index in range(count)]
+        return weights
+
+    @property
+    def reverse_op(self) -> ConversionOps:
+        return Keep()
+
+
+class Keep(ConversionOps):
+    """The way back: a loaded weight is saved as it is."""
+
+    def convert(
+        self, input_dict: dict[str, Any], source_patterns: list[str], target_patterns: list[str], **kwargs: Any
+    ) -> dict[str, Any]:
+        return input_dict
+
+
+class Converter(WeightConverter):
+    """A converter that transformers' copies of it, one for each tensor of a file, share all but the tensors with."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Converter":
+        # Full copies of what never changes add up over hundreds of tensors.
+        converter = copy.copy(self)
+        converter.collected_tensors, converter.layer_targets = defaultdict(list), defaultdict(set)
+        return converter
+
+
+@register_quantizer(QUANT_METHOD)
+class CompressedQuantizer(HfQuantizer):
+    """Finds the compressed files, checks them, and has each weight unpacked on the device it goes to.
+
+    Raises:
+        CAPError: a file is damaged (from `from_pretrained`, before any weight is allocated).
+    """
+
+    # The first name is the one that a loaded weight is saved under.
+    serialized_names = {"weight": ["weight", *(f"weight.{part}" for part in PARTS)]}  # noqa: RUF012
+
+    def update_attn_implementation(self, config: PreTrainedConfig) -> PreTrainedConfig:
+        """Sees the model's config before its files are looked for: names the file in place of the hint."""
+        config.transformers_weights = self.quantization_config.weights_file
+        return config
+
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
+    ) -> None:
+        del model.config.transformers_weights
+        names = {name for file in checkpoint_files or () for name in check_file(file)}
+        # A weight that is missing or has another name would come up random, with a warning.
+        if checkpoint_files and digest_names(names) != self.quantization_config.names_digest:
+            raise CAPError(
+                f"the tensors in {checkpoint_files[0]} are not those that config.json tells of: the file is damaged"
+            )
+        self.dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        # transformers 5.20 loads renamed weights of any pre-quantized model in the dtype of the file.
+        for name, parameter in model.named_parameters():
+            parameter.data = parameter.data.to(self.dtypes.get(name, parameter.dtype))
+
+    def get_load_operations(self) -> dict[str, type[ConversionOps]]:
+        return {"dequantize": Unpack}
+
+    def get_weight_conversions(self) -> list[WeightConverter]:
+        # transformers 5.21 makes its own of the two above; 5.20 makes none, and takes the first pattern that fits.
+        end = "" if super().get_weight_conversions() else "$"
+        return [
+            Converter([f"{name}{end}", *parts], name, [Unpack(self)])
+            for name, (_, *parts) in self.serialized_names.items()
+        ]
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return True

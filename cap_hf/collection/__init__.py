@@ -1,0 +1,1 @@
+"""How sums over calibration examples are filled within memory, disk, time and processes."""

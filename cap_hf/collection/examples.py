@@ -1,0 +1,129 @@
+"""The examples a Fisher is estimated from: the same, in the same order, however often and by however many processes."""
+
+import random
+from collections.abc import Iterable, Iterator, Sized
+from contextlib import contextmanager
+from itertools import chain, islice
+
+import numpy as np
+import torch
+from accelerate.data_loader import prepare_data_loader
+from torch.utils.data import DataLoader
+
+from cap_hf.config import CAPConfig
+from cap_hf.distributed.processes import Processes
+from cap_hf.errors import CAPError
+from cap_hf.method.fisher import Batch
+
+
+class CalibrationExamples:
+    """This process's batches, cut to the examples asked for, as `BlockFisher.collect` takes them.
+
+    Every iteration begins with the config's seed, so that a dataloader which shuffles gives the same order again.
+
+    Args:
+        dataloader: batches of `pixel_values` and `labels`. A DataLoader, not prepared by accelerate, is shared out
+            between the processes; any other iterable holds this process's own share.
+        config: for the number of examples, their grouping, their labels and the seed.
+        processes: of the run.
+
+    Attributes:
+        limit: gradient samples a step; larger batches are split.
+    """
+
+    def __init__(self, dataloader: DataLoader | Iterable[Batch], config: CAPConfig, processes: Processes) -> None:
+        self.dataloader, self.config, self.processes = dataloader, config, processes
+        self.limit: int | None = None
+        # What can be gone through once is peeked into by the plan, and then gone through.
+        self.once = isinstance(dataloader, Iterator)
+        self._first: list[Batch] = []
+        self.wanted = config.num_grads * config.samples_per_grad
+        self.uniforms = None
+        if config.fisher_type == "sampled":
+            # Drawn for all examples at once: an example gets the same label on whatever process it lands.
+            self.uniforms = torch.rand(self.wanted, generator=torch.Generator().manual_seed(config.seed))
+
+    @property
+    def size(self) -> int | None:
+        """How many examples (batches, where it is not a DataLoader) there are to choose from, if that is known."""
+        everything = getattr(self.dataloader, "dataset", self.dataloader)
+        return len(everything) if isinstance(everything, Sized) else None
+
+    def peek(self) -> Iterator[tuple[Batch, int, torch.Tensor | None]]:
+        """The first batch alone, which the next iteration still has."""
+        if self.once:
+            self._first = list(islice(self.dataloader, 1))
+            return iter(CalibrationExamples(self._first, self.config, self.processes))
+        return islice(self, 1)
+
+    def __iter__(self) -> Iterator[tuple[Batch, int, torch.Tensor | None]]:
+        group = self.config.samples_per_grad
+        with seeded(self.dataloader, self.config.seed):
+            loader, rank, world, size = self._share()
+            seen = 0
+            for index, batch in enumerate(loader):
+                if "labels" not in batch or "pixel_values" not in batch:
+                    raise CAPError(f"a batch has {sorted(batch)}; it needs pixel_values and labels")
+                full = size or len(batch["labels"])
+                if full % group:
+                    raise CAPError(f"the batch size {full} is not a multiple of samples_per_grad={group}")
+                # Where this batch's examples stand among those of all processes.
+                start = (index * world + rank) * size if world > 1 else seen
+                seen += len(batch["labels"])
+                length = min(len(batch["labels"]), self.wanted - start) // group * group
+                if length <= 0:
+                    break
+                step = length if self.limit is None else self.limit * group
+                for first in range(0, length, step):
+                    part = slice(first, min(first + step, length))
+                    uniforms = None if self.uniforms is None else self.uniforms[start:][part]
+                    yield (
+                        {name: value[part].to(self.processes.device) for name, value in batch.items()},
+                        (part.stop - part.start) // group,
+                        uniforms,
+                    )
+
+    def _share(self) -> tuple[Iterable[Batch], int, int, int | None]:
+        """What this process reads, its number among those that share it, how many these are, and the batch size."""
+        if self.once:
+            first, self._first = self._first, []
+            return chain(first, self.dataloader), 0, 1, None
+        if not isinstance(self.dataloader, DataLoader):
+            return self.dataloader, 0, 1, None
+        size = getattr(self.dataloader.batch_sampler, "batch_size", None)
+        if self.processes.world == 1:
+            return self.dataloader, 0, 1, size
+        if size is None:
+            raise CAPError("several processes share batches of one size: give the dataloader a batch_size")
+        # Even shares would repeat examples, and the Fisher would count them twice.
+        shared = prepare_data_loader(
+            self.dataloader,
+            num_processes=self.processes.world,
+            process_index=self.processes.rank,
+            put_on_device=False,
+            even_batches=False,
+            rng_types=["generator"],
+        )
+        return shared, self.processes.rank, self.processes.world, size
+
+
+@contextmanager
+def seeded(dataloader: DataLoader | Iterable[Batch], seed: int) -> Iterator[None]:
+    """Let everything that a dataloader may draw from begin with a seed; what was there before is put back."""
+    sampler = getattr(dataloader, "sampler", None)
+    owners = [owner for owner in (dataloader, sampler) if hasattr(owner, "generator")]
+    before = [owner.generator for owner in owners]
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.default_generator.manual_seed(seed)
+    for owner in owners:
+        owner.generator = torch.Generator().manual_seed(seed)
+    try:
+        yield
+    finally:
+        for owner, generator in zip(owners, before, strict=True):
+            owner.generator = generator
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])

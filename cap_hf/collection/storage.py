@@ -1,0 +1,90 @@
+"""Tensors on the disk that are used like a dict of tensors in memory."""
+
+import os
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from cap_hf.errors import CAPError
+from cap_hf.method.fisher import SymmetricSums
+from cap_hf.targets import Target
+
+
+class DiskTensors(MutableMapping[str, torch.Tensor]):
+    """One safetensors file a tensor, written whole or not at all, mapped into memory while it is read.
+
+    Args:
+        folder: made if need be.
+        device: where tensors are read to.
+    """
+
+    def __init__(self, folder: Path, device: torch.device) -> None:
+        self.folder, self.device = folder, device
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def _path(self, name: str) -> Path:
+        return self.folder / f"{name}.safetensors"
+
+    def __setitem__(self, name: str, tensor: torch.Tensor) -> None:
+        partial = self._path(name).with_suffix(".partial")
+        try:
+            save_file({"tensor": tensor.detach().cpu().contiguous()}, partial)
+            os.replace(partial, self._path(name))
+        except (OSError, SafetensorError) as error:
+            reason = str(error).splitlines()[0]
+            raise CAPError(
+                f"{self.folder} cannot be written ({reason}): name another folder with --spill_dir"
+            ) from error
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        if not self._path(name).is_file():
+            raise KeyError(name)
+        return load_file(self._path(name), device=str(self.device))["tensor"]
+
+    def __delitem__(self, name: str) -> None:
+        self._path(name).unlink()
+
+    def __iter__(self) -> Iterator[str]:
+        return (path.stem for path in sorted(self.folder.glob("*.safetensors")))
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+
+class SpilledSums(Mapping[str, SymmetricSums]):
+    """The Fisher sums of many targets, one target in memory at a time.
+
+    Args:
+        folder: of the files.
+        targets: whose sums they are.
+        device: where they are read to.
+    """
+
+    def __init__(self, folder: Path, targets: Sequence[Target], device: torch.device) -> None:
+        self.targets = {target.name: target for target in targets}
+        self.tensors = DiskTensors(folder, device)
+        self._last: tuple[str, SymmetricSums] | None = None
+
+    def write(self, sums: Mapping[str, SymmetricSums]) -> None:
+        """Keep the sums of some of the targets."""
+        for name, each in sums.items():
+            for index, strip in enumerate(each.strips):
+                self.tensors[f"{name}.{index}"] = strip
+
+    def __getitem__(self, name: str) -> SymmetricSums:
+        if self._last is None or self._last[0] != name:
+            self._last = None
+            strips, size = [], self.targets[name].block_size
+            while not strips or strips[-1].shape[2] < size:
+                strips.append(self.tensors[f"{name}.{len(strips)}"])
+            self._last = name, SymmetricSums(size, strips)
+        return self._last[1]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.targets)
+
+    def __len__(self) -> int:
+        return len(self.targets)

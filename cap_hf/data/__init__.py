@@ -1,0 +1,1 @@
+"""Images, labels and what a model makes of them."""

@@ -1,0 +1,1 @@
+"""What several processes own, tell each other, and do when one is gone."""

@@ -1,0 +1,208 @@
+"""Publish a checkpoint: the folder as it will be on the Hub, and one commit that holds all of it."""
+
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, LocalTokenNotFoundError
+from huggingface_hub.utils import validate_repo_id
+
+from cap_hf.checkpoints.saving import REPORT_NAME, atomic_directory
+from cap_hf.checkpoints.weights import WeightFiles, compress_weights, find_weight_files
+from cap_hf.compressor import CAPCompressor
+from cap_hf.config import CONFIG_NAME
+from cap_hf.errors import CAPError
+from cap_hf.hub.card import CARD_NAME, PICTURE_NAME, CardFacts, one_line
+from cap_hf.hub.picture import draw_sparsity
+
+PROCESSOR_NAME = "preprocessor_config.json"
+# What is published beside the weights, their index and the card.
+FILES = ("config.json", PROCESSOR_NAME, "processor_config.json", CONFIG_NAME, REPORT_NAME)
+WEIGHT_ENDINGS = (".safetensors", ".safetensors.index.json")
+# Seconds before each further attempt.
+WAITS = (1, 4)
+
+T = TypeVar("T")
+
+
+def push_to_hub(
+    checkpoint: str | Path | CAPCompressor,
+    repo_id: str,
+    image_processor: object | None = None,
+    compressed: bool = False,
+    private: bool | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    commit_message: str | None = None,
+    token: str | None = None,
+    base_model: str | None = None,
+    license: str | None = None,
+) -> str:
+    """Publish a checkpoint with its image processor, report, card and picture, in one commit.
+
+    The repository is created if it does not exist; weights that it holds under other names are removed in the same
+    commit. Nobody ever sees a part of a push: the files appear with the commit or not at all.
+
+    Args:
+        checkpoint: a folder, or a compressor that has pruned its model.
+        repo_id: `user/name`.
+        image_processor: for a compressor's model; a folder holds its own.
+        compressed: publish the weights compressed; a folder that is compressed stays so.
+        private: whether a new repository is private; None for the Hub's default.
+        revision: the branch to commit to; created if need be.
+        create_pr: open a pull request instead of committing.
+        commit_message: of the commit.
+        token: None for the one that huggingface_hub finds.
+        base_model: Hub id of the dense model, for the card; None for the report's.
+        license: for the card; None for the base model's.
+
+    Returns:
+        The address of the commit, or of the pull request.
+
+    Raises:
+        CAPError: the checkpoint is incomplete, or the Hub refuses; nothing was published then.
+    """
+    check_repo_id(repo_id)
+    with tempfile.TemporaryDirectory(prefix="cap_hf") as scratch:
+        if isinstance(checkpoint, CAPCompressor):
+            folder = Path(scratch) / "checkpoint"
+            checkpoint.save_pretrained(folder, image_processor)
+        else:
+            folder = Path(checkpoint)
+        ready = Path(scratch) / "ready"
+        prepare_folder(folder, ready, repo_id, compressed, base_model, license)
+        return upload_folder(ready, repo_id, private, revision, create_pr, commit_message, token)
+
+
+def prepare_folder(
+    checkpoint: str | Path,
+    directory: str | Path,
+    repo_id: str,
+    compressed: bool = False,
+    base_model: str | None = None,
+    license: str | None = None,
+) -> CardFacts:
+    """Write the folder exactly as `push_to_hub` would publish it, atomically; arguments and errors as there."""
+    check_repo_id(repo_id)
+    checkpoint = Path(checkpoint)
+    if not checkpoint.is_dir():
+        raise CAPError(f"{checkpoint} is no folder: save the checkpoint first")
+    if checkpoint.resolve() == Path(directory).resolve():
+        raise CAPError(f"{directory} is the checkpoint itself: choose another --output_dir")
+    files = find_weight_files(checkpoint)
+    if not (checkpoint / PROCESSOR_NAME).exists():
+        raise CAPError(f"{checkpoint} has no {PROCESSOR_NAME}: save the model's image processor there first")
+    with atomic_directory(directory) as folder:
+        for name in FILES:
+            if (checkpoint / name).is_file():
+                shutil.copyfile(checkpoint / name, folder / name)
+        copy_weights(files, checkpoint, folder)
+        if compressed and not files.compressed:
+            compress_weights(folder, folder)
+        facts = CardFacts.gather(folder, repo_id, base_model, license)
+        facts.render().save(folder / CARD_NAME)
+        draw_sparsity(
+            [layer["name"] for layer in facts.layers],
+            [layer["num_zeros"] / layer["num_weights"] for layer in facts.layers],
+            facts.sparsity,
+            folder / PICTURE_NAME,
+        )
+    return facts
+
+
+def copy_weights(files: WeightFiles, checkpoint: Path, folder: Path) -> None:
+    """Copy the weight files and the index of a checkpoint that is in several."""
+    indices = checkpoint.glob("model.*safetensors.index.json") if len(files.paths) > 1 else ()
+    for path in (*files.paths, *indices):
+        shutil.copyfile(path, folder / path.name)
+
+
+def upload_folder(
+    folder: Path,
+    repo_id: str,
+    private: bool | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    commit_message: str | None = None,
+    token: str | None = None,
+) -> str:
+    """Commit all files of a folder at once; arguments, result and errors as for `push_to_hub`."""
+    api = HfApi(token=token)
+    additions = [
+        CommitOperationAdd(path_in_repo=path.name, path_or_fileobj=str(path)) for path in sorted(folder.iterdir())
+    ]
+    try:
+        attempt(lambda: api.create_repo(repo_id, private=private, exist_ok=True))
+        if private and not attempt(lambda: api.model_info(repo_id)).private:
+            raise CAPError(f"{repo_id} exists and is public: make it private on the Hub or choose another name")
+        if revision is not None and revision != "main":
+            attempt(lambda: api.create_branch(repo_id, branch=revision, exist_ok=True))
+        names = {addition.path_in_repo for addition in additions}
+        stale = [
+            CommitOperationDelete(path_in_repo=name)
+            for name in attempt(lambda: api.list_repo_files(repo_id, revision=revision))
+            if "/" not in name and name.endswith(WEIGHT_ENDINGS) and name not in names
+        ]
+        attempt(
+            lambda: api.preupload_lfs_files(
+                repo_id, additions, revision=revision, create_pr=create_pr, free_memory=False
+            )
+        )
+        commit = attempt(
+            lambda: api.create_commit(
+                repo_id,
+                [*additions, *stale],
+                commit_message=commit_message or "Upload a model pruned with cap_hf",
+                revision=revision,
+                create_pr=create_pr,
+            ),
+            # Files committed twice are the same files; a pull request opened twice is two.
+            waits=() if create_pr else WAITS,
+        )
+    except CAPError:
+        raise
+    except LocalTokenNotFoundError as error:
+        raise CAPError("no Hub token was found: log in with `hf auth login`") from error
+    except (HTTPError, OSError, ValueError) as error:
+        raise CAPError(explain(repo_id, error)) from error
+    return commit.pr_url or commit.commit_url
+
+
+def attempt(action: Callable[[], T], waits: tuple[int, ...] = WAITS) -> T:
+    """Do something that may be done twice; once more after each wait if the server or the connection fails."""
+    for wait in (*waits, None):
+        try:
+            return action()
+        except (HTTPError, OSError) as error:
+            status = getattr(getattr(error, "response", None), "status_code", None)
+            transient = isinstance(error, (HTTPError, ConnectionError)) and (status is None or status >= 500)
+            if wait is None or not transient or isinstance(error, LocalTokenNotFoundError):
+                raise
+            time.sleep(wait)
+    raise AssertionError("the last wait is None")
+
+
+def explain(repo_id: str, error: Exception) -> str:
+    """One line about a push that failed; never a token, which no error of huggingface_hub quotes."""
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    said = error.server_message if isinstance(error, HfHubHTTPError) and error.server_message else str(error)
+    lines = said.strip().splitlines()
+    said = one_line(lines[0]) if lines else type(error).__name__
+    advice = {
+        401: "the token is missing, expired or wrong: log in with `hf auth login`",
+        403: "the token may not write there: use one with write rights or choose another --hub_model_id",
+        404: "there is no such repository or branch, or the token may not see it",
+    }.get(status, "try again later" if status is None or status >= 500 else "")
+    return f"{repo_id} was not pushed, nothing was published: {said}{': ' if advice else ''}{advice}"
+
+
+def check_repo_id(repo_id: str) -> None:
+    """Raise a CAPError unless this can be the name of a repository."""
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise CAPError(f"--hub_model_id {one_line(repo_id)!r} cannot be a repository: user/name is") from error

@@ -1,0 +1,1 @@
+"""C++ kernels and how they are compiled."""

@@ -1,0 +1,1 @@
+"""The paper (arXiv 2210.09223) and its baselines, on tensors alone."""

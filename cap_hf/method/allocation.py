@@ -1,0 +1,129 @@
+"""How many weights each block gives up: global, uniform, N:M. Exact to the weight, ties included."""
+
+from collections.abc import Sequence
+
+import torch
+
+from cap_hf.distributed.processes import Processes
+
+# Losses are compared as float32: non-negative floats order like the integers that their bits spell.
+TINY = torch.finfo(torch.float32).tiny
+INFINITY_BITS = 0x7F800000
+
+
+def path_losses(losses: torch.Tensor, zeros: torch.Tensor, selection: str) -> torch.Tensor:
+    """What a block's k-th removal is compared by, non-decreasing in k.
+
+    Args:
+        losses: `(n, steps)` loss of each single removal, in the order of removal.
+        zeros: `(n,)` how many leading removals were weights that are 0 already; they get exactly 0, all others
+            more, so that a tie can never spend a removal on a weight while a zero is left.
+        selection: 'marginal' (running maximum of the losses) or 'cumulative' (their running sum, as published).
+    """
+    path = losses.double()
+    path = path.cummax(dim=1).values if selection == "marginal" else path.clamp_min(0).cumsum(dim=1)
+    path = path.clamp(TINY, torch.finfo(torch.float32).max).float()
+    steps = torch.arange(losses.shape[1], device=losses.device)
+    return path.masked_fill_(steps < zeros[:, None], 0.0)
+
+
+def allocate(
+    groups: Sequence[Sequence[torch.Tensor]], quotas: Sequence[int], processes: Processes | None = None
+) -> list[list[torch.Tensor]]:
+    """In each group of targets, take so many of the cheapest removals.
+
+    Processes hold the paths of their own blocks and tell each other counts only. Of removals that cost the same
+    those of the earlier target go first, then those of the earlier block.
+
+    Args:
+        groups: of targets, each `(n_blocks, steps)` float32 from `path_losses`.
+        quotas: how many removals each group gives up, on all processes together.
+        processes: of the run, which own consecutive blocks of each target; None for this process alone.
+
+    Returns:
+        For each target `(n_blocks,)` int64: how many weights each block gives up. They sum to the quotas.
+    """
+    processes = processes or Processes()
+    paths = [path for group in groups for path in group]
+    member = torch.tensor([index for index, group in enumerate(groups) for _ in group], dtype=torch.int64)
+    wanted = torch.tensor(quotas, dtype=torch.int64)
+
+    def count(bits: torch.Tensor, right: bool) -> list[torch.Tensor]:
+        """How many removals of each block cost less than its group's threshold, or (right) no more than that."""
+        values = bits.to(torch.int32).view(torch.float32)[member].tolist()
+        return [
+            torch.searchsorted(path, path.new_full((len(path), 1), value), right=right)[:, 0]
+            for path, value in zip(paths, values, strict=True)
+        ]
+
+    def totals(counts: list[torch.Tensor]) -> torch.Tensor:
+        own = torch.stack([each.sum().cpu() for each in counts])
+        return processes.sum(torch.zeros_like(wanted).index_add_(0, member, own).to(processes.device)).cpu()
+
+    # Bisect on the bits of the thresholds: the lowest at or below which there are enough removals.
+    low, high = torch.zeros_like(wanted), torch.full_like(wanted, INFINITY_BITS)
+    while (low < high).any():
+        middle = (low + high) // 2
+        enough = totals(count(middle, right=True)) >= wanted
+        low, high = torch.where(enough, low, torch.minimum(middle + 1, high)), torch.where(enough, middle, high)
+    counts = count(low, right=False)
+    ties = [upto - below for upto, below in zip(count(low, right=True), counts, strict=True)]
+    left = (wanted - totals(counts)).tolist()
+    everyone = processes.gather_ints(*(int(tie.sum()) for tie in ties))
+    for index, (group, tie) in enumerate(zip(member.tolist(), ties, strict=True)):
+        shares = [row[index] for row in everyone]
+        own = left[group] - sum(shares[: processes.rank])
+        before = tie.cumsum(dim=0) - tie
+        counts[index] += torch.minimum(tie, (own - before).clamp_min(0))
+        left[group] = max(0, left[group] - sum(shares))
+    remaining = iter(counts)
+    return [[next(remaining) for _ in group] for group in groups]
+
+
+def allocate_global(
+    paths: Sequence[torch.Tensor], num_removed: int, processes: Processes | None = None
+) -> list[torch.Tensor]:
+    """Take the `num_removed` cheapest removals over all targets; arguments and result as for `allocate`."""
+    return allocate([paths], [num_removed], processes)[0]
+
+
+def allocate_uniform(
+    paths: Sequence[torch.Tensor], sizes: Sequence[int], sparsity: float, processes: Processes | None = None
+) -> list[torch.Tensor]:
+    """The same sparsity in every target; the cheapest removals inside each.
+
+    A target that has more zeros than that already keeps them; the others then share the rest evenly.
+
+    Args:
+        paths: as for `allocate`.
+        sizes: the number of weights of each target.
+        sparsity: of all targets together, exact to the weight.
+        processes: as for `allocate`.
+    """
+    processes = processes or Processes()
+    own = torch.stack([(path == 0).sum() for path in paths])
+    zeros = processes.sum(own).tolist()
+    total = round(sum(sizes) * sparsity)
+    beyond: set[int] = set()
+    while True:
+        room = sum(size for index, size in enumerate(sizes) if index not in beyond)
+        level = (total - sum(zeros[index] for index in beyond)) / max(room, 1)
+        more = {index for index, size in enumerate(sizes) if index not in beyond and zeros[index] > level * size}
+        if not more:
+            break
+        beyond |= more
+    quotas, exact, given = [], 0.0, 0
+    for index, size in enumerate(sizes):
+        quota = zeros[index]
+        if index not in beyond:
+            exact += level * size
+            quota = int(exact + 0.5) - given
+            given += quota
+        quotas.append(quota)
+    return [counts for (counts,) in allocate([[path] for path in paths], quotas, processes)]
+
+
+def removed_mask(order: torch.Tensor, counts: torch.Tensor, size: int) -> torch.Tensor:
+    """`(n, size)` bool, True where one of the first `counts[i]` removals of row i's `order` `(n, steps)` lies."""
+    first = torch.arange(order.shape[1], device=order.device) < counts[:, None]
+    return torch.zeros(len(order), size, dtype=torch.bool, device=order.device).scatter_(1, order, first)

@@ -1,0 +1,248 @@
+"""The greedy correlation-aware solver and its reconstruction (arXiv 2210.09223, section 3). Tensors only."""
+
+from dataclasses import dataclass
+
+import torch
+
+from cap_hf.config import NMPattern
+from cap_hf.kernels.build import load_extension
+
+# Steps between two updates of the inverse: long enough that the update is a matrix product, short enough that
+# the pending columns stay in the cache.
+PANEL = 64
+
+
+class NotInvertibleError(ArithmeticError):
+    """A damped block Fisher is not positive definite in float64; `damp` is an absolute one that would do."""
+
+    def __init__(self, block: int, damp: float) -> None:
+        super().__init__(f"block {block} is not positive definite; an absolute damp of {damp:.1e} would do")
+        self.block, self.damp = block, damp
+
+
+class LostPivotError(ArithmeticError):
+    """Rounding made a pivot of block `block` zero, negative or not finite."""
+
+    def __init__(self, block: int) -> None:
+        super().__init__(f"lost the pivot of block {block}")
+        self.block = block
+
+
+@dataclass
+class Elimination:
+    """The greedy removal order of a set of blocks.
+
+    Attributes:
+        order: `(n, steps)` int64, the position removed at each step.
+        losses: `(n, steps)`, the increase of the quadratic loss at each step (CAP's eq. for a single removal).
+    """
+
+    order: torch.Tensor
+    losses: torch.Tensor
+
+
+def invert(fisher: torch.Tensor) -> torch.Tensor:
+    """The inverses of damped block Fishers by Cholesky.
+
+    Args:
+        fisher: `(n, B, B)`, symmetric, damp already on the diagonal.
+
+    Raises:
+        NotInvertibleError: a block is not positive definite.
+    """
+    if len(fisher) > 1 and fisher.stride(0) == 0:  # one matrix, expanded
+        return invert(fisher[:1]).expand_as(fisher)
+    if has_kernels(fisher):
+        inverse, info = torch.ops.cap_hf.invert(fisher)
+    else:
+        factor, info = torch.linalg.cholesky_ex(fisher)
+        inverse = None if info.any() else torch.cholesky_inverse(factor)
+    if info.any():
+        block = int(info.nonzero()[0, 0])
+        eigenvalues = torch.linalg.eigvalsh(fisher[block])
+        # Enough to lift the lowest eigenvalue well above what float64 loses.
+        damp = float(-2 * eigenvalues[0].clamp(max=0) + 1e-10 * eigenvalues[-1].abs())
+        raise NotInvertibleError(block, damp)
+    return inverse
+
+
+def decouple(fisher: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
+    """`(n, B, B)` Fishers in which the entries marked by `zero` `(n, B)` are alone: their rows those of the identity.
+
+    Weights that are 0 and stay 0 cannot make up for others; the inverse of this is the survivors' own.
+    """
+    if not zero.any():
+        return fisher
+    fisher = fisher.masked_fill(zero[:, :, None] | zero[:, None, :], 0.0)
+    fisher.diagonal(dim1=-2, dim2=-1).masked_fill_(zero, 1.0)
+    return fisher
+
+
+def has_kernels(tensor: torch.Tensor) -> bool:
+    """Whether the C++ kernels take a tensor like this one; else the PyTorch code does, with the same results."""
+    return tensor.device.type == "cpu" and tensor.dtype == torch.float64 and load_extension("elimination")
+
+
+def eliminate(weights: torch.Tensor, inverse: torch.Tensor, pattern: NMPattern | None = None) -> Elimination:
+    """Remove the cheapest weight, move the others, repeat, in all blocks.
+
+    In float64 on a CPU a compiled kernel does what `eliminate_in_torch` does, block by block in the core's cache.
+
+    Args:
+        weights: `(n, B)`. Entries that are 0 are removed first, at no cost.
+        inverse: `(n, B, B)`, the inverse damped Fisher `A`, symmetric. Not changed.
+        pattern: N:M; then no group of M consecutive entries gives up more than M - N.
+
+    Returns:
+        The order and losses of all B removals, or of the `B (M - N) / M` that the pattern allows.
+
+    Raises:
+        LostPivotError: rounding destroyed a pivot.
+    """
+    if not has_kernels(weights):
+        return eliminate_in_torch(weights, inverse, pattern)
+    steps, group, limit = weights.shape[1], 0, 0
+    if pattern is not None:
+        group, limit = pattern.m, pattern.m - pattern.n
+        steps = steps // group * limit
+    order, losses, lost = torch.ops.cap_hf.eliminate(weights, inverse, steps, group, limit)
+    if lost >= 0:
+        raise LostPivotError(lost)
+    return Elimination(order, losses)
+
+
+def eliminate_in_torch(weights: torch.Tensor, inverse: torch.Tensor, pattern: NMPattern | None = None) -> Elimination:
+    """`eliminate` in plain PyTorch, all blocks at once: what GPUs run, and what the kernel is checked against.
+
+    Removing entry p costs `w_p^2 / (2 A_pp)` and moves the others by `-A[:, p] w_p / A_pp`; `A` then loses rank
+    one. Within a panel of steps only the pivots' columns of the current `A` are formed (left-looking); after it
+    one matrix product brings `A` up to date on the survivors, so the work is 2/3 B^3 a block, almost all of it
+    matrix products, and nothing but `A` itself is carried along. Arguments and results are those of `eliminate`.
+    """
+    n, size = weights.shape
+    steps = size if pattern is None else size // pattern.m * (pattern.m - pattern.n)
+    w, a = weights.clone(), inverse
+    position = torch.arange(size, device=w.device).expand(n, size)
+    order = torch.empty(n, steps, dtype=torch.int64, device=w.device)
+    losses = torch.empty(n, steps, dtype=w.dtype, device=w.device)
+    given = torch.zeros(n, size // pattern.m, dtype=torch.int64, device=w.device) if pattern else None
+    zero = weights == 0
+    batch = torch.arange(n, device=w.device)
+    # Memory that is fresh from the system costs more to touch than these copies: take it once.
+    work = inverse.new_empty(inverse.numel()), inverse.new_empty(inverse.numel())
+
+    for start in range(0, steps, PANEL):
+        count = min(PANEL, steps - start)
+        diagonal = a.diagonal(dim1=-2, dim2=-1).clone()
+        columns = a.new_zeros(n, count, a.shape[-1])
+        removed = torch.zeros_like(w, dtype=torch.bool)
+        for k in range(count):
+            scores = (w.square() / diagonal).masked_fill_(zero, -1.0)
+            blocked = removed
+            if pattern:
+                blocked = removed | (given.gather(1, position // pattern.m) == pattern.m - pattern.n)
+            pivot = scores.masked_fill_(blocked, torch.inf).argmin(dim=1, keepdim=True)
+            root = diagonal.gather(1, pivot).sqrt_()
+            column = a[batch, pivot[:, 0]]
+            if k:
+                past = columns[:, :k]
+                at_pivot = past.gather(2, pivot[:, None].expand(n, k, 1))
+                column = torch.baddbmm(column[:, None], at_pivot.mT, past, alpha=-1)[:, 0]
+            column = column / root
+            cost = w.gather(1, pivot) / root
+            w.addcmul_(column, cost, value=-1).scatter_(1, pivot, 0.0)
+            diagonal.addcmul_(column, column, value=-1)
+            columns[:, k] = column
+            removed.scatter_(1, pivot, True)
+            original = position.gather(1, pivot)
+            if pattern:
+                given.scatter_add_(1, original // pattern.m, torch.ones_like(original))
+            order[:, start + k] = original[:, 0]
+            losses[:, start + k] = cost[:, 0].square() / 2
+        lost = ~losses[:, start : start + count].isfinite().all(dim=1)
+        if lost.any():
+            raise LostPivotError(int(lost.nonzero()[0, 0]))
+        if start + count < steps:
+            left = (~removed).nonzero()[:, 1].view(n, w.shape[1] - count)
+            w, zero, position = w.gather(1, left), zero.gather(1, left), position.gather(1, left)
+            columns = columns.gather(2, left[:, None].expand(n, count, -1))
+            a = select_symmetric(a, left, *work).baddbmm_(columns.mT, columns, alpha=-1)
+            work = work[::-1]
+    return Elimination(order, losses)
+
+
+def select_symmetric(
+    matrices: torch.Tensor, index: torch.Tensor, rows: torch.Tensor | None = None, spare: torch.Tensor | None = None
+) -> torch.Tensor:
+    """`out[b, i, j] = matrices[b, index[b, i], index[b, j]]` for symmetric `(n, B, B)` and index `(n, m)`.
+
+    Whole rows are copied twice with a transpose between, which is several times faster than a gather of entries.
+
+    Args:
+        matrices: `(n, B, B)`.
+        index: `(n, m)`.
+        rows: 1-d memory of at least `n m B` entries, which the result will lie in; not `matrices`'.
+        spare: the same, to work in; may be `matrices`' own.
+    """
+    n, size, _ = matrices.shape
+    width = index.shape[1]
+    rows = matrices.new_empty(matrices.numel()) if rows is None else rows
+    spare = matrices.new_empty(matrices.numel()) if spare is None else spare
+    flat = (index + size * torch.arange(n, device=index.device)[:, None]).flatten()
+    half = rows[: n * width * size].view(n * width, size)
+    torch.index_select(matrices.reshape(n * size, size), 0, flat, out=half)
+    turned = spare[: n * size * width].view(n, size, width)
+    turned.copy_(half.view(n, width, size).mT)
+    result = rows[: n * width * width].view(n * width, width)
+    torch.index_select(turned.view(n * size, width), 0, flat, out=result)
+    return result.view(n, width, width)
+
+
+def reconstruct(weights: torch.Tensor, fisher: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
+    """The weights of least quadratic loss among those that are 0 outside `keep`.
+
+    This is what the chain of single updates arrives at, solved at once on the survivors only:
+    `F_SS (w'_S - w_S) = F_SP w_P` for survivors S and removed P.
+
+    Args:
+        weights: `(n, B)` before pruning.
+        fisher: `(n, B, B)`, damp on the diagonal.
+        keep: `(n, B)` bool.
+
+    Returns:
+        `(n, B)` new weights, exactly 0 outside `keep`.
+    """
+    if has_kernels(weights):
+        result, info = torch.ops.cap_hf.reconstruct(weights, fisher, keep)
+        if info.any():
+            raise torch.linalg.LinAlgError("the survivors' Fisher is not positive definite")
+        return result
+    counts = keep.sum(dim=1)
+    width = int(counts.max()) if len(counts) else 0
+    if width == 0:
+        return torch.zeros_like(weights)
+    # Survivors first; shorter blocks are padded with rows of the identity.
+    index = keep.int().argsort(dim=1, descending=True, stable=True)[:, :width]
+    real = torch.arange(width, device=keep.device) < counts[:, None]
+    pull = torch.bmm(fisher, weights.masked_fill(keep, 0.0)[..., None])[..., 0]
+    system = select_symmetric(fisher, index)
+    system.masked_fill_(~(real[:, :, None] & real[:, None, :]), 0.0)
+    system.diagonal(dim1=-2, dim2=-1).masked_fill_(~real, 1.0)
+    right = pull.gather(1, index).masked_fill_(~real, 0.0)[..., None]
+    moves = torch.cholesky_solve(right, torch.linalg.cholesky(system))[..., 0]
+    return weights.masked_fill(~keep, 0.0).scatter_add(1, index, moves.masked_fill_(~real, 0.0))
+
+
+def independent_update(weights: torch.Tensor, inverse: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
+    """The sum of the single OBS updates of all removed weights, as WoodFisher and oBERT apply it.
+
+    Args:
+        weights: `(n, B)` before pruning.
+        inverse: `(n, B, B)`, the inverse damped Fisher.
+        keep: `(n, B)` bool.
+
+    Returns:
+        `(n, B)` new weights, exactly 0 outside `keep`.
+    """
+    steps = weights.masked_fill(keep, 0.0) / inverse.diagonal(dim1=-2, dim2=-1)
+    return (weights - torch.bmm(inverse, steps[..., None])[..., 0]).masked_fill(~keep, 0.0)

@@ -1,0 +1,1 @@
+"""Training with the zeros held: a Trainer that prunes on a schedule and learns from a teacher."""

@@ -1,0 +1,87 @@
+"""SparseTrainingArguments: what recovery adds to transformers' TrainingArguments, validated."""
+
+from dataclasses import dataclass, field
+
+import torch
+from transformers import SchedulerType, TrainingArguments
+
+from cap_hf.errors import CAPError
+from cap_hf.recovery.augmentation import PRESETS
+from cap_hf.recovery.schedules import SparsitySchedule
+
+
+@dataclass
+class SparseTrainingArguments(TrainingArguments):
+    """Arguments of a recovery; everything else is TrainingArguments' own.
+
+    Raises:
+        CAPError: a value is outside what its field allows.
+    """
+
+    do_eval: bool = field(default=True, metadata={"help": "Evaluate the model before and after."})
+    sparsity_schedule: str | None = field(
+        default=None,
+        metadata={
+            "help": "Prune while training: start,end,steps,shape (linear or cubic); or epoch:sparsity,...; or one "
+            "sparsity. Default: keep the model's zeros."
+        },
+    )
+    restart_lr: bool = field(
+        default=True,
+        metadata={"help": "Restart the linear decay at every pruning step; other --lr_scheduler_type never do."},
+    )
+    cycle_peak_decay: float = field(
+        default=1.0, metadata={"help": "Factor of the peak learning rate from one cycle to the next."}
+    )
+    hard_label_weight: float = field(default=1.0, metadata={"help": "Weight of the cross entropy with the labels."})
+    distillation_weight: float = field(
+        default=1.0, metadata={"help": "Weight of the divergence from the teacher's logits, where there is a teacher."}
+    )
+    distillation_temperature: float = field(default=2.0, metadata={"help": "Temperature of that divergence."})
+    hidden_state_weight: float = field(
+        default=0.0, metadata={"help": "Weight of the normalised MSE to the teacher's hidden states."}
+    )
+    teacher_bf16: bool = field(default=False, metadata={"help": "Run the teacher in bfloat16."})
+    augmentation: str = field(
+        default="none",
+        metadata={"help": "Strength; sparse models want less than dense ones.", "choices": tuple(PRESETS)},
+    )
+    random_flip: bool = field(
+        default=True, metadata={"help": "Let an augmentation mirror images; not where left and right differ."}
+    )
+    ema_decay: float | None = field(
+        default=None, metadata={"help": "Decay of a moving average of the weights, which becomes the result."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.fp16 and not torch.cuda.is_available():
+            raise CAPError("--fp16 scales its gradients on a CUDA device and there is none: use --bf16 or leave it out")
+        if self.augmentation not in PRESETS:
+            raise CAPError(f"augmentation={self.augmentation!r} is not one of {', '.join(PRESETS)}")
+        for name in ("hard_label_weight", "distillation_weight", "hidden_state_weight"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise CAPError(f"{name}={getattr(self, name)} must be 0 or greater, and finite")
+        if not 0 < self.distillation_temperature < float("inf"):
+            raise CAPError(f"distillation_temperature={self.distillation_temperature} must be greater than 0")
+        if not 0 < self.cycle_peak_decay <= 1:
+            raise CAPError(f"cycle_peak_decay={self.cycle_peak_decay} is not in (0, 1]")
+        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
+            raise CAPError(f"ema_decay={self.ema_decay} is not between 0 and 1")
+        schedule = self.schedule
+        if schedule is not None and schedule.in_epochs and self.max_steps > 0:
+            raise CAPError(
+                "--sparsity_schedule is in epochs but the run is in --max_steps: give --num_train_epochs instead, or "
+                "the schedule as start,end,steps,shape"
+            )
+
+    @property
+    def schedule(self) -> SparsitySchedule | None:
+        """`sparsity_schedule`, parsed."""
+        return None if self.sparsity_schedule is None else SparsitySchedule.parse(self.sparsity_schedule)
+
+    @property
+    def cyclic_lr(self) -> bool:
+        """Whether the learning rate restarts at pruning steps."""
+        linear = self.lr_scheduler_type in (SchedulerType.LINEAR, SchedulerType.LINEAR.value)
+        return self.schedule is not None and self.restart_lr and linear

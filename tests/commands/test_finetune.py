@@ -1,0 +1,168 @@
+"""`cap-hf finetune` end to end, alone and with two processes."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from support.recovery import image_processor, sparse_vit, tiny_vit, zeros
+from transformers import AutoImageProcessor, AutoModelForImageClassification
+
+from cap_hf.commands.main import main
+from cap_hf.config import CAPConfig
+from cap_hf.masks import differing_layers
+from cap_hf.recovery.trainer import model_sparsity
+from cap_hf.targets import find_targets
+
+NAMES = {"id2label": {i: str(i) for i in range(10)}, "label2id": {str(i): i for i in range(10)}, "num_labels": 10}
+QUICK = [
+    *("--max_train_samples", "96", "--max_eval_samples", "60", "--max_steps", "4"),
+    *("--per_device_train_batch_size", "16", "--learning_rate", "1e-2", "--use_cpu", "True", "--disable_tqdm", "True"),
+]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """A sparse student that was pruned with a config, and a dense teacher."""
+    base = tmp_path_factory.mktemp("checkpoints")
+    for name, model in (("student", sparse_vit(0.6, **NAMES)), ("teacher", tiny_vit(1, **NAMES))):
+        model.save_pretrained(base / name)
+        image_processor().save_pretrained(base / name)
+    CAPConfig(num_grads=77).save(base / "student")
+    return base / "student", base / "teacher"
+
+
+def finetune(student, output, *arguments):
+    return main(["finetune", "--model_name_or_path", str(student), "--output_dir", str(output), *QUICK, *arguments])
+
+
+def load(folder):
+    return AutoModelForImageClassification.from_pretrained(folder)
+
+
+def test_recovery_keeps_exactly_the_zeros(tmp_path, folders, capsys):
+    student, teacher = folders
+    output = tmp_path / "recovered"
+    assert finetune(student, output, "--teacher_model_name_or_path", str(teacher), "--hidden_state_weight", "0.5") == 0
+    before, after = load(student), load(output)
+    for name, zero in zeros(before).items():
+        assert torch.equal(zeros(after)[name], zero), name
+    assert not torch.equal(before.classifier.weight, after.classifier.weight)
+    report = json.loads((output / "report.json").read_text())
+    assert report["sparsity"] == report["sparsity_before"] == model_sparsity(before)
+    assert report["dense"]["num_examples"] == 60
+    assert report["sparse"] != report["recovered"]
+    assert differing_layers(find_targets(after), report) == []
+    assert differing_layers(find_targets(load(teacher)), report) == [layer["name"] for layer in report["layers"]]
+    assert report["training"]["steps"] == 4
+    assert CAPConfig.load(output).num_grads == 77
+    assert AutoImageProcessor.from_pretrained(output).size == {"height": 8, "width": 8}
+    # Nothing but the checkpoint: no pickle, no teacher.
+    assert {path.suffix for path in output.iterdir()} == {".json", ".safetensors"}
+    assert len(list(output.glob("*.safetensors"))) == 1
+    table = capsys.readouterr().out
+    assert all(word in table for word in ("dense", "sparse", "recovered"))
+
+
+def test_gradual_pruning_from_a_dense_model(tmp_path, folders):
+    output = tmp_path / "gradual"
+    arguments = ("--sparsity_schedule", "0.3,0.75,2,cubic", "--num_grads", "32", "--ema_decay", "0.5")
+    assert finetune(folders[1], output, *arguments) == 0
+    report = json.loads((output / "report.json").read_text())
+    assert report["sparsity"] == model_sparsity(load(output)) == pytest.approx(0.75, abs=1e-3)
+    steps = {entry["step"]: entry["sparsity"] for entry in report["log_history"] if "sparsity" in entry}
+    assert steps == pytest.approx({0: 0.3, 2: 0.75}, abs=1e-3)
+    assert report["dense"] is None
+    assert CAPConfig.load(output).num_grads == report["config"]["num_grads"] == 32
+
+
+def test_a_finished_part_is_resumed(tmp_path, folders, capsys):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    arguments = ("--sparsity_schedule", "0.65,0.75,2,cubic", "--num_grads", "32", "--save_steps", "1")
+    assert finetune(folders[0], whole, *arguments) == 0
+    checkpoints = tmp_path / "parts-training"
+    (tmp_path / "whole-training").rename(checkpoints)
+    for step in (2, 3, 4):
+        (checkpoints / f"checkpoint-{step}" / "trainer_state.json").unlink()
+    assert finetune(folders[0], parts, *arguments) == 1
+    assert "--resume_from_checkpoint last" in capsys.readouterr().err
+    assert finetune(folders[0], parts, *arguments, "--resume_from_checkpoint", "last") == 0
+    for own, other in zip(load(parts).state_dict().values(), load(whole).state_dict().values(), strict=True):
+        assert torch.equal(own, other)
+
+
+def test_a_yaml_file_of_the_same_names(tmp_path, folders):
+    path = tmp_path / "recipe.yaml"
+    lines = [f"{name[2:]}: {value}" for name, value in zip(QUICK[::2], QUICK[1::2], strict=True)]
+    lines += [f"model_name_or_path: {folders[0]}", f"output_dir: {tmp_path / 'out'}", "augmentation: light"]
+    # YAML takes 1e-2 for a word.
+    path.write_text("\n".join(lines).replace("1e-2", "0.01"))
+    assert main(["finetune", str(path)]) == 0
+    assert json.loads((tmp_path / "out" / "report.json").read_text())["training_arguments"]["augmentation"] == "light"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--sparsity_schedule", "0.9,0.7,2,linear"), "the sparsity schedule goes down"),
+        (("--sparsity_schedule", "0.2,0.9,2,linear"), "the schedule starts at sparsity 0.2, but the model is"),
+        (("--sparsity_schedule", "0.7,0.9,2,linear", "--allocation", "2:4"), "--allocation 2:4 is sparsity 0.5"),
+        (("--teacher_model_name_or_path", "WIDE", "--hidden_state_weight", "1"), "hidden state 0 is"),
+        (("--teacher_model_name_or_path", "LABELS"), "the teacher has 4 labels, the student 10"),
+        (("--teacher_model_name_or_path", "PIXELS"), "normalises images to mean"),
+        (("--teacher_model_name_or_path", "nowhere"), "nowhere cannot be loaded"),
+        (("--augmentation", "mighty"), "invalid choice: 'mighty'"),
+        (("--resume_from_checkpoint", "nowhere"), "--resume_from_checkpoint nowhere is not a whole checkpoint"),
+        (("--resume_from_checkpoint", "last"), "there is no checkpoint to resume from"),
+    ],
+)
+def test_what_does_not_fit_is_one_line(tmp_path, folders, capsys, arguments, message):
+    others = {"WIDE": {**NAMES, "hidden_size": 32}, "LABELS": {}, "PIXELS": NAMES}
+    names = []
+    for argument in arguments:
+        if argument in others:
+            tiny_vit(1, **others[argument]).save_pretrained(tmp_path / argument)
+            processor = image_processor()
+            processor.image_mean = [0.1] if argument == "PIXELS" else [0.5]
+            processor.save_pretrained(tmp_path / argument)
+            argument = str(tmp_path / argument)
+        names.append(argument)
+    capsys.readouterr()
+    assert finetune(folders[0], tmp_path / "out", *names) == 1
+    error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("cap-hf finetune:")]
+    assert len(error) == 1
+    assert message in error[0]
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_is_there_is_not_replaced(tmp_path, folders, capsys):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "kept").write_text("mine")
+    assert finetune(folders[0], tmp_path / "out") == 1
+    assert "pass --overwrite_output_dir" in capsys.readouterr().err
+    assert (tmp_path / "out" / "kept").read_text() == "mine"
+
+
+def test_two_processes_are_one_with_twice_the_batch(tmp_path, folders):
+    student, teacher = folders
+    arguments = ["--sparsity_schedule", "0.65,0.8,2,linear", "--num_grads", "64", "--ema_decay", "0.5"]
+    arguments += ["--teacher_model_name_or_path", str(teacher), "--optim", "sgd"]
+    assert finetune(student, tmp_path / "one", *arguments, "--gradient_accumulation_steps", "2") == 0
+    root = Path(__file__).parents[2]
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    command += ["--main_process_port", "0", str(root / "scripts" / "finetune.py")]
+    command += ["--model_name_or_path", str(student), "--output_dir", str(tmp_path / "two"), *QUICK, *arguments]
+    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+    process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert process.returncode == 0, process.stderr[-3000:]
+    assert json.loads((tmp_path / "two" / "report.json").read_text())["num_processes"] == 2
+    one, two = load(tmp_path / "one"), load(tmp_path / "two")
+    for name, zero in zeros(load(student)).items():
+        assert zeros(two)[name][zero].all(), name
+    assert model_sparsity(two) == model_sparsity(one) == pytest.approx(0.8, abs=1e-3)
+    for (name, own), other in zip(one.state_dict().items(), two.state_dict().values(), strict=True):
+        torch.testing.assert_close(own, other, atol=1e-4, rtol=1e-3, msg=name)

@@ -1,0 +1,54 @@
+"""The metric against scikit-learn and plain torch."""
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from sklearn.metrics import top_k_accuracy_score
+from torch.nn import functional as F
+
+from cap_hf.data.evaluation import ImageClassificationMetric, evaluate_model
+from cap_hf.data.images import DataArguments, ImageDataset, load_splits, make_dataloader
+
+
+def compute(logits, labels):
+    return ImageClassificationMetric(keep_in_memory=True).compute(predictions=logits, references=labels)
+
+
+def test_equals_scikit_learn_and_torch():
+    rng = np.random.default_rng(0)
+    logits, labels = rng.standard_normal((200, 12)).astype(np.float32), rng.integers(0, 12, 200)
+    found = compute(logits, labels)
+    assert found["top1"] == (logits.argmax(axis=1) == labels).mean()
+    assert found["top5"] == top_k_accuracy_score(labels, logits, k=5, labels=np.arange(12))
+    expected = F.cross_entropy(torch.from_numpy(logits), torch.from_numpy(labels)).item()
+    np.testing.assert_allclose(found["loss"], expected, rtol=1e-5)
+    assert found["num_examples"] == 200
+
+
+def test_broken_logits_are_never_right():
+    logits = np.zeros((3, 10), dtype=np.float32)
+    assert compute(logits, [0, 4, 9])["top1"] == 1 / 3
+    assert compute(logits, [0, 4, 9])["top5"] == 2 / 3
+    assert compute(np.full((3, 10), np.nan, dtype=np.float32), [0, 1, 2])["top1"] == 0
+
+
+def test_few_classes_have_no_top5():
+    assert "top5" not in compute(np.eye(4, dtype=np.float32), [0, 1, 2, 3])
+
+
+def test_evaluate_model_equals_a_plain_loop(tiny_vit, tiny_checkpoint):
+    from transformers import AutoImageProcessor
+
+    processor = AutoImageProcessor.from_pretrained(tiny_checkpoint)
+    split = load_splits(DataArguments(max_eval_samples=70))["eval"]
+    loader = make_dataloader(ImageDataset(split, processor, tiny_vit.config, DataArguments()), 32)
+    tiny_vit.train()
+    found = evaluate_model(tiny_vit, Accelerator().prepare(loader), Accelerator())
+    assert tiny_vit.training
+    tiny_vit.eval()
+    with torch.no_grad():
+        logits = torch.cat([tiny_vit(batch["pixel_values"]).logits for batch in loader])
+    labels = torch.tensor(split["label"][:])
+    assert found["top1"] == (logits.argmax(dim=1) == labels).double().mean().item()
+    np.testing.assert_allclose(found["loss"], F.cross_entropy(logits, labels).item(), rtol=1e-5)
+    assert found["num_examples"] == 70

@@ -1,0 +1,89 @@
+"""ONNX: the zeros are in the file, and two runtimes give what PyTorch gives, for any batch size."""
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from support.inference import prune
+from support.models import ARCHITECTURES, build, random_batches
+
+from cap_hf import CAPError, export_onnx, find_targets, optimize_for_inference
+from cap_hf.inference import export
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    model = prune(build("ViT"), 0.8)
+    return model, export_onnx(model, tmp_path_factory.mktemp("export") / "onnx")
+
+
+def pixels(model, batch_size):
+    return random_batches(model, 8, (batch_size,))[0]["pixel_values"]
+
+
+def test_zeros_are_kept(exported):
+    model, path = exported
+    stored = [onnx.numpy_helper.to_array(each, str(path.parent)) for each in onnx.load(path).graph.initializer]
+    for target in find_targets(model):
+        weight = target.weight.detach().numpy()
+        assert (weight == 0).mean() > 0.5
+        # The exporter may turn a weight around.
+        assert any(np.array_equal(array, each) for array in stored for each in (weight, weight.T)), target.name
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 7])
+def test_onnx_runtime_takes_any_batch(exported, batch_size):
+    model, path = exported
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    x = pixels(model, batch_size)
+    with torch.inference_mode():
+        expected = model(x).logits
+    (logits,) = session.run(None, {"pixel_values": x.numpy()})
+    torch.testing.assert_close(torch.from_numpy(logits), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_openvino_reads_it(exported, batch_size):
+    openvino = pytest.importorskip("openvino")
+    model, path = exported
+    compiled = openvino.Core().compile_model(str(path), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    x = pixels(model, batch_size)
+    with torch.inference_mode():
+        expected = model(x).logits
+    torch.testing.assert_close(torch.from_numpy(compiled([x.numpy()])[0]), expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["Swin", "ConvNext"])
+def test_other_architectures(name, tmp_path):
+    model = prune(build(name), 0.8)
+    before = model.config._attn_implementation
+    # export_onnx itself compares ONNX Runtime's logits for three batch sizes.
+    path = export_onnx(model, tmp_path / "onnx")
+    assert path.exists()
+    assert (tmp_path / "onnx" / "config.json").exists()
+    assert model.config._attn_implementation == before
+    assert ARCHITECTURES[name][1] == model.config.image_size or name == "ConvNext"
+
+
+def test_a_file_that_computes_something_else_is_not_written(tmp_path, monkeypatch):
+    def write_another(model, example, path):
+        with torch.no_grad():
+            model.classifier.bias.add_(1.0)
+        write(model, example, path)
+        with torch.no_grad():
+            model.classifier.bias.sub_(1.0)
+
+    write = export.write_onnx
+    monkeypatch.setattr(export, "write_onnx", write_another)
+    with pytest.raises(CAPError, match="logits differ by 1 on a batch of 2: not written"):
+        export_onnx(build("ViT"), tmp_path / "onnx")
+    assert not (tmp_path / "onnx").exists()
+
+
+def test_what_cannot_be_exported_is_one_line(tmp_path, monkeypatch):
+    with pytest.raises(CAPError, match="export it before"):
+        export_onnx(optimize_for_inference(prune(build("ViT"), 0.8), "kernel"), tmp_path / "onnx")
+    monkeypatch.setattr(export.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(CAPError, match=r"onnxruntime is not installed: pip install 'cap_hf\[export\]'"):
+        export_onnx(build("ViT"), tmp_path / "onnx")

@@ -1,0 +1,80 @@
+"""int8 keeps the zeros, the accuracy and the checkpoint."""
+
+import copy
+
+import pytest
+import torch
+from support.inference import logits, make_vit, pixels
+from torch import nn
+from transformers import AutoModelForImageClassification
+
+from cap_hf import CAPError, find_targets, optimize_for_inference
+from cap_hf.inference import quantization
+from cap_hf.inference.quantization import count_zeros, lost_zeros, quantize_int8
+
+
+def reference(model):
+    """What int8 weights with one symmetric scale a row are, computed plainly."""
+    model = copy.deepcopy(model)
+    with torch.no_grad():
+        for target in find_targets(model):
+            scale = (target.weight.abs().amax(dim=1, keepdim=True) / 127.5).clamp(min=1e-12)
+            target.weight.copy_((target.weight / scale).round().clamp(-128, 127) * scale)
+    return model
+
+
+@pytest.fixture(scope="module")
+def torchao():
+    return pytest.importorskip("torchao")
+
+
+@pytest.mark.parametrize("activations", [False, True])
+def test_zeros_stay_and_logits_are_near(torchao, activations):
+    model = make_vit(0.75)
+    quantized = quantize_int8(model, activations)
+    x = pixels(model, 16)
+    expected = logits(model, x)
+    assert lost_zeros(model, quantized) == []
+    before, after = count_zeros(model), count_zeros(quantized)
+    assert before.keys() == after.keys()
+    assert all(after[name][0] >= before[name][0] for name in before)
+    difference = (logits(quantized, x) - expected).abs().max() / expected.abs().max()
+    assert 0 < difference < 0.05
+    assert type(quantized.classifier.weight) is nn.Parameter
+    assert torch.equal(quantized.classifier.weight, model.classifier.weight)
+
+
+def test_weights_are_those_of_one_scale_a_row(torchao):
+    model = make_vit(0.75)
+    x = pixels(model)
+    torch.testing.assert_close(logits(quantize_int8(model), x), logits(reference(model), x), rtol=1e-2, atol=2e-3)
+
+
+def test_a_quantised_checkpoint_loads_again(torchao, tmp_path):
+    model = make_vit(0.75)
+    quantized = quantize_int8(model)
+    quantized.save_pretrained(tmp_path)
+    again = AutoModelForImageClassification.from_pretrained(tmp_path)
+    x = pixels(model)
+    torch.testing.assert_close(logits(again, x), logits(quantized, x))
+    assert count_zeros(again) == count_zeros(quantized)
+    assert (tmp_path / "model.safetensors").stat().st_size < 0.4 * 4 * sum(p.numel() for p in model.parameters())
+
+
+def test_lost_zeros_are_named():
+    model = make_vit(0.75)
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        weight = other.vit.layers[1].mlp.fc1.weight
+        weight[weight == 0] = 1e-6
+    assert lost_zeros(model, other) == ["vit.layers.1.mlp.fc1"]
+    assert lost_zeros(model, model) == []
+
+
+def test_what_cannot_be_quantised_is_one_line(monkeypatch):
+    monkeypatch.setattr(quantization.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(CAPError, match=r"pip install 'cap_hf\[quantization\]'"):
+        quantize_int8(make_vit())
+    monkeypatch.setattr(quantization.importlib.util, "find_spec", lambda name: True)
+    with pytest.raises(CAPError, match="load it anew"):
+        quantize_int8(optimize_for_inference(make_vit(), "kernel"))

@@ -1,0 +1,1 @@
+"""What the tests share: small models, checkpoints, a hub on this machine."""

@@ -1,0 +1,44 @@
+"""Pruned ViTs large enough for sparse layers, and what the tests of inference ask of them."""
+
+import torch
+from transformers import ViTConfig, ViTForImageClassification, set_seed
+
+from cap_hf import find_targets
+from cap_hf.inference.linear import SparseWeightLinear
+
+
+def prune(model, sparsity):
+    """Zeros at random in every target."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for target in find_targets(model):
+            target.weight[torch.rand(target.weight.shape, generator=generator) < sparsity] = 0
+    return model
+
+
+def make_vit(sparsity=0.9):
+    set_seed(0)
+    config = ViTConfig(
+        hidden_size=192,
+        num_hidden_layers=2,
+        num_attention_heads=3,
+        intermediate_size=768,
+        image_size=32,
+        patch_size=4,
+        num_labels=10,
+    )
+    return prune(ViTForImageClassification(config).eval(), sparsity)
+
+
+def sparse_layers(model):
+    return [module for module in model.modules() if isinstance(module, SparseWeightLinear)]
+
+
+def pixels(model, batch_size=3):
+    side = model.config.image_size
+    return torch.randn(batch_size, 3, side, side, generator=torch.Generator().manual_seed(2))
+
+
+@torch.inference_mode()
+def logits(model, x):
+    return model(pixel_values=x).logits
