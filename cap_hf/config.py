@@ -29,13 +29,26 @@ class NMPattern:
     def sparsity(self) -> float:
         return 1 - self.n / self.m
 
+    def steps(self, size: int) -> int:
+        """Return how many of `size` consecutive weights are removed; M divides `size`."""
+        return size // self.m * (self.m - self.n)
+
+    def check_sparsity(self, sparsity: float) -> None:
+        """Raise a CAPError if a sparsity is not the one that the pattern has."""
+        if abs(sparsity - self.sparsity) > 1e-9:
+            raise CAPError(
+                f"sparsity {sparsity:g} contradicts {self}, which is sparsity {self.sparsity:g}: leave it out"
+            )
+
     def __str__(self) -> str:
         return f"{self.n}:{self.m}"
 
 
-@dataclass
+@dataclass(frozen=True)
 class CAPConfig:
-    """How to prune. The field names are the command line's.
+    """How to prune, fixed once it is made; `dataclasses.replace` gives a changed one.
+
+    The field names are the command line's.
 
     Raises:
         CAPError: a value is outside what its field allows.
@@ -113,18 +126,19 @@ class CAPConfig:
         if self.fisher_block_size not in ("row", "auto"):
             # The command line and YAML hand over a string or an int; from here on it is an int.
             try:
-                self.fisher_block_size = int(self.fisher_block_size)
+                size = int(self.fisher_block_size)
             except (TypeError, ValueError):
-                self.fisher_block_size = 0
-            if self.fisher_block_size < 1:
+                size = 0
+            if size < 1:
                 raise CAPError("fisher_block_size must be 'row', 'auto' or a whole number of at least 1")
+            object.__setattr__(self, "fisher_block_size", size)
         if not isinstance(self.seed, int) or not 0 <= self.seed < 2**32:
             raise CAPError(f"seed={self.seed!r} must be a whole number from 0 to 2^32 - 1")
         if self.damp is not None and not 0 < self.damp < float("inf"):
             raise CAPError(f"damp={self.damp!r} must be greater than 0 and finite")
         for name in ("include", "exclude"):
             if isinstance(getattr(self, name), str):
-                setattr(self, name, [getattr(self, name)])
+                object.__setattr__(self, name, [getattr(self, name)])
         _ = self.pattern
 
     @property

@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 
-from cap_hf.errors import CAPError
+from cap_hf.errors import CAPError, reason
 from cap_hf.memory import zeros
 
 SHAPE, VALUES, BITMASK, CODES = "cap_shape", "cap_values", "cap_bitmask", "cap_codes"
@@ -202,8 +202,7 @@ def open_safetensors(path: str | Path) -> safe_open:
     try:
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError, ValueError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CAPError(f"{path} cannot be read as safetensors: {reason}") from error
+        raise CAPError(f"{path} cannot be read as safetensors: {reason(error)}") from error
 
 
 def _peek(file: safe_open, name: str, path: str | Path) -> torch.Tensor:

@@ -19,7 +19,7 @@ from cap_hf.checkpoints.quantizer import (
     IMPORT_HINT,
     QUANT_METHOD,
 )
-from cap_hf.errors import CAPError
+from cap_hf.errors import CAPError, reason
 
 PLAIN_NAME, PLAIN_INDEX_NAME = "model.safetensors", "model.safetensors.index.json"
 # What a compressed tensor's entries in a file's header take, at most.
@@ -83,8 +83,7 @@ def local_folder(
             allow_patterns=["*.json", "*.safetensors", "*.py", "*.txt", "*.md", "*.png"],
         )
     except Exception as error:  # network, rights, a name that is none
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CAPError(f"{name_or_path} is no folder and cannot be downloaded: {reason}") from error
+        raise CAPError(f"{name_or_path} is no folder and cannot be downloaded: {reason(error)}") from error
     return Path(folder)
 
 

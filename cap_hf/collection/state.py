@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from cap_hf.distributed.processes import Processes
-from cap_hf.errors import CAPError
+from cap_hf.errors import CAPError, reason
 from cap_hf.method.fisher import Batch, BlockFisher
 
 Item = tuple[Batch, int, torch.Tensor | None]
@@ -176,7 +176,7 @@ class CollectionState:
             self._write(partial / "place.json", {"count": fisher.count, "digest": self.digest.hexdigest()})
             os.replace(partial, final)
         except (OSError, SafetensorError) as error:
-            raise CAPError(f"the state cannot be written to {self.root}: {error}") from error
+            raise CAPError(f"the state cannot be written to {self.root}: {reason(error)}") from error
 
     def finish_pass(self, number: int, facts: dict) -> None:
         """Note that a pass is done and its sums lie where they stay."""

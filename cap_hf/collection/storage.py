@@ -8,7 +8,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from cap_hf.errors import CAPError
+from cap_hf.errors import CAPError, reason
 from cap_hf.method.fisher import SymmetricSums
 from cap_hf.targets import Target
 
@@ -34,9 +34,8 @@ class DiskTensors(MutableMapping[str, torch.Tensor]):
             save_file({"tensor": tensor.detach().cpu().contiguous()}, partial)
             os.replace(partial, self._path(name))
         except (OSError, SafetensorError) as error:
-            reason = str(error).splitlines()[0]
             raise CAPError(
-                f"{self.folder} cannot be written ({reason}): name another folder with --spill_dir"
+                f"{self.folder} cannot be written ({reason(error)}): name another folder with --spill_dir"
             ) from error
 
     def __getitem__(self, name: str) -> torch.Tensor:

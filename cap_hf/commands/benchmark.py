@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from cap_hf.checkpoints.saving import write_json
+from cap_hf.checkpoints.atomic import write_json
 from cap_hf.commands.common import DEFAULT_OUTPUT_DIR, ModelArguments, load_model, parse, percent, table
 from cap_hf.errors import CAPError
 from cap_hf.inference.benchmark import BACKENDS, Measurement, benchmark, losses

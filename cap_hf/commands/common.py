@@ -14,7 +14,7 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification, Hf
 from transformers.utils import logging as transformers_logging
 
 from cap_hf.data.images import DataArguments, ImageDataset, load_splits
-from cap_hf.errors import CAPError
+from cap_hf.errors import CAPError, reason
 from cap_hf.targets import summarize
 
 DEFAULT_OUTPUT_DIR = "cap_hf_output"
@@ -49,7 +49,7 @@ def parse(argv: list[str], program: str, description: str, *kinds: type) -> tupl
             raise
         raise CAPError(errors.getvalue().strip().splitlines()[-1].split("error: ")[-1]) from error
     except (TypeError, ValueError) as error:
-        raise error if isinstance(error, CAPError) else CAPError(first_line(error)) from error
+        raise error if isinstance(error, CAPError) else CAPError(reason(error)) from error
 
 
 def arguments_from_file(path: str) -> list[str]:
@@ -61,7 +61,7 @@ def arguments_from_file(path: str) -> list[str]:
     try:
         values = yaml.safe_load(Path(path).read_text())  # JSON is YAML
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise CAPError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
+        raise CAPError(f"{path} cannot be read: {reason(error)}") from error
     if not isinstance(values, dict):
         raise CAPError(f"{path} must hold names and values, such as 'sparsity: [0.5, 0.75]'")
     arguments = []
@@ -93,7 +93,7 @@ def load_model(args: ModelArguments) -> PreTrainedModel:
             output_loading_info=True,
         )
     except Exception as error:  # configuration, file format, network
-        raise CAPError(f"{args.model_name_or_path} cannot be loaded: {first_line(error)}") from error
+        raise CAPError(f"{args.model_name_or_path} cannot be loaded: {reason(error)}") from error
     lost = sorted(map(str, (*info["missing_keys"], *info["mismatched_keys"])))
     if lost:
         raise CAPError(
@@ -121,7 +121,7 @@ def load_image_processor(args: ModelArguments) -> object:
             trust_remote_code=args.trust_remote_code,
         )
     except Exception as error:  # configuration, network
-        raise CAPError(f"{args.model_name_or_path} has no image processor: {first_line(error)}") from error
+        raise CAPError(f"{args.model_name_or_path} has no image processor: {reason(error)}") from error
     finally:
         transformers_logging.set_verbosity(verbosity)
 
@@ -142,12 +142,6 @@ def load_all(
 def eval_dataset(splits: dict, image_processor: object, model: PreTrainedModel, args: DataArguments) -> ImageDataset:
     """The eval split as the model's inputs."""
     return ImageDataset(splits["eval"], image_processor, model.config, args)
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error that says something."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
 
 
 def check_output(directory: Path, overwrite: bool) -> None:

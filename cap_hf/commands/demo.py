@@ -18,7 +18,8 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from cap_hf.checkpoints.saving import save_checkpoint, write_json
+from cap_hf.checkpoints.atomic import write_json
+from cap_hf.checkpoints.saving import save_checkpoint
 from cap_hf.commands.common import ModelArguments, load_image_processor, load_model, parse, percent, table
 from cap_hf.compressor import CAPCompressor
 from cap_hf.config import CAPConfig

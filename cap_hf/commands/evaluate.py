@@ -5,7 +5,7 @@ from pathlib import Path
 
 from accelerate import Accelerator
 
-from cap_hf.checkpoints.saving import write_json
+from cap_hf.checkpoints.atomic import write_json
 from cap_hf.commands.common import DEFAULT_OUTPUT_DIR, ModelArguments, eval_dataset, load_all, parse, percent
 from cap_hf.data.evaluation import evaluate_model
 from cap_hf.data.images import DataArguments, make_dataloader

@@ -3,7 +3,8 @@
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from cap_hf.checkpoints.saving import read_report, write_json
+from cap_hf.checkpoints.atomic import write_json
+from cap_hf.checkpoints.saving import read_report
 from cap_hf.checkpoints.weights import find_weight_files, local_folder, measure
 from cap_hf.commands.common import DEFAULT_OUTPUT_DIR, ModelArguments, load_model, parse, percent, table
 from cap_hf.config import CAPConfig

@@ -12,7 +12,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from transformers import PretrainedConfig
 
-from cap_hf.errors import CAPError
+from cap_hf.errors import CAPError, reason
 from cap_hf.targets import summarize
 
 logger = logging.getLogger(__name__)
@@ -83,8 +83,7 @@ def load_splits(
         try:
             loaded = datasets.load_dataset(args.dataset_name, args.dataset_config_name, token=token)
         except Exception as error:  # whatever a builder, a file or the network raises
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise CAPError(f"--dataset_name {args.dataset_name} cannot be loaded: {reason}") from error
+            raise CAPError(f"--dataset_name {args.dataset_name} cannot be loaded: {reason(error)}") from error
     names = summarize(list(loaded))
     found = {}
     eval_name = args.eval_split_name or next(
@@ -232,7 +231,7 @@ class ImageDataset(Dataset):
             return self.decoder.decode_example(value).convert(self.mode)
         except Exception as error:  # PIL and the file system raise many kinds
             path = (value or {}).get("path") or f"column {self.image_column!r}"
-            raise CAPError(f"image {index} ({path}) cannot be read: {error or type(error).__name__}") from error
+            raise CAPError(f"image {index} ({path}) cannot be read: {reason(error)}") from error
 
 
 def collate(examples: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:

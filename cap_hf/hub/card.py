@@ -20,7 +20,7 @@ from transformers import AutoModelForImageClassification
 from cap_hf.checkpoints.saving import read_report
 from cap_hf.checkpoints.weights import find_weight_files, measure
 from cap_hf.config import CONFIG_NAME, CAPConfig
-from cap_hf.errors import CAPError
+from cap_hf.errors import CAPError, reason
 from cap_hf.masks import describe_masks, differing_layers, find_pattern, take_masks
 from cap_hf.targets import find_targets
 
@@ -98,7 +98,7 @@ class CardFacts:
         try:
             model = AutoModelForImageClassification.from_pretrained(folder, dtype="auto")
         except Exception as error:  # configuration, file format
-            raise CAPError(f"{folder} cannot be loaded: {one_line(str(error))}") from error
+            raise CAPError(f"{folder} cannot be loaded: {reason(error)}") from error
         targets = find_targets(model, "row", config.get("include"), config.get("exclude"))
         masks = take_masks(targets)
         wrong = differing_layers(find_targets(model), report)

@@ -8,14 +8,15 @@ from pathlib import Path
 from typing import TypeVar
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, LocalTokenNotFoundError
+from huggingface_hub.errors import HFValidationError, HTTPError, LocalTokenNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
-from cap_hf.checkpoints.saving import REPORT_NAME, atomic_directory
+from cap_hf.checkpoints.atomic import atomic_directory
+from cap_hf.checkpoints.saving import REPORT_NAME
 from cap_hf.checkpoints.weights import WeightFiles, compress_weights, find_weight_files
 from cap_hf.compressor import CAPCompressor
 from cap_hf.config import CONFIG_NAME
-from cap_hf.errors import CAPError
+from cap_hf.errors import CAPError, reason
 from cap_hf.hub.card import CARD_NAME, PICTURE_NAME, CardFacts, one_line
 from cap_hf.hub.picture import draw_sparsity
 
@@ -189,9 +190,8 @@ def attempt(action: Callable[[], T], waits: tuple[int, ...] = WAITS) -> T:
 def explain(repo_id: str, error: Exception) -> str:
     """One line about a push that failed; never a token, which no error of huggingface_hub quotes."""
     status = getattr(getattr(error, "response", None), "status_code", None)
-    said = error.server_message if isinstance(error, HfHubHTTPError) and error.server_message else str(error)
-    lines = said.strip().splitlines()
-    said = one_line(lines[0]) if lines else type(error).__name__
+    said = getattr(error, "server_message", None)
+    said = one_line(said or reason(error))
     advice = {
         401: "the token is missing, expired or wrong: log in with `hf auth login`",
         403: "the token may not write there: use one with write rights or choose another --hub_model_id",

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from cap_hf.errors import CAPError
+from cap_hf.errors import CAPError, reason
 from cap_hf.inference.choice import time_in_turns
 from cap_hf.inference.export import ONNX_NAME, export_onnx, need
 from cap_hf.inference.linear import SparseWeightLinear
@@ -223,8 +223,7 @@ def measure(
             call = backend.start(threads)
             logits[name] = call(pixels)
         except Exception as error:  # whatever a compiler or another runtime may do
-            reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-            missing[name] = f"failed: {reason}"
+            missing[name] = f"failed: {reason(error)}"
             continue
         calls[name] = call
     times = time_in_turns([lambda call=call: call(pixels) for call in calls.values()], runs, seconds, pause=PAUSE)

@@ -14,8 +14,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from cap_hf.checkpoints.saving import atomic_directory
-from cap_hf.errors import CAPError
+from cap_hf.checkpoints.atomic import atomic_directory
+from cap_hf.errors import CAPError, reason
 from cap_hf.inference.linear import SparseWeightLinear
 from cap_hf.inference.optimize import make_example
 
@@ -61,8 +61,7 @@ def export_onnx(model: PreTrainedModel, output_dir: str | Path, image_processor:
         try:
             write_onnx(model, example, folder / ONNX_NAME)
         except Exception as error:  # whatever the exporter meets in a model
-            reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-            raise CAPError(f"{type(model).__name__} cannot be exported to ONNX: {reason}") from error
+            raise CAPError(f"{type(model).__name__} cannot be exported to ONNX: {reason(error)}") from error
         check_onnx(runtime, model, folder / ONNX_NAME, example)
         model.config.save_pretrained(folder)
         if image_processor is not None:

@@ -15,6 +15,8 @@ from pathlib import Path
 
 import torch
 
+from cap_hf.errors import reason
+
 logger = logging.getLogger(__name__)
 
 SOURCES = Path(__file__).parent / "csrc"
@@ -44,8 +46,7 @@ def load_extension(name: str) -> bool:
             with tempfile.TemporaryDirectory(prefix="cap_hf-") as folder:
                 keep(compile_extension(name, Path(folder)), library)
     except Exception as error:  # whatever a compiler, a linker or a file system may do
-        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        logger.warning("The C++ kernel %s cannot be used, slower PyTorch code is: %s", name, reason)
+        logger.warning("The C++ kernel %s cannot be used, slower PyTorch code is: %s", name, reason(error))
         return False
     return True
 

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
-from cap_hf.errors import CAPError
+from cap_hf.errors import CAPError, reason
 
 
 class Teacher:
@@ -94,8 +94,7 @@ def check_outputs(student: PreTrainedModel, teacher: Teacher, pixel_values: torc
     try:
         other = teacher(pixel_values, hidden_states)[1]
     except (ValueError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise CAPError(f"the teacher cannot take the student's images: {reason}") from error
+        raise CAPError(f"the teacher cannot take the student's images: {reason(error)}") from error
     shapes = [[tuple(state.shape[1:]) for state in states] for states in (own, other)]
     advice = "leave out --hidden_state_weight or choose a teacher of the student's architecture"
     if hidden_states and not own:

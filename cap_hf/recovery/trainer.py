@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, Trainer
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 from transformers.utils import ModelOutput
 
-from cap_hf.errors import CAPError
+from cap_hf.errors import CAPError, reason
 from cap_hf.recovery.augmentation import PRESETS, make_augmentation
 from cap_hf.recovery.averaging import WeightAverage
 from cap_hf.recovery.callbacks import AveragingCallback, MaskCallback, PruneStep, PruningCallback
@@ -207,8 +207,7 @@ def load_weights(model: PreTrainedModel, checkpoint: str) -> None:
             raise ValueError(f"it has no weights for {summarize(lost, 3)}")
         model.load_state_dict(loaded.state_dict())
     except Exception as error:  # file format, names, shapes
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise CAPError(f"{checkpoint} cannot be loaded: {reason}") from error
+        raise CAPError(f"{checkpoint} cannot be loaded: {reason(error)}") from error
 
 
 def count_zeros(model: nn.Module) -> tuple[int, int]:

@@ -18,7 +18,7 @@ import transformers
 from transformers import PreTrainedModel, ViTConfig, ViTForImageClassification
 
 from cap_hf import CAPCompressor, CAPConfig
-from cap_hf.checkpoints.saving import write_json
+from cap_hf.checkpoints.atomic import write_json
 from cap_hf.inference.benchmark import Measurement, benchmark
 from cap_hf.report import versions
 from cap_hf.targets import find_targets

@@ -13,7 +13,7 @@ from pathlib import Path
 import transformers
 from accelerate import Accelerator
 
-from cap_hf.checkpoints.saving import write_json
+from cap_hf.checkpoints.atomic import write_json
 from cap_hf.commands.common import ModelArguments, eval_dataset, load_all, percent, table
 from cap_hf.data.evaluation import evaluate_model
 from cap_hf.data.images import DataArguments, make_dataloader

@@ -15,7 +15,8 @@ from transformers import AutoModelForImageClassification
 
 import cap_hf.checkpoints.saving as checkpoint_module
 from cap_hf import CAPCompressor, CAPConfig, CAPError
-from cap_hf.checkpoints.saving import atomic_directory, save_checkpoint, write_json
+from cap_hf.checkpoints.atomic import atomic_directory, write_json
+from cap_hf.checkpoints.saving import save_checkpoint
 
 HERE = Path(__file__).parents[1]
 
