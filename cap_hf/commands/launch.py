@@ -30,7 +30,7 @@ def run_among_others(command: str) -> int:
         0. A process that fails ends here, since another one may wait for it in a collective: the launcher then ends
         the others.
     """
-    with Watch(command) as watch:
+    with Watch(command):
         code, line = 1, None
         try:
             code = run(command, sys.argv[1:])
@@ -44,5 +44,4 @@ def run_among_others(command: str) -> int:
             # Now, before the launcher's signal makes a second line of it.
             sys.stdout.flush()
             end(code, line)
-        watch.finish()
     return code

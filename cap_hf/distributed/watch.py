@@ -76,16 +76,13 @@ class Watch:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self.finish()
+        # The work is done: silence from here on means nothing, here and to the others.
+        self._finished.set()
+        self.heartbeat.finish()
         signal.set_wakeup_fd(self._descriptor)
         signal.signal(signal.SIGTERM, self._handler)
         self._wakeup.send(b"\0")
         self._thread.join()
-
-    def finish(self) -> None:
-        """Tell the others that the work is done: silence from here on means nothing."""
-        self._finished.set()
-        self.heartbeat.finish()
 
     def _leave_child(self) -> None:
         """Let a forked child be ended by its signals, and say nothing of them here."""
