@@ -30,7 +30,7 @@ def modules() -> dict[str, Path]:
 
 
 def imports(path: Path) -> set[str]:
-    """Return every module that a file imports, anywhere in it: `from a import b` counts as `a` and as `a.b`."""
+    """Return every module that a file imports, anywhere in it: `from a import b` counts as `a.b`."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -38,14 +38,18 @@ def imports(path: Path) -> set[str]:
         elif isinstance(node, ast.ImportFrom):
             if node.level:
                 raise ValueError(f"{path}:{node.lineno}: imports in this package name the whole module")
-            found |= {str(node.module), *(f"{node.module}.{alias.name}" for alias in node.names)}
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
     return found
 
 
 def room_of(module: str) -> str | None:
-    """Return the room that a dotted name of the package lies in; None for the package itself and for others."""
+    """Return the room that a dotted name lies in; `cap_hf` for what the package itself gives out, None for others."""
     package, _, rest = module.partition(".")
-    return rest.split(".")[0] if package == "cap_hf" and rest else None
+    if package != PACKAGE.name:
+        return None
+    room = rest.split(".")[0]
+    exists = (PACKAGE / room).is_dir() or (PACKAGE / f"{room}.py").is_file()
+    return room if room and exists else package
 
 
 def edges() -> dict[tuple[str, str], set[str]]:

@@ -1,4 +1,4 @@
-"""README and docs: where they are, their fenced blocks, and the script that renders some of them."""
+"""README and docs: where they are, their fenced blocks, and the scripts that render some of them."""
 
 import importlib.util
 import sys
@@ -10,6 +10,12 @@ from markdown_it import MarkdownIt
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+sys.path.append(str(ROOT / "scripts"))
+
+from rendering import rooms  # noqa: E402
+
+__all__ = ["PAGES", "ROOT", "Block", "load_generator", "read_blocks", "rooms"]
 
 
 @dataclass(frozen=True)
@@ -42,11 +48,8 @@ def read_blocks(page: Path) -> list[Block]:
 
 
 def load_generator() -> ModuleType:
-    """Return scripts/docs.py as a module."""
-    folder = ROOT / "scripts"
-    if str(folder) not in sys.path:
-        sys.path.append(str(folder))
-    spec = importlib.util.spec_from_file_location("scripts_docs", folder / "docs.py")
+    """Return scripts/docs.py as a module; by its path, because tests/docs/ has the same name."""
+    spec = importlib.util.spec_from_file_location("scripts_docs", ROOT / "scripts" / "docs.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
