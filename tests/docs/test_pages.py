@@ -42,7 +42,8 @@ def sources() -> list[str]:
 
 
 def messages() -> list[str]:
-    return BACKTICKS.findall((ROOT / "docs" / "troubleshooting.md").read_text())
+    found = BACKTICKS.findall((ROOT / "docs" / "troubleshooting.md").read_text())
+    return [" ".join(message.split()) for message in found]
 
 
 @pytest.mark.parametrize("message", messages())

@@ -13,9 +13,9 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 sys.path.append(str(ROOT / "scripts"))
 
-from rendering import rooms  # noqa: E402
+from rendering import cli, python_api, rooms  # noqa: E402
 
-__all__ = ["PAGES", "ROOT", "Block", "load_generator", "read_blocks", "rooms"]
+__all__ = ["PAGES", "ROOT", "Block", "cli", "load_generator", "python_api", "read_blocks", "rooms"]
 
 
 @dataclass(frozen=True)
