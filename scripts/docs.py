@@ -34,9 +34,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 if a page is out of date")
     if parser.parse_args().check:
-        for path in outdated():
+        wrong = outdated()
+        for path in wrong:
             print(f"{path} is out of date: run `.venv/bin/python scripts/docs.py`", file=sys.stderr)
-        return int(bool(outdated()))
+        return int(bool(wrong))
     for path, text in pages().items():
         path.write_text(text)
         print(path)
