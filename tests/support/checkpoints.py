@@ -62,7 +62,7 @@ def assert_same_weights(loaded: PreTrainedModel, expected: PreTrainedModel) -> N
     assert found.keys() == wanted.keys()
     for name, tensor in wanted.items():
         assert found[name].dtype == tensor.dtype, name
-        assert torch.equal(found[name].view(torch.uint8), tensor.view(torch.uint8)), name
+        assert torch.equal(found[name].reshape(-1).view(torch.uint8), tensor.reshape(-1).view(torch.uint8)), name
 
 
 def clean_environment(home: Path, **variables: str) -> dict[str, str]:
