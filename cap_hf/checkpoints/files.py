@@ -32,11 +32,13 @@ class FileContents:
 
     Attributes:
         names: of the tensors that are stored, parts of packed ones among them.
-        dense_bytes: what all tensors take once they are unpacked.
+        num_entries: of all tensors once they are unpacked.
+        dense_bytes: what these take.
         digests: of each stored tensor, by its name; None if the file has none.
     """
 
     names: set[str]
+    num_entries: int
     dense_bytes: int
     digests: dict[str, str] | None
 
@@ -78,16 +80,22 @@ def check_file(path: str | Path) -> FileContents:
     """
     with open_safetensors(path) as file:
         names = set(file.keys())
-        sizes = {name: _size(file, name, path) for name in names}
         digests = (file.metadata() or {}).get(DIGESTS)
         packed = packed_names(names)
-        dense_bytes = sum(size for name, size in sizes.items() if name.rpartition(".")[2] not in PARTS)
+        shapes = {name: _shape(file, name, path) for name in names}
+        num_entries = dense_bytes = 0
+        for name in names:
+            if name.rpartition(".")[2] not in PARTS:
+                num_entries += math.prod(shapes[name])
+                dense_bytes += math.prod(shapes[name]) * _bits(file.get_slice(name).get_dtype()) // 8
         for base, suffixes in packed.items():
             if base in names:
                 raise CAPError(f"{path} holds {base} both dense and packed: the file is damaged")
             parts = {suffix: _peek(file, f"{base}.{suffix}", path) for suffix in suffixes}
             check_parts(parts, f"{base} in {path}")
-            dense_bytes += math.prod(parts[SHAPE].shape[1:]) * parts[VALUES].element_size()
+            numel = math.prod(parts[SHAPE].shape[1:])
+            num_entries += numel
+            dense_bytes += numel * parts[VALUES].element_size()
     if digests is not None:
         if len(digests) != DIGEST_LENGTH * len(names):
             raise CAPError(f"{path} has not one digest per tensor: the file is damaged")
@@ -95,7 +103,7 @@ def check_file(path: str | Path) -> FileContents:
         digests = {
             name: digests[first : first + DIGEST_LENGTH] for name, first in zip(sorted(names), places, strict=True)
         }
-    return FileContents(names, dense_bytes, digests)
+    return FileContents(names, num_entries, dense_bytes, digests)
 
 
 def check_memory(needed: int, path: str | Path) -> None:
@@ -161,14 +169,13 @@ def open_safetensors(path: str | Path) -> Iterator[safe_open]:
         raise CAPError(f"{path} cannot be read as safetensors: {reason(error)}") from error
 
 
-def _size(file: safe_open, name: str, path: str | Path) -> int:
-    """Return the bytes of a stored tensor, and refuse a shape that PyTorch cannot count."""
-    view = file.get_slice(name)
-    shape = view.get_shape()
+def _shape(file: safe_open, name: str, path: str | Path) -> list[int]:
+    """Return the shape of a stored tensor, and refuse one that PyTorch cannot count the entries of."""
+    shape = file.get_slice(name).get_shape()
     # Not even where another dimension is 0, as in the shape of a packed tensor.
     if math.prod(max(size, 1) for size in shape) >= 2**63:
         raise CAPError(f"{path} has {name} in the shape {shape}, which no tensor has: the file is damaged")
-    return int(math.prod(shape) * _bits(view.get_dtype()) // 8)
+    return shape
 
 
 def _bits(dtype: str) -> int:

@@ -131,7 +131,7 @@ class CompressedQuantizer(HfQuantizer):
     serialized_names = {"weight": ["weight", *(f"weight.{part}" for part in PARTS)]}  # noqa: RUF012
 
     def update_attn_implementation(self, config: PreTrainedConfig) -> PreTrainedConfig:
-        """Put the name of the weight file in the place of the hint; transformers calls this before it looks for files."""
+        """Put the weight file's name in the place of the hint; transformers calls this before it looks for files."""
         config.transformers_weights = self.quantization_config.weights_file
         return config
 

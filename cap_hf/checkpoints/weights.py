@@ -1,5 +1,6 @@
 """The weight files of a checkpoint folder: which they are, what they hold, how few bytes would do."""
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,7 +9,7 @@ import torch
 
 from cap_hf.checkpoints.compression import COMPRESSED_INDEX_NAME, COMPRESSED_NAME, VALUES, pack
 from cap_hf.checkpoints.files import check_file, load_file, open_safetensors
-from cap_hf.checkpoints.folder import check_types, read_json
+from cap_hf.checkpoints.folder import check_types, read_json, shorten
 from cap_hf.errors import CAPError
 
 PLAIN_NAME, PLAIN_INDEX_NAME = "model.safetensors", "model.safetensors.index.json"
@@ -59,8 +60,9 @@ def find_weight_files(folder: str | Path) -> WeightFiles:
             if not shards:
                 raise CAPError(f"{folder / index} names no file")
             for shard in shards:
-                if Path(shard).name != shard or not (folder / shard).is_file():
-                    raise CAPError(f"{folder / index} names {shard!r}, which is not in {folder}")
+                # os.path takes a name that no file can have for one that is not there.
+                if Path(shard).name != shard or not os.path.isfile(folder / shard):
+                    raise CAPError(f"{folder / index} names {shorten(repr(shard))}, which is not in {folder}")
             return WeightFiles([folder / shard for shard in shards], compressed, folder / index)
     raise CAPError(f"{folder} has no {PLAIN_NAME}: a checkpoint with safetensors weights is needed")
 

@@ -35,6 +35,6 @@ def main(argv: list[str]) -> None:
     )
     if negative := count_negative_zeros(output):
         print(
-            f"{negative:,} zeros are -0.0, as multiplying weights with a mask of 0 and 1 makes them; these are stored like "
-            "any other value: set `weight[weight == 0] = 0` before saving to store fewer bytes"
+            f"{negative:,} zeros are -0.0, as multiplying weights with a mask of 0 and 1 makes them; these are stored "
+            "like any other value: set `weight[weight == 0] = 0` before saving to store fewer bytes"
         )

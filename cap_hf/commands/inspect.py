@@ -1,13 +1,13 @@
 """`cap-hf inspect`: the targets of a checkpoint and how sparse they are."""
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from cap_hf.checkpoints.atomic import write_json
 from cap_hf.checkpoints.folder import read_report
-from cap_hf.checkpoints.loading import check_folder, local_folder
+from cap_hf.checkpoints.loading import check_folder, load_classifier, local_folder
 from cap_hf.checkpoints.weights import measure
-from cap_hf.commands.common import DEFAULT_OUTPUT_DIR, ModelArguments, load_model, parse, percent, table
+from cap_hf.commands.common import DEFAULT_OUTPUT_DIR, ModelArguments, parse, percent, table
 from cap_hf.config import CAPConfig
 from cap_hf.masks import describe_masks, differing_layers, find_pattern, take_masks
 from cap_hf.targets import find_targets, summarize
@@ -31,9 +31,9 @@ def main(argv: list[str]) -> None:
     folder = local_folder(
         model_args.model_name_or_path, model_args.model_revision, model_args.cache_dir, model_args.token
     )
-    files, stated = check_folder(folder), read_report(folder)
+    files, stated = check_folder(folder, model_args.trust_remote_code), read_report(folder)
     dense_bytes, compressed_bytes = measure(folder)
-    model = load_model(replace(model_args, model_name_or_path=str(folder)))
+    model = load_classifier(folder, model_args.trust_remote_code, "float32")
     config = CAPConfig(fisher_block_size=args.fisher_block_size)
     targets = find_targets(model, config.fisher_block_size, args.include, args.exclude)
     masks = take_masks(targets)

@@ -18,8 +18,8 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from cap_hf.checkpoints.folder import read_cap_config, read_report
-from cap_hf.checkpoints.loading import load_classifier
-from cap_hf.checkpoints.weights import find_weight_files, measure
+from cap_hf.checkpoints.loading import check_folder, load_classifier
+from cap_hf.checkpoints.weights import measure
 from cap_hf.config import CAPConfig
 from cap_hf.errors import CAPError
 from cap_hf.masks import describe_masks, differing_layers, find_pattern, take_masks
@@ -97,10 +97,13 @@ class CardFacts:
             trust_remote_code: run the code that the checkpoint brings along.
 
         Raises:
-            CAPError: the checkpoint cannot be read or loaded, a file of it is damaged, or its weights are not the ones that its report describes.
+            CAPError: the checkpoint cannot be read or loaded, a file of it is damaged, or its weights are not the ones
+                that its report describes.
         """
         folder = Path(folder)
-        files, report, settings = find_weight_files(folder), read_report(folder), read_cap_config(folder)
+        report, settings = read_report(folder), read_cap_config(folder)
+        files = check_folder(folder, trust_remote_code)
+        dense_bytes, compressed_bytes = measure(folder)
         config = settings.to_dict() if settings else {}
         model = load_classifier(folder, trust_remote_code)
         targets = find_targets(model, "row", config.get("include"), config.get("exclude"))
@@ -113,7 +116,6 @@ class CardFacts:
             )
         patterns = {str(find_pattern(target, masks[target.name]) or "") for target in targets}
         data = report.get("data") or {}
-        dense_bytes, compressed_bytes = measure(folder)
         labels = model.config.id2label or {}
         return cls(
             repo_id=repo_id,

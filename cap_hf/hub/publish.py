@@ -4,6 +4,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -113,7 +114,10 @@ def prepare_folder(
         else:
             for path in (*files.paths, *([files.index] if files.index else [])):
                 copy_file(path, checkpoint, folder)
-        facts = CardFacts.gather(folder, repo_id, base_model, license, trust_remote_code)
+        # Errors name the checkpoint's own files; what is published are the same ones, or their weights compressed.
+        facts = CardFacts.gather(checkpoint, repo_id, base_model, license, trust_remote_code)
+        published = find_weight_files(folder)
+        facts = replace(facts, compressed=published.compressed, file_bytes=published.num_bytes)
         facts.render().save(folder / CARD_NAME)
         draw_sparsity(
             [layer["name"] for layer in facts.layers],

@@ -123,8 +123,7 @@ def test_fuzzed_files_are_refused_or_hold_what_was_written(make, tmp_path):
         path.write_bytes(data)
         try:
             loaded = load_file(path)
-        except CAPError as error:
-            assert "\n" not in str(error)
+        except CAPError:
             refused += 1
             continue
         assert loaded.keys() == written.keys()

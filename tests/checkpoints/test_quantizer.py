@@ -150,7 +150,7 @@ def test_damaged_files_are_refused_in_one_line(saved, tmp_path):
 
 
 def test_a_file_that_unpacks_to_more_than_the_memory_is_refused(saved, monkeypatch):
-    folder, model = saved
+    folder, _ = saved
     memory = namedtuple("memory", "available")
     monkeypatch.setattr(files.psutil, "virtual_memory", lambda: memory(1000))
     for arguments in ({}, {"device_map": {"": "cpu"}}):
