@@ -61,6 +61,20 @@ class Target:
         return blocks.reshape(out_channels, height, width, in_channels).movedim(-1, 1).contiguous()
 
 
+def weight_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Return every Linear and Conv2d of a model by name, subclasses and layers outside the encoder included.
+
+    Modules that share one Parameter are one layer, under the first of their names.
+    """
+    layers: dict[str, nn.Module] = {}
+    seen: set[torch.Tensor] = set()
+    for name, module in model.named_modules():
+        if isinstance(module, (nn.Linear, nn.Conv2d)) and module.weight not in seen:
+            seen.add(module.weight)
+            layers[name] = module
+    return layers
+
+
 def find_targets(
     model: nn.Module,
     block_size: int | str = "row",
