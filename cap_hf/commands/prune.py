@@ -8,7 +8,7 @@ from transformers.utils import logging as transformers_logging
 
 from cap_hf.checkpoints.atomic import write_json
 from cap_hf.checkpoints.saving import save_checkpoint
-from cap_hf.collection.plan import Resources
+from cap_hf.collection.resources import Resources
 from cap_hf.collection.state import Checkpointing
 from cap_hf.commands.common import (
     DEFAULT_OUTPUT_DIR,
