@@ -14,7 +14,7 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification
 from cap_hf.commands.main import main
 from cap_hf.config import CAPConfig
 from cap_hf.masks import differing_layers
-from cap_hf.recovery.trainer import model_sparsity
+from cap_hf.recovery.mask_holder import model_sparsity
 from cap_hf.targets import find_targets
 
 NAMES = {"id2label": {i: str(i) for i in range(10)}, "label2id": {str(i): i for i in range(10)}, "num_labels": 10}
