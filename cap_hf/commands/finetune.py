@@ -1,6 +1,9 @@
 """`cap-hf finetune`: recovers a sparse checkpoint, or prunes it gradually, with every zero held."""
 
 import copy
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, make_dataclass, replace
 from pathlib import Path
 
@@ -31,13 +34,15 @@ from cap_hf.masks import describe_masks
 from cap_hf.recovery.distillation import check_pixels
 from cap_hf.recovery.gradual import GradualPruner
 from cap_hf.recovery.mask_holder import model_sparsity
-from cap_hf.recovery.metrics import compute_metrics, first_logits
+from cap_hf.recovery.metrics import check_metric, compute_metrics, first_logits
 from cap_hf.recovery.precision import full_precision
 from cap_hf.recovery.resume import checkpoint_folders, choose_checkpoint, remove_checkpoints
 from cap_hf.recovery.trainer import SparseTrainer
 from cap_hf.recovery.training_arguments import SparseTrainingArguments
 from cap_hf.report import Phases, versions
 from cap_hf.targets import find_targets
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -72,18 +77,20 @@ def main(argv: list[str]) -> None:
             pruner = GradualPruner.from_split(
                 splits["train"], image_processor, model, data_args, config, batch_size, quiet, resources
             )
-        trainer = SparseTrainer(
-            model,
-            training_args,
-            teacher=teacher,
-            prune=pruner,
-            train_dataset=ImageDataset(splits["train"], image_processor, model.config, data_args),
-            eval_dataset=evaluation,
-            data_collator=collate,
-            processing_class=image_processor,
-            compute_metrics=compute_metrics,
-            preprocess_logits_for_metrics=first_logits,
-        )
+        check_metric(training_args.metric_for_best_model, model.config.num_labels)
+        with one_line():
+            trainer = SparseTrainer(
+                model,
+                training_args,
+                teacher=teacher,
+                prune=pruner,
+                train_dataset=ImageDataset(splits["train"], image_processor, model.config, data_args),
+                eval_dataset=evaluation,
+                data_collator=collate,
+                processing_class=image_processor,
+                compute_metrics=compute_metrics,
+                preprocess_logits_for_metrics=first_logits,
+            )
 
     def evaluate(name: str, measured: PreTrainedModel | None) -> dict[str, float] | None:
         if evaluation is None or measured is None:
@@ -130,7 +137,8 @@ def main(argv: list[str]) -> None:
         print(f"\nThe recovered checkpoint and report.json are in {output}")
     trainer.accelerator.wait_for_everyone()
     if training_args.push_to_hub:
-        trainer.push_to_hub()
+        with one_line(f"the checkpoint is in {output}, but was not pushed: "):
+            trainer.push_to_hub()
     trainer.accelerator.end_training()
 
 
@@ -141,17 +149,18 @@ def read_arguments(argv: list[str]) -> tuple:
         CAPError: an argument is wrong, or says how to prune in a run that does not.
     """
     description = "Finetune a sparse image classifier with its zeros held; with a schedule, prune it gradually."
-    model_args, data_args, args, training_args, config, resources = parse(
-        argv,
-        "finetune",
-        description,
-        ModelArguments,
-        without_fields(DataArguments, "dataloader_num_workers"),
-        FinetuneArguments,
-        SparseTrainingArguments,
-        without_fields(CAPConfig, "seed"),
-        Resources,
-    )
+    with one_line():
+        model_args, data_args, args, training_args, config, resources = parse(
+            argv,
+            "finetune",
+            description,
+            ModelArguments,
+            without_fields(DataArguments, "dataloader_num_workers"),
+            FinetuneArguments,
+            SparseTrainingArguments,
+            without_fields(CAPConfig, "seed"),
+            Resources,
+        )
     data_args = DataArguments(**asdict(data_args), dataloader_num_workers=training_args.dataloader_num_workers)
     config = CAPConfig(**asdict(config), seed=training_args.seed)
     if training_args.schedule is None:
@@ -160,6 +169,17 @@ def read_arguments(argv: list[str]) -> tuple:
         if unused:
             raise CAPError(f"{', '.join(unused)} without --sparsity_schedule prunes nothing: give one, such as 0.9")
     return model_args, data_args, args, training_args, config, resources
+
+
+@contextmanager
+def one_line(prefix: str = "") -> Iterator[None]:
+    """Turn what the Trainer says of its arguments into a CAPError: a package that is missing, a Hub that refuses."""
+    try:
+        yield
+    except CAPError:
+        raise
+    except (ImportError, OSError, RuntimeError, ValueError) as error:
+        raise CAPError(f"{prefix}{reason(error)}") from error
 
 
 def without_fields(kind: type, *names: str) -> type:
@@ -205,8 +225,8 @@ def load_teacher(name: str | None, model_args: ModelArguments, image_processor: 
     teacher = load_model(teacher_args)
     try:
         own = load_image_processor(teacher_args)
-    except CAPError:
-        # Without one of its own it is taken to want what the student wants.
+    except CAPError as error:
+        logger.warning("The teacher is given the student's pixels, as %s", error)
         return teacher
     check_pixels(image_processor, own)
     return teacher

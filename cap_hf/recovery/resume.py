@@ -81,6 +81,11 @@ def load_weights(model: PreTrainedModel, checkpoint: str) -> None:
         lost = sorted(map(str, (*info["missing_keys"], *info["mismatched_keys"])))
         if lost:
             raise ValueError(f"it has no weights for {summarize(lost, 3)}")
-        model.load_state_dict(loaded.state_dict())
+        state, own = loaded.state_dict(), model.state_dict()
+        # Before load_state_dict, which would load what fits and then complain.
+        other = [name for name in own if name not in state or state[name].shape != own[name].shape]
+        if other:
+            raise ValueError(f"it is another model's: {summarize(other, 3)} differ")
+        model.load_state_dict(state)
     except Exception as error:  # file format, names, shapes
         raise CAPError(f"{checkpoint} cannot be loaded: {reason(error)}") from error

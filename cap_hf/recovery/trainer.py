@@ -10,7 +10,7 @@ from transformers import PretrainedConfig, PreTrainedModel, Trainer
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 from transformers.utils import ModelOutput
 
-from cap_hf.errors import CAPError
+from cap_hf.errors import CAPError, reason
 from cap_hf.recovery.augmentation import PRESETS, make_augmentation
 from cap_hf.recovery.averaging import WeightAverage
 from cap_hf.recovery.callbacks import AveragingCallback, MaskCallback, PruneStep, PruningCallback
@@ -128,6 +128,13 @@ class SparseTrainer(Trainer):
         check_finite(self.model)
         return outcome
 
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Optimizer:
+        """Make the optimizer as the Trainer does; a setting or a package that it lacks is one line."""
+        try:
+            return super().create_optimizer(*args, **kwargs)
+        except (ImportError, TypeError, ValueError) as error:
+            raise CAPError(f"--optim {self.args.optim} cannot be made: {reason(error)}") from error
+
     def create_scheduler(self, num_training_steps: int, optimizer: Optimizer | None = None) -> LRScheduler:
         """Make a linear decay that restarts at every pruning step, unless another scheduler is asked for."""
         if self.lr_scheduler is None and self.args.cyclic_lr:
@@ -136,7 +143,11 @@ class SparseTrainer(Trainer):
             factor = cyclic_linear(list(starts), num_training_steps, warmup, self.args.cycle_peak_decay)
             self.lr_scheduler = LambdaLR(optimizer or self.optimizer, factor)
             self._created_lr_scheduler = True
-        return super().create_scheduler(num_training_steps, optimizer)
+        try:
+            return super().create_scheduler(num_training_steps, optimizer)
+        except (TypeError, ValueError) as error:
+            kind = self.args.lr_scheduler_type
+            raise CAPError(f"--lr_scheduler_type {kind} cannot be made: {reason(error)}") from error
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any

@@ -62,13 +62,19 @@ class SparseTrainingArguments(TrainingArguments):
         for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
             if getattr(self, name) < 1:
                 raise CAPError(f"{name}={getattr(self, name)} must be at least 1")
-        if not 0 <= self.learning_rate < float("inf"):
-            raise CAPError(f"learning_rate={self.learning_rate} must be 0 or greater, and finite")
+        if not 0 <= self.label_smoothing_factor < 1:
+            raise CAPError(f"label_smoothing_factor={self.label_smoothing_factor} is not in [0, 1)")
         if self.fp16 and not torch.cuda.is_available():
             raise CAPError("--fp16 scales its gradients on a CUDA device and there is none: use --bf16 or leave it out")
         if self.augmentation not in PRESETS:
             raise CAPError(f"augmentation={self.augmentation!r} is not one of {', '.join(PRESETS)}")
-        for name in ("hard_label_weight", "distillation_weight", "hidden_state_weight"):
+        for name in (
+            "learning_rate",
+            "weight_decay",
+            "hard_label_weight",
+            "distillation_weight",
+            "hidden_state_weight",
+        ):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise CAPError(f"{name}={getattr(self, name)} must be 0 or greater, and finite")
         if not 0 < self.distillation_temperature < float("inf"):

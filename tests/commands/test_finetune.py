@@ -23,6 +23,7 @@ from cap_hf.data.images import load_splits
 from cap_hf.masks import differing_layers
 from cap_hf.recovery.mask_holder import model_sparsity
 from cap_hf.recovery.resume import last_whole_checkpoint
+from cap_hf.recovery.trainer import SparseTrainer
 from cap_hf.targets import find_targets
 
 NAMES = {"id2label": {i: str(i) for i in range(10)}, "label2id": {str(i): i for i in range(10)}, "num_labels": 10}
@@ -130,6 +131,10 @@ def test_a_yaml_file_of_the_same_names(tmp_path, folders):
         (("--teacher_model_name_or_path", "PIXELS"), "normalises images to mean"),
         (("--teacher_model_name_or_path", "nowhere"), "nowhere cannot be loaded"),
         (("--augmentation", "mighty"), "invalid choice: 'mighty'"),
+        (("--adam_beta1", "7"), "adamw_torch_fused cannot be made: Invalid beta parameter"),
+        (("--lr_scheduler_type", "cosine_with_min_lr"), "cosine_with_min_lr cannot be made: One of min_lr"),
+        (("--metric_for_best_model", "accuracy"), "--metric_for_best_model accuracy is not one of loss, top1, top5"),
+        (("--fsdp", "full_shard"), "Using fsdp only works in distributed training"),
         (("--max_steps", "0"), "max_steps=0 trains nothing"),
         (("--learning_rate", "-1"), "learning_rate=-1.0 must be 0 or greater"),
         (("--per_device_train_batch_size", "0"), "per_device_train_batch_size=0 must be at least 1"),
@@ -159,7 +164,7 @@ def test_what_does_not_fit_is_one_line(tmp_path, folders, capsys, arguments, mes
     assert len(error) == 1
     assert message in error[0]
     assert not (tmp_path / "out").exists()
-    assert not (tmp_path / "out-training").exists()
+    assert not list(tmp_path.glob("out-training/checkpoint-*"))
 
 
 def test_the_teacher_is_evaluated_in_its_own_precision(tmp_path, folders, monkeypatch):
@@ -191,12 +196,40 @@ def test_a_run_that_is_begun_anew_leaves_no_checkpoint_of_the_one_before(tmp_pat
     assert last_whole_checkpoint(training) == str(training / "checkpoint-2")
 
 
+def test_what_ctrl_c_leaves_can_be_gone_on_from(tmp_path, folders, monkeypatch, capsys):
+    arguments = ("--sparsity_schedule", "0.65,0.75,2,cubic", "--num_grads", "32", "--save_steps", "1")
+    assert finetune(folders[0], tmp_path / "whole", *arguments) == 0
+    with monkeypatch.context() as patch:
+        own_loss, calls = SparseTrainer.compute_loss, []
+
+        def interrupted(self, model, *args, **kwargs):
+            calls.extend([None] * model.training)
+            if len(calls) == 4:
+                raise KeyboardInterrupt
+            return own_loss(self, model, *args, **kwargs)
+
+        patch.setattr(SparseTrainer, "compute_loss", interrupted)
+        assert finetune(folders[0], tmp_path / "out", *arguments) == 130
+    assert not (tmp_path / "out").exists()
+    assert last_whole_checkpoint(tmp_path / "out-training").endswith("checkpoint-3")
+    assert finetune(folders[0], tmp_path / "out", *arguments, "--resume_from_checkpoint", "last") == 0
+    resumed, whole = (load(tmp_path / name).state_dict() for name in ("out", "whole"))
+    assert all(torch.equal(resumed[name], whole[name]) for name in whole)
+
+
+def test_a_teacher_without_an_image_processor_is_given_the_students_pixels(tmp_path, folders, caplog):
+    load(folders[1]).save_pretrained(tmp_path / "teacher")
+    assert finetune(folders[0], tmp_path / "out", "--teacher_model_name_or_path", str(tmp_path / "teacher")) == 0
+    (message,) = [each.getMessage() for each in caplog.records if each.name == "cap_hf.commands.finetune"]
+    assert message.startswith(f"The teacher is given the student's pixels, as {tmp_path / 'teacher'} has no image proc")
+
+
 def test_without_evaluation_no_split_to_evaluate_on_is_needed(tmp_path, folders, capsys):
     rows = load_dataset_rows(40)
     rows.to_parquet(tmp_path / "data" / "train.parquet")
     arguments = ("--dataset_name", str(tmp_path / "data"), "--do_eval", "False", "--max_steps", "1")
     assert finetune(folders[0], tmp_path / "out", *arguments) == 0
-    assert "60.00 % sparsity, not evaluated" in capsys.readouterr().out
+    assert "% sparsity, not evaluated" in capsys.readouterr().out
 
 
 def load_dataset_rows(count):

@@ -1,10 +1,12 @@
 """What the Trainer measures while it trains."""
 
 import numpy as np
+import pytest
 import torch
 from transformers import EvalPrediction
 
-from cap_hf.recovery.metrics import compute_metrics, first_logits
+from cap_hf.errors import CAPError
+from cap_hf.recovery.metrics import check_metric, compute_metrics, first_logits
 
 
 def test_top1_and_top5_are_counted():
@@ -23,3 +25,12 @@ def test_logits_alone_are_kept():
     logits, states = torch.zeros(2, 3), torch.zeros(2, 5, 8)
     assert first_logits((logits, states), None) is logits
     assert first_logits(logits, None) is logits
+
+
+def test_the_best_checkpoint_has_the_best_of_what_is_measured():
+    for name in (None, "loss", "eval_loss", "top1", "eval_top5"):
+        check_metric(name, 10)
+    with pytest.raises(CAPError, match="--metric_for_best_model accuracy is not one of loss, top1, top5$"):
+        check_metric("accuracy", 10)
+    with pytest.raises(CAPError, match="top5 is not one of loss, top1$"):
+        check_metric("top5", 4)

@@ -28,6 +28,8 @@ from cap_hf.recovery.training_arguments import SparseTrainingArguments
         ({"per_device_eval_batch_size": -1}, "per_device_eval_batch_size=-1 must be at least 1"),
         ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps=0 must be at least 1"),
         ({"learning_rate": -1.0}, "learning_rate=-1.0 must be 0 or greater"),
+        ({"weight_decay": -1.0}, "weight_decay=-1.0 must be 0 or greater"),
+        ({"label_smoothing_factor": 2.0}, r"label_smoothing_factor=2.0 is not in \[0, 1\)"),
         ({"learning_rate": float("nan")}, "learning_rate=nan must be 0 or greater"),
     ],
 )
