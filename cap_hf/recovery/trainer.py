@@ -7,7 +7,8 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from transformers import PretrainedConfig, PreTrainedModel, Trainer
-from transformers.trainer_utils import EvalLoopOutput, TrainOutput
+from transformers.trainer_utils import EvalLoopOutput, SchedulerType, TrainOutput
+from transformers.training_args import OptimizerNames
 from transformers.utils import ModelOutput
 
 from cap_hf.errors import CAPError, reason
@@ -133,7 +134,9 @@ class SparseTrainer(Trainer):
         try:
             return super().create_optimizer(*args, **kwargs)
         except (ImportError, TypeError, ValueError) as error:
-            raise CAPError(f"--optim {self.args.optim} cannot be made: {reason(error)}") from error
+            raise CAPError(
+                f"--optim {OptimizerNames(self.args.optim).value} cannot be made: {reason(error)}"
+            ) from error
 
     def create_scheduler(self, num_training_steps: int, optimizer: Optimizer | None = None) -> LRScheduler:
         """Make a linear decay that restarts at every pruning step, unless another scheduler is asked for."""
@@ -146,7 +149,7 @@ class SparseTrainer(Trainer):
         try:
             return super().create_scheduler(num_training_steps, optimizer)
         except (TypeError, ValueError) as error:
-            kind = self.args.lr_scheduler_type
+            kind = SchedulerType(self.args.lr_scheduler_type).value
             raise CAPError(f"--lr_scheduler_type {kind} cannot be made: {reason(error)}") from error
 
     def compute_loss(
