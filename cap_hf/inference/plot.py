@@ -1,4 +1,4 @@
-"""The benchmark's picture: images a second of every backend."""
+"""The benchmark's picture: images per second of every backend."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -32,5 +32,5 @@ def draw_benchmark(found: Sequence[Measurement], title: str, path: str | Path) -
         axes.margins(x=0.12)
         axes.tick_params(labelsize=7)
         axes.set_title(f"batch {size}, {threads} thread{'s' if threads > 1 else ''}", fontsize=8, loc="left")
-        axes.set_xlabel("images a second", fontsize=7)
+        axes.set_xlabel("images per second", fontsize=7)
     figure.savefig(path, dpi=120, metadata={"Software": None})
