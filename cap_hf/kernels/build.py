@@ -26,7 +26,7 @@ DISABLE_VARIABLE = "CAP_HF_DISABLE_EXTENSIONS"
 
 @functools.cache
 def load_extension(name: str) -> bool:
-    """Make the operators of `csrc/<name>.cpp` available as `torch.ops.cap_hf.*`, compiling them if need be.
+    """Load the operators of `csrc/<name>.cpp` as `torch.ops.cap_hf.*`, compiling them if they are not in the cache.
 
     A library is compiled and loaded in a folder that is this process's own; the cache holds copies. So processes that
     start together do not meet, and one that is killed leaves nothing half written and no lock behind.
@@ -41,12 +41,11 @@ def load_extension(name: str) -> bool:
         content = cache.take(kept)
         with tempfile.TemporaryDirectory(prefix="cap_hf-") as folder:
             if content is None:
-                library = compile_extension(name, Path(folder))
-                cache.keep(kept, library.read_bytes())
+                cache.keep(kept, compile_extension(name, Path(folder)).read_bytes())
             else:
                 library = Path(folder) / kept.name
                 library.write_bytes(content)
-            torch.ops.load_library(library)
+                torch.ops.load_library(library)
     except Exception as error:  # whatever a compiler, a linker or a file system may do
         logger.warning("The C++ kernel %s cannot be used, slower PyTorch code is: %s", name, reason(error))
         return False
@@ -54,7 +53,7 @@ def load_extension(name: str) -> bool:
 
 
 def compile_extension(name: str, folder: Path) -> Path:
-    """Compile `csrc/<name>.cpp` in a folder and return the library.
+    """Compile and load `csrc/<name>.cpp` in a folder, and return the library.
 
     Raises:
         RuntimeError: the compiler or the linker failed, or there is none for these sources.
