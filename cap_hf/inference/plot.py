@@ -1,4 +1,4 @@
-"""The benchmark's picture: images per second of every backend."""
+"""Draw what a benchmark measured: images per second of every backend."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,11 +7,12 @@ from cap_hf.inference.benchmark import Measurement
 
 
 def draw_benchmark(found: Sequence[Measurement], title: str, path: str | Path) -> None:
-    """Draw one panel a setting (batch size and threads), one bar a backend, with the quartiles as a line.
+    """Write a PNG file with one panel per setting (batch size and threads) and one bar per backend, with its quartiles.
 
     Args:
         found: what was measured, at least one.
-        path: of the PNG file to write.
+        title: above the panels.
+        path: of the file.
     """
     # Its first import may build a font cache for seconds.
     from matplotlib.figure import Figure
