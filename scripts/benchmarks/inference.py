@@ -8,19 +8,17 @@ a speed-up is the ratio of their medians. `results` in the file has an entry for
 """
 
 import argparse
-import json
 import logging
 import tempfile
 from pathlib import Path
 
 import torch
 import transformers
+from results import Results
 from transformers import PreTrainedModel, ViTConfig, ViTForImageClassification
 
 from cap_hf import CAPCompressor, CAPConfig
-from cap_hf.checkpoints.atomic import write_json
 from cap_hf.inference.benchmark import Measurement, benchmark
-from cap_hf.report import versions
 from cap_hf.targets import find_targets
 
 MODELS = {
@@ -45,37 +43,39 @@ def main() -> None:
     logging.getLogger("cap_hf").setLevel(logging.ERROR)  # at 90 % a random model has layers without weights
     transformers.utils.logging.disable_progress_bar()
     torch.set_num_threads(args.threads)
-    results = []
-    with tempfile.TemporaryDirectory() as temporary:
+    total = len(args.models) * len(args.sparsities) * len(args.batch_sizes)
+    keys = ("model", "batch_size", "sparsity")
+    with Results(args, total, keys) as results, tempfile.TemporaryDirectory() as temporary:
+        results.set(config=CONFIG.to_dict())
         for name in args.models:
             folder = (args.checkpoint_dir or Path(temporary)) / name
+            results.measuring(f"pruning {name}")
             prune(name, args.sparsities, folder)
             for sparsity in args.sparsities:
-                model = ViTForImageClassification.from_pretrained(folder / str(sparsity))
-                found, missing = benchmark(
-                    model,
-                    ["dense", "sparse", "onnxruntime"],
-                    args.batch_sizes,
-                    [args.threads],
-                    args.runs,
-                    args.max_seconds,
-                )
-                if missing:
-                    raise SystemExit(f"not everything can be measured: {missing}")
-                for size in args.batch_sizes:
-                    here = {each.backend: each for each in found if each.batch_size == size}
-                    results.append(compare(name, sparsity, layer_range(model), here))
-                    print(json.dumps(results[-1]), flush=True)
-    write_json(
-        args.json,
-        {
-            "results": results,
-            "threads": args.threads,
-            "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-            "config": CONFIG.to_dict(),
-            "versions": versions(),
-        },
+                measure(name, sparsity, folder / str(sparsity), args, results)
+
+
+def measure(name: str, sparsity: float, folder: Path, args: argparse.Namespace, results: Results) -> None:
+    """Add a row for every batch size of a pruned model."""
+    model = ViTForImageClassification.from_pretrained(folder)
+    layers = layer_range(model)
+
+    def add(found: list[Measurement]) -> None:
+        results.add(compare(name, sparsity, layers, {each.backend: each for each in found}))
+        results.advance()
+
+    _, missing = benchmark(
+        model,
+        ["dense", "sparse", "onnxruntime"],
+        args.batch_sizes,
+        [args.threads],
+        args.runs,
+        args.max_seconds,
+        lambda text: results.measuring(f"{name}, {sparsity}, {text}"),
+        add,
     )
+    if missing:
+        raise SystemExit(f"not everything can be measured: {missing}")
 
 
 def prune(name: str, sparsities: list[float], folder: Path) -> None:
@@ -101,13 +101,13 @@ def prune(name: str, sparsities: list[float], folder: Path) -> None:
 
 
 def layer_range(model: PreTrainedModel) -> list[float]:
-    """The lowest and the highest sparsity of a target."""
+    """Return the lowest and the highest sparsity of a target."""
     shares = [float((target.weight == 0).float().mean()) for target in find_targets(model)]
     return [min(shares), max(shares)]
 
 
 def compare(name: str, sparsity: float, layers: list[float], here: dict[str, Measurement]) -> dict:
-    """One entry of `results`."""
+    """Return one entry of `results`."""
     sparse = here["sparse"]
     return {
         "model": name,
