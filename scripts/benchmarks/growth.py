@@ -16,7 +16,7 @@ from transformers import ViTConfig, ViTForImageClassification
 
 from cap_hf import CAPCompressor, CAPConfig
 
-WIDTH, BLOCK_SIZE, NUM_GRADS = 192, 192, 256
+BASE = {"width": 192, "block_size": 192, "num_grads": 256}
 # What is varied, and its values; the others stay as above.
 AXES = {
     "block size B": ("block_size", (48, 96, 192, 384)),
@@ -25,7 +25,7 @@ AXES = {
 }
 
 
-def measure(width: int = WIDTH, block_size: int = BLOCK_SIZE, num_grads: int = NUM_GRADS) -> dict[str, float]:
+def measure(width: int, block_size: int, num_grads: int) -> dict[str, float]:
     """Return the seconds of the collection and of all after it, and the number of weights, of one prune."""
     torch.manual_seed(0)
     config = ViTConfig(
@@ -82,7 +82,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    measure(num_grads=64)  # compiles the kernels where they are not yet
+    measure(**BASE | {"num_grads": 64})  # compiles the kernels where they are not yet
     total = args.repeats * sum(len(values) for _, values in AXES.values())
     with Results(args, total, keys=("value",)) as results:
         for title, (name, values) in AXES.items():
@@ -90,7 +90,7 @@ def main() -> None:
                 results.measuring(f"{title} {value}")
                 runs = []
                 for _ in range(args.repeats):
-                    runs.append(measure(**{name: value}))
+                    runs.append(measure(**BASE | {name: value}))
                     results.advance()
                 row = {key: statistics.median(run[key] for run in runs) for key in runs[0]}
                 seconds = {key: [run[key] for run in runs] for key in ("collect", "prune")}

@@ -14,17 +14,15 @@ from pathlib import Path
 
 import torch
 import transformers
+from models import make_batches, make_vit
 from results import Results
-from transformers import PreTrainedModel, ViTConfig, ViTForImageClassification
+from transformers import PreTrainedModel, ViTForImageClassification
 
 from cap_hf import CAPCompressor, CAPConfig
 from cap_hf.inference.benchmark import Measurement, benchmark
 from cap_hf.targets import find_targets
 
-MODELS = {
-    "vit-small-patch16-224": {"hidden_size": 384, "num_attention_heads": 6, "intermediate_size": 1536},
-    "vit-base-patch16-224": {"hidden_size": 768, "num_attention_heads": 12, "intermediate_size": 3072},
-}
+MODELS = {"vit-small-patch16-224": "vit-small", "vit-base-patch16-224": "vit-base"}
 # Of the allocation only: a block of 16 fits a ViT-B's Fisher into memory, and weights that stay need no new values.
 CONFIG = CAPConfig(num_grads=8, fisher_block_size=16, weight_update="none")
 
@@ -83,18 +81,9 @@ def prune(name: str, sparsities: list[float], folder: Path) -> None:
     missing = [sparsity for sparsity in sparsities if not (folder / str(sparsity)).exists()]
     if not missing:
         return
-    transformers.set_seed(0)
-    model = ViTForImageClassification(ViTConfig(num_labels=1000, **MODELS[name])).eval()
-    generator = torch.Generator().manual_seed(0)
-    batches = [
-        {
-            "pixel_values": torch.randn(4, 3, 224, 224, generator=generator),
-            "labels": torch.randint(0, 1000, (4,), generator=generator),
-        }
-        for _ in range(2)
-    ]
+    model = make_vit(MODELS[name])
     compressor = CAPCompressor(model, CONFIG, disable_tqdm=True)
-    compressor.collect(batches)
+    compressor.collect(make_batches(8, 4))
     for sparsity in missing:
         compressor.prune(sparsity)
         model.save_pretrained(folder / str(sparsity))

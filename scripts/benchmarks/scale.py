@@ -19,10 +19,10 @@ from pathlib import Path
 
 import published
 import torch
+from models import make_batches, make_vit
 from ours import OurFisher
 from results import Results
 from torch.nn import functional as F
-from transformers import ViTConfig, ViTForImageClassification
 
 from cap_hf import CAPCompressor, CAPConfig
 
@@ -152,27 +152,8 @@ def resident(field: str) -> int:
     raise RuntimeError(f"/proc/self/status has no {field}")
 
 
-def tiny_vit() -> ViTForImageClassification:
-    """Return a ViT-Ti/16 at 224 pixels with random weights."""
-    torch.manual_seed(0)
-    return ViTForImageClassification(
-        ViTConfig(hidden_size=192, num_attention_heads=3, intermediate_size=768, num_labels=1000)
-    ).eval()
-
-
-def batches(examples: int, batch_size: int) -> list[dict[str, torch.Tensor]]:
-    generator = torch.Generator().manual_seed(0)
-    return [
-        {
-            "pixel_values": torch.randn(batch_size, 3, 224, 224, generator=generator),
-            "labels": torch.randint(0, 1000, (batch_size,), generator=generator),
-        }
-        for _ in range(examples // batch_size)
-    ]
-
-
 def prune_tiny(data: list[dict[str, torch.Tensor]], num_grads: int) -> float:
-    model = tiny_vit()
+    model = make_vit("vit-tiny")
     config = CAPConfig(num_grads=num_grads, fisher_block_size=192)
     compressor = CAPCompressor(model, config, disable_tqdm=True)
     start = time.perf_counter()
@@ -182,10 +163,10 @@ def prune_tiny(data: list[dict[str, torch.Tensor]], num_grads: int) -> float:
 
 def measure_overhead(args: argparse.Namespace, results: Results) -> dict[str, object]:
     """Return how much longer a whole prune takes than a bare forward and backward pass over the same examples."""
-    data = batches(args.examples, args.batch_size)
+    data = make_batches(args.examples, args.batch_size)
 
     def bare() -> float:
-        model = tiny_vit()
+        model = make_vit("vit-tiny")
 
         def work() -> None:
             for batch in data:
@@ -221,7 +202,7 @@ def print_prune(examples: int, batch_size: int) -> None:
     """Be the child of `measure_processes`: each process takes its share of the same examples."""
     torch.set_num_threads(1)
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    taken = prune_tiny(batches(examples, batch_size)[rank::world], examples)
+    taken = prune_tiny(make_batches(examples, batch_size)[rank::world], examples)
     if rank == 0:
         print(taken)
 

@@ -21,9 +21,16 @@ def load_script(path: str) -> ModuleType:
     return module
 
 
-def run_script(path: str, *arguments: object, monkeypatch: object) -> ModuleType:
-    """Run a script's `main` with these arguments, in this process, and return it."""
+def run_script(path: str, *arguments: object, monkeypatch: object, **constants: object) -> ModuleType:
+    """Run a script's `main` with these arguments, in this process, and return it.
+
+    Args:
+        constants: of the script, other than they are there: a benchmark's models made small.
+    """
     module = load_script(path)
+    for name, value in constants.items():
+        assert hasattr(module, name), name
+        setattr(module, name, value)
     monkeypatch.setattr(sys, "argv", [path, *map(str, arguments)])
     module.main()
     return module
