@@ -7,6 +7,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from cap_hf.errors import CAPError
+from cap_hf.extras import need
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,7 @@ class BatchAugmentation(nn.Module):
         super().__init__()
         self.preset, self.num_labels = preset, num_labels
         # kornia takes seconds to import; a run without augmentation does not wait for it.
+        need("kornia", "recovery")
         from kornia.augmentation import RandomCutMixV2, RandomErasing, RandomHorizontalFlip, RandomMixUpV2
 
         mean, std = pixel_statistics(image_processor)
