@@ -12,6 +12,7 @@ from huggingface_hub import snapshot_download
 from safetensors.torch import save_file
 
 from cap_hf.checkpoints.compression import VALUES, digest_names, load_file, open_safetensors, pack
+from cap_hf.checkpoints.location import check_location
 from cap_hf.checkpoints.quantizer import (
     COMPRESSED_INDEX_NAME,
     COMPRESSED_NAME,
@@ -72,6 +73,7 @@ def local_folder(
     Raises:
         CAPError: there is no such folder and no such checkpoint within reach.
     """
+    check_location(name_or_path)
     if Path(name_or_path).is_dir():
         return Path(name_or_path)
     try:

@@ -3,13 +3,9 @@
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from cap_hf.checkpoints.atomic import write_json
-from cap_hf.checkpoints.saving import read_report
-from cap_hf.checkpoints.weights import find_weight_files, local_folder, measure
-from cap_hf.commands.common import DEFAULT_OUTPUT_DIR, ModelArguments, load_model, parse, percent, table
+from cap_hf.commands.arguments import DEFAULT_OUTPUT_DIR, ModelArguments, parse
+from cap_hf.commands.tables import percent, table
 from cap_hf.config import CAPConfig
-from cap_hf.masks import describe_masks, differing_layers, find_pattern, take_masks
-from cap_hf.targets import find_targets, summarize
 
 
 @dataclass
@@ -27,12 +23,20 @@ def main(argv: list[str]) -> None:
     model_args, args = parse(
         argv, "inspect", "Show the targets of a checkpoint and how sparse they are.", ModelArguments, InspectArguments
     )
+    config = CAPConfig(fisher_block_size=args.fisher_block_size)
+    # Imported here, because the arguments are checked before these take their seconds.
+    from cap_hf.checkpoints.atomic import write_json
+    from cap_hf.checkpoints.saving import read_report
+    from cap_hf.checkpoints.weights import find_weight_files, local_folder, measure
+    from cap_hf.commands.common import load_model
+    from cap_hf.masks import describe_masks, differing_layers, find_pattern, take_masks
+    from cap_hf.targets import find_targets, summarize
+
     folder = local_folder(
         model_args.model_name_or_path, model_args.model_revision, model_args.cache_dir, model_args.token
     )
     files = find_weight_files(folder)
     model = load_model(replace(model_args, model_name_or_path=str(folder)))
-    config = CAPConfig(fisher_block_size=args.fisher_block_size)
     targets = find_targets(model, config.fisher_block_size, args.include, args.exclude)
     masks = take_masks(targets)
     layers = describe_masks(targets)

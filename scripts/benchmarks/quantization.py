@@ -14,9 +14,12 @@ import transformers
 from accelerate import Accelerator
 
 from cap_hf.checkpoints.atomic import write_json
-from cap_hf.commands.common import ModelArguments, eval_dataset, load_all, percent, table
+from cap_hf.commands.arguments import ModelArguments
+from cap_hf.commands.common import eval_dataset, load_all
+from cap_hf.commands.tables import percent, table
+from cap_hf.data.arguments import DataArguments
 from cap_hf.data.evaluation import evaluate_model
-from cap_hf.data.images import DataArguments, make_dataloader
+from cap_hf.data.images import make_dataloader
 from cap_hf.inference.quantization import count_zeros, lost_zeros, quantize_int8
 from cap_hf.report import versions
 
