@@ -2,22 +2,19 @@
 
 import logging
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import huggingface_hub
 import transformers
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
-from transformers import AutoImageProcessor, AutoModelForImageClassification, PreTrainedModel
-from transformers.utils import logging as transformers_logging
+from transformers import AutoImageProcessor, PreTrainedModel
 
-from cap_hf.checkpoints.location import check_location
+from cap_hf.checkpoints.loading import load_classifier, only_errors
 from cap_hf.commands.arguments import ModelArguments
 from cap_hf.data.arguments import DataArguments
 from cap_hf.data.images import ImageDataset, load_splits
 from cap_hf.errors import CAPError, reason
-from cap_hf.targets import summarize
 
 logger = logging.getLogger(__name__)
 
@@ -31,25 +28,7 @@ def load_model(args: ModelArguments) -> PreTrainedModel:
     Raises:
         CAPError: the checkpoint cannot be loaded or lacks weights.
     """
-    source = where_to_load(args)
-    try:
-        # The report of what was loaded is a table of several lines; what matters of it is said below.
-        with only_errors():
-            model, info = AutoModelForImageClassification.from_pretrained(
-                args.model_name_or_path, **source, dtype="float32", use_safetensors=True, output_loading_info=True
-            )
-    except Exception as error:  # configuration, file format, network
-        raise CAPError(f"{args.model_name_or_path} cannot be loaded: {reason(error)}") from error
-    lost = sorted(map(str, (*info["missing_keys"], *info["mismatched_keys"])))
-    if lost:
-        raise CAPError(
-            f"{args.model_name_or_path} has no weights for {summarize(lost, 3)}: "
-            "a checkpoint finetuned for image classification is needed"
-        )
-    if info["unexpected_keys"]:
-        unused = summarize(sorted(info["unexpected_keys"]), 3)
-        logger.warning("%s has weights that %s does not use: %s", args.model_name_or_path, type(model).__name__, unused)
-    return model
+    return load_classifier(args.model_name_or_path, args.trust_remote_code, "float32", **where_to_load(args))
 
 
 def load_image_processor(args: ModelArguments) -> Any:
@@ -62,7 +41,9 @@ def load_image_processor(args: ModelArguments) -> Any:
     try:
         # Without torchvision the processor falls back to PIL and says so in a warning of several lines.
         with only_errors():
-            return AutoImageProcessor.from_pretrained(args.model_name_or_path, **source)
+            return AutoImageProcessor.from_pretrained(
+                args.model_name_or_path, trust_remote_code=args.trust_remote_code, **source
+            )
     except Exception as error:  # configuration, network
         raise CAPError(f"{args.model_name_or_path} has no image processor: {reason(error)}") from error
 
@@ -91,14 +72,12 @@ def where_to_load(args: ModelArguments) -> dict[str, Any]:
     The Hub is asked once. Where it does not answer only the cache is used: transformers would try every file six times,
     for half a minute each, or for minutes where the network swallows what is sent.
     """
-    check_location(args.model_name_or_path)
-    source = {
+    return {
         "revision": args.model_revision,
         "cache_dir": args.cache_dir,
         "token": args.token,
-        "trust_remote_code": args.trust_remote_code,
+        "local_files_only": not hub_answers(args),
     }
-    return source | {"local_files_only": not hub_answers(args)}
 
 
 def hub_answers(args: ModelArguments) -> bool:
@@ -117,14 +96,3 @@ def hub_answers(args: ModelArguments) -> bool:
         logger.warning("The Hub cannot be reached (%s): only what is cached is used", reason(error))
         return False
     return True
-
-
-@contextmanager
-def only_errors() -> Iterator[None]:
-    """Keep transformers from logging anything below an error."""
-    verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(verbosity)

@@ -38,7 +38,6 @@ def demo(args: DemoArguments) -> None:
     """Do the work: one dense model, every method at every sparsity, the sparsest model recovered."""
     # Imported here, because the arguments are checked before these take their seconds.
     import transformers
-    from accelerate import Accelerator
     from transformers.utils import logging as transformers_logging
 
     from cap_hf.checkpoints.atomic import write_json
@@ -48,11 +47,12 @@ def demo(args: DemoArguments) -> None:
     from cap_hf.compressor import CAPCompressor
     from cap_hf.data.evaluation import evaluate_model
     from cap_hf.data.images import ImageDataset, calibration_split, load_splits, make_dataloader
+    from cap_hf.distributed.accelerator import make_accelerator
     from cap_hf.report import Phases, versions
 
     transformers_logging.disable_progress_bar()
     transformers.set_seed(args.seed)
-    output, phases, accelerator = Path(args.output_dir), Phases(), Accelerator()
+    output, phases, accelerator = Path(args.output_dir), Phases(), make_accelerator()
     data_args = DataArguments()
     splits = load_splits(data_args, args.seed)
     dense_folder = output / "dense"

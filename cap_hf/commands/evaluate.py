@@ -29,15 +29,14 @@ def main(argv: list[str]) -> None:
 def evaluate(model_args: ModelArguments, data_args: DataArguments, args: EvaluateArguments) -> None:
     """Do the work, once nothing is wrong with the arguments."""
     # Imported here, because the arguments are checked before these take their seconds.
-    from accelerate import Accelerator
-
     from cap_hf.checkpoints.atomic import write_json
     from cap_hf.commands.common import eval_dataset, load_all
     from cap_hf.data.evaluation import evaluate_model
     from cap_hf.data.images import make_dataloader
+    from cap_hf.distributed.accelerator import make_accelerator
     from cap_hf.report import versions
 
-    accelerator = Accelerator()
+    accelerator = make_accelerator()
     model, image_processor, splits = load_all(model_args, data_args, args.seed, ["eval"])
     dataset = eval_dataset(splits, image_processor, model, data_args)
     loader = make_dataloader(dataset, args.per_device_eval_batch_size, data_args.dataloader_num_workers)

@@ -60,7 +60,6 @@ def prune(
 ) -> None:
     """Do the work, once nothing is wrong with the arguments: load, collect, and per sparsity prune, evaluate, save."""
     # Imported here, because the arguments are checked before these take their seconds.
-    from accelerate import Accelerator
     from transformers.utils import logging as transformers_logging
 
     from cap_hf.checkpoints.atomic import write_json
@@ -70,12 +69,13 @@ def prune(
     from cap_hf.compressor import CAPCompressor
     from cap_hf.data.evaluation import evaluate_model
     from cap_hf.data.images import ImageDataset, calibration_split, make_dataloader
+    from cap_hf.distributed.accelerator import make_accelerator
     from cap_hf.report import Phases
 
     if args.disable_tqdm:
         transformers_logging.disable_progress_bar()
     output = Path(args.output_dir)
-    accelerator, phases = Accelerator(), Phases()
+    accelerator, phases = make_accelerator(), Phases()
     with phases("load"):
         model, image_processor, splits = load_all(
             model_args, data_args, config.seed, ["train", "eval"] if args.do_eval else ["train"]

@@ -33,7 +33,7 @@ def main(argv: list[str]) -> None:
     if not args.hub_model_id:
         raise CAPError("say where to: --hub_model_id user/name")
     # Imported here, because the arguments are checked before these take their seconds.
-    from cap_hf.checkpoints.weights import local_folder
+    from cap_hf.checkpoints.loading import local_folder
     from cap_hf.hub.publish import prepare_folder, push_to_hub
 
     folder = local_folder(
@@ -42,7 +42,15 @@ def main(argv: list[str]) -> None:
     if args.dry_run:
         output = Path(args.output_dir)
         check_output(output, args.overwrite_output_dir)
-        facts = prepare_folder(folder, output, args.hub_model_id, args.compressed, args.base_model, args.license)
+        facts = prepare_folder(
+            folder,
+            output,
+            args.hub_model_id,
+            args.compressed,
+            args.base_model,
+            args.license,
+            model_args.trust_remote_code,
+        )
         for path in sorted(output.iterdir()):
             print(f"{path.stat().st_size:>14,}  {path.name}")
         print(f"{output} is what would be pushed to {args.hub_model_id}: sparsity {percent(facts.sparsity)} %")
@@ -58,5 +66,6 @@ def main(argv: list[str]) -> None:
         token=model_args.token,
         base_model=args.base_model,
         license=args.license,
+        trust_remote_code=model_args.trust_remote_code,
     )
     print(f"{args.hub_model_id} was pushed: {address}")

@@ -2,8 +2,8 @@
 
 import pytest
 
+from cap_hf.checkpoints.loading import local_folder
 from cap_hf.checkpoints.location import check_location
-from cap_hf.checkpoints.weights import local_folder
 from cap_hf.errors import CAPError
 
 
