@@ -14,17 +14,9 @@ from transformers.utils import logging as transformers_logging
 
 from cap_hf.checkpoints.saving import save_checkpoint
 from cap_hf.collection.resources import Resources
-from cap_hf.commands.common import (
-    ModelArguments,
-    check_output,
-    eval_dataset,
-    load_all,
-    load_image_processor,
-    load_model,
-    parse,
-    percent,
-    table,
-)
+from cap_hf.commands.arguments import ModelArguments, check_output, parse
+from cap_hf.commands.common import eval_dataset, load_all, load_image_processor, load_model
+from cap_hf.commands.tables import percent, results_table
 from cap_hf.config import CONFIG_NAME, CAPConfig
 from cap_hf.data.arguments import DataArguments
 from cap_hf.data.evaluation import evaluate_model
@@ -256,23 +248,12 @@ def student_config(model_args: ModelArguments) -> CAPConfig | None:
 
 
 def summary(report: dict) -> str:
-    """One line a model: sparsity, accuracy, the drop against the dense model."""
-    rows, dense = [], report["dense"]
-    for name, key in (("dense", "sparsity_dense"), ("sparse", "sparsity_before"), ("recovered", "sparsity")):
-        metrics = report[name]
-        if metrics is None:
-            continue
-        drop = None if dense is None or name == "dense" else dense["top1"] - metrics["top1"]
-        rows.append(
-            [
-                name,
-                percent(report[key]),
-                percent(metrics["top1"]),
-                percent(metrics.get("top5")),
-                f"{metrics['loss']:.4f}",
-                percent(drop),
-            ]
-        )
+    """Return the table of the models that were evaluated, or one line if none was."""
+    rows = [
+        (name, report[sparsity], report[name])
+        for name, sparsity in (("dense", "sparsity_dense"), ("sparse", "sparsity_before"), ("recovered", "sparsity"))
+        if report[name] is not None
+    ]
     if not rows:
         return f"Recovered at {percent(report['sparsity'])} % sparsity, not evaluated"
-    return table(["model", "sparsity %", "top-1 %", "top-5 %", "loss", "drop"], rows)
+    return results_table(rows, report["dense"])

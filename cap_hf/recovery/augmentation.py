@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from cap_hf.errors import CAPError
+from cap_hf.extras import need
 from cap_hf.recovery.losses import label_shares
 
 
@@ -63,6 +64,7 @@ class BatchAugmentation(nn.Module):
         super().__init__()
         self.preset, self.num_labels = preset, num_labels
         # kornia takes seconds to import; a run without augmentation does not wait for it.
+        need("kornia", "recovery")
         from kornia.augmentation import RandomCutMixV2, RandomErasing, RandomHorizontalFlip, RandomMixUpV2
 
         mean, std = pixel_statistics(image_processor)
