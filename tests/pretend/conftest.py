@@ -32,10 +32,12 @@ class Worker:
         self.config = config
         self.output = tempfile.TemporaryFile()  # noqa: SIM115, it lives as long as the process
         reading, writing = os.pipe()
+        options = [f"--tb={config.option.tbstyle}", *(["--runxfail"] if config.option.runxfail else [])]
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *names],
+            [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *options, *names],
             cwd=config.rootpath,
-            env={**os.environ, REPORTS_VARIABLE: str(writing)},
+            # Threads that wait for each other take most of the time of operators as small as these.
+            env={**os.environ, REPORTS_VARIABLE: str(writing), "OMP_NUM_THREADS": "1"},
             pass_fds=[writing],
             stdout=self.output,
             stderr=subprocess.STDOUT,

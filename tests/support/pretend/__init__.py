@@ -18,6 +18,7 @@ import accelerate.state
 import safetensors
 import safetensors.torch
 import torch
+import transformers.training_args
 from torch import distributed as dist
 
 from support.pretend.build import load_library
@@ -36,16 +37,24 @@ def load() -> None:
     torch._register_device_module(NAME, device)
     torch.utils.generate_methods_for_privateuse1_backend()
     dist.Backend.register_backend(collectives.NAME, collectives.create, devices=[NAME])
-    # Of one process. Both accelerate and transformers look there.
-    os.environ["ACCELERATE_TORCH_DEVICE"] = NAME
     if "LOCAL_RANK" in os.environ:
-        rank = int(os.environ["LOCAL_RANK"])
-        torch.pretend.set_device(rank)
-        os.environ["ACCELERATE_TORCH_DEVICE"] = f"{NAME}:{rank}"
-    # Of several: accelerate knows a fixed list of devices, and no other way to add to it.
+        torch.pretend.set_device(int(os.environ["LOCAL_RANK"]))
+    # Where a process has no other, accelerate takes the device of this variable; for the collectives of several it
+    # knows a fixed list of devices.
+    choose(NAME)
     accelerate.state.PartialState._prepare_backend = _prepare_backend
-    # Safetensors' reader knows a fixed list too.
+    # Safetensors' reader and transformers' `bf16` know fixed lists too.
     safetensors.torch.safe_open = SafeOpen
+    transformers.training_args.is_torch_bf16_gpu_available = lambda: True
+
+
+def choose(device: str) -> None:
+    """Let the accelerators that accelerate makes from now on be of the pretend device, or of the CPU."""
+    os.environ.pop("ACCELERATE_TORCH_DEVICE", None)
+    if device == NAME:
+        rank = os.environ.get("LOCAL_RANK")
+        os.environ["ACCELERATE_TORCH_DEVICE"] = NAME if rank is None else f"{NAME}:{rank}"
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def _prepare_backend(
