@@ -24,6 +24,11 @@ if IS_WORKER:
 
     pretend.load()
 
+    @pytest.fixture(autouse=True)
+    def chosen() -> None:
+        """Accelerators are of the device, whatever the test before has chosen."""
+        pretend.choose("pretend")
+
 
 class Worker:
     """The pytest with the accelerator, and what it reports."""

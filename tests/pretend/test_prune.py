@@ -157,7 +157,7 @@ def test_evaluation_gives_what_it_gives_on_the_cpu():
 
 @pytest.mark.parametrize("compressed", [False, True])
 def test_saved_from_the_accelerator_and_loaded_again(compressed, tmp_path):
-    compressor, report = compress("cap", accelerator_on("pretend"))
+    compressor, _ = compress("cap", accelerator_on("pretend"))
     compressor.save_pretrained(tmp_path / "sparse", compressed=compressed)
     for placed in ({}, {"device_map": "pretend"}):
         model = AutoModelForImageClassification.from_pretrained(tmp_path / "sparse", **placed)

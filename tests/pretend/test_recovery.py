@@ -73,6 +73,6 @@ def test_pruning_steps_draw_nothing_from_the_generator_of_the_accelerator():
     torch.manual_seed(0)
     expected = torch.randn(4, device="pretend")
     torch.manual_seed(0)
-    with isolated_random_state(torch.device("pretend", 0)):
+    with isolated_random_state(torch.device("pretend")):
         torch.randn(4, device="pretend")
     assert torch.equal(torch.randn(4, device="pretend"), expected)

@@ -10,10 +10,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from support.models import build
-from support.pretend.runs import CASES, INTERRUPTED, accelerator_on, compress, loader, weights
+from support.pretend.runs import CASES, INTERRUPTED, accelerator_on, command_arguments, compress, loader, weights
 from support.recovery import assert_same_zeros, sparse_vit, zeros
 from transformers import AutoModelForImageClassification
 
+from cap_hf.commands.main import main
 from cap_hf.data.evaluation import evaluate_model
 
 ROOT = Path(__file__).parents[2]
@@ -106,3 +107,14 @@ def test_gradual_pruning_reaches_its_sparsity(results):
     model.load_state_dict(found)
     counts = [(int(zero.sum()), zero.numel()) for zero in zeros(model).values()]
     assert sum(zero for zero, _ in counts) == round(0.8 * sum(total for _, total in counts))
+
+
+def test_the_command_gives_what_one_process_gives(results, tmp_path):
+    found, _ = outcome(results, "command")
+    assert main(command_arguments(tmp_path)) == 0
+    expected = load_file(tmp_path / "out" / "sparsity-0.75" / "model.safetensors")
+    for name, weight in expected.items():
+        assert torch.equal(found[name], weight), name
+    reports = [json.loads((folder / "out" / "report.json").read_text()) for folder in (results[0], tmp_path)]
+    assert [(report["device"], report["num_processes"]) for report in reports] == [("pretend", 2), ("pretend", 1)]
+    assert reports[0]["dense"]["loss"] == pytest.approx(reports[1]["dense"]["loss"], rel=1e-5)

@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
-from support import pretend
-from support.models import ARCHITECTURES, build, random_batches
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedModel
 
 from cap_hf import CAPCompressor, CAPConfig, Checkpointing, PruneReport, Resources
+from support import pretend
+from support.models import ARCHITECTURES, build, random_batches
+from support.recovery import image_processor
 
 # Architecture, what differs from the default config. 22 gradient samples in batches of 4: no number comes out even.
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -117,3 +118,13 @@ def compress_interrupted(name: str, accelerator: Accelerator, folder: Path) -> t
         compressor.discard_state()
         return compressor, report
     raise AssertionError("the collection was not interrupted")
+
+
+def command_arguments(folder: Path) -> list[str]:
+    """Return a `cap-hf prune` of a model in a folder, which is saved there."""
+    build("ViT", num_channels=1).save_pretrained(folder / "dense")
+    image_processor().save_pretrained(folder / "dense")
+    arguments = ["--model_name_or_path", str(folder / "dense"), "--output_dir", str(folder / "out")]
+    arguments += ["--sparsity", "0.5", "0.75", "--num_grads", "32", "--per_device_batch_size", "8"]
+    arguments += ["--max_eval_samples", "50", "--disable_tqdm", "--checkpoint_every", "16"]
+    return ["prune", *arguments]

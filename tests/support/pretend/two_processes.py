@@ -9,17 +9,25 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from support import pretend
-
-pretend.load()
-
 from accelerate import Accelerator
-from safetensors.torch import save_file
-from support.models import build
-from support.pretend.runs import CASES, INTERRUPTED, accelerator_on, compress, compress_interrupted, loader, weights
-from support.recovery import GRADUAL, make_trainer, sparse_vit, tiny_vit
+from safetensors.torch import load_file, save_file
 
+from cap_hf import SparseTrainer
+from cap_hf.commands.main import main
 from cap_hf.data.evaluation import evaluate_model
+from support import pretend
+from support.models import build
+from support.pretend.runs import (
+    CASES,
+    INTERRUPTED,
+    accelerator_on,
+    command_arguments,
+    compress,
+    compress_interrupted,
+    loader,
+    weights,
+)
+from support.recovery import GRADUAL, make_trainer, sparse_vit, tiny_vit
 
 Outcome = tuple[dict[str, torch.Tensor], float | None]
 
@@ -60,13 +68,20 @@ def recover_gradually(name: str, accelerator: Accelerator, folder: Path) -> Outc
     return trained(trainer)
 
 
-def trained(trainer) -> Outcome:
+def trained(trainer: SparseTrainer) -> Outcome:
     """The weights, after a check that they are the same on both devices."""
     assert trainer.args.device == torch.device("pretend", trainer.args.process_index)
     for name, parameter in trainer.model.named_parameters():
         everyone = trainer.accelerator.gather(parameter.detach()[None].contiguous())
         assert torch.equal(everyone[0], everyone[1]), name
     return {name: tensor.cpu().contiguous() for name, tensor in trainer.model.state_dict().items()}, None
+
+
+def command(name: str, accelerator: Accelerator, folder: Path) -> Outcome:
+    with accelerator.main_process_first():
+        arguments = command_arguments(folder)
+    assert main(arguments) == 0
+    return load_file(folder / "out" / "sparsity-0.75" / "model.safetensors"), None
 
 
 TASKS: dict[str, Callable[[str, Accelerator, Path], Outcome]] = {
@@ -76,10 +91,13 @@ TASKS: dict[str, Callable[[str, Accelerator, Path], Outcome]] = {
     "evaluate": evaluate,
     "recover": recover,
     "recover gradually": recover_gradually,
+    # The last: a command ends what connects the processes.
+    "command": command,
 }
 
 
-def main() -> None:
+def run() -> None:
+    pretend.load()
     folder = Path(sys.argv[1])
     results: dict[str, dict[str, object]] = {}
     tensors: dict[str, torch.Tensor] = {}
@@ -97,9 +115,7 @@ def main() -> None:
     if accelerator.is_main_process:
         save_file(tensors, folder / "tensors.safetensors")
         (folder / "results.json").write_text(json.dumps(results))
-    accelerator.wait_for_everyone()
-    accelerator.end_training()
 
 
 if __name__ == "__main__":
-    main()
+    run()
