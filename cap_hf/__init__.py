@@ -1,7 +1,7 @@
 """CAP for Hugging Face image models: prune, recover, publish, load."""
 
 from cap_hf.checkpoints.quantizer import CompressedConfig
-from cap_hf.collection.plan import Resources
+from cap_hf.collection.resources import Resources
 from cap_hf.collection.state import Checkpointing
 from cap_hf.compressor import CAPCompressor
 from cap_hf.config import CAPConfig, NMPattern

@@ -14,9 +14,6 @@ FISHER_TYPES = ("empirical", "sampled")
 FISHER_DTYPES = ("float32", "bfloat16")
 WEIGHT_UPDATES = ("joint", "independent", "none")
 
-# Relative damps that measured best one-shot (README, "Results"); SparseGPT's is its own published value.
-DEFAULT_DAMP = {"cap": 5e-4, "obs": 5e-4, "sparsegpt": 1e-2, "magnitude": 0.0}
-
 
 @dataclass(frozen=True)
 class NMPattern:
@@ -27,6 +24,7 @@ class NMPattern:
 
     @property
     def sparsity(self) -> float:
+        """Return the share of weights that are 0."""
         return 1 - self.n / self.m
 
     def steps(self, size: int) -> int:
@@ -143,7 +141,7 @@ class CAPConfig:
 
     @property
     def pattern(self) -> NMPattern | None:
-        """The N:M pattern of `allocation`, or None for global and uniform."""
+        """Return the N:M pattern of `allocation`, or None for global and uniform."""
         if self.allocation in ("global", "uniform"):
             return None
         match = re.fullmatch(r"(\d+):(\d+)", str(self.allocation))
@@ -151,16 +149,17 @@ class CAPConfig:
             raise CAPError(f"allocation={self.allocation!r} is not global, uniform or N:M with 0 < N < M")
         return NMPattern(int(match[1]), int(match[2]))
 
-    @property
-    def resolved_damp(self) -> float:
-        """`damp`, or the default of the method."""
-        return DEFAULT_DAMP[self.method] if self.damp is None else self.damp
-
     def to_dict(self) -> dict:
+        """Return the fields, for JSON."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, values: dict) -> "CAPConfig":
+        """Return a config from fields, as `to_dict` gave them.
+
+        Raises:
+            CAPError: a field is unknown, or its value is outside what it allows.
+        """
         unknown = sorted(set(values) - {f.name for f in fields(cls)})
         if unknown:
             raise CAPError(f"CAPConfig has no field {', '.join(unknown)}")

@@ -23,42 +23,73 @@ class Target:
 
     A row is what feeds one output: `in_features` entries of a Linear; `kh * kw * in_channels / groups` of a
     Conv2d, input channels last, so that neighbours in a block are neighbours for N:M hardware too.
+
+    Attributes:
+        name: of the module.
+        module: a Linear or a Conv2d, whose `weight` it is.
+        block_size: weights per block.
+        index: its place among the targets of the model.
+        twins: further modules that compute with the same weight.
     """
 
     name: str
     module: nn.Module
     block_size: int
+    index: int = 0
+    twins: tuple[nn.Module, ...] = ()
+
+    @property
+    def modules(self) -> tuple[nn.Module, ...]:
+        """Return all modules that compute with the weight."""
+        return (self.module, *self.twins)
 
     @property
     def weight(self) -> nn.Parameter:
+        """Return the weight itself."""
         return self.module.weight
 
     @property
     def num_blocks(self) -> int:
+        """Return how many blocks the weight has."""
         return self.weight.numel() // self.block_size
 
     @property
     def row_size(self) -> int:
-        """Weights that feed one output."""
+        """Return how many weights feed one output."""
         return self.weight[0].numel()
 
     @property
     def is_conv(self) -> bool:
+        """Return whether it is a Conv2d's."""
         return isinstance(self.module, nn.Conv2d)
 
     def to_blocks(self, tensor: torch.Tensor) -> torch.Tensor:
-        """`(..., *weight.shape)` -> `(..., num_blocks, block_size)`; a view where the memory order allows it."""
+        """Return `(..., *weight.shape)` as `(..., num_blocks, block_size)`; a view where the memory order allows it."""
         leading = tensor.shape[: tensor.dim() - self.weight.dim()]
         if self.is_conv:
             tensor = tensor.movedim(-3, -1)
         return tensor.reshape(*leading, self.num_blocks, self.block_size)
 
     def from_blocks(self, blocks: torch.Tensor) -> torch.Tensor:
-        """The inverse of `to_blocks` for one weight: `(num_blocks, block_size)` -> `weight.shape`."""
+        """Return `(num_blocks, block_size)` as `weight.shape`: the inverse of `to_blocks` for one weight."""
         if not self.is_conv:
             return blocks.reshape(self.weight.shape)
         out_channels, in_channels, height, width = self.weight.shape
         return blocks.reshape(out_channels, height, width, in_channels).movedim(-1, 1).contiguous()
+
+
+def weight_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Return every Linear and Conv2d of a model by name, subclasses and layers outside the encoder included.
+
+    Modules that share one Parameter are one layer, under the first of their names.
+    """
+    layers: dict[str, nn.Module] = {}
+    seen: set[torch.Tensor] = set()
+    for name, module in model.named_modules():
+        if isinstance(module, (nn.Linear, nn.Conv2d)) and module.weight not in seen:
+            seen.add(module.weight)
+            layers[name] = module
+    return layers
 
 
 def find_targets(
@@ -68,7 +99,7 @@ def find_targets(
     exclude: Sequence[str] | None = None,
     pattern: NMPattern | None = None,
 ) -> list[Target]:
-    """The targets of a transformers model: Linear and Conv2d weights inside its encoder.
+    """Return the targets of a transformers model: Linear and Conv2d weights inside its encoder.
 
     Args:
         model: a transformers model with a head (the head lies outside `model.base_model`).
@@ -80,14 +111,19 @@ def find_targets(
     Raises:
         CAPError: there is no target, a pattern matches nothing, or N:M does not divide a row.
     """
+    layers = weight_layers(model)
     base = getattr(model, "base_model", model)
-    prefix = next((name for name, module in model.named_modules() if module is base), "")
+    prefix = next((f"{name}." if name else "" for name, module in model.named_modules() if module is base), "")
+    sharing = {name: twins_of(model, module) for name, module in layers.items()}
     candidates = {
-        f"{prefix}.{name}" if prefix else name: module
-        for name, module in base.named_modules()
+        name: module
+        for name, module in layers.items()
+        if name.startswith(prefix)
+        and not NOT_ENCODER.search(name.removeprefix(prefix))
         # Subclasses may compute with something else than their weight (weight standardisation, attention's own
-        # projection that nobody calls).
-        if type(module) in (nn.Linear, nn.Conv2d) and not NOT_ENCODER.search(name)
+        # projection that nobody calls), and so may other kinds of modules that share it.
+        and type(module) in (nn.Linear, nn.Conv2d)
+        and all(type(twin) is type(module) for twin in sharing[name])
     }
     if not candidates:
         raise CAPError(f"{type(model).__name__} has no Linear or Conv2d weight inside an encoder: nothing to prune")
@@ -103,11 +139,21 @@ def find_targets(
     }
     if not chosen:
         raise CAPError(f"--include and --exclude leave no target of {summarize(list(candidates))}")
-    return [Target(name, module, fit_block_size(name, module, block_size, pattern)) for name, module in chosen.items()]
+    return [
+        Target(name, module, fit_block_size(name, module, block_size, pattern), index, sharing[name])
+        for index, (name, module) in enumerate(chosen.items())
+    ]
+
+
+def twins_of(model: nn.Module, module: nn.Module) -> tuple[nn.Module, ...]:
+    """Return the other modules of a model whose `weight` is this module's."""
+    return tuple(
+        each for each in model.modules() if each is not module and getattr(each, "weight", None) is module.weight
+    )
 
 
 def fit_block_size(name: str, module: nn.Module, block_size: int | str, pattern: NMPattern | None = None) -> int:
-    """The block size nearest to the one asked for that is a divisor of a row, a row, or several rows.
+    """Return the block size nearest to the one asked for that is a divisor of a row, a row, or several rows.
 
     Args:
         name: the target's name, for the error.
@@ -139,6 +185,6 @@ def fit_block_size(name: str, module: nn.Module, block_size: int | str, pattern:
 
 
 def summarize(names: Sequence[str], limit: int = 6) -> str:
-    """`a, b, c ... (n in all)`: the choices there are, short enough for one line."""
+    """Return `a, b, c ... (n in all)`: the choices there are, short enough for one line."""
     shown = ", ".join(names[:limit])
     return shown if len(names) <= limit else f"{shown} ... ({len(names)} in all)"

@@ -13,7 +13,9 @@ from torch.utils.data import DataLoader
 import cap_hf.collection.solver as solver_module
 from cap_hf import CAPCompressor, CAPConfig, CAPError
 from cap_hf.masks import find_pattern
-from cap_hf.method.elimination import LostPivotError, invert, reconstruct
+from cap_hf.method import methods
+from cap_hf.method.elimination import LostPivotError, invert
+from cap_hf.method.reconstruction import reconstruct
 
 
 def collected(model, side=8, **config) -> CAPCompressor:
@@ -59,8 +61,7 @@ def test_every_method_meets_the_sparsity_on_every_architecture(name, method):
 @settings(max_examples=25, deadline=None)
 def test_sparsity_is_exact_to_the_weight(sparsity, allocation, selection):
     compressor = shared_compressor()
-    compressor.config.allocation, compressor.config.selection = allocation, selection
-    report = compressor.prune(sparsity)
+    report = compressor.prune(sparsity, allocation, selection)
     assert zeros_of(compressor) == report.num_zeros == round(total_of(compressor) * sparsity)
     if allocation == "uniform":
         assert all(abs(layer.num_zeros - sparsity * layer.num_weights) <= 1 for layer in report.layers)
@@ -78,7 +79,7 @@ def test_the_weights_are_the_minimum_for_the_removed_set():
     dense = {target.name: target.to_blocks(target.weight).clone() for target in compressor.targets}
     report = compressor.prune(0.7)
     for target, layer in zip(compressor.targets, report.layers, strict=True):
-        fisher = compressor.fisher.damped(target, slice(None), compressor._damps[target.name])
+        fisher = compressor.fisher.damped(target, slice(None))
         new = target.to_blocks(target.weight.detach())
         expected = reconstruct(dense[target.name].detach(), fisher, new != 0)
         torch.testing.assert_close(new, expected)
@@ -110,8 +111,7 @@ def test_a_sparse_model_is_pruned_further_and_loses_no_zero(method, allocation):
     collected(model).prune(0.6)
     before = {target.name: target.weight == 0 for target in CAPCompressor(model).targets}
     compressor = collected(model, method=method)
-    compressor.config.allocation = allocation
-    compressor.prune(0.8)
+    compressor.prune(0.8, allocation)
     assert zeros_of(compressor) == round(0.8 * total_of(compressor))
     for target in compressor.targets:
         assert (target.weight[before[target.name]] == 0).all()
@@ -210,7 +210,7 @@ def test_the_number_of_gradients_is_kept(caplog):
 def test_several_chunks_equal_one(monkeypatch):
     results = []
     for size in (64 * 2**20, 8 * 16**2 * 3):
-        monkeypatch.setattr(solver_module, "CHUNK_BYTES", size)
+        monkeypatch.setattr(solver_module, "BATCH_BYTES", size)
         model = build("ViT")
         collected(model).prune(0.8)
         results.append(model.state_dict())
@@ -241,7 +241,7 @@ def test_errors_leave_the_model_alone(monkeypatch):
     def lose(*_):
         raise LostPivotError(1)
 
-    monkeypatch.setattr(solver_module, "eliminate", lose)
+    monkeypatch.setattr(methods, "eliminate", lose)
     with pytest.raises(CAPError, match=r"pivot of vit.layers.0.attention.q_proj \(block 1\): raise the damp"):
         lost.prune(0.5)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
@@ -272,9 +272,9 @@ def test_zeros_do_not_make_up_for_others():
         compressor = collected(model, method=method, include=["vit.layers.0.mlp.fc1"], fisher_block_size=8)
         compressor.prune(0.9)
         (target,) = compressor.targets
-        weights = compressor._weights[target.name].double()
-        fisher = compressor.fisher.damped(target, slice(None), compressor._damps[target.name])
-        order, losses = compressor._orders[target.name], compressor._losses[target.name]
+        weights = compressor.paths.weights[target.name].double()
+        fisher = compressor.fisher.damped(target, slice(None))
+        order, losses = compressor.paths.orders[target.name], compressor.paths.losses[target.name]
         for block in range(target.num_blocks):
             alive = weights[block].nonzero()[:, 0]
             if not len(alive):
@@ -289,8 +289,8 @@ def test_zeros_do_not_make_up_for_others():
 def test_changing_the_pattern_eliminates_anew():
     compressor = collected(build("ViT"))
     compressor.prune(0.5)
-    compressor.config.allocation = "2:4"
-    compressor.prune()
+    compressor.prune(allocation="2:4")
+    assert compressor.config.allocation == "2:4"
     assert all(((target.weight.view(-1, 4) != 0).sum(dim=1) == 2).all() for target in compressor.targets)
 
 

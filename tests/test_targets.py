@@ -10,7 +10,7 @@ from torch import nn
 
 from cap_hf.config import NMPattern
 from cap_hf.errors import CAPError
-from cap_hf.targets import Target, find_targets, fit_block_size
+from cap_hf.targets import Target, find_targets, fit_block_size, weight_layers
 
 EXPECTED = {"ViT": 12, "DeiT": 12, "Dinov2": 14, "Swin": 19, "ConvNext": 15, "ResNet": 6}
 
@@ -24,6 +24,29 @@ def test_targets_are_the_encoders_linear_and_conv_weights(name):
     assert not any(part in each for each in names for part in ("embed", "classifier", "norm", "pooler"))
     modules = dict(model.named_modules())
     assert all(modules[target.name].weight is target.weight for target in targets)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_targets_are_weight_layers_and_the_classifier_is_one_more(name):
+    model = build(name)
+    layers = weight_layers(model)
+    assert all(layers[target.name] is target.module for target in find_targets(model))
+    outside = set(layers) - {target.name for target in find_targets(model)}
+    assert any("classifier" in each for each in outside)
+    assert {id(module) for module in layers.values()} == {
+        id(module) for module in model.modules() if isinstance(module, (nn.Linear, nn.Conv2d))
+    }
+
+
+def test_layers_that_share_a_parameter_are_one_under_the_first_name():
+    class Own(nn.Linear):
+        pass
+
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4), Own(4, 4), nn.Conv2d(4, 4, 1))
+    model[2].weight = model[0].weight
+    layers = weight_layers(model)
+    assert list(layers) == ["0", "3", "4"]
+    assert all(layers[name] is model[int(name)] for name in layers)
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)

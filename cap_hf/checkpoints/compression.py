@@ -1,4 +1,4 @@
-"""Sparse tensors in few bytes: their non-zero entries and where they were, bit for bit.
+"""The compressed format: a sparse tensor as its non-zero entries and where they were, bit for bit.
 
 An entry is zero when all its bits are 0, so -0.0 is kept and comes back as -0.0. A packed tensor `X` is stored as
 ordinary tensors named after it:
@@ -13,31 +13,35 @@ ordinary tensors named after it:
 The order is the order of memory; in a 4-dimensional tensor (a convolution) with the input channels last, so that its
 N:M groups are neighbours.
 
-Bytes out of proportion to a file cannot be asked for: a group of 8 entries has at least one value or one bit each.
+A byte of a bitmask or a code stands for 8 entries, so a file grows to 64 times its size at most when it is unpacked.
 """
 
-import hashlib
 import math
-import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from functools import lru_cache
-from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 
-from cap_hf.errors import CAPError, reason
+from cap_hf.errors import CAPError
 from cap_hf.memory import zeros
 
+# What config.json calls the format, and the names of its weight files.
+QUANT_METHOD = "cap_hf"
+FORMAT_VERSION = 1
+COMPRESSED_NAME, COMPRESSED_INDEX_NAME = "model.cap.safetensors", "model.cap.safetensors.index.json"
+# `transformers_weights` of a compressed checkpoint's config.json: transformers looks for no other file, and quotes
+# this in the error it raises when nobody has put the file's name in its place.
+IMPORT_HINT = "this checkpoint is compressed: pip install cap_hf, then `import cap_hf` before from_pretrained"
 SHAPE, VALUES, BITMASK, CODES = "cap_shape", "cap_values", "cap_bitmask", "cap_codes"
 PARTS = (SHAPE, VALUES, BITMASK, CODES)
 # The M of N:M that have codes; anything else is stored with a bitmask.
 GROUP_SIZES = (2, 4, 8)
 # Entries that are worked on at a time, so that what is made of them stays in cache.
 CHUNK = 1 << 17
-# Eight codes in a word, one a byte: how wide a lane is, in bits, and a 1 at the start of each pair of lanes. The codes
-# of the pairs move together, then those of the pairs of pairs, then the two halves, and back in the opposite order.
+# Eight codes in a word of 64 bits, one per byte, are brought together in three steps: each code to its neighbour, each
+# pair to its neighbour, each half to the other; and apart in the opposite order. Per step: the width of what is moved,
+# in bits, and a word with a 1 where each pair of them begins.
 LANES = ((8, 0x0001000100010001), (16, 0x0000000100000001), (32, 1))
 INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 BYTES = np.arange(256, dtype=np.uint8)
@@ -48,7 +52,7 @@ MOST = {
 
 
 def pack(tensor: torch.Tensor) -> dict[str, torch.Tensor] | None:
-    """The parts of a tensor by their suffix in whichever form takes fewest bytes, or None if that is the dense one.
+    """Return the parts of a tensor by their suffix, in the form that takes fewest bytes; None if that is the dense one.
 
     Args:
         tensor: on the CPU, any shape and any dtype of 1, 2, 4 or 8 bytes.
@@ -76,14 +80,14 @@ def pack(tensor: torch.Tensor) -> dict[str, torch.Tensor] | None:
         return parts | {VALUES: values, BITMASK: torch.from_numpy(bitmask)}
     n, m = best
     if kept < flat.size // m * n:
-        # A group with fewer than N entries that are not zero keeps some zeros as well.
+        # A group with fewer than N non-zero entries keeps some zeros as well.
         bitmask = _covers(n, m).take(bitmask)
     values = torch.from_numpy(_gather(flat, bitmask, flat.size // m * n)).view(tensor.dtype).view(-1, n)
     return parts | {VALUES: values, CODES: torch.from_numpy(_pack_codes(bitmask, n, m))}
 
 
 def unpack(parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """The dense tensor, on the device of its parts and with the dtype of its values.
+    """Return the dense tensor, on the device of its parts and with the dtype of its values.
 
     Args:
         parts: what `pack` returned, its values perhaps cast to another dtype.
@@ -91,7 +95,7 @@ def unpack(parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
     Raises:
         CAPError: the parts contradict each other.
     """
-    bitmask = _check(parts, "a packed tensor")
+    bitmask = check_parts(parts, "a packed tensor")
     values, shape = parts[VALUES], tuple(parts[SHAPE].shape[1:])
     if bitmask is None:
         return torch.empty(shape, dtype=values.dtype, device=values.device)
@@ -107,8 +111,10 @@ def unpack(parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
     return dense.movedim(-1, 1).contiguous() if is_conv else dense
 
 
-def _check(parts: Mapping[str, torch.Tensor], name: str) -> torch.Tensor | None:
-    """The bitmask of a packed tensor whose parts fit each other; None if they are on the meta device.
+def check_parts(parts: Mapping[str, torch.Tensor], name: str) -> torch.Tensor | None:
+    """Return the bitmask of a packed tensor whose parts fit each other; None if they are on the meta device.
+
+    Values are looked at for their shape and the size of their dtype only.
 
     Raises:
         CAPError: a part is missing or superfluous, or their shapes, dtypes or numbers of entries disagree.
@@ -116,8 +122,8 @@ def _check(parts: Mapping[str, torch.Tensor], name: str) -> torch.Tensor | None:
     if set(parts) not in ({SHAPE, VALUES, BITMASK}, {SHAPE, VALUES, CODES}):
         raise CAPError(f"{name} has the parts {', '.join(sorted(parts)) or 'none'}: the file is damaged")
     shape, values, where = parts[SHAPE], parts[VALUES], parts[BITMASK if BITMASK in parts else CODES]
-    if shape.dim() < 1 or shape.shape[0] != 0:
-        raise CAPError(f"{name} has a {SHAPE} that is not (0, ...): the file is damaged")
+    if shape.dim() < 1 or shape.shape[0] != 0 or not math.prod(shape.shape[1:]):
+        raise CAPError(f"{name} has a {SHAPE} that is not (0, ...) of a tensor with entries: the file is damaged")
     if where.dtype != torch.uint8 or where.dim() != 1 or values.element_size() not in INTEGERS:
         raise CAPError(f"{name} has a bitmask, codes or values of a wrong dtype or shape: the file is damaged")
     numel = math.prod(shape.shape[1:])
@@ -145,94 +151,20 @@ def _check(parts: Mapping[str, torch.Tensor], name: str) -> torch.Tensor | None:
     return bitmask[: numel // 8]
 
 
-def packed_names(names: list[str]) -> dict[str, list[str]]:
-    """The suffixes of the parts that tensor names in a file belong to, by the name of the packed tensor."""
-    packed: dict[str, list[str]] = {}
-    for name in names:
-        base, _, suffix = name.rpartition(".")
-        if suffix in PARTS:
-            packed.setdefault(base, []).append(suffix)
-    return packed
-
-
-def digest_names(names: Iterable[str]) -> str:
-    """SHA-256 of tensor names in any order: with another one a file lacks weights, or has them under other names."""
-    return hashlib.sha256("\n".join(sorted(names)).encode()).hexdigest()
-
-
-def check_file(path: str | Path) -> set[str]:
-    """The names of the tensors of a safetensors file, if it is whole and each packed tensor can be unpacked.
-
-    Reads the header and what says where values go (a few bits an entry), no values.
-
-    Raises:
-        CAPError: it is damaged.
-    """
-    with open_safetensors(path) as file:
-        names = set(file.keys())
-        for base, suffixes in packed_names(sorted(names)).items():
-            if base in names:
-                raise CAPError(f"{path} holds {base} both dense and packed: the file is damaged")
-            _check({suffix: _peek(file, f"{base}.{suffix}", path) for suffix in suffixes}, f"{base} in {path}")
-    return names
-
-
-def load_file(path: str | Path) -> dict[str, torch.Tensor]:
-    """All tensors of a compressed or plain safetensors file, dense, on the CPU.
-
-    Raises:
-        CAPError: the file is damaged or is not a safetensors file.
-    """
-    check_file(path)
-    with open_safetensors(path) as file:
-        names = list(file.keys())
-        packed = packed_names(names)
-        tensors = {name: file.get_tensor(name) for name in names if name.rpartition(".")[2] not in PARTS}
-        for base, suffixes in packed.items():
-            tensors[base] = unpack({suffix: file.get_tensor(f"{base}.{suffix}") for suffix in suffixes})
-    return tensors
-
-
-def open_safetensors(path: str | Path) -> safe_open:
-    """Open a safetensors file for reading.
-
-    Raises:
-        CAPError: it is missing, truncated or something else.
-    """
-    try:
-        return safe_open(path, framework="pt")
-    except (SafetensorError, OSError, ValueError) as error:
-        raise CAPError(f"{path} cannot be read as safetensors: {reason(error)}") from error
-
-
-def _peek(file: safe_open, name: str, path: str | Path) -> torch.Tensor:
-    """A part as it is, except that values are not read: the right shape and size of an entry, and nothing in it."""
-    if not name.endswith(VALUES):
-        return file.get_tensor(name)
-    view = file.get_slice(name)
-    # The dtypes of safetensors have their bits in their names: BF16, F8_E4M3, C64.
-    bits = re.search(r"\d+|BOOL", view.get_dtype())
-    size = 1 if bits is None or bits[0] == "BOOL" else int(bits[0]) / 8
-    if size not in INTEGERS:
-        raise CAPError(f"{path} has {name} in the dtype {view.get_dtype()}, which is never packed: the file is damaged")
-    # An expanded entry has any shape and no bytes of its own.
-    return torch.empty((), dtype=INTEGERS[size]).expand(view.get_shape())
-
-
 def _in_group_order(tensor: torch.Tensor) -> torch.Tensor:
-    """Input channels last for a convolution, so that its N:M groups are neighbours."""
+    """Return a view with the input channels of a convolution last, so that its N:M groups are neighbours."""
     return tensor.movedim(1, -1) if tensor.dim() == 4 else tensor
 
 
 def _count(bitmask: np.ndarray) -> int:
-    """The number of ones in all bits."""
+    """Return the number of ones in all bits."""
     whole = bitmask.size // 8 * 8
     words = np.bitwise_count(bitmask[:whole].view(np.uint64)).sum(dtype=np.int64)
     return int(words) + int(np.bitwise_count(bitmask[whole:]).sum(dtype=np.int64))
 
 
 def _mark(flat: np.ndarray) -> np.ndarray:
-    """The bitmask of the entries that are not zero."""
+    """Return the bitmask of the non-zero entries."""
     bitmask = np.empty(-(-flat.size // 8), dtype=np.uint8)
     for first in range(0, flat.size, CHUNK):
         marks = np.packbits(flat[first : first + CHUNK] != 0, bitorder="little")
@@ -241,13 +173,13 @@ def _mark(flat: np.ndarray) -> np.ndarray:
 
 
 def _indices(bitmask: np.ndarray, first: int) -> np.ndarray:
-    """Where the bits of the chunk that begins with entry `first` are 1, counted from there."""
+    """Return where the bits of the chunk that begins with entry `first` are 1, counted from there."""
     marks = np.unpackbits(bitmask[first // 8 : (first + CHUNK) // 8], bitorder="little")
     return np.flatnonzero(marks.view(bool))
 
 
 def _gather(flat: np.ndarray, bitmask: np.ndarray, kept: int) -> np.ndarray:
-    """The `kept` entries that the bitmask marks, in order."""
+    """Return the `kept` entries that the bitmask marks, in order."""
     values, start = np.empty(kept, dtype=flat.dtype), 0
     for first in range(0, flat.size, CHUNK):
         # Indices are several times as fast as indexing with a mask.
@@ -268,7 +200,7 @@ def _scatter(flat: np.ndarray, bitmask: np.ndarray, values: np.ndarray) -> None:
 
 
 def _scatter_on_device(flat: torch.Tensor, bitmask: torch.Tensor, values: torch.Tensor) -> None:
-    """`_scatter` in PyTorch, for any device."""
+    """Do what `_scatter` does in PyTorch, for any device."""
     shifts = torch.arange(8, dtype=torch.uint8, device=bitmask.device)
     marks = ((bitmask[:, None] >> shifts) & 1).bool().view(-1)[: flat.numel()]
     flat.masked_scatter_(marks, values)
@@ -276,7 +208,7 @@ def _scatter_on_device(flat: torch.Tensor, bitmask: torch.Tensor, values: torch.
 
 @lru_cache
 def _patterns(n: int, m: int) -> np.ndarray:
-    """The bytes in which each group of m bits has n ones, ascending, uint8; a code is an index into them."""
+    """Return the bytes in which each group of m bits has n ones, ascending, uint8; a code is an index into them."""
     return np.array(
         [byte for byte in range(256) if all((byte >> shift & 2**m - 1).bit_count() == n for shift in range(0, 8, m))],
         dtype=np.uint8,
@@ -285,21 +217,23 @@ def _patterns(n: int, m: int) -> np.ndarray:
 
 @lru_cache
 def _covers(n: int, m: int) -> np.ndarray:
-    """The smallest of `_patterns` that has all ones of each byte, uint8 `(256,)`; only where there is one."""
+    """Return the smallest of `_patterns` with all ones of each byte, uint8 `(256,)`; of no meaning where none has."""
     bytes_ = np.arange(256)[:, None]
     return _patterns(n, m)[((_patterns(n, m) & bytes_) == bytes_).argmax(axis=1)]
 
 
 def _code_width(n: int, m: int) -> int:
+    """Return the bits of a code."""
     return (len(_patterns(n, m)) - 1).bit_length()
 
 
 def _code_bytes(numel: int, n: int, m: int) -> int:
+    """Return the bytes that the codes of a tensor take."""
     return -(-numel // 64) * _code_width(n, m)
 
 
 def _pack_codes(bitmask: np.ndarray, n: int, m: int) -> np.ndarray:
-    """The codes of a bitmask of `_patterns` bytes."""
+    """Return the codes of a bitmask that holds bytes of `_patterns` only."""
     width = _code_width(n, m)
     ranks = np.zeros(256, dtype=np.uint8)
     ranks[_patterns(n, m)] = np.arange(len(_patterns(n, m)))
@@ -313,7 +247,7 @@ def _pack_codes(bitmask: np.ndarray, n: int, m: int) -> np.ndarray:
 
 
 def _unpack_codes(packed: torch.Tensor, n: int, m: int) -> torch.Tensor:
-    """The inverse of `_pack_codes` on any device, with whole words; 0 for what is no code."""
+    """Undo `_pack_codes` on any device, to whole words of 8 bytes; what is no code becomes 0."""
     width = _code_width(n, m)
     table = np.zeros(256, dtype=np.uint8)
     table[: len(_patterns(n, m))] = _patterns(n, m)

@@ -1,37 +1,37 @@
-"""Write checkpoints so that a final name never holds half of one."""
+"""Save models and copy checkpoints, plain or compressed, so that a final name never holds half of one."""
 
-import json
+import os
 import shutil
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 
+import torch
+from huggingface_hub import split_torch_state_dict_into_shards
 from transformers import PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
+from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 from cap_hf.checkpoints.atomic import atomic_directory, write_json
-from cap_hf.checkpoints.weights import compress_weights
+from cap_hf.checkpoints.compression import (
+    COMPRESSED_INDEX_NAME,
+    COMPRESSED_NAME,
+    FORMAT_VERSION,
+    IMPORT_HINT,
+    QUANT_METHOD,
+)
+from cap_hf.checkpoints.files import check_file, digest_names, open_safetensors, save_file
+from cap_hf.checkpoints.folder import MODEL_CONFIG_NAME, REPORT_NAME, check_inside, copy_file, read_json
+from cap_hf.checkpoints.weights import count_bytes, find_weight_files, to_stored
 from cap_hf.config import CAPConfig
 from cap_hf.errors import CAPError
 
-REPORT_NAME = "report.json"
 # Weights in any format: a copy of a checkpoint in another form leaves them behind.
 WEIGHT_SUFFIXES = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".h5", ".msgpack", ".onnx")
 
-
-def read_report(folder: str | Path) -> dict:
-    """The report of a checkpoint, or an empty one if it has none.
-
-    Raises:
-        CAPError: report.json is there and cannot be read.
-    """
-    path = Path(folder) / REPORT_NAME
-    if not path.exists():
-        return {}
-    try:
-        report = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise CAPError(f"{path} cannot be read: {error}") from error
-    if not isinstance(report, dict):
-        raise CAPError(f"{path} is not a report: it holds no JSON object")
-    return report
+# What one weight file is written from: the names of its tensors and how to get one, which several threads do.
+Shard = tuple[Sequence[str], Callable[[str], torch.Tensor]]
 
 
 def save_checkpoint(
@@ -53,22 +53,50 @@ def save_checkpoint(
         compressed: store only what is not zero; then `import cap_hf` is needed before `from_pretrained`.
 
     Raises:
-        CAPError: there is too little space, or the folder cannot be written.
+        CAPError: there is too little space, the folder cannot be written, or the model cannot be compressed.
     """
-    needed = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
     with atomic_directory(directory) as folder:
-        free = shutil.disk_usage(folder).free
-        if needed > free:
-            raise CAPError(f"{directory} needs {needed / 1e6:.0f} MB, its disk has {free / 1e6:.0f} MB free")
-        model.save_pretrained(folder)
         if compressed:
-            compress_weights(folder, folder)
+            save_compressed(model, folder)
+        else:
+            needed, free = count_bytes(model.state_dict()), shutil.disk_usage(folder).free
+            if needed > free:
+                raise CAPError(f"{directory} needs {needed / 1e6:.0f} MB, its disk has {free / 1e6:.0f} MB free")
+            model.save_pretrained(folder)
         if image_processor is not None:
             image_processor.save_pretrained(folder)
         if config is not None:
             config.save(folder)
         if report is not None:
             write_json(folder / REPORT_NAME, report)
+
+
+def save_compressed(model: PreTrainedModel, folder: Path, max_shard_size: int | str = "50GB") -> None:
+    """Write what `model.save_pretrained` writes, the weights compressed; no dense file is ever there.
+
+    Args:
+        model: of transformers; on any device, its weights in memory.
+        folder: that exists.
+        max_shard_size: of the tensors in one file, before they are compressed.
+
+    Raises:
+        CAPError: the model is quantized, or a part of it is offloaded to the disk.
+    """
+    state = model.state_dict()
+    if any(tensor.is_meta for tensor in state.values()):
+        raise CAPError("a part of the model is offloaded to the disk: load it into memory to save it compressed")
+    # Without weights this writes all that belongs to them: the config, and code that the checkpoint brought along.
+    model.save_pretrained(folder, state_dict={})
+    # What save_pretrained does to a state dict before it writes it (transformers 5.20 to 5.23).
+    for name in model._keys_to_ignore_on_save or ():
+        state.pop(name, None)
+    state = revert_weight_conversion(model, remove_tied_weights_from_state_dict(state, model))
+    split = split_torch_state_dict_into_shards(state, max_shard_size=max_shard_size)
+    write_compressed(
+        [(names, lambda name: state[name].detach().cpu()) for names in split.filename_to_tensors.values()],
+        read_json(folder / MODEL_CONFIG_NAME),
+        folder,
+    )
 
 
 def compress_checkpoint(source: str | Path, directory: str | Path) -> None:
@@ -79,7 +107,8 @@ def compress_checkpoint(source: str | Path, directory: str | Path) -> None:
         directory: where to.
 
     Raises:
-        CAPError: the source cannot be compressed, the disk is full, or the folder cannot be written.
+        CAPError: the source cannot be compressed, a file of it is a link out of it or is called JSON and is none, the
+            disk is full, or the folder cannot be written.
     """
     source = Path(source)
     if source.resolve() == Path(directory).resolve():
@@ -87,5 +116,67 @@ def compress_checkpoint(source: str | Path, directory: str | Path) -> None:
     with atomic_directory(directory) as folder:
         for path in sorted(source.iterdir()):
             if path.is_file() and not path.name.endswith(WEIGHT_SUFFIXES):
-                shutil.copyfile(path, folder / path.name)
+                copy_file(path, source, folder)
         compress_weights(source, folder)
+
+
+def compress_weights(source: Path, destination: Path) -> None:
+    """Write the weights of a plain checkpoint into another folder in compressed form, with a config.json to load them.
+
+    Args:
+        source: a folder with config.json and plain safetensors weights, in one file or several.
+        destination: that exists.
+
+    Raises:
+        CAPError: the checkpoint is compressed or quantized already, or a file is damaged or a link out of its folder.
+    """
+    files, config = find_weight_files(source), read_json(source / MODEL_CONFIG_NAME)
+    if files.compressed:
+        raise CAPError(f"{source} is compressed already")
+    for path in files.paths:
+        check_inside(path, source)
+        check_file(path)
+    with ExitStack() as stack:
+        opened = [stack.enter_context(open_safetensors(path)) for path in files.paths]
+        write_compressed([(list(file.keys()), file.get_tensor) for file in opened], config, destination)
+
+
+def write_compressed(shards: Sequence[Shard], config: dict, folder: Path) -> None:
+    """Write compressed weights and the config.json that makes `from_pretrained` load them.
+
+    Tensors that would not become smaller stay dense.
+
+    Args:
+        shards: of the weights, one for each file.
+        config: what config.json holds of a plain checkpoint.
+        folder: that exists.
+
+    Raises:
+        CAPError: the weights are quantized.
+    """
+    if quantization := config.get("quantization_config"):
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else None
+        raise CAPError(f"{folder.name} is quantized with {method}: only a plain checkpoint can be compressed")
+    stem = COMPRESSED_NAME.removesuffix(".safetensors")
+    weight_map, total = {}, 0
+    for number, (names, read) in enumerate(shards, 1):
+        tensors: dict[str, torch.Tensor] = {}
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            for stored in pool.map(lambda name, read=read: to_stored(name, read(name)), sorted(names)):
+                tensors.update(stored)
+        file_name = f"{stem}-{number:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else COMPRESSED_NAME
+        save_file(tensors, folder / file_name)
+        weight_map.update(dict.fromkeys(tensors, file_name))
+        total += count_bytes(tensors)
+    if len(shards) > 1:
+        write_json(folder / COMPRESSED_INDEX_NAME, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    config = config | {
+        "transformers_weights": IMPORT_HINT,
+        "quantization_config": {
+            "quant_method": QUANT_METHOD,
+            "format_version": FORMAT_VERSION,
+            "weights_file": COMPRESSED_INDEX_NAME if len(shards) > 1 else COMPRESSED_NAME,
+            "names_digest": digest_names(weight_map),
+        },
+    }
+    write_json(folder / MODEL_CONFIG_NAME, config)

@@ -1,27 +1,24 @@
-"""What a gradient sample costs, measured on the first examples, and one bar that shows how far a whole job is."""
+"""What a gradient sample costs in memory and time, measured on the first examples."""
 
-import sys
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
-from torch.nn import functional as F
-from transformers.utils import logging as transformers_logging
 
-from cap_hf.method.fisher import Batch, sums_per_block
+from cap_hf.collection.exchange import made_in
+from cap_hf.collection.running import Batch, backward, frozen
+from cap_hf.collection.shares import row_chunks
 from cap_hf.method.gradients import GradientSamples, StepGradients
+from cap_hf.method.sums import SymmetricSums, sums_per_block
 from cap_hf.targets import Target
 
 # Gradient samples that are measured.
 MEASURED = 2
 # What lives during a pass beside the tensors that are saved for the backward pass.
 PASSING = 1.25
-# Multiplications a weight and B^2 that take as long as an elimination, with the inverse before it, and as solving for
-# the weights that stay: these run slower than large matrix products.
-ELIMINATION, RECONSTRUCTION = 8.0, 2.0
 
 
 @dataclass
@@ -30,19 +27,34 @@ class Costs:
 
     Attributes:
         samples: gradient samples of the first batch.
-        bytes: that one of them takes while it is in the model.
+        bytes: that one gradient sample takes while it is in the model.
         kept: bytes that stay of it until the step ends: the inputs of the targets, and the gradients of their outputs.
         widest: bytes of the largest of these.
-        seconds: of its forward and backward pass, with its gradients.
-        work: multiplications that it takes in all.
+        patches: bytes of its patches in the convolution that has most of them.
+        held: bytes that a convolution holds of it, patches or gradients, at most.
+        seconds: of its forward and backward pass.
+        multiplications: how many take a second while outer products are summed.
+        order: names of the targets in the order in which the backward pass meets them.
     """
 
     samples: int = 0
     bytes: int = 0
     kept: int = 0
     widest: int = 0
+    patches: int = 0
+    held: int = 0
     seconds: float = 0.0
-    work: float = 1.0
+    multiplications: float = 1e10
+    order: list[str] = field(default_factory=list)
+
+    def summing_seconds(self, targets: Sequence[Target]) -> float:
+        """Return the seconds that making and summing the outer products of one gradient sample takes."""
+        return sum(products(target) for target in targets) / self.multiplications
+
+
+def products(target: Target) -> float:
+    """Return the multiplications of one gradient sample's outer products in all blocks of a target."""
+    return target.num_blocks * float(sums_per_block(target.block_size))
 
 
 def measure(
@@ -51,24 +63,39 @@ def measure(
     """Take the first gradient samples through the model, forward and backward.
 
     Args:
-        model: in eval mode.
-        examples: as `BlockFisher.collect` takes them; none cost nothing.
+        model: within `frozen` or not.
+        examples: as `CalibrationExamples` yields them; none cost nothing.
         targets: whose gradients are made.
 
     Raises:
-        CAPError: a layer mixes examples.
+        CAPError: a layer mixes examples, a label is none of the classes, or the model returns no logits.
     """
-    batch, samples, _ = next(iter(examples), (None, 0, None))
+    batch, samples, uniforms = next(iter(examples), (None, 0, None))
     if batch is None:
         return Costs()
     count = min(MEASURED, samples)
+    first = len(batch["pixel_values"]) // samples * count
     # Copies: a view's memory would count as that of the whole batch.
-    batch = {name: value[: len(value) // samples * count].clone() for name, value in batch.items()}
+    batch = {name: value[:first].clone() for name, value in batch.items()}
+    uniforms = None if uniforms is None else uniforms[:first]
+    with frozen(model):
+        costs = measure_memory(model, batch, uniforms, targets, count)
+        # Once more: the first time a device sets itself up.
+        costs.seconds = timed_step(model, batch, uniforms, targets, count) / count
+    costs.samples = samples
+    costs.multiplications = summing_speed(max(targets, key=products))
+    return costs
+
+
+def measure_memory(
+    model: nn.Module, batch: Batch, uniforms: torch.Tensor | None, targets: Sequence[Target], count: int
+) -> Costs:
+    """Return what `count` gradient samples take in memory, each, and the order in which targets come."""
+    costs = Costs()
     held: dict[int, int] = {}
     kept: dict[int, int] = {}
     outputs: list[int] = []
     weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-    work = 0.0
 
     def hold(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
@@ -81,119 +108,56 @@ def measure(
         kept[storage.data_ptr()] = storage.nbytes()
         outputs.append(output.nbytes)
 
-    def make(target: Target, gradients: StepGradients) -> None:
-        nonlocal work
-        height = min(len(target.weight), 64)
-        (part,) = gradients.parts
-        part.rows(0, height, part.inputs.new_empty(count, height, target.row_size))
-        positions = part.inputs.shape[1]
-        shared = sums_per_block(target.block_size) / target.block_size
-        # Forward, backward, gradients, and sums.
-        work += target.weight.numel() * (3 * positions + shared)
+    def note(target: Target, gradients: StepGradients) -> None:
+        costs.order.append(target.name)
+        costs.patches = max(costs.patches, gradients.patch_bytes)
+        costs.held = max(costs.held, gradients.held_bytes)
 
-    required = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    model.requires_grad_(False)
-    handles = [target.module.register_forward_hook(keep) for target in targets]
-    start = time.perf_counter()
+    handles = [module.register_forward_hook(keep) for target in targets for module in target.modules]
     try:
-        with (
-            GradientSamples(targets, make) as hooks,
-            torch.enable_grad(),
-            saved_tensors_hooks(hold, lambda saved: saved),
-        ):
+        with GradientSamples(targets, note) as hooks, saved_tensors_hooks(hold, lambda saved: saved):
             hooks.start(count)
-            logits = model(**{name: value for name, value in batch.items() if name != "labels"}).logits
-            loss = F.cross_entropy(logits.float(), batch["labels"], reduction="sum")
-            if loss.requires_grad:
-                loss.backward()
+            backward(model, batch, uniforms)
     finally:
         for handle in handles:
             handle.remove()
-        for parameter, requires_grad in required.items():
-            parameter.requires_grad_(requires_grad)
-    seconds = (time.perf_counter() - start) / count
-    return Costs(
-        samples,
-        bytes=int(PASSING * sum(held.values()) / count),
-        kept=(sum(kept.values()) + sum(outputs)) // count,
-        widest=max((*kept.values(), *outputs), default=0) // count,
-        seconds=seconds,
-        work=max(work, 1.0),
-    )
+    costs.bytes = int(PASSING * sum(held.values()) / count)
+    costs.kept = (sum(kept.values()) + sum(outputs)) // count
+    costs.widest = max((*kept.values(), *outputs), default=0) // count
+    return costs
 
 
-class Progress:
-    """One bar for a whole job: the phase it is in, how fast that goes, and the time left.
-
-    Args:
-        disable: show nothing.
-        prunes: how many sparsities are solved for.
-    """
-
-    def __init__(self, disable: bool, prunes: int = 1) -> None:
-        self.disable, self.prunes = disable, prunes
-        self.bar: transformers_logging.tqdm | None = None
-        self.work = 0.0
-        self._left = 0
-        self._solving: dict[str, float] = {}
-
-    def start(self, targets: Sequence[Target], work: float, shares: int) -> None:
-        """Begin a job.
-
-        Args:
-            targets: that are pruned.
-            work: of its collection, in multiplications.
-            shares: processes that share the blocks.
-        """
-        self.close()
-        block = sum(target.weight.numel() * float(target.block_size) ** 2 for target in targets) / shares
-        self._solving = {"eliminating": ELIMINATION * block, "reconstructing": RECONSTRUCTION * block}
-        self.work, self._left = work, self.prunes
-        self._open(work + self._solving["eliminating"] + self.prunes * self._solving["reconstructing"])
-
-    def _open(self, total: float) -> None:
-        self.bar = transformers_logging.tqdm(
-            total=total,
-            delay=2,
-            disable=self.disable,
-            bar_format="{desc}{percentage:3.0f}% |{bar}| {elapsed}<{remaining}{postfix}",
-        )
-
-    def phase(self, name: str, unit: str, count: int, work: float | None = None) -> "Phase":
-        """A phase of `count` steps, and the `work` of all of them where it is not that of solving."""
-        work = self._solving.get(name, float(count)) if work is None else work
-        if self.bar is None:
-            # One more sparsity than was foreseen.
-            self._open(work)
-        return Phase(self.bar, name, unit, work / max(count, 1))
-
-    def pruned(self) -> None:
-        """One sparsity is solved for; after the last the bar is full and goes."""
-        self._left -= 1
-        if self._left <= 0:
-            self.close()
-
-    def say(self, text: str) -> None:
-        """Print a line for whoever watches the bar."""
-        if not self.disable:
-            print(text, file=sys.stderr)
-
-    def close(self) -> None:
-        if self.bar is not None:
-            self.bar.close()
-            self.bar = None
+def timed_step(
+    model: nn.Module, batch: Batch, uniforms: torch.Tensor | None, targets: Sequence[Target], count: int
+) -> float:
+    """Return the seconds of a forward and backward pass with hooks."""
+    synchronize(targets[0].weight.device)
+    start = time.perf_counter()
+    with GradientSamples(targets, lambda target, gradients: None) as hooks:
+        hooks.start(count)
+        backward(model, batch, uniforms)
+    synchronize(targets[0].weight.device)
+    return time.perf_counter() - start
 
 
-class Phase:
-    """What a loop calls with the number of steps that it has done."""
+def summing_speed(target: Target, samples: int = 16) -> float:
+    """Return how many multiplications take a second while one chunk of a target is summed."""
+    chunk = row_chunks(target)[0]
+    blocks = (chunk.stop - chunk.start) * target.row_size // target.block_size
+    device = target.weight.device
+    sums = SymmetricSums.zeros(blocks, target.block_size, made_in(target), device)
+    factors = torch.ones(blocks, samples, target.block_size, dtype=sums.dtype, device=device)
+    seconds = []
+    for _ in range(2):  # the first touches fresh memory
+        synchronize(device)
+        start = time.perf_counter()
+        sums.add(slice(None), factors)
+        synchronize(device)
+        seconds.append(time.perf_counter() - start)
+    return samples * blocks * sums_per_block(target.block_size) / max(seconds[-1], 1e-9)
 
-    def __init__(self, bar: transformers_logging.tqdm, name: str, unit: str, work: float) -> None:
-        self.bar, self.unit, self.work = bar, unit, work
-        self.done, self.begun = 0, time.perf_counter()
-        bar.set_description(name.capitalize(), refresh=False)
 
-    def __call__(self, count: int) -> None:
-        self.done += count
-        speed = self.done / max(time.perf_counter() - self.begun, 1e-9)
-        self.bar.set_postfix_str(f"{speed:.1f} {self.unit}/s", refresh=False)
-        self.bar.update(count * self.work)
+def synchronize(device: torch.device) -> None:
+    """Wait until a device has done what it was told to."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)

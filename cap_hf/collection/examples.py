@@ -10,14 +10,14 @@ import torch
 from accelerate.data_loader import prepare_data_loader
 from torch.utils.data import DataLoader
 
+from cap_hf.collection.running import Batch
 from cap_hf.config import CAPConfig
 from cap_hf.distributed.processes import Processes
 from cap_hf.errors import CAPError
-from cap_hf.method.fisher import Batch
 
 
 class CalibrationExamples:
-    """This process's batches, cut to the examples asked for, as `BlockFisher.collect` takes them.
+    """This process's batches, cut to the examples asked for, as a collection takes them.
 
     Every iteration begins with the config's seed, so that a dataloader which shuffles gives the same order again.
 
@@ -28,7 +28,7 @@ class CalibrationExamples:
         processes: of the run.
 
     Attributes:
-        limit: gradient samples a step; larger batches are split.
+        limit: gradient samples of a step, at most; larger batches are split.
     """
 
     def __init__(self, dataloader: DataLoader | Iterable[Batch], config: CAPConfig, processes: Processes) -> None:
@@ -39,18 +39,20 @@ class CalibrationExamples:
         self._first: list[Batch] = []
         self.wanted = config.num_grads * config.samples_per_grad
         self.uniforms = None
+        self.needed = ("pixel_values", "labels")
         if config.fisher_type == "sampled":
+            self.needed = ("pixel_values",)
             # Drawn for all examples at once: an example gets the same label on whatever process it lands.
             self.uniforms = torch.rand(self.wanted, generator=torch.Generator().manual_seed(config.seed))
 
     @property
     def size(self) -> int | None:
-        """How many examples (batches, where it is not a DataLoader) there are to choose from, if that is known."""
+        """Return how many examples (batches, where it is not a DataLoader) there are to choose from, if it is known."""
         everything = getattr(self.dataloader, "dataset", self.dataloader)
         return len(everything) if isinstance(everything, Sized) else None
 
     def peek(self) -> Iterator[tuple[Batch, int, torch.Tensor | None]]:
-        """The first batch alone, which the next iteration still has."""
+        """Return the first batch alone, which the next iteration still has."""
         if self.once:
             self._first = list(islice(self.dataloader, 1))
             return iter(CalibrationExamples(self._first, self.config, self.processes))
@@ -62,15 +64,17 @@ class CalibrationExamples:
             loader, rank, world, size = self._share()
             seen = 0
             for index, batch in enumerate(loader):
-                if "labels" not in batch or "pixel_values" not in batch:
-                    raise CAPError(f"a batch has {sorted(batch)}; it needs pixel_values and labels")
-                full = size or len(batch["labels"])
+                missing = [name for name in self.needed if name not in batch]
+                if missing:
+                    raise CAPError(f"a batch has {sorted(batch)}; it needs {' and '.join(self.needed)}")
+                count = len(batch["pixel_values"])
+                full = size or count
                 if full % group:
                     raise CAPError(f"the batch size {full} is not a multiple of samples_per_grad={group}")
                 # Where this batch's examples stand among those of all processes.
                 start = (index * world + rank) * size if world > 1 else seen
-                seen += len(batch["labels"])
-                length = min(len(batch["labels"]), self.wanted - start) // group * group
+                seen += count
+                length = min(count, self.wanted - start) // group * group
                 if length <= 0:
                     break
                 step = length if self.limit is None else self.limit * group
@@ -84,7 +88,7 @@ class CalibrationExamples:
                     )
 
     def _share(self) -> tuple[Iterable[Batch], int, int, int | None]:
-        """What this process reads, its number among those that share it, how many these are, and the batch size."""
+        """Return what this process reads, its number among those that share it, how many these are, the batch size."""
         if self.once:
             first, self._first = self._first, []
             return chain(first, self.dataloader), 0, 1, None

@@ -2,22 +2,26 @@
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from cap_hf.checkpoints.atomic import atomic_directory, write_json
+from cap_hf.collection.running import Batch
 from cap_hf.distributed.processes import Processes
-from cap_hf.errors import CAPError, reason
-from cap_hf.method.fisher import Batch, BlockFisher
+from cap_hf.errors import CAPError
+from cap_hf.method.sums import SymmetricSums
+from cap_hf.targets import Target
 
 Item = tuple[Batch, int, torch.Tensor | None]
+# Lies in a folder that holds the states of a run, and in no other.
+MARK = "cap_hf-collection.json"
 
 
 @dataclass
@@ -35,6 +39,14 @@ class Checkpointing:
     resume: bool = False
 
 
+class Statistic(Protocol):
+    """What a state saves and finds again: sums by target, and how many gradient samples they hold."""
+
+    targets: list[Target]
+    sums: dict[str, SymmetricSums]
+    count: int
+
+
 class CollectionState:
     """Saves the sums, their count and the place among the examples of a collection, and finds them again.
 
@@ -47,7 +59,7 @@ class CollectionState:
         plan: what the passes are, as JSON; on resuming that of the interrupted run takes its place.
 
     Raises:
-        CAPError: what is there is of another run, or may not be replaced.
+        CAPError: what is there is of another run, of a part of the processes, is no state, or may not be replaced.
     """
 
     def __init__(
@@ -59,22 +71,32 @@ class CollectionState:
         self.digest = hashlib.blake2b()
         self._steps, self._since = 0, 0
         described = self.folder / "run.json"
-        there = described.is_file()
-        if any(processes.gather_ints(int(there))[rank] != [int(there)] for rank in range(processes.world)):
-            there = False
+        # Gathered once, and before anybody decides: all processes take the same way.
+        own = [int(described.is_file()), int(is_foreign(self.root))]
+        there, foreign = (sum(values) for values in zip(*processes.gather_ints(*own), strict=True))
+        if foreign:
+            raise CAPError(f"{self.root} holds something else than a collection's state: choose another --output_dir")
         if there and not checkpointing.resume:
             raise CAPError(f"{self.root} has the state of an interrupted run: go on with --resume, or remove it")
+        if 0 < there < processes.world:
+            raise CAPError(
+                f"{self.root} has the state of {there} of {processes.world} processes: remove it and begin anew"
+            )
         # JSON knows no tuples.
-        facts = json.loads(json.dumps(facts))
+        facts, self.plan = json.loads(json.dumps([facts, plan]))
         if there:
-            before = json.loads(described.read_text())
-            self._compare(before["facts"], facts)
-            self.plan = before["plan"]
+            try:
+                before = json.loads(described.read_text())
+                self._compare(before["facts"], facts)
+                self.plan = before["plan"]
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                if isinstance(error, CAPError):
+                    raise
+                raise CAPError(f"{described} cannot be read: remove {self.root} and begin anew") from error
             return
+        write_json(self.root / MARK, {"about": "the state of a cap_hf collection; it goes when the run is over"})
         shutil.rmtree(self.folder, ignore_errors=True)
-        self.folder.mkdir(parents=True)
-        self.plan = json.loads(json.dumps(plan))
-        self._write(described, {"facts": facts, "plan": self.plan})
+        write_json(described, {"facts": facts, "plan": self.plan})
 
     def _compare(self, before: dict[str, object], now: dict[str, object]) -> None:
         for name in {**before, **now}:
@@ -84,22 +106,16 @@ class CollectionState:
                     f"{self.root} has the state of another run, {name} differs{'' if 'weights' in name else values}"
                 )
 
-    @staticmethod
-    def _write(path: Path, values: dict) -> None:
-        partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps(values))
-        os.replace(partial, path)
-
     def passes(self) -> list[dict]:
-        """What `finish_pass` was told of the passes that all processes have finished."""
+        """Return what `finish_pass` was told of the passes that all processes have finished."""
         finished = 0
         while (self.folder / f"pass-{finished}.json").is_file():
             finished += 1
         finished = min(each for (each,) in self.processes.gather_ints(finished))
         return [json.loads((self.folder / f"pass-{number}.json").read_text()) for number in range(finished)]
 
-    def begin_pass(self, number: int, fisher: BlockFisher, examples: Iterable[Item]) -> Iterator[Item]:
-        """The examples that are left of a pass, after its sums are put back into `fisher`.
+    def begin_pass(self, number: int, statistic: Statistic, examples: Iterable[Item]) -> Iterator[Item]:
+        """Put the saved sums of a pass back; return the examples that are left of it.
 
         Raises:
             CAPError: on reading on: the examples before them are not those of the interrupted run.
@@ -111,10 +127,10 @@ class CollectionState:
         if steps:
             folder = self.folder / f"step-{number}-{steps}"
             place = json.loads((folder / "place.json").read_text())
-            fisher.count, expected, self._steps = place["count"], place["digest"], steps
-            for index, target in enumerate(fisher.targets):
+            statistic.count, expected, self._steps = place["count"], place["digest"], steps
+            for index, target in enumerate(statistic.targets):
                 saved = load_file(folder / f"{index}.safetensors")
-                for key, strip in enumerate(fisher.sums[target.name].strips):
+                for key, strip in enumerate(statistic.sums[target.name].strips):
                     strip.copy_(saved[str(key)])
         return self._rest(examples, steps, expected)
 
@@ -142,45 +158,41 @@ class CollectionState:
             if tensor is not None:
                 self.digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
 
-    def saving(self, number: int, fisher: BlockFisher, advance: Callable[[int], None]) -> Callable[[int], None]:
-        """What is called after each step: counts it, saves where it is time, and passes it on."""
+    def saving(self, number: int, statistic: Statistic, advance: Callable[[int], None]) -> Callable[[int], None]:
+        """Return what is called after each step: it counts it, saves where it is time, and passes it on."""
 
         def on_step(samples: int) -> None:
             self._steps += 1
             self._since += samples
             if self._since >= self.every:
-                self.save(number, fisher)
+                self.save(number, statistic)
             advance(samples)
 
         return on_step
 
-    def save(self, number: int, fisher: BlockFisher) -> None:
-        """Write the sums and the place of a pass."""
+    def save(self, number: int, statistic: Statistic) -> None:
+        """Write the sums and the place of a pass.
+
+        Raises:
+            CAPError: the folder cannot be written.
+        """
         self._since = 0
         final = self.folder / f"step-{number}-{self._steps}"
         if not final.exists():
-            self._write_save(fisher, final)
+            with atomic_directory(final) as folder:
+                for index, target in enumerate(statistic.targets):
+                    strips = {str(key): strip.cpu() for key, strip in enumerate(statistic.sums[target.name].strips)}
+                    save_file(strips, folder / f"{index}.safetensors")
+                place = {"count": statistic.count, "digest": self.digest.hexdigest()}
+                (folder / "place.json").write_text(json.dumps(place))
         self.processes.gather_ints(0)
         for path in self._saves():
             if path != final:
                 shutil.rmtree(path, ignore_errors=True)
 
-    def _write_save(self, fisher: BlockFisher, final: Path) -> None:
-        partial = self.folder / "partial"
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir()
-        try:
-            for index, target in enumerate(fisher.targets):
-                strips = {str(key): strip.cpu() for key, strip in enumerate(fisher.sums[target.name].strips)}
-                save_file(strips, partial / f"{index}.safetensors")
-            self._write(partial / "place.json", {"count": fisher.count, "digest": self.digest.hexdigest()})
-            os.replace(partial, final)
-        except (OSError, SafetensorError) as error:
-            raise CAPError(f"the state cannot be written to {self.root}: {reason(error)}") from error
-
     def finish_pass(self, number: int, facts: dict) -> None:
-        """Note that a pass is done and its sums lie where they stay."""
-        self._write(self.folder / f"pass-{number}.json", facts)
+        """Note that a pass is done and its sums are where the elimination reads them."""
+        write_json(self.folder / f"pass-{number}.json", facts)
         self.processes.gather_ints(0)
         for path in self._saves():
             shutil.rmtree(path, ignore_errors=True)
@@ -189,16 +201,23 @@ class CollectionState:
         return list(self.folder.glob(f"step-{'*' if number is None else number}-*"))
 
     def remove(self) -> None:
-        """The run is over: leave nothing."""
+        """Remove all that the run has left, and nothing else: it is over."""
         self.processes.gather_ints(0)
         shutil.rmtree(self.folder, ignore_errors=True)
         self.processes.gather_ints(0)
         if self.processes.rank == 0:
-            shutil.rmtree(self.root, ignore_errors=True)
+            (self.root / MARK).unlink(missing_ok=True)
+            if self.root.is_dir() and not any(self.root.iterdir()):
+                self.root.rmdir()
+
+
+def is_foreign(folder: Path) -> bool:
+    """Return whether a folder is there that holds something, and is not marked as a state's."""
+    return folder.exists() and not (folder / MARK).is_file() and (not folder.is_dir() or any(folder.iterdir()))
 
 
 def hash_weights(model: nn.Module) -> str:
-    """Changes with any parameter or buffer of a model."""
+    """Return what changes with any parameter or buffer of a model."""
     digest = hashlib.blake2b(digest_size=16)
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())

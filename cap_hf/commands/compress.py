@@ -3,8 +3,9 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from cap_hf.checkpoints.loading import local_folder
 from cap_hf.checkpoints.saving import compress_checkpoint
-from cap_hf.checkpoints.weights import count_negative_zeros, find_weight_files, local_folder
+from cap_hf.checkpoints.weights import count_negative_zeros, find_weight_files
 from cap_hf.commands.common import ModelArguments, check_output, parse, percent
 
 
@@ -34,6 +35,6 @@ def main(argv: list[str]) -> None:
     )
     if negative := count_negative_zeros(output):
         print(
-            f"{negative:,} zeros are -0.0, which a mask leaves behind that was multiplied on; they are stored like any "
-            "value: set `weight[weight == 0] = 0` before saving to be rid of them"
+            f"{negative:,} zeros are -0.0, as multiplying weights with a mask of 0 and 1 makes them; these are stored "
+            "like any other value: set `weight[weight == 0] = 0` before saving to store fewer bytes"
         )

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import torch
 import transformers
-from accelerate import Accelerator
 from torch.utils.data import DataLoader
 from transformers import (
     AutoModelForImageClassification,
@@ -25,6 +24,7 @@ from cap_hf.compressor import CAPCompressor
 from cap_hf.config import CAPConfig
 from cap_hf.data.evaluation import evaluate_model
 from cap_hf.data.images import DataArguments, ImageDataset, calibration_split, collate, load_splits, make_dataloader
+from cap_hf.distributed.accelerator import make_accelerator
 from cap_hf.errors import CAPError
 from cap_hf.recovery.trainer import SparseTrainer
 from cap_hf.recovery.training_arguments import SparseTrainingArguments
@@ -65,7 +65,7 @@ def main(argv: list[str]) -> None:
     (args,) = parse(argv, "demo", "Train, prune, recover, evaluate, save and load a small ViT.", DemoArguments)
     transformers_logging.disable_progress_bar()
     transformers.set_seed(args.seed)
-    output, phases, accelerator = Path(args.output_dir), Phases(), Accelerator()
+    output, phases, accelerator = Path(args.output_dir), Phases(), make_accelerator()
     data_args = DataArguments()
     splits = load_splits(data_args, args.seed)
     dense_folder = output / "dense"

@@ -3,12 +3,11 @@
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from accelerate import Accelerator
-
 from cap_hf.checkpoints.atomic import write_json
 from cap_hf.commands.common import DEFAULT_OUTPUT_DIR, ModelArguments, eval_dataset, load_all, parse, percent
 from cap_hf.data.evaluation import evaluate_model
 from cap_hf.data.images import DataArguments, make_dataloader
+from cap_hf.distributed.accelerator import make_accelerator
 from cap_hf.report import versions
 
 
@@ -27,7 +26,7 @@ def main(argv: list[str]) -> None:
     model_args, data_args, args = parse(
         argv, "evaluate", "Measure an image classifier.", ModelArguments, DataArguments, EvaluateArguments
     )
-    accelerator = Accelerator()
+    accelerator = make_accelerator()
     model, image_processor, splits = load_all(model_args, data_args, args.seed, ["eval"])
     dataset = eval_dataset(splits, image_processor, model, data_args)
     loader = make_dataloader(dataset, args.per_device_eval_batch_size, data_args.dataloader_num_workers)

@@ -10,7 +10,7 @@ from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
 from cap_hf.checkpoints.saving import save_checkpoint
-from cap_hf.collection.plan import Resources
+from cap_hf.collection.resources import Resources
 from cap_hf.commands.common import (
     ModelArguments,
     check_output,

@@ -1,12 +1,13 @@
 """`cap-hf inspect`: the targets of a checkpoint and how sparse they are."""
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from cap_hf.checkpoints.atomic import write_json
-from cap_hf.checkpoints.saving import read_report
-from cap_hf.checkpoints.weights import find_weight_files, local_folder, measure
-from cap_hf.commands.common import DEFAULT_OUTPUT_DIR, ModelArguments, load_model, parse, percent, table
+from cap_hf.checkpoints.folder import read_report
+from cap_hf.checkpoints.loading import check_folder, load_classifier, local_folder
+from cap_hf.checkpoints.weights import measure
+from cap_hf.commands.common import DEFAULT_OUTPUT_DIR, ModelArguments, parse, percent, table
 from cap_hf.config import CAPConfig
 from cap_hf.masks import describe_masks, differing_layers, find_pattern, take_masks
 from cap_hf.targets import find_targets, summarize
@@ -30,8 +31,9 @@ def main(argv: list[str]) -> None:
     folder = local_folder(
         model_args.model_name_or_path, model_args.model_revision, model_args.cache_dir, model_args.token
     )
-    files = find_weight_files(folder)
-    model = load_model(replace(model_args, model_name_or_path=str(folder)))
+    files, stated = check_folder(folder, model_args.trust_remote_code), read_report(folder)
+    dense_bytes, compressed_bytes = measure(folder)
+    model = load_classifier(folder, model_args.trust_remote_code, "float32")
     config = CAPConfig(fisher_block_size=args.fisher_block_size)
     targets = find_targets(model, config.fisher_block_size, args.include, args.exclude)
     masks = take_masks(targets)
@@ -41,8 +43,7 @@ def main(argv: list[str]) -> None:
         layer |= {"block_size": target.block_size, "pattern": str(pattern) if pattern else None}
     weights, zeros = (sum(layer[key] for layer in layers) for key in ("num_weights", "num_zeros"))
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    dense_bytes, compressed_bytes = measure(folder)
-    differing = differing_layers(find_targets(model), read_report(folder))
+    differing = differing_layers(find_targets(model), stated)
     report = {
         "model_name_or_path": model_args.model_name_or_path,
         "architecture": type(model).__name__,
@@ -54,6 +55,7 @@ def main(argv: list[str]) -> None:
         "file_bytes": files.num_bytes,
         "dense_bytes": dense_bytes,
         "compressed_bytes": compressed_bytes,
+        "digests_checked": files.have_digests,
         "layers_unlike_report": differing,
         "layers": layers,
     }
@@ -77,6 +79,10 @@ def main(argv: list[str]) -> None:
         f"Weights take {files.num_bytes:,} bytes, {'compressed' if files.compressed else 'plain'}: "
         f"{dense_bytes:,} dense, {compressed_bytes:,} compressed ({percent(compressed_bytes / dense_bytes)} %)"
     )
+    if files.have_digests:
+        print("The bytes of every stored tensor are those that were written")
+    elif files.compressed:
+        print("The files have no digests: whether their bytes are those that were written cannot be told")
     if differing is None:
         print("There is no report of its pruning to compare with")
     elif differing:

@@ -1,7 +1,7 @@
 """`cap-hf <command>`: finds the subcommand and turns what goes wrong into one line and an exit code."""
 
 import importlib
-import os
+import signal
 import sys
 
 COMMANDS = {
@@ -51,48 +51,12 @@ def main(argv: list[str] | None = None) -> int:
     if argv[0] not in COMMANDS:
         print(f"cap-hf: there is no command {argv[0]!r}; the commands are {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
-    return run(argv[0], argv[1:])
-
-
-def run_among_others(command: str) -> int:
-    """`run` as one of several processes: one line, not a traceback or a hang, when another one is gone."""
-    from cap_hf.distributed.watch import Watch, lost_peer
-
-    with Watch(command) as watch:
-        try:
-            code = run(command, sys.argv[1:])
-        except Exception as error:
-            if not lost_peer(error):
-                raise
-            print(f"cap-hf {command}: another process of this run has ended: see what it said", file=sys.stderr)
-            code = 1
-        if code:
-            # Now, before the launcher's signal makes a second line of it.
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(code)
-        watch.finish()
-    return code
-
-
-def launch(command: str) -> None:
-    """Entry point of the scripts for `accelerate launch`."""
-    import torch
-
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    if world > 1 and not torch.accelerator.is_available():
-        # Without this accelerate sees no devices to share and every process believes to be alone.
-        os.environ["ACCELERATE_USE_CPU"] = "true"
-    if world == 1 and "MASTER_ADDR" in os.environ and "ACCELERATE_MIXED_PRECISION" in os.environ:
-        message = "accelerate started one process only: for several on CPUs add --multi_gpu to its arguments"
-        print(f"cap-hf {command}: {message}", file=sys.stderr)
-    code = run_among_others(command) if world > 1 else run(command, sys.argv[1:])
-    sys.stdout.flush()
-    sys.stderr.flush()
-    if code and world > 1:
-        # Other processes may wait in a collective; the launcher ends them once this one is gone.
-        os._exit(code)
-    sys.exit(code)
+    # As by Ctrl-C, so that no temporary folder is left and nothing half-written.
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        return run(argv[0], argv[1:])
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from transformers.utils import logging as transformers_logging
 
 from cap_hf.checkpoints.atomic import write_json
 from cap_hf.checkpoints.saving import save_checkpoint
-from cap_hf.collection.plan import Resources
+from cap_hf.collection.resources import Resources
 from cap_hf.collection.state import Checkpointing
 from cap_hf.commands.common import (
     DEFAULT_OUTPUT_DIR,
@@ -24,6 +24,7 @@ from cap_hf.compressor import CAPCompressor
 from cap_hf.config import CAPConfig
 from cap_hf.data.evaluation import evaluate_model
 from cap_hf.data.images import DataArguments, ImageDataset, calibration_split, make_dataloader
+from cap_hf.distributed.accelerator import make_accelerator
 from cap_hf.errors import CAPError
 from cap_hf.report import Phases, PruneReport, versions
 
@@ -63,7 +64,7 @@ def main(argv: list[str]) -> None:
     if args.disable_tqdm:
         transformers_logging.disable_progress_bar()
 
-    accelerator, phases = Accelerator(), Phases()
+    accelerator, phases = make_accelerator(), Phases()
     with phases("load"):
         model, image_processor, splits = load_all(
             model_args, data_args, config.seed, ["train", "eval"] if args.do_eval else ["train"]

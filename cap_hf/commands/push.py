@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from cap_hf.checkpoints.weights import local_folder
+from cap_hf.checkpoints.loading import local_folder
 from cap_hf.commands.common import ModelArguments, check_output, parse, percent
 from cap_hf.errors import CAPError
 from cap_hf.hub.publish import prepare_folder, push_to_hub
@@ -39,7 +39,15 @@ def main(argv: list[str]) -> None:
     if args.dry_run:
         output = Path(args.output_dir)
         check_output(output, args.overwrite_output_dir)
-        facts = prepare_folder(folder, output, args.hub_model_id, args.compressed, args.base_model, args.license)
+        facts = prepare_folder(
+            folder,
+            output,
+            args.hub_model_id,
+            args.compressed,
+            args.base_model,
+            args.license,
+            model_args.trust_remote_code,
+        )
         for path in sorted(output.iterdir()):
             print(f"{path.stat().st_size:>14,}  {path.name}")
         print(f"{output} is what would be pushed to {args.hub_model_id}: sparsity {percent(facts.sparsity)} %")
@@ -55,5 +63,6 @@ def main(argv: list[str]) -> None:
         token=model_args.token,
         base_model=args.base_model,
         license=args.license,
+        trust_remote_code=model_args.trust_remote_code,
     )
     print(f"{args.hub_model_id} was pushed: {address}")

@@ -1,1 +1,1 @@
-"""What several processes own, tell each other, and do when one is gone."""
+"""What the processes of a run own, what they tell each other, and how all of them end when one does."""

@@ -7,55 +7,41 @@ import signal
 import socket
 import sys
 import threading
-from contextlib import suppress
 from types import TracebackType
+from typing import NoReturn
 
-import torch.distributed as dist
+from cap_hf.distributed import heartbeat
+from cap_hf.distributed.heartbeat import Heartbeat
+from cap_hf.distributed.temporary import remove_temporary
 
-# Seconds between two signs of life, and how many may be missed.
-INTERVAL, MISSED = 4.0, 10
+# What gloo, NCCL and the store say of another process that has ended or does not answer. What else NCCL says is this
+# process's own trouble, for example that its GPU is out of memory.
+LOST = re.compile(
+    r"connection (was )?(closed|reset|refused)|broken pipe|socket closed|timed out waiting|wait timeout|"
+    r"timeout caused pair closure|ncclRemoteError|remote process (exited|exiting)",
+    re.IGNORECASE,
+)
+# Seconds that Ctrl-C gives the main thread to leave by itself.
+PATIENCE = 5.0
+
+_ending = threading.Lock()
 
 
 def lost_peer(error: BaseException) -> bool:
-    """Whether an error is what a backend raises when another process is gone."""
-    text = str(error).lower()
-    return isinstance(error, dist.DistError) or (
-        isinstance(error, RuntimeError) and re.search(r"gloo|nccl|connection (closed|reset|refused)", text) is not None
-    )
+    """Return whether an error is what a backend raises when another process is gone."""
+    return isinstance(error, RuntimeError) and LOST.search(str(error)) is not None
 
 
-class Heartbeat:
-    """Signs of life of all processes in the run's store.
-
-    Silence is counted in own beats, so that a machine that slept or was paused as a whole does not end the run.
-
-    Args:
-        store: that all processes reach.
-        rank: of this process.
-        world: how many there are.
-    """
-
-    def __init__(self, store: dist.Store, rank: int, world: int) -> None:
-        self.store, self.rank = store, rank
-        self.beats = 0
-        self.last = dict.fromkeys((other for other in range(world) if other != rank), b"")
-        self.missed = dict.fromkeys(self.last, 0)
-
-    def beat(self) -> int | None:
-        """Give a sign of life and look for those of the others; returns the rank of one that is gone."""
-        self.beats += 1
-        self.store.set(f"cap_hf/{self.rank}", str(self.beats))
-        for other, last in self.last.items():
-            key = f"cap_hf/{other}"
-            value = self.store.get(key) if self.store.check([key]) else b""
-            quiet = value == last and value != b"done"
-            self.missed[other] = self.missed[other] + 1 if quiet else 0
-            self.last[other] = value
-        return next((other for other, missed in self.missed.items() if missed >= MISSED), None)
-
-    def done(self) -> None:
-        """This process has finished and will be silent."""
-        self.store.set(f"cap_hf/{self.rank}", "done")
+def end(code: int, line: str | None = None) -> NoReturn:
+    """End this process at once, from any thread, with one line and without its temporary folders."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Never released: who comes second waits here for the end, and adds no line.
+    _ending.acquire()
+    if line is not None:
+        print(line, file=sys.stderr, flush=True)
+    remove_temporary()
+    os._exit(code)
 
 
 class Watch:
@@ -66,11 +52,14 @@ class Watch:
 
     Args:
         command: for the line that is printed.
+
+    Raises:
+        KeyError: no launcher has said which process this is.
     """
 
     def __init__(self, command: str) -> None:
         self.command = command
-        self.heartbeat: Heartbeat | None = None
+        self.heartbeat = Heartbeat(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
         self._finished = threading.Event()
         self._signals, self._wakeup = socket.socketpair()
         self._wakeup.setblocking(False)
@@ -79,49 +68,46 @@ class Watch:
     def __enter__(self) -> "Watch":
         self._handler = signal.signal(signal.SIGTERM, lambda number, frame: None)
         self._descriptor = signal.set_wakeup_fd(self._wakeup.fileno(), warn_on_full_buffer=False)
+        os.register_at_fork(after_in_child=self._leave_child)
         self._thread.start()
+        self.heartbeat.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        # The work is done: silence from here on means nothing, here and to the others.
         self._finished.set()
+        self.heartbeat.finish()
         signal.set_wakeup_fd(self._descriptor)
         signal.signal(signal.SIGTERM, self._handler)
         self._wakeup.send(b"\0")
         self._thread.join()
 
-    def finish(self) -> None:
-        """The work is done: silence from here on means nothing."""
-        self._finished.set()
-        if self.heartbeat is not None:
-            with suppress(RuntimeError, dist.DistError):
-                self.heartbeat.done()
+    def _leave_child(self) -> None:
+        """Let a forked child be ended by its signals, and say nothing of them here."""
+        if not self._finished.is_set():
+            signal.set_wakeup_fd(-1)
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
     def _run(self) -> None:
         while not self._finished.is_set():
-            if select.select([self._signals], [], [], INTERVAL)[0] and not self._finished.is_set():
-                if signal.SIGTERM in self._signals.recv(64):
-                    self._end("told to end, because another process has ended or the launcher was stopped")
+            if not select.select([self._signals], [], [], heartbeat.INTERVAL)[0]:
+                self._look()
                 continue
-            self._look()
+            numbers = self._signals.recv(64)
+            if signal.SIGTERM in numbers:
+                self._end("told to end, because another process has ended or the launcher was stopped")
+            if signal.SIGINT in numbers and not self._finished.wait(PATIENCE):
+                self._end("interrupted", code=130)
 
     def _look(self) -> None:
-        if not dist.is_initialized() and self.heartbeat is None:
-            return
-        try:
-            if self.heartbeat is None:
-                store = dist.distributed_c10d._get_default_store()
-                self.heartbeat = Heartbeat(store, dist.get_rank(), dist.get_world_size())
-            gone = self.heartbeat.beat()
-        except (RuntimeError, dist.DistError):
-            # The store goes with the run: soon after it where that ended well.
-            if not self._finished.wait(2 * INTERVAL):
-                self._end("the first process of this run has ended or cannot be reached")
-            return
-        if gone is not None:
-            self._end(f"process {gone} has given no sign of life for {MISSED * INTERVAL:.0f} seconds")
+        silent = self.heartbeat.look()
+        if self.heartbeat.rank in silent:
+            self._end("the launcher of the first machine has ended or cannot be reached")
+        if silent:
+            self._end(f"process {silent[0]} gives no sign of life: it has ended, was stopped or is cut off")
 
-    def _end(self, reason: str) -> None:
-        print(f"cap-hf {self.command}: {reason}", file=sys.stderr, flush=True)
-        os._exit(1)
+    def _end(self, reason: str, code: int = 1) -> None:
+        if not self._finished.is_set():
+            end(code, f"cap-hf {self.command}: {reason}")

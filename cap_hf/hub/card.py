@@ -6,6 +6,7 @@ on one line, with what Markdown, HTML or YAML would act on made harmless.
 
 import html
 import json
+import os
 import re
 import shlex
 from dataclasses import dataclass, field, fields
@@ -15,12 +16,12 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
-from transformers import AutoModelForImageClassification
 
-from cap_hf.checkpoints.saving import read_report
-from cap_hf.checkpoints.weights import find_weight_files, measure
-from cap_hf.config import CONFIG_NAME, CAPConfig
-from cap_hf.errors import CAPError, reason
+from cap_hf.checkpoints.folder import read_cap_config, read_report
+from cap_hf.checkpoints.loading import check_folder, load_classifier
+from cap_hf.checkpoints.weights import measure
+from cap_hf.config import CAPConfig
+from cap_hf.errors import CAPError
 from cap_hf.masks import describe_masks, differing_layers, find_pattern, take_masks
 from cap_hf.targets import find_targets
 
@@ -30,7 +31,7 @@ METRICS = (("top1", "top-1 accuracy %"), ("top5", "top-5 accuracy %"), ("loss", 
 METHOD_TEXTS = {
     "cap": "Pruned with CAP, the Correlation-Aware Pruner (arXiv 2210.09223), by cap_hf.",
     "obs": "Pruned by cap_hf with a block Fisher but without correlations between weights (as oBERT does).",
-    "sparsegpt": "Pruned by cap_hf with one input Hessian a layer (as SparseGPT does).",
+    "sparsegpt": "Pruned by cap_hf with one input Hessian per layer (as SparseGPT does).",
     "magnitude": "Pruned by cap_hf: the weights of the smallest magnitude were removed.",
 }
 
@@ -79,7 +80,12 @@ class CardFacts:
 
     @classmethod
     def gather(
-        cls, folder: str | Path, repo_id: str, base_model: str | None = None, license: str | None = None
+        cls,
+        folder: str | Path,
+        repo_id: str,
+        base_model: str | None = None,
+        license: str | None = None,
+        trust_remote_code: bool = False,
     ) -> "CardFacts":
         """Read a checkpoint folder, plain or compressed.
 
@@ -88,17 +94,18 @@ class CardFacts:
             repo_id: the name the card tells to load.
             base_model: Hub id of the dense model; None for the one in the report.
             license: of the model; None for the base model's.
+            trust_remote_code: run the code that the checkpoint brings along.
 
         Raises:
-            CAPError: the checkpoint cannot be read, or its weights are not the ones that its report describes.
+            CAPError: the checkpoint cannot be read or loaded, a file of it is damaged, or its weights are not the ones
+                that its report describes.
         """
         folder = Path(folder)
-        files, report = find_weight_files(folder), read_report(folder)
-        config = CAPConfig.load(folder).to_dict() if (folder / CONFIG_NAME).exists() else report.get("config") or {}
-        try:
-            model = AutoModelForImageClassification.from_pretrained(folder, dtype="auto")
-        except Exception as error:  # configuration, file format
-            raise CAPError(f"{folder} cannot be loaded: {reason(error)}") from error
+        report, settings = read_report(folder), read_cap_config(folder)
+        files = check_folder(folder, trust_remote_code)
+        dense_bytes, compressed_bytes = measure(folder)
+        config = settings.to_dict() if settings else {}
+        model = load_classifier(folder, trust_remote_code)
         targets = find_targets(model, "row", config.get("include"), config.get("exclude"))
         masks = take_masks(targets)
         wrong = differing_layers(find_targets(model), report)
@@ -109,7 +116,6 @@ class CardFacts:
             )
         patterns = {str(find_pattern(target, masks[target.name]) or "") for target in targets}
         data = report.get("data") or {}
-        dense_bytes, compressed_bytes = measure(folder)
         labels = model.config.id2label or {}
         return cls(
             repo_id=repo_id,
@@ -128,14 +134,15 @@ class CardFacts:
             dataset_config=data.get("dataset_config_name"),
             dataset_split=data.get("eval_split_name"),
             dense=report.get("dense") or {},
-            sparse=report.get("sparse") or {},
+            # A recovered checkpoint's report also says how accurate it was before.
+            sparse=report.get("recovered") or report.get("sparse") or {},
             config=config,
             seed=report.get("seed", config.get("seed")),
             versions=report.get("versions") or {},
         )
 
     def metadata(self) -> ModelCardData:
-        """The card's YAML block, for the Hub."""
+        """Return the card's YAML block, for the Hub."""
         tags = ["sparse", "pruned", f"sparsity-{100 * self.sparsity:.0f}", self.pattern or "unstructured"]
         method = self.config.get("method")
         if method:
@@ -170,7 +177,7 @@ class CardFacts:
         )
 
     def render(self) -> ModelCard:
-        """The card, as `huggingface_hub` and the Hub read it."""
+        """Return the card, as `huggingface_hub` and the Hub read it."""
         facts = {each.name: getattr(self, each.name) for each in fields(self)}
         method = self.config.get("method")
         base_model = hub_id(self.base_model)
@@ -205,7 +212,7 @@ class CardFacts:
         )
 
     def command(self) -> str | None:
-        """The `cap-hf prune` call that the report's arguments amount to; folders go by their last name."""
+        """Return the `cap-hf prune` call that the report's arguments amount to; folders go by their last name."""
         if not (self.base_model and self.dataset and self.config):
             return None
         defaults = CAPConfig().to_dict()
@@ -223,17 +230,17 @@ class CardFacts:
 
 
 def template_path() -> Path:
-    """The card's template, which lies beside what fills it."""
+    """Return the path of the card's template, which lies beside what fills it."""
     return Path(__file__).with_name("template.md")
 
 
 def base_license(base_model: str | None) -> dict[str, str]:
-    """The license fields of the base model's own card, or none if it has no card within reach."""
+    """Return the license fields of the base model's own card, or none if it has no card within reach."""
     if not base_model:
         return {}
     path = Path(base_model) / CARD_NAME
     try:
-        if Path(base_model).is_dir():
+        if os.path.isdir(base_model):
             data = ModelCard.load(path, ignore_metadata_errors=True).data if path.is_file() else None
         else:
             data = ModelCard.load(hub_id(base_model), ignore_metadata_errors=True).data if hub_id(base_model) else None
@@ -246,8 +253,8 @@ def base_license(base_model: str | None) -> dict[str, str]:
 
 
 def hub_id(name: str | None) -> str | None:
-    """A name if it can be a repository on the Hub and is no folder here, else None."""
-    if not name or "/" not in name or Path(name).exists():
+    """Return a name if it can be a repository on the Hub and is no folder here, else None."""
+    if not name or "/" not in name or os.path.exists(name):
         return None
     try:
         validate_repo_id(name)
@@ -257,20 +264,20 @@ def hub_id(name: str | None) -> str | None:
 
 
 def short_name(name: str | None) -> str | None:
-    """A Hub id as it is; of a folder only its own name, not where it lies."""
+    """Return a Hub id as it is, and of a folder only its own name, not where it lies."""
     return name and (hub_id(name) or one_line(Path(name).name or name))
 
 
 def one_line(value: Any) -> str:
-    """Text without line breaks and control characters."""
+    """Return text without line breaks and control characters."""
     return " ".join("".join(char if char.isprintable() else " " for char in str(value)).split())
 
 
 def text(value: Any) -> str:
-    """Text that Markdown and HTML show as it is."""
+    """Return text that Markdown and HTML show as it is."""
     return re.sub(r"([\\`*_{}\[\]()!|~$])", r"\\\1", html.escape(one_line(value), quote=False))
 
 
 def code(value: str | None) -> str | None:
-    """Text that cannot end the code block it stands in."""
+    """Return text that cannot end the code block it stands in."""
     return value and value.replace("`", "'")

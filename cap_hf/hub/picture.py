@@ -7,7 +7,7 @@ MAX_NAMES = 100
 
 
 def draw_sparsity(names: Sequence[str], sparsities: Sequence[float], total: float, path: str | Path) -> None:
-    """Draw one bar a layer, in the model's order from the top, and a line at the whole model's sparsity.
+    """Draw one bar per layer, in the model's order from the top, and a line at the whole model's sparsity.
 
     Args:
         names: of the layers.
@@ -34,5 +34,5 @@ def draw_sparsity(names: Sequence[str], sparsities: Sequence[float], total: floa
 
 
 def shorten(name: str, limit: int = 60) -> str:
-    """The end of a name, where layers differ."""
+    """Return the end of a name, where layers differ."""
     return name if len(name) <= limit else f"...{name[-limit:]}"

@@ -1,9 +1,10 @@
 """Publish a checkpoint: the folder as it will be on the Hub, and one commit that holds all of it."""
 
-import shutil
+import os
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -12,8 +13,9 @@ from huggingface_hub.errors import HFValidationError, HTTPError, LocalTokenNotFo
 from huggingface_hub.utils import validate_repo_id
 
 from cap_hf.checkpoints.atomic import atomic_directory
-from cap_hf.checkpoints.saving import REPORT_NAME
-from cap_hf.checkpoints.weights import WeightFiles, compress_weights, find_weight_files
+from cap_hf.checkpoints.folder import MODEL_CONFIG_NAME, REPORT_NAME, copy_file, read_json
+from cap_hf.checkpoints.saving import compress_weights
+from cap_hf.checkpoints.weights import find_weight_files
 from cap_hf.compressor import CAPCompressor
 from cap_hf.config import CONFIG_NAME
 from cap_hf.errors import CAPError, reason
@@ -22,7 +24,7 @@ from cap_hf.hub.picture import draw_sparsity
 
 PROCESSOR_NAME = "preprocessor_config.json"
 # What is published beside the weights, their index and the card.
-FILES = ("config.json", PROCESSOR_NAME, "processor_config.json", CONFIG_NAME, REPORT_NAME)
+FILES = (MODEL_CONFIG_NAME, PROCESSOR_NAME, "processor_config.json", CONFIG_NAME, REPORT_NAME)
 WEIGHT_ENDINGS = (".safetensors", ".safetensors.index.json")
 # Seconds before each further attempt.
 WAITS = (1, 4)
@@ -42,6 +44,7 @@ def push_to_hub(
     token: str | None = None,
     base_model: str | None = None,
     license: str | None = None,
+    trust_remote_code: bool = False,
 ) -> str:
     """Publish a checkpoint with its image processor, report, card and picture, in one commit.
 
@@ -60,6 +63,7 @@ def push_to_hub(
         token: None for the one that huggingface_hub finds.
         base_model: Hub id of the dense model, for the card; None for the report's.
         license: for the card; None for the base model's.
+        trust_remote_code: run the code that the checkpoint brings along, to load it for the card.
 
     Returns:
         The address of the commit, or of the pull request.
@@ -75,7 +79,7 @@ def push_to_hub(
         else:
             folder = Path(checkpoint)
         ready = Path(scratch) / "ready"
-        prepare_folder(folder, ready, repo_id, compressed, base_model, license)
+        prepare_folder(folder, ready, repo_id, compressed, base_model, license, trust_remote_code)
         return upload_folder(ready, repo_id, private, revision, create_pr, commit_message, token)
 
 
@@ -86,8 +90,13 @@ def prepare_folder(
     compressed: bool = False,
     base_model: str | None = None,
     license: str | None = None,
+    trust_remote_code: bool = False,
 ) -> CardFacts:
-    """Write the folder exactly as `push_to_hub` would publish it, atomically; arguments and errors as there."""
+    """Write the folder exactly as `push_to_hub` would publish it, atomically; arguments and errors as there.
+
+    Returns:
+        What its card says.
+    """
     check_repo_id(repo_id)
     checkpoint = Path(checkpoint)
     if not checkpoint.is_dir():
@@ -95,16 +104,20 @@ def prepare_folder(
     if checkpoint.resolve() == Path(directory).resolve():
         raise CAPError(f"{directory} is the checkpoint itself: choose another --output_dir")
     files = find_weight_files(checkpoint)
-    if not (checkpoint / PROCESSOR_NAME).exists():
+    if not (checkpoint / PROCESSOR_NAME).is_file():
         raise CAPError(f"{checkpoint} has no {PROCESSOR_NAME}: save the model's image processor there first")
     with atomic_directory(directory) as folder:
-        for name in FILES:
-            if (checkpoint / name).is_file():
-                shutil.copyfile(checkpoint / name, folder / name)
-        copy_weights(files, checkpoint, folder)
+        for path in published_files(checkpoint):
+            copy_file(path, checkpoint, folder)
         if compressed and not files.compressed:
-            compress_weights(folder, folder)
-        facts = CardFacts.gather(folder, repo_id, base_model, license)
+            compress_weights(checkpoint, folder)
+        else:
+            for path in (*files.paths, *([files.index] if files.index else [])):
+                copy_file(path, checkpoint, folder)
+        # Errors name the checkpoint's own files; what is published are the same ones, or their weights compressed.
+        facts = CardFacts.gather(checkpoint, repo_id, base_model, license, trust_remote_code)
+        published = find_weight_files(folder)
+        facts = replace(facts, compressed=published.compressed, file_bytes=published.num_bytes)
         facts.render().save(folder / CARD_NAME)
         draw_sparsity(
             [layer["name"] for layer in facts.layers],
@@ -115,11 +128,18 @@ def prepare_folder(
     return facts
 
 
-def copy_weights(files: WeightFiles, checkpoint: Path, folder: Path) -> None:
-    """Copy the weight files and the index of a checkpoint that is in several."""
-    indices = checkpoint.glob("model.*safetensors.index.json") if len(files.paths) > 1 else ()
-    for path in (*files.paths, *indices):
-        shutil.copyfile(path, folder / path.name)
+def published_files(checkpoint: Path) -> list[Path]:
+    """Return what is published beside the weights and the card: JSON, and code if config.json names some.
+
+    Raises:
+        CAPError: config.json cannot be read, or something that is published has the name of a file and is none.
+    """
+    paths = [checkpoint / name for name in FILES if os.path.lexists(checkpoint / name)]
+    if wrong := [path for path in paths if not path.is_file()]:
+        raise CAPError(f"{wrong[0]} is no file")
+    if "auto_map" in read_json(checkpoint / MODEL_CONFIG_NAME):
+        paths += sorted(path for path in checkpoint.glob("*.py") if path.is_file())
+    return paths
 
 
 def upload_folder(
@@ -174,7 +194,7 @@ def upload_folder(
 
 
 def attempt(action: Callable[[], T], waits: tuple[int, ...] = WAITS) -> T:
-    """Do something that may be done twice; once more after each wait if the server or the connection fails."""
+    """Do something that may be done twice, and once more after each wait if the server or the connection fails."""
     for wait in (*waits, None):
         try:
             return action()
@@ -188,7 +208,7 @@ def attempt(action: Callable[[], T], waits: tuple[int, ...] = WAITS) -> T:
 
 
 def explain(repo_id: str, error: Exception) -> str:
-    """One line about a push that failed; never a token, which no error of huggingface_hub quotes."""
+    """Return one line about a push that failed; never a token, which no error of huggingface_hub quotes."""
     status = getattr(getattr(error, "response", None), "status_code", None)
     said = getattr(error, "server_message", None)
     said = one_line(said or reason(error))

@@ -1,18 +1,39 @@
 """How many weights each block gives up: global, uniform, N:M. Exact to the weight, ties included."""
 
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
-
-from cap_hf.distributed.processes import Processes
 
 # Losses are compared as float32: non-negative floats order like the integers that their bits spell.
 TINY = torch.finfo(torch.float32).tiny
 INFINITY_BITS = 0x7F800000
 
 
+class Holders(Protocol):
+    """Those who hold the paths of a target's blocks, each of consecutive ones; all tell the others counts alone."""
+
+    def sum(self, counts: torch.Tensor) -> torch.Tensor:
+        """Return the sum of everybody's counts, int64."""
+
+    def before(self, counts: torch.Tensor) -> torch.Tensor:
+        """Return the sum of the counts of those who hold earlier blocks, int64."""
+
+
+class Alone:
+    """One holder of all paths."""
+
+    def sum(self, counts: torch.Tensor) -> torch.Tensor:
+        """Return the counts: there are no others."""
+        return counts
+
+    def before(self, counts: torch.Tensor) -> torch.Tensor:
+        """Return 0: nobody holds earlier blocks."""
+        return torch.zeros_like(counts)
+
+
 def path_losses(losses: torch.Tensor, zeros: torch.Tensor, selection: str) -> torch.Tensor:
-    """What a block's k-th removal is compared by, non-decreasing in k.
+    """Return what a block's k-th removal is compared by, non-decreasing in k (arXiv 2210.09223, section 3).
 
     Args:
         losses: `(n, steps)` loss of each single removal, in the order of removal.
@@ -28,37 +49,38 @@ def path_losses(losses: torch.Tensor, zeros: torch.Tensor, selection: str) -> to
 
 
 def allocate(
-    groups: Sequence[Sequence[torch.Tensor]], quotas: Sequence[int], processes: Processes | None = None
+    groups: Sequence[Sequence[torch.Tensor]], quotas: Sequence[int], holders: Holders | None = None
 ) -> list[list[torch.Tensor]]:
-    """In each group of targets, take so many of the cheapest removals.
+    """Take in each group of targets so many of the cheapest removals.
 
-    Processes hold the paths of their own blocks and tell each other counts only. Of removals that cost the same
-    those of the earlier target go first, then those of the earlier block.
+    Of removals that cost the same those of the earlier target go first, then those of the earlier block.
 
     Args:
         groups: of targets, each `(n_blocks, steps)` float32 from `path_losses`.
-        quotas: how many removals each group gives up, on all processes together.
-        processes: of the run, which own consecutive blocks of each target; None for this process alone.
+        quotas: how many removals each group gives up, of all holders together.
+        holders: of the paths; None where they are all here.
 
     Returns:
         For each target `(n_blocks,)` int64: how many weights each block gives up. They sum to the quotas.
     """
-    processes = processes or Processes()
+    holders = holders or Alone()
     paths = [path for group in groups for path in group]
     member = torch.tensor([index for index, group in enumerate(groups) for _ in group], dtype=torch.int64)
     wanted = torch.tensor(quotas, dtype=torch.int64)
 
     def count(bits: torch.Tensor, right: bool) -> list[torch.Tensor]:
-        """How many removals of each block cost less than its group's threshold, or (right) no more than that."""
+        """Return how many removals of each block cost less than its group's threshold, or (right) no more than that."""
         values = bits.to(torch.int32).view(torch.float32)[member].tolist()
         return [
             torch.searchsorted(path, path.new_full((len(path), 1), value), right=right)[:, 0]
             for path, value in zip(paths, values, strict=True)
         ]
 
+    def by_target(counts: list[torch.Tensor]) -> torch.Tensor:
+        return torch.stack([each.sum() for each in counts]).cpu()
+
     def totals(counts: list[torch.Tensor]) -> torch.Tensor:
-        own = torch.stack([each.sum().cpu() for each in counts])
-        return processes.sum(torch.zeros_like(wanted).index_add_(0, member, own).to(processes.device)).cpu()
+        return holders.sum(torch.zeros_like(wanted).index_add_(0, member, by_target(counts)))
 
     # Bisect on the bits of the thresholds: the lowest at or below which there are enough removals.
     low, high = torch.zeros_like(wanted), torch.full_like(wanted, INFINITY_BITS)
@@ -69,28 +91,30 @@ def allocate(
     counts = count(low, right=False)
     ties = [upto - below for upto, below in zip(count(low, right=True), counts, strict=True)]
     left = (wanted - totals(counts)).tolist()
-    everyone = processes.gather_ints(*(int(tie.sum()) for tie in ties))
+    own = by_target(ties)
+    earlier, everyone = holders.before(own).tolist(), holders.sum(own.clone()).tolist()
     for index, (group, tie) in enumerate(zip(member.tolist(), ties, strict=True)):
-        shares = [row[index] for row in everyone]
-        own = left[group] - sum(shares[: processes.rank])
         before = tie.cumsum(dim=0) - tie
-        counts[index] += torch.minimum(tie, (own - before).clamp_min(0))
-        left[group] = max(0, left[group] - sum(shares))
+        counts[index] += torch.minimum(tie, (left[group] - earlier[index] - before).clamp_min(0))
+        left[group] = max(0, left[group] - everyone[index])
     remaining = iter(counts)
     return [[next(remaining) for _ in group] for group in groups]
 
 
 def allocate_global(
-    paths: Sequence[torch.Tensor], num_removed: int, processes: Processes | None = None
+    paths: Sequence[torch.Tensor], num_removed: int, holders: Holders | None = None
 ) -> list[torch.Tensor]:
-    """Take the `num_removed` cheapest removals over all targets; arguments and result as for `allocate`."""
-    return allocate([paths], [num_removed], processes)[0]
+    """Take the `num_removed` cheapest removals over all targets (arXiv 2210.09223, section 3: global selection).
+
+    Arguments and result are those of `allocate`.
+    """
+    return allocate([paths], [num_removed], holders)[0]
 
 
 def allocate_uniform(
-    paths: Sequence[torch.Tensor], sizes: Sequence[int], sparsity: float, processes: Processes | None = None
+    paths: Sequence[torch.Tensor], sizes: Sequence[int], sparsity: float, holders: Holders | None = None
 ) -> list[torch.Tensor]:
-    """The same sparsity in every target; the cheapest removals inside each.
+    """Give every target the same sparsity, by the cheapest removals inside each.
 
     A target that has more zeros than that already keeps them; the others then share the rest evenly.
 
@@ -98,12 +122,22 @@ def allocate_uniform(
         paths: as for `allocate`.
         sizes: the number of weights of each target.
         sparsity: of all targets together, exact to the weight.
-        processes: as for `allocate`.
+        holders: as for `allocate`.
     """
-    processes = processes or Processes()
-    own = torch.stack([(path == 0).sum() for path in paths])
-    zeros = processes.sum(own).tolist()
-    total = round(sum(sizes) * sparsity)
+    holders = holders or Alone()
+    zeros = holders.sum(torch.stack([(path == 0).sum() for path in paths]).cpu()).tolist()
+    quotas = uniform_quotas(zeros, sizes, round(sum(sizes) * sparsity))
+    return [counts for (counts,) in allocate([[path] for path in paths], quotas, holders)]
+
+
+def uniform_quotas(zeros: Sequence[int], sizes: Sequence[int], total: int) -> list[int]:
+    """Return how many of each target's weights are 0 in the end, of `total` in all, evenly if it can be.
+
+    Args:
+        zeros: how many are 0 already.
+        sizes: how many weights there are.
+        total: the sum of what is returned.
+    """
     beyond: set[int] = set()
     while True:
         room = sum(size for index, size in enumerate(sizes) if index not in beyond)
@@ -120,10 +154,10 @@ def allocate_uniform(
             quota = int(exact + 0.5) - given
             given += quota
         quotas.append(quota)
-    return [counts for (counts,) in allocate([[path] for path in paths], quotas, processes)]
+    return quotas
 
 
 def removed_mask(order: torch.Tensor, counts: torch.Tensor, size: int) -> torch.Tensor:
-    """`(n, size)` bool, True where one of the first `counts[i]` removals of row i's `order` `(n, steps)` lies."""
+    """Return `(n, size)` bool, True where one of the first `counts[i]` removals of `order[i]` `(n, steps)` lies."""
     first = torch.arange(order.shape[1], device=order.device) < counts[:, None]
     return torch.zeros(len(order), size, dtype=torch.bool, device=order.device).scatter_(1, order, first)

@@ -1,4 +1,4 @@
-"""The greedy correlation-aware solver and its reconstruction (arXiv 2210.09223, section 3). Tensors only."""
+"""The greedy correlation-aware elimination (arXiv 2210.09223, section 3 and Algorithm 1), on tensors alone."""
 
 from dataclasses import dataclass
 
@@ -34,7 +34,7 @@ class Elimination:
 
     Attributes:
         order: `(n, steps)` int64, the position removed at each step.
-        losses: `(n, steps)`, the increase of the quadratic loss at each step (CAP's eq. for a single removal).
+        losses: `(n, steps)`, the increase of the quadratic loss at each step, `w_p^2 / (2 A_pp)`.
     """
 
     order: torch.Tensor
@@ -42,7 +42,7 @@ class Elimination:
 
 
 def invert(fisher: torch.Tensor) -> torch.Tensor:
-    """The inverses of damped block Fishers by Cholesky.
+    """Return the inverses of damped block Fishers, by Cholesky.
 
     Args:
         fisher: `(n, B, B)`, symmetric, damp already on the diagonal.
@@ -67,7 +67,7 @@ def invert(fisher: torch.Tensor) -> torch.Tensor:
 
 
 def decouple(fisher: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
-    """`(n, B, B)` Fishers in which the entries marked by `zero` `(n, B)` are alone: their rows those of the identity.
+    """Return `(n, B, B)` Fishers in which entries marked by `zero` `(n, B)` are alone: their rows are the identity's.
 
     Weights that are 0 and stay 0 cannot make up for others; the inverse of this is the survivors' own.
     """
@@ -79,12 +79,12 @@ def decouple(fisher: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
 
 
 def has_kernels(tensor: torch.Tensor) -> bool:
-    """Whether the C++ kernels take a tensor like this one; else the PyTorch code does, with the same results."""
+    """Return whether the C++ kernels take a tensor like this one; else the PyTorch code does, with the same results."""
     return tensor.device.type == "cpu" and tensor.dtype == torch.float64 and load_extension("elimination")
 
 
 def eliminate(weights: torch.Tensor, inverse: torch.Tensor, pattern: NMPattern | None = None) -> Elimination:
-    """Remove the cheapest weight, move the others, repeat, in all blocks.
+    """Remove the cheapest weight, move the others, repeat, in all blocks (arXiv 2210.09223, Algorithm 1).
 
     In float64 on a CPU a compiled kernel does what `eliminate_in_torch` does, block by block in the core's cache.
 
@@ -101,10 +101,8 @@ def eliminate(weights: torch.Tensor, inverse: torch.Tensor, pattern: NMPattern |
     """
     if not has_kernels(weights):
         return eliminate_in_torch(weights, inverse, pattern)
-    steps, group, limit = weights.shape[1], 0, 0
-    if pattern is not None:
-        group, limit = pattern.m, pattern.m - pattern.n
-        steps = steps // group * limit
+    steps = num_steps(weights.shape[1], pattern)
+    group, limit = (0, 0) if pattern is None else (pattern.m, pattern.m - pattern.n)
     order, losses, lost = torch.ops.cap_hf.eliminate(weights, inverse, steps, group, limit)
     if lost >= 0:
         raise LostPivotError(lost)
@@ -112,15 +110,17 @@ def eliminate(weights: torch.Tensor, inverse: torch.Tensor, pattern: NMPattern |
 
 
 def eliminate_in_torch(weights: torch.Tensor, inverse: torch.Tensor, pattern: NMPattern | None = None) -> Elimination:
-    """`eliminate` in plain PyTorch, all blocks at once: what GPUs run, and what the kernel is checked against.
+    """Eliminate in plain PyTorch, all blocks at once: what GPUs run, and what the kernel is checked against.
 
     Removing entry p costs `w_p^2 / (2 A_pp)` and moves the others by `-A[:, p] w_p / A_pp`; `A` then loses rank
     one. Within a panel of steps only the pivots' columns of the current `A` are formed (left-looking); after it
     one matrix product brings `A` up to date on the survivors, so the work is 2/3 B^3 a block, almost all of it
-    matrix products, and nothing but `A` itself is carried along. Arguments and results are those of `eliminate`.
+    matrix products, and nothing but `A` itself is carried along. What the steps of a panel have in common is done
+    after it, because on a GPU a step takes as long as its kernels take to launch. Arguments and results are those of
+    `eliminate`.
     """
     n, size = weights.shape
-    steps = size if pattern is None else size // pattern.m * (pattern.m - pattern.n)
+    steps = num_steps(size, pattern)
     w, a = weights.clone(), inverse
     position = torch.arange(size, device=w.device).expand(n, size)
     order = torch.empty(n, steps, dtype=torch.int64, device=w.device)
@@ -133,37 +133,39 @@ def eliminate_in_torch(weights: torch.Tensor, inverse: torch.Tensor, pattern: NM
 
     for start in range(0, steps, PANEL):
         count = min(PANEL, steps - start)
+        width = a.shape[-1]
         diagonal = a.diagonal(dim1=-2, dim2=-1).clone()
-        columns = a.new_zeros(n, count, a.shape[-1])
-        removed = torch.zeros_like(w, dtype=torch.bool)
+        columns = a.new_zeros(n, count, width)
+        pivots = torch.empty(n, count, dtype=torch.int64, device=w.device)
+        costs = losses[:, start : start + count]
+        removed = torch.zeros_like(zero)
         for k in range(count):
-            scores = (w.square() / diagonal).masked_fill_(zero, -1.0)
-            blocked = removed
+            scores = (w.square() / diagonal).masked_fill_(zero, -1.0).masked_fill_(removed, torch.inf)
             if pattern:
-                blocked = removed | (given.gather(1, position // pattern.m) == pattern.m - pattern.n)
-            pivot = scores.masked_fill_(blocked, torch.inf).argmin(dim=1, keepdim=True)
+                full = given.gather(1, position // pattern.m) == pattern.m - pattern.n
+                scores.masked_fill_(full, torch.inf)
+            pivot = torch.argmin(scores, dim=1, keepdim=True, out=pivots[:, k : k + 1])
             root = diagonal.gather(1, pivot).sqrt_()
             column = a[batch, pivot[:, 0]]
             if k:
                 past = columns[:, :k]
                 at_pivot = past.gather(2, pivot[:, None].expand(n, k, 1))
                 column = torch.baddbmm(column[:, None], at_pivot.mT, past, alpha=-1)[:, 0]
-            column = column / root
-            cost = w.gather(1, pivot) / root
+            column = torch.div(column, root, out=columns[:, k])
+            cost = torch.div(w.gather(1, pivot), root, out=costs[:, k : k + 1])
             w.addcmul_(column, cost, value=-1).scatter_(1, pivot, 0.0)
             diagonal.addcmul_(column, column, value=-1)
-            columns[:, k] = column
             removed.scatter_(1, pivot, True)
-            original = position.gather(1, pivot)
             if pattern:
-                given.scatter_add_(1, original // pattern.m, torch.ones_like(original))
-            order[:, start + k] = original[:, 0]
-            losses[:, start + k] = cost[:, 0].square() / 2
-        lost = ~losses[:, start : start + count].isfinite().all(dim=1)
+                group = position.gather(1, pivot) // pattern.m
+                given.scatter_add_(1, group, torch.ones_like(group))
+        order[:, start : start + count] = position.gather(1, pivots)
+        costs.square_().div_(2)
+        lost = ~costs.isfinite().all(dim=1)
         if lost.any():
             raise LostPivotError(int(lost.nonzero()[0, 0]))
         if start + count < steps:
-            left = (~removed).nonzero()[:, 1].view(n, w.shape[1] - count)
+            left = (~removed).nonzero()[:, 1].view(n, width - count)
             w, zero, position = w.gather(1, left), zero.gather(1, left), position.gather(1, left)
             columns = columns.gather(2, left[:, None].expand(n, count, -1))
             a = select_symmetric(a, left, *work).baddbmm_(columns.mT, columns, alpha=-1)
@@ -171,10 +173,15 @@ def eliminate_in_torch(weights: torch.Tensor, inverse: torch.Tensor, pattern: NM
     return Elimination(order, losses)
 
 
+def num_steps(size: int, pattern: NMPattern | None) -> int:
+    """Return how many weights of a block of `size` are removed: all, or as many as an N:M pattern allows."""
+    return size if pattern is None else pattern.steps(size)
+
+
 def select_symmetric(
     matrices: torch.Tensor, index: torch.Tensor, rows: torch.Tensor | None = None, spare: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """`out[b, i, j] = matrices[b, index[b, i], index[b, j]]` for symmetric `(n, B, B)` and index `(n, m)`.
+    """Return `out[b, i, j] = matrices[b, index[b, i], index[b, j]]` for symmetric `(n, B, B)` and index `(n, m)`.
 
     Whole rows are copied twice with a transpose between, which is several times faster than a gather of entries.
 
@@ -196,53 +203,3 @@ def select_symmetric(
     result = rows[: n * width * width].view(n * width, width)
     torch.index_select(turned.view(n * size, width), 0, flat, out=result)
     return result.view(n, width, width)
-
-
-def reconstruct(weights: torch.Tensor, fisher: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
-    """The weights of least quadratic loss among those that are 0 outside `keep`.
-
-    This is what the chain of single updates arrives at, solved at once on the survivors only:
-    `F_SS (w'_S - w_S) = F_SP w_P` for survivors S and removed P.
-
-    Args:
-        weights: `(n, B)` before pruning.
-        fisher: `(n, B, B)`, damp on the diagonal.
-        keep: `(n, B)` bool.
-
-    Returns:
-        `(n, B)` new weights, exactly 0 outside `keep`.
-    """
-    if has_kernels(weights):
-        result, info = torch.ops.cap_hf.reconstruct(weights, fisher, keep)
-        if info.any():
-            raise torch.linalg.LinAlgError("the survivors' Fisher is not positive definite")
-        return result
-    counts = keep.sum(dim=1)
-    width = int(counts.max()) if len(counts) else 0
-    if width == 0:
-        return torch.zeros_like(weights)
-    # Survivors first; shorter blocks are padded with rows of the identity.
-    index = keep.int().argsort(dim=1, descending=True, stable=True)[:, :width]
-    real = torch.arange(width, device=keep.device) < counts[:, None]
-    pull = torch.bmm(fisher, weights.masked_fill(keep, 0.0)[..., None])[..., 0]
-    system = select_symmetric(fisher, index)
-    system.masked_fill_(~(real[:, :, None] & real[:, None, :]), 0.0)
-    system.diagonal(dim1=-2, dim2=-1).masked_fill_(~real, 1.0)
-    right = pull.gather(1, index).masked_fill_(~real, 0.0)[..., None]
-    moves = torch.cholesky_solve(right, torch.linalg.cholesky(system))[..., 0]
-    return weights.masked_fill(~keep, 0.0).scatter_add(1, index, moves.masked_fill_(~real, 0.0))
-
-
-def independent_update(weights: torch.Tensor, inverse: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
-    """The sum of the single OBS updates of all removed weights, as WoodFisher and oBERT apply it.
-
-    Args:
-        weights: `(n, B)` before pruning.
-        inverse: `(n, B, B)`, the inverse damped Fisher.
-        keep: `(n, B)` bool.
-
-    Returns:
-        `(n, B)` new weights, exactly 0 outside `keep`.
-    """
-    steps = weights.masked_fill(keep, 0.0) / inverse.diagonal(dim1=-2, dim2=-1)
-    return (weights - torch.bmm(inverse, steps[..., None])[..., 0]).masked_fill(~keep, 0.0)

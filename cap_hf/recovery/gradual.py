@@ -6,7 +6,7 @@ from accelerate import Accelerator
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
-from cap_hf.collection.plan import Resources
+from cap_hf.collection.resources import Resources
 from cap_hf.compressor import CAPCompressor
 from cap_hf.config import CAPConfig
 from cap_hf.report import PruneReport

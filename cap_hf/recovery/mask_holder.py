@@ -9,7 +9,7 @@ from torch.utils.hooks import RemovableHandle
 
 from cap_hf.errors import CAPError
 from cap_hf.masks import Masks, apply_masks, take_masks, verify_masks
-from cap_hf.targets import Target, find_targets
+from cap_hf.targets import Target, find_targets, weight_layers
 
 
 class MaskHolder:
@@ -29,9 +29,7 @@ class MaskHolder:
 
     def __init__(self, model: nn.Module) -> None:
         self.candidates = [
-            Target(name, module, block_size=module.weight[0].numel())
-            for name, module in model.named_modules()
-            if isinstance(module, (nn.Linear, nn.Conv2d))
+            Target(name, module, block_size=module.weight[0].numel()) for name, module in weight_layers(model).items()
         ]
         self.targets = {target.name for target in find_targets(model)}
         self.held: list[Target] = []

@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from cap_hf import CAPCompressor, CAPConfig
-from cap_hf.collection.plan import Resources
+from cap_hf.collection.resources import Resources
 from cap_hf.report import Phases, versions
 
 

@@ -2,6 +2,7 @@
 
 import json
 import subprocess
+from collections import namedtuple
 
 import pytest
 import torch
@@ -11,8 +12,9 @@ from support.checkpoints import PYTHON, assert_same_weights, clean_environment, 
 from transformers import AutoModelForImageClassification, ConvNextConfig, ConvNextForImageClassification
 
 from cap_hf import CAPCompressor, CAPConfig, CAPError, find_targets
-from cap_hf.checkpoints.compression import load_file
-from cap_hf.checkpoints.quantizer import COMPRESSED_INDEX_NAME, COMPRESSED_NAME
+from cap_hf.checkpoints import files
+from cap_hf.checkpoints.compression import COMPRESSED_INDEX_NAME, COMPRESSED_NAME
+from cap_hf.checkpoints.files import load_file
 from cap_hf.checkpoints.saving import compress_checkpoint
 from cap_hf.checkpoints.weights import find_weight_files
 
@@ -145,6 +147,16 @@ def test_damaged_files_are_refused_in_one_line(saved, tmp_path):
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(ValueError, match="cannot be read as safetensors"):
         AutoModelForImageClassification.from_pretrained(tmp_path / "c")
+
+
+def test_a_file_that_unpacks_to_more_than_the_memory_is_refused(saved, monkeypatch):
+    folder, _ = saved
+    memory = namedtuple("memory", "available")
+    monkeypatch.setattr(files.psutil, "virtual_memory", lambda: memory(1000))
+    for arguments in ({}, {"device_map": {"": "cpu"}}):
+        with pytest.raises(CAPError, match="of memory are free"):
+            AutoModelForImageClassification.from_pretrained(folder / "compressed", **arguments)
+    AutoModelForImageClassification.from_pretrained(folder / "compressed", device_map="meta")
 
 
 @pytest.mark.parametrize("change", ["missing", "renamed"])

@@ -1,8 +1,9 @@
-"""Zeros survive saving and loading, and a final name never holds half a checkpoint."""
+"""What is saved loads the same, plain or compressed, and nothing half-written or dense is left on the way."""
 
 import errno
+import io
 import json
-import signal
+import resource
 import subprocess
 import sys
 from collections import namedtuple
@@ -10,13 +11,23 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.checkpoints import assert_same_weights, make_checkpoint, make_model
 from support.models import ARCHITECTURES, build
-from transformers import AutoModelForImageClassification
+from support.packing import bits
+from transformers import (
+    AutoModelForImageClassification,
+    BertConfig,
+    BertForMaskedLM,
+    CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
+)
 
 import cap_hf.checkpoints.saving as checkpoint_module
-from cap_hf import CAPCompressor, CAPConfig, CAPError
-from cap_hf.checkpoints.atomic import atomic_directory, write_json
-from cap_hf.checkpoints.saving import save_checkpoint
+from cap_hf import CAPCompressor, CAPConfig, CAPError, find_targets
+from cap_hf.checkpoints.compression import COMPRESSED_NAME
+from cap_hf.checkpoints.files import open_safetensors
+from cap_hf.checkpoints.saving import compress_checkpoint, save_checkpoint, save_compressed
+from cap_hf.checkpoints.weights import find_weight_files, iterate_weights
 
 HERE = Path(__file__).parents[1]
 
@@ -35,34 +46,6 @@ def test_plain_from_pretrained_gives_the_same_weights(name, tmp_path):
     report = json.loads((tmp_path / "sparse" / "report.json").read_text())
     assert report["num_zeros"] == sum(int((target.weight == 0).sum()) for target in compressor.targets)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["sparse"]
-
-
-def test_a_failure_leaves_the_old_folder(tmp_path):
-    with atomic_directory(tmp_path / "out") as folder:
-        (folder / "old").write_text("1")
-    with pytest.raises(RuntimeError), atomic_directory(tmp_path / "out") as folder:
-        (folder / "new").write_text("2")
-        raise RuntimeError
-    assert [path.name for path in tmp_path.rglob("*")] == ["out", "old"]
-    with atomic_directory(tmp_path / "out") as folder:
-        (folder / "new").write_text("2")
-    assert [path.name for path in tmp_path.rglob("*")] == ["out", "new"]
-
-
-def test_a_killed_process_leaves_no_final_name(tmp_path):
-    code = (
-        "import os, signal, sys\n"
-        "from cap_hf.checkpoints.saving import atomic_directory\n"
-        "with atomic_directory(sys.argv[1]) as folder:\n"
-        "    (folder / 'half').write_text('x')\n"
-        "    os.kill(os.getpid(), signal.SIGKILL)\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "out")], check=False)
-    assert done.returncode == -signal.SIGKILL
-    assert not (tmp_path / "out").exists()
-    with atomic_directory(tmp_path / "out") as folder:
-        assert not list(folder.iterdir())
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_a_full_disk_is_one_line_and_changes_nothing(tmp_path, monkeypatch):
@@ -104,50 +87,112 @@ def test_a_write_that_fails_half_way_is_one_line(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_kill_between_the_renames_loses_nothing(tmp_path):
-    (tmp_path / ".out.old").mkdir()
-    (tmp_path / ".out.old" / "kept").write_text("")
-    with pytest.raises(RuntimeError), atomic_directory(tmp_path / "out"):
-        raise RuntimeError
-    assert [path.name for path in tmp_path.rglob("*")] == ["out", "kept"]
-    (tmp_path / "file").write_text("")
-    with pytest.raises(CAPError, match="file is a file"), atomic_directory(tmp_path / "file"):
-        pass
+def assert_saved_alike(model, tmp_path, **arguments):
+    """What is saved compressed, and what save_pretrained saves, tensor by tensor; loaded, it is the same model."""
+    model.save_pretrained(tmp_path / "plain", **arguments)
+    (tmp_path / "compressed").mkdir(exist_ok=True)
+    save_compressed(model, tmp_path / "compressed", **arguments)
+    plain, compressed = (dict(iterate_weights(tmp_path / name)) for name in ("plain", "compressed"))
+    assert compressed.keys() == plain.keys()
+    for name, tensor in plain.items():
+        assert compressed[name].dtype == tensor.dtype
+        assert torch.equal(bits(compressed[name]), bits(tensor)), name
+    files = {path.name for path in (tmp_path / "plain").iterdir() if "model" not in path.name}
+    assert files <= {path.name for path in (tmp_path / "compressed").iterdir()}
+    loaded, info = type(model).from_pretrained(tmp_path / "compressed", output_loading_info=True)
+    assert not any(info.values())
+    assert_same_weights(loaded, model)
+    return loaded
 
 
-@pytest.mark.parametrize("rename", [1, 2])
-@pytest.mark.parametrize("after", [False, True])
-def test_an_interrupt_around_the_renames_leaves_one_whole_folder(tmp_path, monkeypatch, rename, after):
-    """Ctrl-C just before or just after either of the two renames that replace a folder."""
-    with atomic_directory(tmp_path / "out") as folder:
-        (folder / "old").write_text("1")
-    calls, real = [], checkpoint_module.os.rename
-
-    def interrupted(source, destination):
-        calls.append(source)
-        if len(calls) == rename and not after:
-            raise KeyboardInterrupt
-        real(source, destination)
-        if len(calls) == rename:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(checkpoint_module.os, "rename", interrupted)
-    with pytest.raises(KeyboardInterrupt), atomic_directory(tmp_path / "out") as folder:
-        (folder / "new").write_text("2")
-    whole = "new" if rename == 2 and after else "old"
-    assert [path.name for path in tmp_path.rglob("*")] == ["out", whole]
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_compressed_holds_what_save_pretrained_writes(name, tmp_path):
+    model = build(name)
+    CAPCompressor(model, CAPConfig(method="magnitude")).prune(0.8)
+    loaded = assert_saved_alike(model, tmp_path)
+    # A model that was loaded has its own list of the names that its file had.
+    assert_saved_alike(loaded, tmp_path)
 
 
-def test_a_folder_that_cannot_be_made_is_one_line(tmp_path):
-    (tmp_path / "file").write_text("")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_compressed_in_shards_and_half_precision(dtype, tmp_path):
+    model = make_model().to(dtype)
+    for target in find_targets(model):
+        target.weight.data[:, ::3] = 0
+    assert_saved_alike(model, tmp_path, max_shard_size="60KB")
+    files = find_weight_files(tmp_path / "compressed")
+    assert len(files.paths) == len(find_weight_files(tmp_path / "plain").paths) > 1
+    index = json.loads(files.index.read_text())
+    assert index["metadata"]["total_size"] < sum(tensor.numel() * 2 for tensor in model.parameters())
+
+
+def test_compressed_names_that_transformers_changes_and_ties(tmp_path):
+    """CLIP's checkpoints have other names than its modules; a tied weight is stored once."""
+    clip = CLIPVisionConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2)
+    clip.update({"image_size": 8, "patch_size": 4})
+    assert_saved_alike(CLIPVisionModelWithProjection(clip).eval(), tmp_path / "clip")
+    bert = BertConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, vocab_size=50)
+    tied = BertForMaskedLM(bert).eval()
+    assert tied.cls.predictions.decoder.weight is tied.bert.embeddings.word_embeddings.weight
+    assert_saved_alike(tied, tmp_path / "tied")
+    with open_safetensors(tmp_path / "tied" / "compressed" / COMPRESSED_NAME) as file:
+        assert sum("decoder" in name or "word_embeddings" in name for name in file.keys()) == 1  # noqa: SIM118
+
+
+def test_no_dense_file_is_ever_written(tmp_path, monkeypatch):
+    """The system itself refuses any file of the size of the dense weights while a model is saved compressed."""
+    model = make_model()
+    CAPCompressor(model, CAPConfig(method="magnitude"), disable_tqdm=True).prune(0.9)
+    dense = sum(tensor.numel() * 4 for tensor in model.state_dict().values())
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    monkeypatch.setattr(sys, "stdout", io.StringIO())  # a file here may be longer than the limit already
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    resource.setrlimit(resource.RLIMIT_FSIZE, (dense // 2, before[1]))
+    try:
+        with pytest.raises(CAPError, match="cannot write"):
+            save_checkpoint(tmp_path / "plain", model)
+        save_checkpoint(tmp_path / "compressed", model, compressed=True)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert_same_weights(AutoModelForImageClassification.from_pretrained(tmp_path / "compressed"), model)
+    assert [path.name for path in tmp_path.iterdir()] == ["compressed"]
+    assert sorted(path.name for path in (tmp_path / "compressed").iterdir()) == ["config.json", COMPRESSED_NAME]
+
+
+def test_what_cannot_be_saved_compressed(tmp_path):
+    with torch.device("meta"):
+        model = make_model()
+    with pytest.raises(CAPError, match="offloaded to the disk"):
+        save_checkpoint(tmp_path / "out", model, compressed=True)
+    model = make_model()
+    model.config.quantization_config = {"quant_method": "other"}
+    with pytest.raises(CAPError, match="quantized with other"):
+        save_checkpoint(tmp_path / "out", model, compressed=True)
     with pytest.raises(CAPError, match="cannot write .*file/out"):
-        save_checkpoint(tmp_path / "file" / "out", build("ViT"))
-    with pytest.raises(CAPError, match="cannot write .*file/report.json"):
-        write_json(tmp_path / "file" / "report.json", {})
+        (tmp_path / "file").write_text("")
+        save_checkpoint(tmp_path / "file" / "out", make_model())
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
-def test_write_json_replaces(tmp_path):
-    write_json(tmp_path / "a" / "x.json", {"a": 1})
-    write_json(tmp_path / "a" / "x.json", {"a": 2})
-    assert json.loads((tmp_path / "a" / "x.json").read_text()) == {"a": 2}
-    assert len(list((tmp_path / "a").iterdir())) == 1
+def test_links_are_followed_inside_the_folder_only(tmp_path):
+    make_checkpoint(tmp_path / "m")
+    (tmp_path / "secret").write_text("a key")
+    (tmp_path / "m" / "inside.txt").symlink_to("config.json")
+    (tmp_path / "m" / "notes.txt").symlink_to(tmp_path / "secret")
+    with pytest.raises(CAPError, match=r"notes\.txt is a link out of its folder"):
+        compress_checkpoint(tmp_path / "m", tmp_path / "c")
+    (tmp_path / "m" / "notes.txt").unlink()
+    compress_checkpoint(tmp_path / "m", tmp_path / "c")
+    assert (tmp_path / "c" / "inside.txt").read_text() == (tmp_path / "m" / "config.json").read_text()
+    (tmp_path / "m" / "model.safetensors").rename(tmp_path / "weights")
+    (tmp_path / "m" / "model.safetensors").symlink_to(tmp_path / "weights")
+    with pytest.raises(CAPError, match=r"model\.safetensors is a link out of its folder"):
+        compress_checkpoint(tmp_path / "m", tmp_path / "c")
+
+
+def test_json_is_parsed_before_it_is_copied(tmp_path):
+    make_checkpoint(tmp_path / "m")
+    (tmp_path / "m" / "preprocessor_config.json").write_text("-----BEGIN KEY-----")
+    with pytest.raises(CAPError, match=r"preprocessor_config\.json cannot be read"):
+        compress_checkpoint(tmp_path / "m", tmp_path / "c")
+    assert [path.name for path in tmp_path.iterdir()] == ["m"]

@@ -1,5 +1,6 @@
 """The card says what was measured, nothing else, and names cannot break it."""
 
+import builtins
 import json
 import re
 
@@ -7,12 +8,10 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.repocard_data import model_index_to_eval_results
-from support.checkpoints import make_checkpoint
+from support.checkpoints import make_checkpoint, make_custom_checkpoint
 
 from cap_hf import CAPError
 from cap_hf.hub.card import CardFacts, base_license, code, hub_id, text
-from cap_hf.hub.picture import draw_sparsity
-from cap_hf.hub.publish import prepare_folder
 
 NASTY = 'it\'s "x": {{ 1337 * 1337 }} {% if %} <script>alert(1)</script> | `a` [b](c)\n---\nlicense: evil\n\u2028# head'
 
@@ -112,6 +111,30 @@ def test_a_report_about_other_weights_is_refused(tmp_path):
         render(tmp_path / "m")
 
 
+@pytest.mark.parametrize("seed", ["](x) <script>alert(1)</script>\n# head", {"a": 1}, 1.5])
+def test_a_seed_is_a_number(tmp_path, seed):
+    make_checkpoint(tmp_path / "m", facts={"seed": seed})
+    with pytest.raises(CAPError, match=r"report\.json: seed is .*, which is no int"):
+        render(tmp_path / "m")
+
+
+def test_a_recovered_checkpoint_is_as_accurate_as_it_is_now(tmp_path):
+    """Its report says under `sparse` how accurate it was before."""
+    make_checkpoint(tmp_path / "m", facts={"recovered": {"top1": 0.7, "loss": 0.6, "num_examples": 8}})
+    card = render(tmp_path / "m")
+    assert "| top-1 accuracy % | 75.00 | 70.00 |" in card.content
+    _, results = model_index_to_eval_results(card.data.to_dict()["model-index"])
+    assert [result.metric_value for result in results] == [0.7]
+
+
+def test_code_of_a_checkpoint_runs_only_if_it_is_trusted(tmp_path, monkeypatch):
+    make_custom_checkpoint(tmp_path / "m")
+    monkeypatch.setattr(builtins, "input", None)  # nobody can be asked
+    with pytest.raises(CAPError, match="--trust_remote_code"):
+        render(tmp_path / "m")
+    assert "OwnClassifier for image classification" in render(tmp_path / "m", trust_remote_code=True).content
+
+
 def test_license_comes_from_the_base_model(tmp_path):
     base = tmp_path / "base"
     base.mkdir()
@@ -131,38 +154,9 @@ def test_license_comes_from_the_base_model(tmp_path):
     assert "pruned from base" in card.content
 
 
-def test_prepared_folder_is_complete(tmp_path):
-    make_checkpoint(tmp_path / "m")
-    prepare_folder(tmp_path / "m", tmp_path / "out", "user/small-vit", compressed=True)
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
-        "README.md",
-        "cap_config.json",
-        "config.json",
-        "model.cap.safetensors",
-        "preprocessor_config.json",
-        "report.json",
-        "sparsity.png",
-    ]
-    assert (tmp_path / "out" / "sparsity.png").read_bytes().startswith(b"\x89PNG")
-    assert (tmp_path / "m" / "model.safetensors").is_file()
-    (tmp_path / "m" / "preprocessor_config.json").unlink()
-    with pytest.raises(CAPError, match=r"has no preprocessor_config\.json"):
-        prepare_folder(tmp_path / "m", tmp_path / "other", "user/small-vit")
-    assert not (tmp_path / "other").exists()
-    for name in ("a/b/c", "x y/z", "user/name\nx", ""):
-        with pytest.raises(CAPError, match="cannot be a repository"):
-            prepare_folder(tmp_path / "m", tmp_path / "other", name)
-
-
 def test_names_of_folders_and_of_repositories():
     assert hub_id("facebook/deit-small") == "facebook/deit-small"
     for name in (None, "", "digits", "/a/b", "../a/b", "a/b/c", "a b/c"):
         assert hub_id(name) is None
     assert text("a_b*c <i>") == "a\\_b\\*c &lt;i&gt;"
     assert code("a`b") == "a'b"
-
-
-def test_a_picture_of_any_names(tmp_path):
-    draw_sparsity(["$x^{", "a" * 300, "ä"], [0.0, 0.5, 1.0], 0.5, tmp_path / "x.png")
-    draw_sparsity([str(index) for index in range(300)], [0.1] * 300, 0.1, tmp_path / "y.png")
-    assert (tmp_path / "y.png").stat().st_size > 1000

@@ -5,41 +5,17 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.quadratics import constrained_minimum, fisher_of
 
 from cap_hf.config import NMPattern
 from cap_hf.method.elimination import (
     LostPivotError,
     NotInvertibleError,
     eliminate,
-    independent_update,
     invert,
-    reconstruct,
     select_symmetric,
 )
-
-
-def fisher_of(kind: str, size: int, rng: np.random.Generator, damp: float = 1e-3) -> np.ndarray:
-    """A damped Fisher: of independent gradients, or of gradients that mostly move together."""
-    samples = rng.standard_normal((2 * size, size))
-    if kind == "correlated":
-        samples = samples * 0.1 + rng.standard_normal((2 * size, 1)) * rng.standard_normal(size)
-    if kind == "identity":
-        return np.eye(size)
-    return samples.T @ samples / len(samples) + damp * np.eye(size)
-
-
-def constrained_minimum(weights: np.ndarray, fisher: np.ndarray, removed: list[int]) -> tuple[np.ndarray, float]:
-    """min (v - w)^T F (v - w) / 2 over v with v = 0 on `removed`, by its optimality system with multipliers."""
-    size, count = len(weights), len(removed)
-    system = np.zeros((size + count, size + count))
-    system[:size, :size] = fisher
-    for row, entry in enumerate(removed):
-        system[entry, size + row] = system[size + row, entry] = 1.0
-    right = np.concatenate([np.zeros(size), -weights[removed]])
-    change = np.linalg.solve(system, right)[:size]
-    pruned = weights + change
-    pruned[removed] = 0.0
-    return pruned, float(change @ fisher @ change) / 2
+from cap_hf.method.reconstruction import reconstruct
 
 
 def brute_force(weights: np.ndarray, fisher: np.ndarray, pattern: NMPattern | None = None):
@@ -124,26 +100,6 @@ def test_ties_are_each_removed_once():
     assert torch.equal(found.losses, torch.full((2, 8), 0.5, dtype=torch.float64))
 
 
-@given(
-    seed=st.integers(0, 2**31),
-    size=st.integers(1, 40),
-    blocks=st.integers(1, 5),
-    share=st.floats(0, 1),
-    kind=st.sampled_from(["random", "correlated", "identity"]),
-)
-@settings(max_examples=60, deadline=None)
-def test_reconstruction_is_the_constrained_minimum(seed, size, blocks, share, kind):
-    rng = np.random.default_rng(seed)
-    weights = rng.standard_normal((blocks, size))
-    fishers = np.stack([fisher_of(kind, size, rng) for _ in range(blocks)])
-    keep = rng.random((blocks, size)) >= share
-    new = reconstruct(torch.from_numpy(weights), torch.from_numpy(fishers), torch.from_numpy(keep)).numpy()
-    assert (new[~keep] == 0).all()
-    for block in range(blocks):
-        expected, _ = constrained_minimum(weights[block], fishers[block], list(np.flatnonzero(~keep[block])))
-        np.testing.assert_allclose(new[block], expected, rtol=1e-6, atol=1e-8)
-
-
 @given(seed=st.integers(0, 2**31), groups=st.integers(1, 8), m=st.integers(2, 8), data=st.data())
 @settings(max_examples=40, deadline=None)
 def test_patterns_hold_in_every_group(seed, groups, m, data):
@@ -185,16 +141,3 @@ def test_lost_pivot_is_an_error_not_a_nan():
     with pytest.raises(LostPivotError) as caught:
         eliminate(torch.ones(1, 3, dtype=torch.float64), inverse)
     assert caught.value.block == 0
-
-
-def test_independent_update_sums_the_single_steps():
-    rng = np.random.default_rng(0)
-    weights, fisher = rng.standard_normal(5), fisher_of("random", 5, rng)
-    inverse = np.linalg.inv(fisher)
-    expected = weights.copy()
-    for entry in (1, 3):
-        expected = expected - weights[entry] / inverse[entry, entry] * inverse[:, entry]
-    expected[[1, 3]] = 0.0
-    keep = torch.tensor([[True, False, True, False, True]])
-    found = independent_update(torch.from_numpy(weights)[None], torch.from_numpy(inverse)[None], keep)
-    np.testing.assert_allclose(found[0].numpy(), expected, rtol=1e-10, atol=1e-12)

@@ -1,5 +1,6 @@
 """Small pruned checkpoints, and a clean environment for other processes to load them in."""
 
+import json
 import os
 import sys
 from pathlib import Path
@@ -62,7 +63,7 @@ def assert_same_weights(loaded: PreTrainedModel, expected: PreTrainedModel) -> N
     assert found.keys() == wanted.keys()
     for name, tensor in wanted.items():
         assert found[name].dtype == tensor.dtype, name
-        assert torch.equal(found[name].view(torch.uint8), tensor.view(torch.uint8)), name
+        assert torch.equal(found[name].reshape(-1).view(torch.uint8), tensor.reshape(-1).view(torch.uint8)), name
 
 
 def clean_environment(home: Path, **variables: str) -> dict[str, str]:
@@ -81,3 +82,26 @@ def clean_environment(home: Path, **variables: str) -> dict[str, str]:
 
 
 PYTHON = sys.executable
+
+
+OWN_CODE = """
+from transformers import ViTConfig, ViTForImageClassification
+
+
+class OwnConfig(ViTConfig):
+    model_type = "own_vit"
+
+
+class OwnClassifier(ViTForImageClassification):
+    config_class = OwnConfig
+"""
+
+
+def make_custom_checkpoint(folder: Path) -> None:
+    """Save a pruned checkpoint of an architecture that transformers does not know, with its code beside it."""
+    make_checkpoint(folder)
+    config = json.loads((folder / "config.json").read_text())
+    code = {"AutoConfig": "own.OwnConfig", "AutoModelForImageClassification": "own.OwnClassifier"}
+    config |= {"model_type": "own_vit", "architectures": ["OwnClassifier"], "auto_map": code}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "own.py").write_text(OWN_CODE)

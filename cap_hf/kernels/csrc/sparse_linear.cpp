@@ -85,15 +85,12 @@ at::Tensor sparse_linear(const at::Tensor& x, const at::Tensor& values, const at
   return y.to(x.scalar_type());
 }
 
-std::string instruction_set() { return cap_hf::best_instruction_set(); }
-
 } // namespace
 
 TORCH_LIBRARY_FRAGMENT(cap_hf, m) {
   m.def(
       "sparse_linear(Tensor x, Tensor values, Tensor offsets, Tensor starts, Tensor order, Tensor? bias, int rows, "
       "int cols, int row_block, int col_block, str instruction_set='') -> Tensor");
-  m.def("instruction_set() -> str", &instruction_set);
 }
 
 TORCH_LIBRARY_IMPL(cap_hf, CPU, m) { m.impl("sparse_linear", &sparse_linear); }

@@ -1,20 +1,19 @@
 """Tensors on the disk that are used like a dict of tensors in memory."""
 
-import os
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from cap_hf.checkpoints.atomic import atomic_file
 from cap_hf.errors import CAPError, reason
-from cap_hf.method.fisher import SymmetricSums
+from cap_hf.method.sums import SymmetricSums
 from cap_hf.targets import Target
 
 
 class DiskTensors(MutableMapping[str, torch.Tensor]):
-    """One safetensors file a tensor, written whole or not at all, mapped into memory while it is read.
+    """One safetensors file per tensor, written whole or not at all, mapped into memory while it is read.
 
     Args:
         folder: made if need be.
@@ -29,19 +28,22 @@ class DiskTensors(MutableMapping[str, torch.Tensor]):
         return self.folder / f"{name}.safetensors"
 
     def __setitem__(self, name: str, tensor: torch.Tensor) -> None:
-        partial = self._path(name).with_suffix(".partial")
         try:
-            save_file({"tensor": tensor.detach().cpu().contiguous()}, partial)
-            os.replace(partial, self._path(name))
-        except (OSError, SafetensorError) as error:
+            with atomic_file(self._path(name)) as path:
+                save_file({"tensor": tensor.detach().cpu().contiguous()}, path)
+        except CAPError as error:
             raise CAPError(
-                f"{self.folder} cannot be written ({reason(error)}): name another folder with --spill_dir"
+                f"{self.folder} cannot be written ({reason(error.__cause__ or error)}): name another folder with "
+                "--spill_dir"
             ) from error
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        if not self._path(name).is_file():
+        if name not in self:
             raise KeyError(name)
         return load_file(self._path(name), device=str(self.device))["tensor"]
+
+    def __contains__(self, name: object) -> bool:
+        return self._path(str(name)).is_file()
 
     def __delitem__(self, name: str) -> None:
         self._path(name).unlink()
@@ -68,7 +70,11 @@ class SpilledSums(Mapping[str, SymmetricSums]):
         self._last: tuple[str, SymmetricSums] | None = None
 
     def write(self, sums: Mapping[str, SymmetricSums]) -> None:
-        """Keep the sums of some of the targets."""
+        """Keep the sums of some of the targets.
+
+        Raises:
+            CAPError: the folder cannot be written.
+        """
         for name, each in sums.items():
             for index, strip in enumerate(each.strips):
                 self.tensors[f"{name}.{index}"] = strip

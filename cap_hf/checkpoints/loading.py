@@ -1,0 +1,114 @@
+"""A checkpoint as a model: the folder it lies in, and the classifier in it, whole or not at all."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from huggingface_hub import snapshot_download
+from transformers import AutoConfig, AutoModelForImageClassification, PreTrainedModel
+from transformers.utils import logging
+
+from cap_hf.checkpoints.files import check_file
+from cap_hf.checkpoints.folder import check_model_config
+from cap_hf.checkpoints.weights import WeightFiles, find_weight_files
+from cap_hf.errors import CAPError, reason
+from cap_hf.targets import summarize
+
+
+def local_folder(
+    name_or_path: str, revision: str | None = None, cache_dir: str | None = None, token: str | None = None
+) -> Path:
+    """Return a folder as it is, or that of a Hub checkpoint, which is downloaded into the cache.
+
+    Raises:
+        CAPError: there is no such folder and no such checkpoint within reach.
+    """
+    if Path(name_or_path).is_dir():
+        return Path(name_or_path)
+    try:
+        folder = snapshot_download(
+            name_or_path,
+            revision=revision,
+            cache_dir=cache_dir,
+            token=token,
+            allow_patterns=["*.json", "*.safetensors", "*.py", "*.txt", "*.md", "*.png"],
+        )
+    except Exception as error:  # network, rights, a name that is none
+        raise CAPError(f"{name_or_path} is no folder and cannot be downloaded: {reason(error)}") from error
+    return Path(folder)
+
+
+def check_folder(folder: str | Path, trust_remote_code: bool = False) -> WeightFiles:
+    """Return the weight files of a checkpoint that can be loaded as far as its config and its files' headers tell.
+
+    transformers makes up weights that a file lacks before it says so, and a config may ask for any number of them.
+
+    Raises:
+        CAPError: config.json or a weight file is missing or damaged, or they contradict each other.
+    """
+    files = find_weight_files(folder)
+    contents = [check_file(path) for path in files.paths]
+    check_model_config(folder, sum(len(each.names) for each in contents))
+    try:
+        with only_errors(), torch.device("meta"):
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+            model = AutoModelForImageClassification.from_config(config, trust_remote_code=trust_remote_code)
+    except Exception as error:  # configuration, foreign code
+        raise CAPError(_explain(folder, error)) from error
+    asked, stored = model.num_parameters(), sum(each.num_entries for each in contents)
+    # What is lacking in part is named when the model is loaded.
+    if asked > 2 * stored:
+        raise CAPError(f"{folder} has a config.json for {asked:,} parameters, and weights for {stored:,}")
+    return files
+
+
+def load_classifier(folder: str | Path, trust_remote_code: bool = False, dtype: str = "auto") -> PreTrainedModel:
+    """Return the image classifier of a checkpoint folder, whole: a weight that it lacks is an error, not a random one.
+
+    Args:
+        folder: of the checkpoint, which `check_folder` has found nothing wrong with.
+        trust_remote_code: run the code that the checkpoint brings along; nobody is asked.
+        dtype: of the weights, such as `float32`; `auto` for the one they are stored in.
+
+    Raises:
+        CAPError: it cannot be loaded or lacks weights.
+    """
+    try:
+        with only_errors():
+            model, info = AutoModelForImageClassification.from_pretrained(
+                folder,
+                dtype=dtype,
+                trust_remote_code=trust_remote_code,
+                use_safetensors=True,
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+            )
+    except Exception as error:  # configuration, file format, foreign code
+        raise CAPError(_explain(folder, error)) from error
+    missing, mismatched = info["missing_keys"], {name for name, *_ in info["mismatched_keys"]}
+    if missing:
+        raise CAPError(f"{folder} has no weights for {summarize(sorted(missing), 3)}")
+    if mismatched:
+        raise CAPError(
+            f"{folder} has weights of another shape than its config asks for: {summarize(sorted(mismatched), 3)}"
+        )
+    return model
+
+
+def _explain(folder: str | Path, error: Exception) -> str:
+    """Return one line about a checkpoint that could not be loaded."""
+    if "trust_remote_code" in str(error):
+        return f"{folder} brings code of its own along: read it, and pass --trust_remote_code true if it may run"
+    return f"{folder} cannot be loaded: {reason(error)}"
+
+
+@contextmanager
+def only_errors() -> Iterator[None]:
+    """Keep transformers' warnings to itself: its report of what was loaded is a table of many lines."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)

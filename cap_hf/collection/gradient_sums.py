@@ -1,0 +1,158 @@
+"""Sums of the outer products of gradient samples, of the blocks that this process owns."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from cap_hf.collection.exchange import Exchange, made_in
+from cap_hf.collection.precision import matmul_precision
+from cap_hf.collection.running import Batch, backward
+from cap_hf.collection.shares import block_shares, own_blocks
+from cap_hf.distributed.processes import Processes
+from cap_hf.errors import CAPError
+from cap_hf.method.gradients import GradientSamples, StepGradients
+from cap_hf.method.sums import SymmetricSums
+from cap_hf.targets import Target, summarize
+
+
+class GradientSums:
+    """`sum g_b g_b^T` for every block of some targets, filled step by step.
+
+    Of several processes each owns a share of every target's blocks: it is sent all processes' gradients of these and
+    sums them in the order of the examples, so that the sums do not depend on the number of processes.
+
+    Args:
+        targets: whose sums they are.
+        processes: of the run; None for this process alone.
+        dtype: what gradients are rounded to before they are multiplied and sent: float32, or bfloat16 (then CUDA also
+            multiplies in tf32). Sums are float32 (float64 in a float64 model).
+        microbatch: gradient samples that go through the model together; None for all of a step.
+        order: names of the targets in the order in which a backward pass meets them; needed by several processes.
+
+    Attributes:
+        sums: for each target's name those of the blocks that this process owns.
+        count: how many gradient samples they hold.
+    """
+
+    shared = False
+
+    def __init__(
+        self,
+        targets: Sequence[Target],
+        processes: Processes | None = None,
+        dtype: torch.dtype = torch.float32,
+        microbatch: int | None = None,
+        order: Sequence[str] = (),
+    ) -> None:
+        self.targets, self.processes = list(targets), processes or Processes()
+        self.dtype, self.microbatch = dtype, microbatch
+        self.count = 0
+        self.sums = {target.name: self._zeros(target) for target in self.targets}
+        by_name = {target.name: target for target in self.targets}
+        self._order = [by_name[name] for name in order if name in by_name]
+        self._exchange = Exchange(self.processes, dtype)
+
+    def _zeros(self, target: Target) -> SymmetricSums:
+        own = own_blocks(target, self.processes)
+        return SymmetricSums.zeros(own.stop - own.start, target.block_size, made_in(target), target.weight.device)
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Have hooks on the targets; inside the context steps can be taken."""
+        try:
+            with GradientSamples(self.targets, self._receive) as self._hooks:
+                yield
+        finally:
+            self._exchange = Exchange(self.processes, self.dtype)  # without buffers
+
+    def step(self, model: nn.Module, batch: Batch | None, uniforms: torch.Tensor | None, counts: Sequence[int]) -> None:
+        """Add a step's gradient samples.
+
+        Args:
+            model: frozen.
+            batch: this process's examples, None if it has none.
+            uniforms: as for `backward`.
+            counts: how many gradient samples each process has.
+
+        Raises:
+            CAPError: the loss or a gradient is not finite, or a target is missing in this step.
+        """
+        self._counts, self._waiting, self._next = counts, {}, 0
+        if batch is None:
+            for target in self._order:
+                self.add(target, None, counts)
+            return
+        samples = counts[self.processes.rank]
+        group, microbatch = len(batch["pixel_values"]) // samples, self.microbatch or samples
+        is_finite = True
+        for first in range(0, samples, microbatch):
+            last = min(first + microbatch, samples)
+            self._hooks.start(last - first, last == samples)
+            part = slice(first * group, last * group)
+            examples = {name: value[part] for name, value in batch.items()}
+            loss = backward(model, examples, None if uniforms is None else uniforms[part], group)
+            is_finite = is_finite and bool(loss.isfinite())
+        if self._waiting or (self.processes.world > 1 and self._next < len(self._order)):
+            missing = [target.name for target in self._order[self._next :] if target.name not in self._waiting]
+            names = summarize(missing or list(self._waiting), 3)
+            raise CAPError(f"{names} take part in some batches and not in others: leave them out with --exclude")
+        if not is_finite:
+            check_finite(self.sums)
+            raise CAPError("the loss is NaN or infinite: check the model's head and the pixel values")
+
+    def _receive(self, target: Target, gradients: StepGradients) -> None:
+        """Add a target's gradients, with several processes in the order that all of them keep to."""
+        if self.processes.world == 1:
+            self.add(target, gradients, self._counts)
+            return
+        self._waiting[target.name] = gradients
+        while self._next < len(self._order) and self._order[self._next].name in self._waiting:
+            target = self._order[self._next]
+            self.add(target, self._waiting.pop(target.name), self._counts)
+            self._next += 1
+
+    def add(self, target: Target, gradients: StepGradients | None, counts: Sequence[int] | None = None) -> None:
+        """Add the outer products of one target's gradient samples.
+
+        Args:
+            target: one of `targets`.
+            gradients: of this process's examples; None if it has none.
+            counts: how many gradient samples each process has; None where there is one process.
+        """
+        counts = counts or [gradients.samples]
+        sums = self.sums[target.name]
+        with matmul_precision(self.dtype):
+            for blocks, parts in self._exchange.arrivals(target, gradients, counts):
+                for part in parts:
+                    if part.numel():
+                        sums.add(blocks, part.to(sums.dtype))
+
+    def finish(self) -> None:
+        """Check what was summed.
+
+        Raises:
+            CAPError: a gradient was not finite, or a target was never met.
+        """
+        check_finite(self.sums)
+        unseen = [target.name for target in self.targets if self._hooks.seen and target.name not in self._hooks.seen]
+        if unseen:
+            raise CAPError(
+                f"{summarize(unseen, 3)} take no part in the model's forward pass: leave them out with --exclude"
+            )
+
+    def traces(self, target: Target) -> torch.Tensor:
+        """Return the sum of the diagonal of every block, of all processes, `(num_blocks,)` in float64."""
+        own = self.sums[target.name].diagonals().double().sum(dim=1)
+        return self.processes.assemble(own, block_shares(target, self.processes))
+
+
+def check_finite(sums: dict[str, SymmetricSums]) -> None:
+    """Raise a CAPError that names the first layers whose sums are not finite."""
+    broken = [name for name, each in sums.items() if not each.diagonals().sum().isfinite()]
+    if broken:
+        raise CAPError(
+            f"gradients are NaN or infinite in {summarize(broken, 3)}: check the model's weights and its dtype "
+            "(load it in float32) and the pixel values"
+        )

@@ -1,0 +1,163 @@
+"""What each block would give up, in which order and at what loss; how many it does; what becomes of the others."""
+
+from collections.abc import Callable, MutableMapping, Sequence
+from dataclasses import replace
+
+import torch
+
+from cap_hf.collection.shares import own_blocks
+from cap_hf.collection.solver import Solver, order_dtype, work_of
+from cap_hf.config import CAPConfig, NMPattern
+from cap_hf.distributed.processes import Processes
+from cap_hf.errors import CAPError
+from cap_hf.method.allocation import allocate_global, allocate_uniform, path_losses
+from cap_hf.targets import Target, fit_block_size
+
+Tensors = MutableMapping[str, torch.Tensor]
+# Makes a dict of tensors of a name, in memory or on the disk.
+MakeTensors = Callable[[str], Tensors]
+
+
+class RemovalPaths:
+    """The weights at `collect` and, once they are eliminated, the removal paths of this process's blocks.
+
+    Args:
+        targets: that are pruned.
+        solver: of their blocks.
+        processes: of the run.
+        tensors: where weights, orders and losses are kept.
+
+    Attributes:
+        weights: for each target's name those of this process's blocks, `(n, B)`, as they were at the beginning.
+        orders, losses: for each target's name those of its removals, `(n, steps)`; complete only after `eliminate`.
+    """
+
+    def __init__(
+        self, targets: Sequence[Target], solver: Solver, processes: Processes, tensors: MakeTensors = lambda name: {}
+    ) -> None:
+        self.targets, self.solver, self.processes = list(targets), solver, processes
+        self.make_tensors = tensors
+        self.weights = tensors("weights")
+        for target in self.targets:
+            own = own_blocks(target, processes)
+            self.weights[target.name] = target.to_blocks(target.weight.detach())[own].clone()
+        self.orders: Tensors = {}
+        self.losses: Tensors = {}
+        self._pattern: NMPattern | None = None
+        self._eliminated = False
+
+    @property
+    def num_weights(self) -> int:
+        """Return how many weights all targets have."""
+        return sum(target.weight.numel() for target in self.targets)
+
+    @property
+    def num_blocks(self) -> int:
+        """Return how many blocks this process owns."""
+        return sum(len(self.weights[target.name]) for target in self.targets)
+
+    @property
+    def work(self) -> float:
+        """Return what all blocks take to solve, in the measure of `work_of`."""
+        return sum(work_of(target, len(self.weights[target.name])) for target in self.targets)
+
+    def count_zeros(self) -> int:
+        """Return how many of all processes' weights are 0 already."""
+        own = sum(int((self.weights[target.name] == 0).sum()) for target in self.targets)
+        return sum(zeros for (zeros,) in self.processes.gather_ints(own))
+
+    def is_eliminated(self, pattern: NMPattern | None) -> bool:
+        """Return whether the paths of a pattern are there."""
+        return self._eliminated and self._pattern == pattern
+
+    def eliminate(self, pattern: NMPattern | None, advance: Callable[[int, float], None]) -> None:
+        """Find the order and losses of all removals; what an interrupted run has kept of them is taken as it is.
+
+        Args:
+            pattern: N:M, or None.
+            advance: told how many blocks are done, and how much work that was.
+
+        Raises:
+            CAPError: a block cannot be solved for, or N:M does not fit the blocks.
+        """
+        check_pattern(self.targets, pattern)
+        kind = "" if pattern is None else f"-{pattern.n}-{pattern.m}"
+        self.orders, self.losses = self.make_tensors(f"orders{kind}"), self.make_tensors(f"losses{kind}")
+        self._eliminated, self._pattern = False, pattern
+        for target in self.targets:
+            weights = self.weights[target.name]
+            # The losses are written last: where they are, the order is.
+            if target.name in self.losses:
+                advance(len(weights), work_of(target, len(weights)))
+                continue
+            found = self.solver.eliminate(target, weights, pattern, advance)
+            self.orders[target.name] = found.order
+            self.losses[target.name] = found.losses
+        self._eliminated = True
+
+    def allocate(self, config: CAPConfig, sparsity: float) -> list[torch.Tensor]:
+        """Return how many weights each of this process's blocks gives up, `(n,)` int64 for each target.
+
+        Args:
+            config: for the allocation and the selection.
+            sparsity: share of all targets' weights that are 0 afterwards.
+        """
+        names = [target.name for target in self.targets]
+        if config.pattern is not None:
+            orders = [self.orders[name] for name in names]
+            return [torch.full(order.shape[:1], order.shape[1], device=order.device) for order in orders]
+        paths = [
+            path_losses(self.losses[name], (self.weights[name] == 0).sum(dim=1), config.selection) for name in names
+        ]
+        if config.allocation == "global":
+            return allocate_global(paths, round(self.num_weights * sparsity), self.processes)
+        sizes = [target.weight.numel() for target in self.targets]
+        return allocate_uniform(paths, sizes, sparsity, self.processes)
+
+    def reconstruct(
+        self, target: Target, counts: torch.Tensor, advance: Callable[[int, float], None]
+    ) -> tuple[torch.Tensor, float | None]:
+        """Return the new weights of this process's blocks of a target, `(n, B)`, and the loss of the change.
+
+        Args:
+            target: one of `targets`.
+            counts: `(n,)` how many weights each block gives up.
+            advance: told how many blocks are done, and how much work that was.
+
+        Raises:
+            CAPError: a block cannot be solved for.
+        """
+        return self.solver.reconstruct(target, self.weights[target.name], self.orders[target.name], counts, advance)
+
+
+def check_pattern(targets: Sequence[Target], pattern: NMPattern | None) -> None:
+    """Raise a CAPError if the blocks of a target are not whole groups of an N:M pattern."""
+    for target in targets if pattern is not None else ():
+        fit_block_size(target.name, target.module, "row", pattern)
+        if target.block_size % pattern.m:
+            raise CAPError(
+                f"{target.name} was collected in blocks of {target.block_size}, which {pattern} does not divide: "
+                f"collect with allocation='{pattern}'"
+            )
+
+
+def with_changes(config: CAPConfig, allocation: str | None, selection: str | None) -> CAPConfig:
+    """Return a config with another allocation or selection, as far as they are given."""
+    changes = {"allocation": allocation, "selection": selection}
+    return replace(config, **{name: value for name, value in changes.items() if value is not None})
+
+
+def held_bytes(target: Target, blocks: int) -> int:
+    """Return the bytes of the weights, orders and losses of some blocks of a target."""
+    entry = target.weight.element_size() + order_dtype(target).itemsize + torch.float32.itemsize
+    return blocks * target.block_size * entry
+
+
+def compared_bytes(target: Target, blocks: int) -> int:
+    """Return the bytes of what an allocation compares of some blocks: their paths; as much as their new weights."""
+    return blocks * target.block_size * torch.float32.itemsize
+
+
+def peak_bytes(target: Target, blocks: int) -> int:
+    """Return the most bytes in use while paths are made of some blocks: losses, maxima and places in 64 bits each."""
+    return 3 * 8 * blocks * target.block_size

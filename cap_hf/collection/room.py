@@ -1,0 +1,86 @@
+"""How much memory and disk there is to plan with."""
+
+import os
+import shutil
+import tempfile
+import time
+from pathlib import Path
+
+import psutil
+import torch
+
+from cap_hf.collection.resources import Resources
+from cap_hf.errors import CAPError, reason
+
+# Of the memory that is free, what is planned with: allocators and other programs need some.
+HEAD_ROOM = 0.85
+# Written to the disk to see how fast it is.
+TRIAL_BYTES = 32 * 2**20
+
+
+def available_bytes(resources: Resources, device: torch.device) -> int:
+    """Return how many bytes more this process may take: of the device, or of the machine for a CPU."""
+    if device.type == "cpu":
+        used = psutil.Process().memory_info().rss
+        free = psutil.virtual_memory().available // processes_here()
+    else:
+        memory = torch.get_device_module(device)
+        used = memory.memory_allocated(device)
+        free = memory.mem_get_info(device)[0] + memory.memory_reserved(device) - used
+    free = int(free * HEAD_ROOM)
+    return free if resources.bytes is None else min(free, resources.bytes - used)
+
+
+def processes_here() -> int:
+    """Return how many processes of the run are on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def check_disk(spilled: int, passes: int, resources: Resources) -> None:
+    """Raise a CAPError if the disk has no room for what every process on this machine spills."""
+    if not spilled:
+        return
+    folder = spill_folder(resources)
+    needed = spilled * processes_here()
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise CAPError(
+            f"{passes} passes keep {gigabytes(needed)} in {folder}, where {gigabytes(free)} are free: name another "
+            "folder with --spill_dir, or take a smaller --fisher_block_size"
+        )
+
+
+def disk_seconds(folder: Path) -> float:
+    """Return the seconds that writing a byte to a folder's disk takes, from a short trial.
+
+    Raises:
+        CAPError: the folder cannot be written.
+    """
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            start = time.perf_counter()
+            file.write(bytes(TRIAL_BYTES))
+            file.flush()
+            os.fsync(file.fileno())
+            return (time.perf_counter() - start) / TRIAL_BYTES
+    except OSError as error:
+        raise CAPError(f"--spill_dir {folder} cannot be written: {reason(error)}") from error
+
+
+def spill_folder(resources: Resources) -> Path:
+    """Return the folder for what goes to the disk.
+
+    Raises:
+        CAPError: it cannot be made.
+    """
+    folder = Path(resources.spill_dir or tempfile.gettempdir())
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CAPError(f"--spill_dir {folder} cannot be made: {reason(error)}") from error
+    return folder
+
+
+def gigabytes(size: float) -> str:
+    """Return `1.5 GB` or `23.0 MB`."""
+    return f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"

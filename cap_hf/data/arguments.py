@@ -1,0 +1,26 @@
+"""Which data a command reads. Imports neither torch nor transformers, so that a wrong argument is found at once."""
+
+from dataclasses import dataclass, field
+
+
+@dataclass
+class DataArguments:
+    """Which data; names as in run_image_classification.py."""
+
+    dataset_name: str = field(
+        default="digits",
+        metadata={"help": "A Hub id, a folder of images or parquet files, or 'digits' (embedded)."},
+    )
+    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of the dataset."})
+    train_split_name: str = field(default="train", metadata={"help": "Split to calibrate and train on."})
+    eval_split_name: str | None = field(
+        default=None, metadata={"help": "Split to evaluate on. Default: validation, else test."}
+    )
+    train_val_split: float | None = field(
+        default=None, metadata={"help": "Share of the train split to hold out when there is no split to evaluate on."}
+    )
+    image_column_name: str = field(default="image", metadata={"help": "Column of the images."})
+    label_column_name: str = field(default="label", metadata={"help": "Column of the labels."})
+    max_train_samples: int | None = field(default=None, metadata={"help": "Use at most this many train examples."})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "Use at most this many eval examples."})
+    dataloader_num_workers: int = field(default=0, metadata={"help": "Processes that load images."})

@@ -1,0 +1,106 @@
+"""The methods that can be asked for, each with the steps in which it differs from the others."""
+
+from dataclasses import dataclass
+
+import torch
+
+from cap_hf.config import CAPConfig, NMPattern
+from cap_hf.method.baselines import rank_scores, saliencies
+from cap_hf.method.elimination import Elimination, decouple, eliminate, invert
+from cap_hf.method.reconstruction import independent_update, reconstruct
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to prune: what is summed, in which order weights go, how the others move.
+
+    Attributes:
+        name: as `CAPConfig.method` has it.
+        statistic: what is summed over the calibration examples: "gradients", "inputs", or None for nothing.
+        default_damp: relative to the mean diagonal; what measured best one-shot, or the method's own published value.
+        whole_rows: whether a block is always a row.
+    """
+
+    name: str
+    statistic: str | None
+    default_damp: float
+    whole_rows: bool = False
+
+    def damp(self, config: CAPConfig) -> float:
+        """Return the damp that a config asks for, or the method's default."""
+        return self.default_damp if config.damp is None else config.damp
+
+    def block_size(self, config: CAPConfig) -> int | str:
+        """Return the block size that a config asks for, or "row" where the method knows no other."""
+        return "row" if self.whole_rows else config.fisher_block_size
+
+    def eliminate(self, weights: torch.Tensor, fisher: torch.Tensor | None, pattern: NMPattern | None) -> Elimination:
+        """Return the order in which the weights of blocks go, and what each removal costs.
+
+        CAP: greedily, each removal moving the others (arXiv 2210.09223, Algorithm 1). With the second moment of a
+        layer's inputs for F it is the exact greedy order of OBC (arXiv 2208.11580, section 4), where SparseGPT (arXiv
+        2301.00774) goes through the columns in a fixed one.
+
+        Args:
+            weights: `(n, B)` in float64. Entries that are 0 go first and cost nothing.
+            fisher: `(n, B, B)` damped; None where nothing is summed. May be overwritten.
+            pattern: N:M, or None.
+
+        Raises:
+            NotInvertibleError: a Fisher is not positive definite.
+            LostPivotError: rounding destroyed a pivot.
+        """
+        return eliminate(weights, invert(decouple(fisher, weights == 0)), pattern)
+
+    def reconstruct(
+        self, weights: torch.Tensor, fisher: torch.Tensor | None, keep: torch.Tensor, update: str
+    ) -> torch.Tensor:
+        """Return the new weights of blocks, `(n, B)`, 0 outside `keep`.
+
+        Args:
+            weights: `(n, B)` before pruning, in float64.
+            fisher: `(n, B, B)` damped; None where nothing is summed.
+            keep: `(n, B)` bool, False at least where a weight is 0 already.
+            update: how the kept weights move, as `CAPConfig.weight_update` has it.
+
+        Raises:
+            NotInvertibleError: a Fisher is not positive definite.
+        """
+        if update == "joint":
+            return reconstruct(weights, fisher, keep)
+        if update == "independent":
+            return independent_update(weights, invert(decouple(fisher, weights == 0)), keep)
+        return weights.masked_fill(~keep, 0.0)
+
+
+class OBS(Method):
+    """The block Fisher without correlations: oBERT (arXiv 2203.07259) and WoodFisher (arXiv 2004.14340)."""
+
+    def eliminate(self, weights: torch.Tensor, fisher: torch.Tensor | None, pattern: NMPattern | None) -> Elimination:
+        """Return all weights ranked at once, each by what its own removal costs (oBERT, equation 2)."""
+        return rank_scores(saliencies(weights, invert(decouple(fisher, weights == 0))), pattern)
+
+
+class Magnitude(Method):
+    """The smallest weights go, and nothing moves (Han et al., arXiv 1506.02626)."""
+
+    def eliminate(self, weights: torch.Tensor, fisher: torch.Tensor | None, pattern: NMPattern | None) -> Elimination:
+        """Return all weights ranked by their squares."""
+        return rank_scores(weights.square(), pattern)
+
+    def reconstruct(
+        self, weights: torch.Tensor, fisher: torch.Tensor | None, keep: torch.Tensor, update: str
+    ) -> torch.Tensor:
+        """Return the weights that are kept as they are."""
+        return weights.masked_fill(~keep, 0.0)
+
+
+METHODS: dict[str, Method] = {
+    method.name: method
+    for method in (
+        Method("cap", "gradients", default_damp=5e-4),
+        OBS("obs", "gradients", default_damp=5e-4),
+        Method("sparsegpt", "inputs", default_damp=1e-2, whole_rows=True),
+        Magnitude("magnitude", None, default_damp=0.0),
+    )
+}

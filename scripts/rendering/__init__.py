@@ -1,0 +1,1 @@
+"""The pages of docs/ that are rendered from the code: one module per page."""

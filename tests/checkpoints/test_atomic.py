@@ -1,0 +1,213 @@
+"""A final name never holds half of what is written to it, whoever else writes there and whenever a run is killed."""
+
+import errno
+import json
+import multiprocessing
+import os
+import signal
+import threading
+
+import pytest
+
+from cap_hf import CAPError
+from cap_hf.checkpoints import atomic
+from cap_hf.checkpoints.atomic import atomic_directory, atomic_file, write_json
+
+
+def names(folder):
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+
+
+def run_and_kill(target, path):
+    """Run a function in a process that kills itself in it."""
+    process = multiprocessing.get_context("fork").Process(target=target, args=(path,))
+    process.start()
+    process.join(60)
+    assert process.exitcode == -signal.SIGKILL
+
+
+def kill_while_filling(path):
+    with atomic_directory(path) as folder:
+        (folder / "half").write_text("x")
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def kill_between_the_renames(path):
+    real = os.rename
+
+    def rename(source, destination):
+        real(source, destination)
+        if source == path:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    os.rename = rename
+    with atomic_directory(path) as folder:
+        (folder / "new").write_text("x")
+
+
+def test_a_failure_leaves_the_old_folder(tmp_path):
+    with atomic_directory(tmp_path / "out") as folder:
+        (folder / "old").write_text("1")
+    with pytest.raises(RuntimeError), atomic_directory(tmp_path / "out") as folder:
+        (folder / "new").write_text("2")
+        raise RuntimeError
+    assert names(tmp_path) == ["out", "out/old"]
+    with atomic_directory(tmp_path / "out") as folder:
+        (folder / "new").write_text("2")
+    assert names(tmp_path) == ["out", "out/new"]
+
+
+def test_what_a_killed_run_left_is_removed_by_the_next_one(tmp_path):
+    run_and_kill(kill_while_filling, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    assert any(name.endswith("half") for name in names(tmp_path))
+    (tmp_path / ".out.mine.partial").mkdir()  # not ours: it holds no lock
+    with atomic_directory(tmp_path / "out") as folder:
+        assert not list(folder.iterdir())
+    assert names(tmp_path) == [".out.mine.partial", "out"]
+
+
+def test_a_kill_between_the_renames_loses_nothing(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "old").write_text("")
+    run_and_kill(kill_between_the_renames, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(RuntimeError), atomic_directory(tmp_path / "out"):
+        raise RuntimeError
+    assert names(tmp_path) == ["out", "out/old"]
+
+
+def test_two_runs_with_one_output_dir_each_publish_what_they_wrote(tmp_path):
+    """The second begins and ends within the first; both publish whole, the one that ends last stays."""
+    with atomic_directory(tmp_path / "out") as first:
+        (first / "weights").write_text("first")
+        with atomic_directory(tmp_path / "out") as second:
+            assert not list(second.iterdir())
+            (second / "weights").write_text("second")
+        assert (tmp_path / "out" / "weights").read_text() == "second"
+        (first / "report").write_text("first")
+    assert {path.name: path.read_text() for path in (tmp_path / "out").iterdir()} == {
+        "weights": "first",
+        "report": "first",
+    }
+    assert names(tmp_path) == ["out", "out/report", "out/weights"]
+
+
+def write_often(path, mark):
+    for _ in range(40):
+        with atomic_directory(path) as folder:
+            for name in ("a", "b"):
+                (folder / name).write_text(mark)
+
+
+def test_processes_that_replace_one_folder_again_and_again(tmp_path):
+    context = multiprocessing.get_context("fork")
+    writers = [context.Process(target=write_often, args=(tmp_path / "out", mark)) for mark in "12"]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join(60)
+    assert [writer.exitcode for writer in writers] == [0, 0]
+    assert (tmp_path / "out" / "a").read_text() == (tmp_path / "out" / "b").read_text()
+    assert names(tmp_path) == ["out", "out/a", "out/b"]
+
+
+def test_threads_write_one_file(tmp_path):
+    """Each with a partial file of its own."""
+    seen = []
+
+    def write(number):
+        with atomic_file(tmp_path / "x.json") as file:
+            file.write_text(str(number))
+            seen.append(file)
+
+    threads = [threading.Thread(target=write, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(set(seen)) == 8
+    assert {file.name for file in seen} == {"x.json"}
+    assert int((tmp_path / "x.json").read_text()) in range(8)
+    assert names(tmp_path) == ["x.json"]
+
+
+def test_a_file_that_fails_keeps_the_old_one(tmp_path):
+    with atomic_file(tmp_path / "deep" / "x") as file:
+        file.write_text("old")
+    with pytest.raises(RuntimeError), atomic_file(tmp_path / "deep" / "x") as file:
+        file.write_text("new")
+        raise RuntimeError
+    assert (tmp_path / "deep" / "x").read_text() == "old"
+    with pytest.raises(CAPError, match="cannot write .*x: No such file"), atomic_file(tmp_path / "deep" / "x"):
+        pass  # nothing was written
+    assert names(tmp_path) == ["deep", "deep/x"]
+
+
+@pytest.mark.parametrize("rename", [1, 2])
+@pytest.mark.parametrize("after", [False, True])
+def test_an_interrupt_around_the_renames_leaves_one_whole_folder(tmp_path, monkeypatch, rename, after):
+    """Ctrl-C just before or just after either of the two renames that replace a folder."""
+    out = tmp_path / "out"
+    with atomic_directory(out) as folder:
+        (folder / "old").write_text("1")
+    calls, real = [], os.rename
+
+    def interrupted(source, destination):
+        if out in (source, destination):
+            calls.append(source)
+        # The first call is an attempt, which a folder that has the name makes fail.
+        now = out in (source, destination) and len(calls) == rename + 1
+        if now and not after:
+            raise KeyboardInterrupt
+        real(source, destination)
+        if now:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(atomic.os, "rename", interrupted)
+    with pytest.raises(KeyboardInterrupt), atomic_directory(out) as folder:
+        (folder / "new").write_text("2")
+    assert len(calls) >= rename + 1
+    assert names(tmp_path) == ["out", "out/new" if rename == 2 and after else "out/old"]
+
+
+def test_a_link_to_a_folder_stays_a_link(tmp_path):
+    (tmp_path / "disk" / "real").mkdir(parents=True)
+    (tmp_path / "out").symlink_to(tmp_path / "disk" / "real")
+    with atomic_directory(tmp_path / "out") as folder:
+        (folder / "new").write_text("")
+    assert (tmp_path / "out").is_symlink()
+    assert names(tmp_path) == ["disk", "disk/real", "disk/real/new", "out"]
+
+
+def test_a_file_system_without_locks_still_writes_and_removes_nothing_of_others(tmp_path, monkeypatch):
+    run_and_kill(kill_while_filling, tmp_path / "out")
+    left = names(tmp_path)
+
+    def refused(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(atomic.fcntl, "flock", refused)
+    with atomic_directory(tmp_path / "out") as folder:
+        (folder / "x").write_text("")
+    assert names(tmp_path) == [*left, "out", "out/x"]
+
+
+def test_what_cannot_be_written_is_one_line(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CAPError, match="file is a file"), atomic_directory(tmp_path / "file"):
+        pass
+    with pytest.raises(CAPError, match="cannot write .*file/out"), atomic_directory(tmp_path / "file" / "out"):
+        pass
+    with pytest.raises(CAPError, match="cannot write .*file/report.json"):
+        write_json(tmp_path / "file" / "report.json", {})
+    with pytest.raises(CAPError, match="disk of .*out is full"), atomic_directory(tmp_path / "out"):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert names(tmp_path) == ["file"]
+
+
+def test_write_json_replaces(tmp_path):
+    write_json(tmp_path / "a" / "x.json", {"a": 1})
+    write_json(tmp_path / "a" / "x.json", {"a": 2})
+    assert json.loads((tmp_path / "a" / "x.json").read_text()) == {"a": 2}
+    assert names(tmp_path) == ["a", "a/x.json"]

@@ -1,0 +1,87 @@
+"""A checkpoint is loaded whole or not at all, and its code runs only if it is trusted."""
+
+import builtins
+import json
+
+import pytest
+import torch
+from support.checkpoints import assert_same_weights, make_checkpoint, make_custom_checkpoint
+
+from cap_hf import CAPError
+from cap_hf.checkpoints.loading import check_folder, load_classifier, local_folder
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("saved")
+    return folder / "m", make_checkpoint(folder / "m", compressed=True)
+
+
+def change_config(folder, destination, **changes):
+    destination.mkdir()
+    for path in folder.iterdir():
+        (destination / path.name).symlink_to(path)
+    config = json.loads((folder / "config.json").read_text()) | changes
+    (destination / "config.json").unlink()
+    (destination / "config.json").write_text(json.dumps(config))
+    return destination
+
+
+def test_loads_in_the_dtype_asked_for(saved):
+    folder, model = saved
+    assert check_folder(folder).compressed
+    assert_same_weights(load_classifier(folder), model)
+    assert load_classifier(folder, dtype="bfloat16").dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("changes", "error"),
+    [
+        ({"hidden_size": 10**6}, "for .* parameters, and weights for 40,803"),
+        ({"intermediate_size": 10**10}, "for .* parameters, and weights for 40,803"),
+        ({"num_hidden_layers": 10**9}, "asks for 1000000000 num_hidden_layers"),
+        ({"hidden_size": 2**63}, "cannot be loaded"),
+        ({"hidden_size": -48}, "cannot be loaded"),
+        ({"num_attention_heads": 0}, "cannot be loaded"),
+        ({"hidden_size": "48"}, "cannot be loaded"),
+        ({"model_type": "no such"}, "cannot be loaded"),
+        ({"quantization_config": []}, "cannot be loaded"),
+    ],
+)
+def test_a_config_that_asks_for_what_is_not_there_takes_no_memory(saved, changes, error, tmp_path, capfd):
+    folder = change_config(saved[0], tmp_path / "m", **changes)
+    with pytest.raises(CAPError, match=error) as raised:
+        load_classifier(folder) if check_folder(folder) else None
+    assert "\n" not in str(raised.value)
+    assert capfd.readouterr().err == ""  # no report of many lines
+
+
+def test_weights_that_are_missing_or_of_another_shape_are_named(saved, tmp_path, capfd):
+    folder = change_config(saved[0], tmp_path / "a", num_hidden_layers=3)
+    with pytest.raises(CAPError, match=r"has no weights for vit\.layers\.2\.attention.* \.\.\. \(\d+ in all\)"):
+        load_classifier(folder)
+    folder = change_config(saved[0], tmp_path / "b", patch_size=2)
+    with pytest.raises(CAPError, match=r"of another shape than its config asks for: vit\.embeddings\.patch"):
+        load_classifier(folder)
+    assert "REPORT" not in capfd.readouterr().err
+
+
+def test_code_of_a_checkpoint_runs_only_if_it_is_trusted(tmp_path, monkeypatch):
+    make_custom_checkpoint(tmp_path / "m")
+
+    def asked(*_):
+        raise AssertionError("somebody was asked")
+
+    monkeypatch.setattr(builtins, "input", asked)
+    for call in (check_folder, load_classifier):
+        with pytest.raises(CAPError, match="brings code of its own along.* --trust_remote_code true"):
+            call(tmp_path / "m")
+    check_folder(tmp_path / "m", trust_remote_code=True)
+    assert type(load_classifier(tmp_path / "m", trust_remote_code=True)).__name__ == "OwnClassifier"
+
+
+def test_a_folder_stays_and_a_name_that_cannot_be_downloaded_is_one_line(tmp_path):
+    assert local_folder(str(tmp_path)) == tmp_path
+    with pytest.raises(CAPError, match="no/where is no folder and cannot be downloaded") as error:
+        local_folder("no/where")
+    assert "\n" not in str(error.value)

@@ -1,0 +1,104 @@
+"""`scripts/prune.py` under `accelerate launch`: one process and two, mistakes, and commands that are told to end."""
+
+import json
+import os
+import signal
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from support.launching import dense_checkpoint, launch
+
+import cap_hf.commands.evaluate as evaluate
+from cap_hf.commands.main import main
+from cap_hf.distributed.temporary import TemporaryFolder
+
+
+@pytest.fixture
+def checkpoint(tmp_path) -> str:
+    return str(dense_checkpoint(tmp_path / "dense"))
+
+
+@pytest.mark.parametrize("extra", [[], ["--fisher_type", "sampled", "--samples_per_grad", "2"]])
+def test_two_processes_give_the_result_of_one(checkpoint, tmp_path, extra):
+    # 90 gradient samples in batches of 16: neither the batches nor the shares come out even.
+    common = [
+        "--model_name_or_path",
+        checkpoint,
+        "--sparsity",
+        "0.75",
+        "--num_grads",
+        "90",
+        "--disable_tqdm",
+    ]
+    common += [
+        "--max_eval_samples",
+        "75",
+        "--per_device_eval_batch_size",
+        "16",
+        *extra,
+    ]
+    reports, weights = [], []
+    for processes in (1, 2):
+        output = tmp_path / str(processes)
+        if processes == 1:
+            assert main(["prune", *common, "--output_dir", str(output)]) == 0
+        else:
+            done = launch(processes, *common, "--output_dir", str(output))
+            assert done.stdout.count("sparsity-0.75") == 1
+        reports.append(json.loads((output / "report.json").read_text()))
+        weights.append(load_file(output / "sparsity-0.75" / "model.safetensors"))
+    assert [report["num_processes"] for report in reports] == [1, 2]
+    for name, value in weights[0].items():
+        assert torch.equal(value, weights[1][name]), name
+    first, second = (report["results"][0]["sparse"] for report in reports)
+    assert second["num_examples"] == first["num_examples"] == 75
+    assert second["top1"] == pytest.approx(first["top1"])
+    assert second["loss"] == pytest.approx(first["loss"], rel=1e-4)
+    assert reports[0]["dense"]["loss"] == pytest.approx(reports[1]["dense"]["loss"], rel=1e-6)
+
+
+def test_one_launched_process_works(checkpoint, tmp_path):
+    arguments = [
+        "--model_name_or_path",
+        checkpoint,
+        "--sparsity",
+        "0.5",
+        "--num_grads",
+        "16",
+        "--no_do_eval",
+    ]
+    launch(1, *arguments, "--output_dir", str(tmp_path / "out"))
+    assert (tmp_path / "out" / "sparsity-0.5" / "model.safetensors").exists()
+
+
+def test_a_mistake_ends_all_processes(checkpoint, tmp_path):
+    done = launch(
+        2,
+        "--model_name_or_path",
+        checkpoint,
+        "--sparsity",
+        "2",
+        "--output_dir",
+        str(tmp_path / "out"),
+        expect=1,
+    )
+    assert "sparsity 2 is not in [0, 1)" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_command_that_is_told_to_end_leaves_no_temporary_folder(tmp_path, monkeypatch, capsys):
+    def work(argv):
+        folder = TemporaryFolder(tmp_path)
+        assert list(tmp_path.iterdir())
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)
+        folder.cleanup()
+
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(evaluate, "main", work)
+    assert main(["evaluate"]) == 130
+    assert capsys.readouterr().err.startswith("cap-hf evaluate: interrupted")
+    assert list(tmp_path.iterdir()) == []
+    assert signal.getsignal(signal.SIGTERM) == before

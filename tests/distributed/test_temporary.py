@@ -1,0 +1,35 @@
+"""Temporary folders go with their object and at a forced end; no other folder does."""
+
+from pathlib import Path
+
+from cap_hf.distributed.temporary import TemporaryFolder, forget, register, remove_temporary
+
+
+def test_a_folder_goes_with_its_object(tmp_path):
+    folder = TemporaryFolder(tmp_path)
+    path = Path(folder.name)
+    assert path.parent == tmp_path
+    (path / "sums").mkdir()
+    folder.cleanup()
+    assert not path.exists()
+    # Somebody else's by now.
+    del folder
+    path.mkdir()
+    remove_temporary()
+    assert path.exists()
+
+
+def test_only_what_is_registered_is_removed(tmp_path):
+    kept, given, folder = tmp_path / "collection", tmp_path / "given", TemporaryFolder(tmp_path)
+    for path in (kept, given):
+        path.mkdir()
+        (path / "state").write_text("sums")
+        register(path)
+    (Path(folder.name) / "sums").write_text("sums")
+    forget(kept)
+    remove_temporary()
+    assert list(tmp_path.iterdir()) == [kept]
+    assert (kept / "state").read_text() == "sums"
+    forget(given)
+    # What is gone already is no trouble.
+    folder.cleanup()

@@ -1,0 +1,42 @@
+"""The weights that stay against an optimality system with multipliers."""
+
+import numpy as np
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support.quadratics import constrained_minimum, fisher_of
+
+from cap_hf.method.reconstruction import independent_update, reconstruct
+
+
+@given(
+    seed=st.integers(0, 2**31),
+    size=st.integers(1, 40),
+    blocks=st.integers(1, 5),
+    share=st.floats(0, 1),
+    kind=st.sampled_from(["random", "correlated", "identity"]),
+)
+@settings(max_examples=60, deadline=None)
+def test_reconstruction_is_the_constrained_minimum(seed, size, blocks, share, kind):
+    rng = np.random.default_rng(seed)
+    weights = rng.standard_normal((blocks, size))
+    fishers = np.stack([fisher_of(kind, size, rng) for _ in range(blocks)])
+    keep = rng.random((blocks, size)) >= share
+    new = reconstruct(torch.from_numpy(weights), torch.from_numpy(fishers), torch.from_numpy(keep)).numpy()
+    assert (new[~keep] == 0).all()
+    for block in range(blocks):
+        expected, _ = constrained_minimum(weights[block], fishers[block], list(np.flatnonzero(~keep[block])))
+        np.testing.assert_allclose(new[block], expected, rtol=1e-6, atol=1e-8)
+
+
+def test_independent_update_sums_the_single_steps():
+    rng = np.random.default_rng(0)
+    weights, fisher = rng.standard_normal(5), fisher_of("random", 5, rng)
+    inverse = np.linalg.inv(fisher)
+    expected = weights.copy()
+    for entry in (1, 3):
+        expected = expected - weights[entry] / inverse[entry, entry] * inverse[:, entry]
+    expected[[1, 3]] = 0.0
+    keep = torch.tensor([[True, False, True, False, True]])
+    found = independent_update(torch.from_numpy(weights)[None], torch.from_numpy(inverse)[None], keep)
+    np.testing.assert_allclose(found[0].numpy(), expected, rtol=1e-10, atol=1e-12)

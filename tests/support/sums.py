@@ -1,0 +1,15 @@
+"""Sums filled from batches, without a whole collection."""
+
+from collections.abc import Iterable
+
+from torch import nn
+
+from cap_hf.collection.collection import fill as fill_sums
+from cap_hf.collection.running import frozen
+
+
+def fill(statistic: object, model: nn.Module, examples: Iterable) -> object:
+    """Take (batch, gradient samples, uniforms) through a model as a collection does; return the statistic."""
+    with frozen(model):
+        fill_sums(statistic, model, examples)
+    return statistic
