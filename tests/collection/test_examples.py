@@ -1,0 +1,67 @@
+"""The same examples, in the same order, however often they are gone through."""
+
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from cap_hf.collection.examples import CalibrationExamples
+from cap_hf.config import CAPConfig
+from cap_hf.data.images import collate
+from cap_hf.distributed.processes import Processes
+from cap_hf.errors import CAPError
+
+
+def numbered(count: int) -> list[dict[str, torch.Tensor]]:
+    """Examples that can be told apart."""
+    return [{"pixel_values": torch.full((1, 2, 2), float(i)), "labels": torch.tensor(i)} for i in range(count)]
+
+
+def seen(examples: CalibrationExamples) -> list[int]:
+    return [int(label) for batch, _, _ in examples for label in batch["labels"]]
+
+
+@pytest.mark.parametrize("batch_size", [4, 7])
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_as_many_as_were_asked_for_the_same_each_time(batch_size, shuffle):
+    loader = DataLoader(numbered(30), batch_size=batch_size, shuffle=shuffle, collate_fn=collate)
+    examples = CalibrationExamples(loader, CAPConfig(num_grads=22), Processes())
+    state = torch.get_rng_state()
+    first = seen(examples)
+    assert len(first) == len(set(first)) == 22
+    assert (first == list(range(22))) != shuffle
+    assert seen(examples) == first
+    assert torch.equal(torch.get_rng_state(), state)
+    assert [count for _, count, _ in examples.peek()] == [batch_size]
+    assert seen(examples) == first
+    examples.limit = 3
+    assert seen(examples) == first
+    assert max(count for _, count, _ in examples) == 3
+    assert examples.size == 30
+
+
+def test_an_example_has_its_uniform_number_in_whatever_batch_it_lies():
+    config = CAPConfig(num_grads=20, fisher_type="sampled")
+    drawn = []
+    for batch_size in (4, 7):
+        loader = DataLoader(numbered(20), batch_size=batch_size, collate_fn=collate)
+        drawn.append(torch.cat([uniforms for _, _, uniforms in CalibrationExamples(loader, config, Processes())]))
+    assert torch.equal(*drawn)
+
+
+def test_groups_are_whole():
+    loader = DataLoader(numbered(22), batch_size=6, collate_fn=collate)
+    examples = CalibrationExamples(loader, CAPConfig(num_grads=9, samples_per_grad=2), Processes())
+    assert [count for _, count, _ in examples] == [3, 3, 3]
+    wrong = CalibrationExamples(loader, CAPConfig(num_grads=9, samples_per_grad=4), Processes())
+    with pytest.raises(CAPError, match="batch size 6 is not a multiple of samples_per_grad=4"):
+        list(wrong)
+
+
+def test_a_generator_is_gone_through_once():
+    batches = [collate(numbered(4)), collate(numbered(4))]
+    examples = CalibrationExamples(iter(batches), CAPConfig(num_grads=8), Processes())
+    assert examples.once
+    assert examples.size is None
+    assert len(list(examples.peek())) == 1
+    assert len(seen(examples)) == 8
+    assert seen(examples) == []
