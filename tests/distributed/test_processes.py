@@ -47,7 +47,8 @@ import torch
 from accelerate import Accelerator
 from cap_hf.distributed.processes import Processes
 
-everyone = Processes(Accelerator(cpu=True))
+accelerator = Accelerator(cpu=True)
+everyone = Processes(accelerator)
 rank = everyone.rank
 tensors = [torch.arange(20 * (r + 1), dtype=torch.int64).view(4, 5 * (r + 1))[:, :: r + 1] * (r + 1) for r in range(2)]
 own = tensors[rank]
@@ -73,6 +74,7 @@ parts = everyone.exchange(sent, [1, 2], received, [rank + 1] * 2)()
 expected = [[0.0], [10.0]] if rank == 0 else [[2.0, 4.0], [12.0, 14.0]]
 assert [part.tolist() for part in parts] == expected, parts
 assert received.tolist() == [value for part in expected for value in part]
+accelerator.end_training()
 """
 
 
