@@ -83,10 +83,6 @@ class Processes:
             _write_back(sent, tensor)
         return tensor
 
-    def broadcast_int(self, value: int, source: int) -> int:
-        """Return a whole number of the process `source`, on every process."""
-        return int(self._broadcast(torch.tensor([value], dtype=torch.int64), source))
-
     def share_object(self, value: object, source: int = 0) -> object:
         """Return a small object of the process `source`, on every process, as JSON has it (tuples become lists).
 
@@ -99,7 +95,7 @@ class Processes:
             return json.loads(text)
         # The text of another process may have another length.
         encoded = torch.frombuffer(bytearray(text, "utf-8"), dtype=torch.uint8)
-        length = self.broadcast_int(len(encoded), source)
+        length = int(self._broadcast(torch.tensor([len(encoded)]), source))
         sent = encoded if self.rank == source else torch.empty(length, dtype=torch.uint8)
         return json.loads(bytes(self._broadcast(sent, source).tolist()))
 
@@ -168,8 +164,6 @@ class Processes:
         return [each.to(tensor.device) for each in everyone]
 
     def _broadcast(self, tensor: torch.Tensor, source: int) -> torch.Tensor:
-        if self.world == 1:
-            return tensor
         sent = self._sendable(tensor)
         dist.broadcast(sent, source)
         return sent
