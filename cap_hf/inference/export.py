@@ -1,8 +1,6 @@
-"""ONNX files of image classifiers, zeros and all, checked in ONNX Runtime."""
+"""Write image classifiers to ONNX files, with their zeros, and check these in ONNX Runtime."""
 
 import contextlib
-import importlib
-import importlib.util
 import io
 import logging
 import warnings
@@ -16,11 +14,12 @@ from transformers import PreTrainedModel
 
 from cap_hf.checkpoints.atomic import atomic_directory
 from cap_hf.errors import CAPError, reason
+from cap_hf.extras import need
 from cap_hf.inference.linear import SparseWeightLinear
 from cap_hf.inference.optimize import make_example
 
 ONNX_NAME = "model.onnx"
-# float32 sums in another order, through all layers of a model.
+# Of the largest logit: what float32 sums in another order may differ by at the end of a model.
 TOLERANCE = 1e-3
 
 
@@ -44,6 +43,7 @@ def export_onnx(model: PreTrainedModel, output_dir: str | Path, image_processor:
     Args:
         model: an image classifier, dense or pruned, in float32; not one that was optimised for inference.
         output_dir: replaced if it exists.
+        image_processor: written to the folder if given.
 
     Returns:
         The path of the ONNX file. Large weights lie beside it, in `model.onnx.data`.
@@ -51,8 +51,8 @@ def export_onnx(model: PreTrainedModel, output_dir: str | Path, image_processor:
     Raises:
         CAPError: a package is missing, the model cannot be exported, or ONNX Runtime gives other results.
     """
-    runtime = need("onnxruntime")
-    need("onnxscript")
+    runtime = need("onnxruntime", "export")
+    need("onnxscript", "export")
     if any(isinstance(module, SparseWeightLinear) for module in model.modules()):
         raise CAPError("a model that was optimised for inference has no ONNX form: export it before you optimise it")
     model.eval()
@@ -86,7 +86,7 @@ def write_onnx(model: PreTrainedModel, example: torch.Tensor, path: Path) -> Non
 
 @contextlib.contextmanager
 def eager_attention(model: PreTrainedModel) -> Iterator[None]:
-    """Have a model's attention in single steps: the exporter cannot take Swin's fused attention apart."""
+    """Compute a model's attention in single steps: the exporter cannot take Swin's fused attention apart."""
     before = getattr(model.config, "_attn_implementation", None)
     if before in (None, "eager"):
         yield
@@ -100,7 +100,7 @@ def eager_attention(model: PreTrainedModel) -> Iterator[None]:
 
 @contextlib.contextmanager
 def quiet_exporter() -> Iterator[None]:
-    """Without the exporter's progress on stdout and its warnings, such as that there is no torchvision."""
+    """Silence the exporter's progress on stdout and its warnings, such as that there is no torchvision."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -122,14 +122,3 @@ def check_onnx(runtime: ModuleType, model: PreTrainedModel, path: Path, example:
         difference = (torch.from_numpy(logits) - expected).abs().max().item()
         if not difference <= TOLERANCE * max(1.0, expected.abs().max().item()):
             raise CAPError(f"ONNX Runtime's logits differ by {difference:.3g} on a batch of {len(batch)}: not written")
-
-
-def need(package: str) -> ModuleType:
-    """Import a package of the `export` extra.
-
-    Raises:
-        CAPError: it is not installed.
-    """
-    if importlib.util.find_spec(package) is None:
-        raise CAPError(f"{package} is not installed: pip install 'cap_hf[export]'")
-    return importlib.import_module(package)

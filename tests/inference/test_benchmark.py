@@ -1,22 +1,12 @@
-"""`cap-hf benchmark`: every backend computes the model, and the report says who wins."""
-
-import json
+"""Every backend computes the model, and what is measured says who wins."""
 
 import pytest
 import torch
-from support.checkpoints import make_checkpoint
-from support.inference import make_vit
+from support.inference import make_vit, measurement
 
 from cap_hf import CAPError
-from cap_hf.commands import benchmark as command
-from cap_hf.commands.main import main
 from cap_hf.inference import benchmark as module
-from cap_hf.inference.benchmark import BACKENDS, Measurement, benchmark, losses
-from cap_hf.inference.choice import time_in_turns
-
-
-def measurement(backend, seconds, batch_size=1, threads=2):
-    return Measurement(backend, batch_size, threads, seconds, seconds, seconds, batch_size / seconds, 1, 0.0, 1.0)
+from cap_hf.inference.benchmark import BACKENDS, benchmark, losses
 
 
 def test_every_backend_computes_the_same_model():
@@ -36,14 +26,6 @@ def test_every_backend_computes_the_same_model():
     sizes = {each.backend: each.weight_bytes for each in found}
     assert sizes["dense_bf16"] < 0.6 * sizes["dense"]
     assert sizes["sparse"] < sizes["dense"]
-
-
-def test_turns_are_taken_in_order():
-    order = []
-    times = time_in_turns([lambda: order.append("a"), lambda: order.append("b")], runs=4)
-    assert order == ["a", "b"] * 5  # the first of each is not counted
-    assert [len(each) for each in times] == [4, 4]
-    assert len(time_in_turns([lambda: None], runs=100, seconds=0.0)[0]) == 3
 
 
 def test_losses_of_sparse_are_told():
@@ -74,36 +56,3 @@ def test_a_backend_that_fails_is_reported_and_the_others_go_on(monkeypatch):
     assert missing == {"missing": "not installed", "broken": "failed: no such device"}
     with pytest.raises(CAPError, match="'fast' is none of dense"):
         benchmark(make_vit(), ["fast"], [1], [1])
-
-
-def test_command_writes_table_report_and_plot(tmp_path, capsys):
-    make_checkpoint(tmp_path / "pruned", 0.9)
-    arguments = ["--backends", "sparse", "onnxruntime", "--batch_sizes", "1", "2", "--threads", "1", "--runs", "3"]
-    folder = tmp_path / "out"
-    code = main(
-        ["benchmark", "--model_name_or_path", str(tmp_path / "pruned"), "--output_dir", str(folder), *arguments]
-    )
-    out = capsys.readouterr().out
-    assert code == 0
-    report = json.loads((folder / "benchmark.json").read_text())
-    assert report["sparsity"] == pytest.approx(0.9, abs=1e-4)
-    assert len(report["measurements"]) == 6
-    assert (folder / "benchmark.png").read_bytes().startswith(b"\x89PNG")
-    assert sum(line.startswith(("dense", "sparse", "onnxruntime")) for line in out.splitlines()) == 6
-    assert all(line in out for line in report["sparse_loses"])
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--batch_sizes", "0"], "--batch_sizes must be at least 1"),
-        (["--runs", "0"], "--runs must be at least 1"),
-        (["--backends", "fast"], "backend 'fast' is none of"),
-    ],
-)
-def test_mistakes_are_one_line(tmp_path, capsys, arguments, message):
-    make_checkpoint(tmp_path / "pruned", 0.9)
-    code = main(["benchmark", "--model_name_or_path", str(tmp_path / "pruned"), "--disable_tqdm", "True", *arguments])
-    assert code == 1
-    assert message in capsys.readouterr().err
-    assert command.BenchmarkArguments().runs == 15
