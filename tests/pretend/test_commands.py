@@ -34,7 +34,7 @@ def test_prune_evaluate_and_finetune(pruned, tmp_path):
     assert metrics == pytest.approx(report["results"][1]["sparse"])
     arguments = ["--model_name_or_path", sparse, "--teacher_model_name_or_path", str(tmp_path / "dense")]
     arguments += ["--output_dir", str(tmp_path / "recovered"), "--max_train_samples", "64", "--max_eval_samples", "50"]
-    arguments += ["--max_steps", "2", "--augmentation", "light", "--disable_tqdm", "True", "--ema_decay", "0.9"]
+    arguments += ["--max_steps", "2", "--augmentation", "light", "--ema_decay", "0.9"]
     assert main(["finetune", *arguments]) == 0
     recovered = read(tmp_path / "recovered" / "report.json")
     assert recovered["device"] == "pretend"

@@ -32,9 +32,8 @@ def test_the_accelerator_gives_what_the_cpu_gives(name):
     expected = compress(name, accelerator_on("cpu"))
     with pretend.count_launches() as counts:
         found = compress(name, accelerator_on("pretend"))
-    if method != "magnitude":
-        assert all(target.weight.device.type == "pretend" for target in found[0].targets)
-        assert counts.launches["aten::convolution"]
+    assert all(target.weight.device.type == "pretend" for target in found[0].targets)
+    assert counts.launches["aten::convolution"] or method == "magnitude"
     assert_same(found, expected, loss=method != "magnitude")
 
 
@@ -78,7 +77,7 @@ def test_an_interrupted_collection_goes_on(name, tmp_path):
 
 # Its Fisher sums are 12 MB, the largest of a target 2.5 MB, and everything else is small beside them.
 WIDE = {"hidden_size": 64, "intermediate_size": 128}
-ROOM = 8 * 10**6
+ROOM = 10 * 10**6
 
 
 def prune_wide(resources: Resources | None = None, capacity: int | None = None):
@@ -96,17 +95,11 @@ def prune_wide(resources: Resources | None = None, capacity: int | None = None):
     return compressor, report, torch.pretend.max_memory_allocated() - before
 
 
-@pytest.mark.xfail(
-    strict=True, reason="collection/plan.py available_bytes: only CUDA's memory is asked for, not 'not cpu'"
-)
 def test_the_plan_goes_by_the_memory_of_the_accelerator():
     compressor, _, _ = prune_wide(capacity=256 * 10**6)
     assert 100 * 10**6 < compressor.plan.available <= 256 * 10**6
 
 
-@pytest.mark.xfail(
-    strict=True, reason="collection/plan.py available_bytes and solver.CHUNK_BYTES: for CUDA and CPU alone"
-)
 @pytest.mark.parametrize("limit", ["capacity", "max_memory"])
 def test_several_passes_stay_within_the_memory_of_the_accelerator(limit, tmp_path):
     expected, report, _ = prune_wide()
@@ -135,14 +128,14 @@ def count(rows: int) -> tuple[pretend.Launches, pretend.Launches]:
     return collecting, pruning
 
 
-@pytest.mark.xfail(
-    strict=True, reason="solver.CHUNK_BYTES and fisher.PIECE_ROWS, sizes of a CPU's cache, size CUDA's batches"
-)
 def test_launches_do_not_grow_with_the_number_of_blocks():
     few, many = count(128), count(2048)
     for small, large in zip(few, many, strict=True):
         assert sum(large.launches.values()) < 1.5 * sum(small.launches.values())
         assert sum(large.transfers.values()) < 1.5 * sum(small.transfers.values())
+    # 64 steps of an elimination, none of which waits for the accelerator.
+    assert sum(few[1].launches.values()) < 40 * 64
+    assert few[1].transfers["aten::_local_scalar_dense"] < 64
 
 
 def test_evaluation_gives_what_it_gives_on_the_cpu():

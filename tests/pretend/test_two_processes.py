@@ -49,14 +49,7 @@ def outcome(results, name):
     }, tasks[name]["number"]
 
 
-BROKEN = pytest.mark.xfail(
-    strict=True, reason="compressor.py, magnitude: the model stays on the CPU and its weights are broadcast by NCCL"
-)
-
-
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=BROKEN) if name.startswith("magnitude") else name for name in CASES]
-)
+@pytest.mark.parametrize("name", CASES)
 def test_two_accelerators_give_what_one_gives(name, results):
     found, loss = outcome(results, name)
     compressor, report = compress(name, accelerator_on("pretend"))

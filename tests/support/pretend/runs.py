@@ -126,5 +126,5 @@ def command_arguments(folder: Path) -> list[str]:
     image_processor().save_pretrained(folder / "dense")
     arguments = ["--model_name_or_path", str(folder / "dense"), "--output_dir", str(folder / "out")]
     arguments += ["--sparsity", "0.5", "0.75", "--num_grads", "32", "--per_device_batch_size", "8"]
-    arguments += ["--max_eval_samples", "50", "--disable_tqdm", "--checkpoint_every", "16"]
+    arguments += ["--max_eval_samples", "50", "--checkpoint_every", "16"]
     return ["prune", *arguments]
