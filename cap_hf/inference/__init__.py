@@ -1,1 +1,1 @@
-"""Sparse models that run faster: the CPU kernel, the modules around it, quantisation and export."""
+"""Run sparse models faster: sparse layers and the choice between them, benchmark, export, int8."""

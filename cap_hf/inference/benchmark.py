@@ -1,4 +1,4 @@
-"""How fast a model runs, dense and sparse, in PyTorch and in other runtimes: side by side, in one run."""
+"""Measure how fast a model runs, dense and sparse, in PyTorch and in other runtimes, side by side in one run."""
 
 import copy
 import statistics
@@ -16,12 +16,11 @@ from cap_hf.errors import CAPError, reason
 from cap_hf.extras import need
 from cap_hf.inference.choice import time_in_turns
 from cap_hf.inference.export import ONNX_NAME, export_onnx
-from cap_hf.inference.linear import SparseWeightLinear
 from cap_hf.inference.optimize import make_example, optimize_for_inference, resident_bytes
 
-# Seconds before each run: threads of the runtime measured before it may still spin and would take a core.
+# Seconds before each run: threads of the runtime that ran before may still spin, and would take a core.
 PAUSE = 0.02
-# From pixels `(batch, channels, height, width)` to logits, whatever the runtime gives.
+# From pixels `(batch, channels, height, width)` to logits `(batch, labels)`.
 Call = Callable[[torch.Tensor], Any]
 
 
@@ -30,7 +29,7 @@ class Measurement:
     """One backend at one batch size and number of threads.
 
     Attributes:
-        seconds, low_seconds, high_seconds: of a batch: median and quartiles.
+        seconds, low_seconds, high_seconds: per batch: median and quartiles.
         weight_bytes: of all weights as the backend holds them; an ONNX runtime may repack what is in the file.
         max_difference: largest difference of its logits from the dense model's, relative to the largest logit.
         speedup: over the backend `dense` at the same batch size and threads.
@@ -48,18 +47,18 @@ class Measurement:
     speedup: float
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return all attributes, for a JSON file."""
         return asdict(self)
 
 
 class Backend:
-    """A model made ready in one way; `start` is called for every batch size and number of threads."""
+    """A model that is made ready in one way; `start` is called for every batch size and number of threads."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
 
     def start(self, threads: int) -> Call:
-        """The call to measure. PyTorch's number of threads is set by the caller."""
+        """Return the call to measure; the caller has set PyTorch's number of threads."""
 
         def call(pixels: torch.Tensor) -> torch.Tensor:
             return self.model(pixel_values=pixels).logits
@@ -68,15 +67,16 @@ class Backend:
 
     @property
     def weight_bytes(self) -> int:
+        """Bytes of all weights as this backend holds them."""
         return resident_bytes(self.model)
 
 
 class Dense(Backend):
-    """Float32 in PyTorch, one operator after the other."""
+    """The model as it is, in PyTorch, one operator after the other."""
 
 
 class DenseCompiled(Backend):
-    """Float32 through torch.compile."""
+    """The model through torch.compile."""
 
     def start(self, threads: int) -> Call:
         compiled = torch.compile(self.model, dynamic=False)
@@ -84,7 +84,7 @@ class DenseCompiled(Backend):
 
 
 class DenseBFloat16(Backend):
-    """bfloat16 weights and activations in PyTorch."""
+    """The model in PyTorch with weights and activations in bfloat16."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__(copy.deepcopy(model).to(torch.bfloat16))
@@ -95,16 +95,14 @@ class DenseBFloat16(Backend):
 
 
 class Sparse(Backend):
-    """`optimize_for_inference`, float32."""
+    """The model after `optimize_for_inference`."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__(optimize_for_inference(copy.deepcopy(model)))
-        layers = [module for module in self.model.modules() if isinstance(module, SparseWeightLinear)]
-        self.num_sparse_layers = len(layers)
 
 
 class SparseCompiled(Sparse):
-    """`optimize_for_inference`, and torch.compile over it."""
+    """The model after `optimize_for_inference`, through torch.compile."""
 
     start = DenseCompiled.start
 
@@ -163,6 +161,7 @@ def benchmark(
     runs: int = 15,
     seconds: float = float("inf"),
     progress: Callable[[str], object] = lambda text: None,
+    measured: Callable[[list[Measurement]], object] = lambda found: None,
 ) -> tuple[list[Measurement], dict[str, str]]:
     """Measure backends in turns on random images of the size in the model's config, on the CPU.
 
@@ -173,12 +172,13 @@ def benchmark(
         runs: turns of each setting.
         seconds: end a setting earlier after this long, with three turns at least.
         progress: told what is done next.
+        measured: told what was measured in a setting, as soon as it is.
 
     Returns:
-        What was measured, and why other backends were not: name -> reason.
+        What was measured, and the reason why each of the other backends was not, by name.
 
     Raises:
-        CAPError: a name is unknown.
+        CAPError: there is no backend of some name.
     """
     names = list(dict.fromkeys(["dense", *backends]))
     unknown = [name for name in names if name not in BACKENDS]
@@ -199,7 +199,10 @@ def benchmark(
             torch.set_num_threads(count)
             for size in batch_sizes:
                 progress(f"batch {size}, {count} threads")
-                found += measure(ready, missing, make_example(model, size)["pixel_values"], count, runs, seconds)
+                pixels = make_example(model, size)["pixel_values"]
+                setting = measure(ready, missing, pixels, count, runs, seconds)
+                measured(setting)
+                found += setting
     finally:
         torch.set_num_threads(before)
     return found, missing
@@ -214,7 +217,7 @@ def measure(
     runs: int,
     seconds: float,
 ) -> list[Measurement]:
-    """One batch size and number of threads; a backend that fails goes to `missing` with the reason."""
+    """Measure one batch size and number of threads; a backend that fails goes to `missing` with the reason."""
     calls: dict[str, Call] = {}
     logits: dict[str, torch.Tensor] = {}
     for name, backend in ready.items():
@@ -251,7 +254,7 @@ def measure(
 
 
 def losses(found: list[Measurement]) -> list[str]:
-    """A line for every setting in which something dense was faster than the fastest sparse backend."""
+    """Return a line for every setting in which something dense was faster than the fastest sparse backend."""
     lines = []
     for size, threads in dict.fromkeys((each.batch_size, each.threads) for each in found):
         here = [each for each in found if (each.batch_size, each.threads) == (size, threads)]

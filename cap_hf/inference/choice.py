@@ -1,4 +1,4 @@
-"""Is a sparse layer faster than a dense one here? Measured, once a process for layers that are alike."""
+"""Measure whether a sparse layer is faster than a dense one here, once per process for layers that are alike."""
 
 import copy
 import functools
@@ -12,26 +12,29 @@ from torch import nn
 from cap_hf.inference.linear import SparseWeightLinear
 from cap_hf.inference.semi_structured import to_semi_structured
 
-# A sparse layer must win by this much: what is measured has a spread, and in doubt nothing is changed.
+# The share of the dense layer's time that a sparse one must stay below: times vary, and in doubt nothing is changed.
 MARGIN = 0.95
-# Below this no kernel wins on any processor measured, and there is nothing to measure.
+# A layer with a smaller share of zeros stays dense without being measured: no kernel was faster on any processor.
 LEAST_SPARSITY = 0.2
-# Layers whose sparsity differs by less are taken to be alike.
+# Layers of one shape are alike if their sparsity, rounded down to a multiple of this, is the same.
 STEP = 0.05
+# How a choice is measured: runs of each layer, and seconds after which fewer will do.
 RUNS, SECONDS = 7, 0.3
 
 
 def is_faster(kind: type[SparseWeightLinear], linear: nn.Linear, tokens: int) -> bool:
-    """Whether a sparse layer of this kind beats the Linear it would replace.
+    """Return whether a sparse layer of this kind is faster than the Linear that it would replace.
 
     Args:
-        tokens: rows of the input, over all its leading dimensions.
+        kind: of the sparse layer.
+        linear: on the CPU, in float32.
+        tokens: rows of the input: the product of all its dimensions but the last.
     """
     weight = linear.weight
     sparsity = 1 - int(torch.count_nonzero(weight)) / weight.numel()
     if sparsity < LEAST_SPARSITY:
         return False
-    # Rounded down: what wins with a few more weights wins with fewer.
+    # Rounded down, as a layer that is faster at a lower sparsity is faster at a higher one too.
     steps = int(sparsity / STEP + 1e-9)
     rows, cols = weight.shape
     return measured_faster(kind, rows, cols, tokens, steps, linear.bias is not None, torch.get_num_threads())
@@ -41,7 +44,10 @@ def is_faster(kind: type[SparseWeightLinear], linear: nn.Linear, tokens: int) ->
 def measured_faster(
     kind: type[SparseWeightLinear], rows: int, cols: int, tokens: int, steps: int, bias: bool, threads: int
 ) -> bool:
-    """`is_faster` for random weights of this shape and `steps * STEP` sparsity; `threads` only tells runs apart."""
+    """Return `is_faster` for random weights of shape `(rows, cols)` and sparsity `steps * STEP`.
+
+    `threads` is PyTorch's number of threads: another number is measured anew.
+    """
     generator = torch.Generator().manual_seed(0)
     dense = nn.Linear(cols, rows, bias=bias).requires_grad_(False)
     dense.weight.copy_(torch.randn(rows, cols, generator=generator))
@@ -54,14 +60,14 @@ def measured_faster(
 
 
 def is_semi_structured_faster(linear: nn.Linear, tokens: int) -> bool:
-    """Whether the 2:4 product beats the dense one for a Linear on a GPU, with `tokens` rows of input."""
+    """Return whether 2:4 is faster than dense for a Linear on a GPU that gets `tokens` rows of input."""
     sparse = copy.deepcopy(linear)
     to_semi_structured(sparse)
     x = torch.randn(1, tokens, linear.in_features, device=linear.weight.device, dtype=linear.weight.dtype)
 
     def run(layer: nn.Linear) -> Callable[[], None]:
         def call() -> None:
-            for _ in range(10):  # launching one takes longer than the product
+            for _ in range(10):  # one product takes less time than its launch
                 layer(x)
             torch.cuda.synchronize(x.device)
 
@@ -75,11 +81,12 @@ def is_semi_structured_faster(linear: nn.Linear, tokens: int) -> bool:
 def time_in_turns(
     calls: list[Callable[[], object]], runs: int, seconds: float = float("inf"), pause: float = 0.0
 ) -> list[list[float]]:
-    """Seconds of every run of every call; they take turns, so that what slows the machine slows all of them.
+    """Return the seconds of every run of every call; they take turns, so that what slows the machine slows all.
 
     Args:
-        runs: how many turns.
-        seconds: stop early after this long, but not before three turns.
+        calls: each runs once beforehand, untimed.
+        runs: turns that each call takes.
+        seconds: end after this long, but not before three turns.
         pause: seconds to wait before each run.
     """
     times: list[list[float]] = [[] for _ in calls]

@@ -1,4 +1,4 @@
-"""ONNX files of image classifiers, zeros and all, checked in ONNX Runtime."""
+"""Write image classifiers to ONNX files, with their zeros, and check these in ONNX Runtime."""
 
 import contextlib
 import io
@@ -19,7 +19,7 @@ from cap_hf.inference.linear import SparseWeightLinear
 from cap_hf.inference.optimize import make_example
 
 ONNX_NAME = "model.onnx"
-# float32 sums in another order, through all layers of a model.
+# Of the largest logit: what float32 sums in another order may differ by at the end of a model.
 TOLERANCE = 1e-3
 
 
@@ -43,6 +43,7 @@ def export_onnx(model: PreTrainedModel, output_dir: str | Path, image_processor:
     Args:
         model: an image classifier, dense or pruned, in float32; not one that was optimised for inference.
         output_dir: replaced if it exists.
+        image_processor: written to the folder if given.
 
     Returns:
         The path of the ONNX file. Large weights lie beside it, in `model.onnx.data`.
@@ -85,7 +86,7 @@ def write_onnx(model: PreTrainedModel, example: torch.Tensor, path: Path) -> Non
 
 @contextlib.contextmanager
 def eager_attention(model: PreTrainedModel) -> Iterator[None]:
-    """Have a model's attention in single steps: the exporter cannot take Swin's fused attention apart."""
+    """Compute a model's attention in single steps: the exporter cannot take Swin's fused attention apart."""
     before = getattr(model.config, "_attn_implementation", None)
     if before in (None, "eager"):
         yield
@@ -99,7 +100,7 @@ def eager_attention(model: PreTrainedModel) -> Iterator[None]:
 
 @contextlib.contextmanager
 def quiet_exporter() -> Iterator[None]:
-    """Without the exporter's progress on stdout and its warnings, such as that there is no torchvision."""
+    """Silence the exporter's progress on stdout and its warnings, such as that there is no torchvision."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)

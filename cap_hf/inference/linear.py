@@ -1,4 +1,4 @@
-"""Linear layers that hold and compute with nothing but what is not zero. Inference only."""
+"""Linear layers that hold and multiply the non-zero weights only; for inference."""
 
 import warnings
 from collections.abc import Callable
@@ -13,9 +13,9 @@ from cap_hf.inference.packing import PackedWeight, pack, unpack
 
 
 class SparseWeightLinear(nn.Module):
-    """What the sparse layers share: they stand where an nn.Linear stood, and their state_dict is that of one.
+    """The base of the sparse layers: they stand where an nn.Linear stood, and their state_dict is that of one.
 
-    Subclasses hold the weight in buffers that are not saved, and give `store`, `dense_weight` and `forward`.
+    Subclasses hold the weight in buffers that are not saved, and define `store`, `dense_weight` and `forward`.
     """
 
     def __init__(self, linear: nn.Linear) -> None:
@@ -32,16 +32,16 @@ class SparseWeightLinear(nn.Module):
         raise NotImplementedError
 
     def dense_weight(self) -> torch.Tensor:
-        """The weight as a dense tensor, made anew."""
+        """Return the weight as a dense float32 tensor `(out_features, in_features)`, made anew."""
         raise NotImplementedError
 
     @property
     def weight(self) -> torch.Tensor:
-        """The dense weight, made anew at each access: for code that looks at a Linear's weight, not for computing."""
+        """Dense and made anew at each access: for code that looks at a Linear's weight, not for computing."""
         return self.dense_weight().to(self.dtype)
 
     def weight_bytes(self) -> int:
-        """Bytes that the weight and its index take in memory."""
+        """Return the bytes that the weight and its index take in memory."""
         return sum(buffer.numel() * buffer.element_size() for buffer in self.buffers())
 
     def extra_repr(self) -> str:
@@ -74,7 +74,7 @@ class SparseWeightLinear(nn.Module):
 
     def _apply(self, fn: Callable, recurse: bool = True) -> nn.Module:
         super()._apply(fn, recurse)
-        # `.half()` and the like change what goes in and comes out; the kernel computes in float32.
+        # `.half()` and the like change the dtype of inputs and outputs; the kernel computes in float32.
         self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.values.device)).dtype
         self.values = self.values.float()
         return self
@@ -98,7 +98,7 @@ class SparseLinear(SparseWeightLinear):
         self.row_block, self.col_block = packed.row_block, packed.col_block
 
     def packed_weight(self) -> PackedWeight:
-        """The weight as the kernel reads it; shares memory with this layer."""
+        """Return the weight as the kernel reads it; it shares memory with this layer."""
         return PackedWeight(
             self.values,
             self.offsets,
@@ -130,7 +130,7 @@ class CSRLinear(SparseWeightLinear):
         self.register_buffer("values", csr.values(), persistent=False)
 
     def csr_weight(self) -> torch.Tensor:
-        """The weight as a sparse CSR tensor; shares memory with this layer."""
+        """Return the weight as a sparse CSR tensor; it shares memory with this layer."""
         shape = (self.out_features, self.in_features)
         return torch.sparse_csr_tensor(self.starts, self.columns, self.values, shape, check_invariants=False)
 
@@ -147,7 +147,7 @@ class CSRLinear(SparseWeightLinear):
 
 
 def carry_hooks(old: nn.Module, new: nn.Module) -> None:
-    """Give a module that takes another's place the hooks of the other; their handles stay good."""
+    """Give a module that takes another's place the hooks of the other; handles of these hooks can still remove them."""
     names: list[Any] = [name for name in vars(old) if name.startswith(("_forward_hooks", "_forward_pre_hooks"))]
     for name in names:
         setattr(new, name, getattr(old, name))

@@ -1,4 +1,4 @@
-"""The CPU kernel as an operator that PyTorch's compiler and exporter know."""
+"""The CPU kernel as an operator of PyTorch, which `torch.compile` and `torch.export` know too."""
 
 import functools
 
@@ -10,7 +10,10 @@ from cap_hf.kernels.build import load_extension
 
 @functools.cache
 def has_kernel() -> bool:
-    """Whether `torch.ops.cap_hf.sparse_linear` is there; compiles it if need be, and warns once where it cannot."""
+    """Return whether `torch.ops.cap_hf.sparse_linear` can be used; it is compiled if need be.
+
+    A warning says once why it cannot be compiled.
+    """
     if not load_extension("sparse_linear"):
         return False
     torch.library.register_fake("cap_hf::sparse_linear", fake_sparse_linear)
@@ -18,7 +21,7 @@ def has_kernel() -> bool:
 
 
 def fake_sparse_linear(x: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
-    """The output's shape and dtype: `(..., cols)` -> `(..., rows)`."""
+    """Return an empty output of the operator: `x (..., cols)` -> `(..., rows)`, in x's dtype."""
     rows = args[5]
     return x.new_empty((*x.shape[:-1], rows))
 
@@ -26,13 +29,16 @@ def fake_sparse_linear(x: torch.Tensor, *args: object, **kwargs: object) -> torc
 def sparse_linear(
     x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None = None, instruction_set: str = ""
 ) -> torch.Tensor:
-    """`x W^T + bias` in float32: `(..., cols)` -> `(..., rows)`, in x's dtype.
+    """Return `x W^T + bias`, `(..., rows)` in x's dtype; the sums are float32.
 
     Args:
-        instruction_set: 'avx512', 'avx2' or 'portable'; default: the best that the processor has.
+        x: `(..., cols)`, float32, float16 or bfloat16, on the CPU.
+        weight: W `(rows, cols)`, packed.
+        bias: `(rows,)`.
+        instruction_set: 'avx512', 'avx2' or 'portable'; '' takes the best that the processor has.
 
     Raises:
-        RuntimeError: shapes or dtypes do not fit, or the processor lacks the instruction set.
+        RuntimeError: shapes or dtypes do not fit each other, or the processor lacks the instruction set.
     """
     return torch.ops.cap_hf.sparse_linear(
         x,

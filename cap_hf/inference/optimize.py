@@ -1,4 +1,4 @@
-"""`optimize_for_inference`: sparse layers in place of the Linear layers of a transformers model."""
+"""Put sparse layers in the place of the Linear layers of a transformers model: `optimize_for_inference`."""
 
 import functools
 import logging
@@ -23,7 +23,7 @@ BACKENDS = ("auto", "kernel", "csr", "semi_structured")
 def optimize_for_inference(
     model: nn.Module, backend: str = "auto", example_inputs: Mapping[str, torch.Tensor] | None = None
 ) -> nn.Module:
-    """Replace the sparse Linear layers of a model, in place, by layers that compute with what is not zero.
+    """Replace the sparse Linear layers of a model, in place, by layers that multiply the non-zero weights only.
 
     Everything else of the model stays as it is: names, hooks, `pipeline`, `torch.compile`, `torch.export`. Its
     state_dict and `save_pretrained` give the dense weights. The replaced weights' memory is given back. A layer that
@@ -31,18 +31,18 @@ def optimize_for_inference(
 
     Args:
         model: a transformers model (or any module), on the CPU in float32, or on a GPU in half precision.
-        backend: 'auto' replaces where that is measured to be faster, and leaves the rest dense. On the CPU it takes
-            the C++ kernel, or PyTorch's CSR product where there is no compiler; on a GPU the 2:4 product. 'kernel',
-            'csr' and 'semi_structured' name one of these and replace every layer that it can, faster or not.
-        example_inputs: what the model is called with, to see how many tokens each layer gets; default: one image of
-            the config's size.
+        backend: 'auto' replaces a layer where that is measured to be faster, and leaves the others dense. On the CPU
+            it takes the C++ kernel, or PyTorch's CSR product where there is no compiler; on a GPU the 2:4 product.
+            'kernel', 'csr' and 'semi_structured' name one of these, which replaces all layers it can, faster or not.
+        example_inputs: what the model is called with once, to see how many tokens each layer gets; default: one image
+            of the size in the config.
 
     Returns:
         The model, in eval mode.
 
     Raises:
-        CAPError: the backend is unknown or cannot run here, the model has no sparse Linear layer for it, or no
-            example can be made from its config.
+        CAPError: there is no such backend or it cannot run here, the model has no sparse Linear layer for it, or its
+            config does not say how large an image is.
     """
     if backend not in BACKENDS:
         raise CAPError(f"backend {backend!r} is none of {', '.join(BACKENDS)}")
@@ -68,16 +68,16 @@ def optimize_for_inference(
 
 
 class SparseModelForImageClassification:
-    """Loads a checkpoint, plain or compressed, straight into a model optimised for inference."""
+    """Loads a checkpoint, plain or compressed, as a model that is optimised for inference."""
 
     @classmethod
     def from_pretrained(cls, model_name_or_path: str, backend: str = "auto", **kwargs: Any) -> PreTrainedModel:
-        """`AutoModelForImageClassification.from_pretrained`, then `optimize_for_inference`.
+        """Return `optimize_for_inference` of what `AutoModelForImageClassification.from_pretrained` gives, in float32.
 
         Args:
             model_name_or_path: a Hub id or a folder.
             backend: as of `optimize_for_inference`.
-            kwargs: passed on to transformers, such as `revision` or `token`.
+            kwargs: passed on to transformers, such as `revision`, `token` or another `dtype`.
 
         Raises:
             CAPError: as of `optimize_for_inference`.
@@ -88,7 +88,7 @@ class SparseModelForImageClassification:
 
 
 def find_sparse_linears(model: nn.Module) -> dict[str, nn.Linear]:
-    """The Linear layers with zeros in their weight, by name, that can be replaced.
+    """Return the Linear layers that have zeros in their weight and can be replaced, by name.
 
     Left out: subclasses, which may compute something else; layers whose weight another module uses too; layers that
     accelerate moves between devices.
@@ -108,7 +108,7 @@ def find_sparse_linears(model: nn.Module) -> dict[str, nn.Linear]:
 
 
 def choose_kind(backend: str) -> type[SparseWeightLinear]:
-    """The CPU's layer for a backend.
+    """Return the kind of layer that a backend has on the CPU.
 
     Raises:
         CAPError: the kernel is asked for and cannot be compiled.
@@ -125,14 +125,16 @@ def choose_kind(backend: str) -> type[SparseWeightLinear]:
 
 @functools.cache
 def warn_without_kernel() -> None:
-    """Once a process; why there is no kernel has been said where it was compiled."""
-    logger.warning("Without the C++ kernel layers run on PyTorch's CSR product where that is faster, else dense")
+    """Log, once per process, what runs in place of the kernel; another warning has said why it cannot be compiled."""
+    logger.warning(
+        "Without the C++ kernel, layers run on PyTorch's CSR product where that is faster, and dense elsewhere"
+    )
 
 
 def count_tokens(
     model: nn.Module, linears: Mapping[str, nn.Linear], example_inputs: Mapping[str, torch.Tensor] | None
 ) -> dict[str, int]:
-    """Rows of the input that each layer gets in one forward pass, the most if it is called several times."""
+    """Return how many rows of input each layer gets in one forward pass; the most, if it is called several times."""
     tokens: dict[str, int] = {}
 
     def watch(name: str) -> Any:
@@ -153,17 +155,17 @@ def count_tokens(
 
 
 def make_example(model: nn.Module, batch_size: int = 1) -> dict[str, torch.Tensor]:
-    """Random pixels `(batch, channels, height, width)` of the size that a model's config names.
+    """Return `pixel_values` `(batch, channels, height, width)`, random and of the size in a model's config.
 
     Raises:
-        CAPError: the config does not name it.
+        CAPError: the config has no number of channels.
     """
     config = getattr(model, "config", None)
     size = getattr(config, "image_size", None)
     channels = getattr(config, "num_channels", None)
     if channels is None:
         raise CAPError(f"the config of {type(model).__name__} has no num_channels: pass example_inputs")
-    # Fully convolutional models take any size; 224 is what they are used with.
+    # Fully convolutional models take any size, and most are used with 224.
     height, width = size if isinstance(size, (list, tuple)) else (size or 224, size or 224)
     generator = torch.Generator().manual_seed(0)
     pixels = torch.randn(batch_size, channels, height, width, generator=generator)
@@ -177,10 +179,10 @@ def use_semi_structured(
     backend: str,
     example_inputs: Mapping[str, torch.Tensor] | None,
 ) -> nn.Module:
-    """Put the weights that are 2:4 into the form of the GPU's sparse tensor cores.
+    """Compress the 2:4 weights of these layers, in place, for the GPU's sparse tensor cores.
 
     Raises:
-        CAPError: the device has none, or no weight is 2:4.
+        CAPError: the device has no sparse tensor cores, or no weight is 2:4.
     """
     chosen = {name: linear for name, linear in linears.items() if is_semi_structured(linear.weight)}
     if not chosen:
@@ -206,7 +208,7 @@ def replace(model: nn.Module, name: str, new: SparseWeightLinear) -> None:
 
 
 def resident_bytes(model: nn.Module) -> int:
-    """Bytes of all parameters and buffers that a model holds in memory."""
+    """Return the bytes of all parameters and buffers of a model; what two of them share counts once."""
     held = {}
     for tensor in (*model.parameters(), *model.buffers()):
         storage = tensor.untyped_storage()

@@ -1,29 +1,32 @@
-"""A sparse weight in the form that the CPU kernel reads (described in kernels/csrc/sparse_linear.h), and back."""
+"""Pack a sparse weight into the form that the CPU kernel reads, and back.
+
+The words row block, column block, slice, step, segment and offset are explained in kernels/csrc/sparse_linear.h.
+"""
 
 import math
 from dataclasses import dataclass
 
 import torch
 
-SLICE = 4  # rows that the kernel takes at a time
-ROW_BLOCK = 128  # rows in a block, at most
-# Columns in a block, at most. Of 192 columns 32 tokens fit the L1 cache; but a block must hold enough weights of a row
-# to be worth its start, so that the second limit holds where a larger share than the third number is 0.
+SLICE = 4  # rows of a slice
+ROW_BLOCK = 128  # rows of a row block, at most
+# Columns of a column block, at most. 32 tokens of 192 columns fit into the L1 cache. But a segment needs enough steps
+# to be worth its start, so that the blocks are twice as wide where more than WIDE_SPARSITY of the weights are 0.
 COL_BLOCK, WIDE_COL_BLOCK, WIDE_SPARSITY = 192, 384, 0.85
-OFFSET = 16  # 8 bytes are the unit of offsets; a column of 32 float32 tokens has 16 of them
+OFFSET = 16  # offset of one column: 32 float32 tokens, counted in units of 8 bytes
 
 
 @dataclass(frozen=True)
 class PackedWeight:
-    """What is not zero of a weight `(rows, cols)`, in steps of four rows.
+    """The non-zero entries of a weight `(rows, cols)`, in steps of four rows.
 
     Attributes:
-        values: float32 `(steps, 4)`; 0 where a row has run out of weights.
-        offsets: int16 `(steps, 4)`, read as unsigned: column in its block, times 16.
-        starts: int32 `(segments + 1,)`: the first step of each segment (row block, column block, slice).
-        order: int16 `(segments, 4)`: the four rows of a segment, counted in their row block.
+        values: float32 `(steps, 4)`; 0 where a row has no more weights in its segment.
+        offsets: int16 `(steps, 4)`, read as unsigned: the column, counted in its column block, times 16.
+        starts: int32 `(segments + 1,)`: the first step of each segment, and the number of all steps.
+        order: int16 `(segments, 4)`: the four rows of each segment, counted in their row block.
         rows, cols: the dense shape.
-        row_block, col_block: the size of a block; the last ones may be cut off by the shape.
+        row_block, col_block: rows of a row block and columns of a column block; the last ones may have fewer.
     """
 
     values: torch.Tensor
@@ -37,21 +40,24 @@ class PackedWeight:
 
 
 def even_blocks(size: int, limit: int, multiple: int) -> int:
-    """The size of equal blocks of at most `limit`, rounded up to a multiple (of which `limit` is one)."""
+    """Return the size of the fewest blocks, all alike, that hold `size`: a multiple of `multiple`, at most `limit`.
+
+    `limit` is a multiple of `multiple`.
+    """
     blocks = math.ceil(size / limit)
     return math.ceil(size / blocks / multiple) * multiple
 
 
 def pack(weight: torch.Tensor) -> PackedWeight:
-    """Pack a dense float weight `(rows, cols)`, neither of which is 0."""
+    """Return a dense float weight `(rows, cols)` in packed form; neither dimension is 0."""
     rows, cols = weight.shape
-    # Whole squares of 16 are transposed fastest.
+    # Transposing is fastest in whole squares of 16.
     row_block = even_blocks(rows, ROW_BLOCK, 16 if rows > 16 else SLICE)
-    row, col = weight.nonzero(as_tuple=True)  # row by row, columns ascending
+    row, col = weight.nonzero(as_tuple=True)  # row after row, columns ascending
     sparse = 1 - len(row) / weight.numel() > WIDE_SPARSITY
     col_block = even_blocks(cols, WIDE_COL_BLOCK if sparse else COL_BLOCK, 1)
     row_blocks, col_blocks, slices = math.ceil(rows / row_block), math.ceil(cols / col_block), row_block // SLICE
-    # Weights of each row in each column block; in every block the longest rows come first.
+    # How many weights each row has in each column block. In every block the rows with the most come first.
     run = row * col_blocks + col // col_block
     counts = torch.bincount(run, minlength=row_blocks * row_block * col_blocks)
     step = torch.arange(len(run)) - (counts.cumsum(0) - counts)[run]
@@ -80,7 +86,7 @@ def pack(weight: torch.Tensor) -> PackedWeight:
 
 
 def unpack(packed: PackedWeight) -> torch.Tensor:
-    """The dense float32 weight `(rows, cols)` that was packed."""
+    """Return the dense float32 weight `(rows, cols)` that was packed."""
     col_blocks, slices = math.ceil(packed.cols / packed.col_block), packed.row_block // SLICE
     segment = torch.repeat_interleave(packed.starts.diff().long())
     block = segment // slices

@@ -1,4 +1,4 @@
-"""The benchmark's picture: images a second of every backend."""
+"""Draw what a benchmark measured: images per second of every backend."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,11 +8,12 @@ from cap_hf.inference.benchmark import Measurement
 
 
 def draw_benchmark(found: Sequence[Measurement], title: str, path: str | Path) -> None:
-    """Draw one panel a setting (batch size and threads), one bar a backend, with the quartiles as a line.
+    """Write a PNG file with one panel per setting (batch size and threads) and one bar per backend, with its quartiles.
 
     Args:
         found: what was measured, at least one.
-        path: of the PNG file to write.
+        title: above the panels.
+        path: of the file.
     """
     # Its first import may build a font cache for seconds.
     need("matplotlib", "plots")
@@ -34,5 +35,5 @@ def draw_benchmark(found: Sequence[Measurement], title: str, path: str | Path) -
         axes.margins(x=0.12)
         axes.tick_params(labelsize=7)
         axes.set_title(f"batch {size}, {threads} thread{'s' if threads > 1 else ''}", fontsize=8, loc="left")
-        axes.set_xlabel("images a second", fontsize=7)
+        axes.set_xlabel("images per second", fontsize=7)
     figure.savefig(path, dpi=120, metadata={"Software": None})

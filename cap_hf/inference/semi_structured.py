@@ -1,4 +1,4 @@
-"""2:4 weights on the sparse tensor cores of NVIDIA GPUs, through PyTorch's own semi-structured tensors."""
+"""Run 2:4 weights on the sparse tensor cores of NVIDIA GPUs, through PyTorch's own semi-structured tensors."""
 
 from typing import Any
 
@@ -9,19 +9,19 @@ from torch.sparse import to_sparse_semi_structured
 from cap_hf.errors import CAPError
 
 DTYPES = (torch.float16, torch.bfloat16)
-# Rows and columns are multiples of these in both of PyTorch's backends, CUTLASS and cuSPARSELt.
+# PyTorch's backends, CUTLASS and cuSPARSELt, both take weights whose rows and columns are multiples of these.
 ROWS, COLS = 32, 64
 
 
 def is_semi_structured(weight: torch.Tensor) -> bool:
-    """Whether a weight `(rows, cols)` is half precision, of a shape that the GPU takes, and 2:4 along its rows."""
+    """Return whether a weight `(rows, cols)` is half precision, of a shape that GPUs take, and 2:4 along its rows."""
     if weight.dtype not in DTYPES or weight.shape[0] % ROWS or weight.shape[1] % COLS:
         return False
     return bool(((weight.detach().reshape(-1, 4) != 0).sum(dim=1) <= 2).all())
 
 
 def to_semi_structured(linear: nn.Linear) -> None:
-    """Give a Linear a 2:4 weight in compressed form, in place; its state_dict stays that of a dense Linear.
+    """Compress the 2:4 weight of a Linear, in place; its state_dict stays that of a dense Linear.
 
     Raises:
         CAPError: the weight is not on an NVIDIA GPU of compute capability 8.0 or newer.
@@ -44,5 +44,5 @@ def check_device(device: torch.device) -> None:
 
 
 def save_dense(linear: nn.Linear, state_dict: dict[str, Any], prefix: str, local_metadata: dict) -> None:
-    """A state_dict hook: the dense weight in place of the compressed one, which safetensors cannot hold."""
+    """Put the dense weight into a state_dict, in place of the compressed one, which safetensors cannot hold."""
     state_dict[f"{prefix}weight"] = linear.weight.detach().to_dense()

@@ -1,4 +1,4 @@
-"""Measure compressed checkpoints: packing and unpacking in bytes of dense tensors a second, and `from_pretrained`
+"""Measure compressed checkpoints: packing and unpacking in bytes of dense tensors per second, and `from_pretrained`
 of a pruned ViT-B, plain against compressed, from a cold and from a warm page cache.
 
     python scripts/benchmarks/checkpoint.py --json checkpoint.json
@@ -11,10 +11,8 @@ Wall time counts what else the machine does, so CPU seconds are given too.
 """
 
 import argparse
-import json
 import multiprocessing
 import os
-import platform
 import resource
 import statistics
 import tempfile
@@ -24,6 +22,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import torch
+from results import Results
 from transformers import AutoModelForImageClassification, ViTConfig, ViTForImageClassification
 from transformers.utils import logging
 
@@ -31,11 +30,10 @@ from cap_hf import find_targets
 from cap_hf.checkpoints.compression import pack, unpack
 from cap_hf.checkpoints.saving import compress_checkpoint
 from cap_hf.checkpoints.weights import find_weight_files
-from cap_hf.report import versions
 
 
 def load(folder: Path) -> dict[str, float]:
-    """Time `from_pretrained` and a first forward pass in this process."""
+    """Return the times of `from_pretrained` and a first forward pass in this process."""
     logging.disable_progress_bar()
     start = counters()
     model = AutoModelForImageClassification.from_pretrained(folder)
@@ -49,7 +47,7 @@ def load(folder: Path) -> dict[str, float]:
 
 
 def counters() -> dict[str, float]:
-    """Times, and what this process has caused to be read from the disk (where the system tells, which is Linux)."""
+    """Return times, and what this process has caused to be read from the disk (where the system, Linux, tells)."""
     result = {"wall_seconds": time.perf_counter(), "cpu_seconds": time.process_time()}
     with suppress(OSError):
         lines = Path("/proc/self/io").read_text().splitlines()
@@ -58,7 +56,7 @@ def counters() -> dict[str, float]:
 
 
 def prune(tensor: torch.Tensor, form: str) -> torch.Tensor:
-    """Zeros where the magnitudes are smallest: a share of them, or N:M."""
+    """Return a tensor with zeros where the magnitudes are smallest: a share of them, or N:M."""
     if ":" in form:
         n, m = map(int, form.split(":"))
         groups = tensor.reshape(-1, m).clone()
@@ -68,8 +66,9 @@ def prune(tensor: torch.Tensor, form: str) -> torch.Tensor:
     return torch.where(kept, tensor, 0.0)
 
 
-def throughput(form: str, dtype: torch.dtype, threads: int, repeats: int) -> dict:
-    """GB of dense tensors a second, median; `threads` tensors of the size of ViT-B's MLP at a time."""
+def throughput(form: str, dtype: torch.dtype, threads: int, repeats: int, results: Results) -> dict:
+    """Return GB of dense tensors per second, median; `threads` tensors of the size of ViT-B's MLP at a time."""
+    results.measuring(f"{form} {dtype}")
     tensors = [prune(torch.randn(3072, 768), form).to(dtype) for _ in range(2 * threads)]
     packed = [pack(tensor) for tensor in tensors]
     size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
@@ -84,6 +83,7 @@ def throughput(form: str, dtype: torch.dtype, threads: int, repeats: int) -> dic
                 list(pool.map(action, items))
                 walls.append(time.perf_counter() - wall)
                 cpus.append(time.process_time() - cpu)
+                results.advance()
             result[f"{name}_gb_per_second"] = size / 1e9 / statistics.median(walls)
             result[f"{name}_gb_per_cpu_second"] = size / 1e9 / statistics.median(cpus)
     return result
@@ -105,21 +105,21 @@ def read_pages(folder: Path) -> None:
 
 
 def spread(runs: list[dict], key: str) -> list[float]:
-    """Median, least and most."""
+    """Return median, least and most."""
     values = [run[key] for run in runs]
     return [statistics.median(values), min(values), max(values)]
 
 
 def new_process_loads(folder: Path) -> dict[str, float]:
-    """`load` in a process of its own."""
+    """Return what `load` measures in a process of its own."""
     with multiprocessing.get_context("forkserver").Pool(1) as pool:
         return pool.apply(load, (folder,))
 
 
-def loading(folder: Path, sparsities: list[str], repeats: int) -> list[dict]:
-    """`from_pretrained` of a ViT-B, plain and compressed: medians, least and most; ratios are compressed / plain."""
-    results = []
+def loading(folder: Path, sparsities: list[str], repeats: int, results: Results) -> None:
+    """Measure `from_pretrained` of a ViT-B, plain and compressed; ratios are compressed / plain."""
     for sparsity in sparsities:
+        results.measuring(f"making a ViT-B, {sparsity} sparse")
         model = ViTForImageClassification(ViTConfig(num_labels=1000))
         for target in find_targets(model):
             target.weight.data = prune(target.weight.data, sparsity)
@@ -129,48 +129,45 @@ def loading(folder: Path, sparsities: list[str], repeats: int) -> list[dict]:
         start = time.perf_counter()
         compress_checkpoint(folders["plain"], folders["compressed"])
         seconds = time.perf_counter() - start
-        result = {"sparsity": sparsity, "compress_checkpoint_seconds": seconds}
-        result["file_bytes"] = {name: find_weight_files(path).num_bytes for name, path in folders.items()}
+        row = {"sparsity": sparsity, "compress_checkpoint_seconds": seconds}
+        row["file_bytes"] = {name: find_weight_files(path).num_bytes for name, path in folders.items()}
         for cache, prepare in (("cold", drop_pages), ("warm", read_pages)):
             runs: dict[str, list[dict]] = {name: [] for name in folders}
+            results.measuring(f"loading {sparsity}, {cache}")
             for _ in range(repeats):
                 for name, path in folders.items():
                     prepare(path)
                     runs[name].append(new_process_loads(path))
-            result[cache] = {name: {key: spread(runs[name], key) for key in runs[name][0]} for name in folders}
+                    results.advance()
+            row[cache] = {name: {key: spread(runs[name], key) for key in runs[name][0]} for name in folders}
             # Of neighbours in time, so that what else the machine does hits both.
             for key in ("wall_seconds", "wall_seconds_with_forward", "cpu_seconds"):
                 ratios = [{key: b[key] / a[key]} for a, b in zip(runs["plain"], runs["compressed"], strict=True)]
-                result[cache][f"ratio_of_{key}"] = spread(ratios, key)
-        results.append(result)
-    return results
+                row[cache][f"ratio_of_{key}"] = spread(ratios, key)
+        results.add(row, "loading")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--json", type=Path, required=True, help="Gets the figures.")
+    parser.add_argument("--json", type=Path, required=True, help="gets the figures")
     parser.add_argument("--forms", nargs="*", default=["0.5", "0.75", "0.9", "2:4", "1:4"])
-    parser.add_argument("--sparsities", nargs="*", default=["0.75", "0.9"], help="Of the loaded ViT-B.")
-    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="That pack at a time.")
+    parser.add_argument("--sparsities", nargs="*", default=["0.75", "0.9"], help="of the loaded ViT-B")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="that pack at a time")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--dir", type=Path, default=None, help="Where the checkpoints are written and read.")
+    parser.add_argument("--dir", type=Path, default=None, help="where the checkpoints are written and read")
     args = parser.parse_args()
     torch.manual_seed(0)
     # New processes are forked from one that has imported these, so imports are not timed.
     multiprocessing.get_context("forkserver").set_forkserver_preload(["cap_hf", "transformers.models.vit.modeling_vit"])
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    report = {"versions": versions(), "machine": platform.machine(), "cpus": len(os.sched_getaffinity(0))}
-    report["throughput"] = [
-        throughput(form, dtype, args.threads, args.repeats)
-        for dtype in (torch.float32, torch.bfloat16, torch.float16)
-        for form in args.forms
-    ]
-    torch.set_num_threads(threads)
-    with tempfile.TemporaryDirectory(dir=args.dir) as folder:
-        report["loading"] = loading(Path(folder), args.sparsities, args.repeats)
-    args.json.write_text(json.dumps(report, indent=2) + "\n")
-    print(json.dumps(report, indent=2))
+    cases = [(dtype, form) for dtype in (torch.float32, torch.bfloat16, torch.float16) for form in args.forms]
+    runs = args.repeats * (2 * len(cases) + 4 * len(args.sparsities))
+    with Results(args, runs) as results, tempfile.TemporaryDirectory(dir=args.dir) as folder:
+        for dtype, form in cases:
+            results.add(throughput(form, dtype, args.threads, args.repeats, results), "throughput")
+        torch.set_num_threads(threads)
+        loading(Path(folder), args.sparsities, args.repeats, results)
 
 
 if __name__ == "__main__":

@@ -6,19 +6,17 @@ One ViT with random weights is pruned to 75 % over and over, with one thing chan
 """
 
 import argparse
-import json
 import statistics
 import time
-from pathlib import Path
 
 import matplotlib
 import torch
+from results import Results
 from transformers import ViTConfig, ViTForImageClassification
 
 from cap_hf import CAPCompressor, CAPConfig
-from cap_hf.report import versions
 
-WIDTH, BLOCK_SIZE, NUM_GRADS = 192, 192, 256
+BASE = {"width": 192, "block_size": 192, "num_grads": 256}
 # What is varied, and its values; the others stay as above.
 AXES = {
     "block size B": ("block_size", (48, 96, 192, 384)),
@@ -27,8 +25,8 @@ AXES = {
 }
 
 
-def measure(width: int = WIDTH, block_size: int = BLOCK_SIZE, num_grads: int = NUM_GRADS) -> dict[str, float]:
-    """Seconds of the collection and of everything after it, and the number of weights, of one prune."""
+def measure(width: int, block_size: int, num_grads: int) -> dict[str, float]:
+    """Return the seconds of the collection and of all after it, and the number of weights, of one prune."""
     torch.manual_seed(0)
     config = ViTConfig(
         image_size=64,
@@ -55,7 +53,7 @@ def measure(width: int = WIDTH, block_size: int = BLOCK_SIZE, num_grads: int = N
 
 
 def draw(results: dict[str, list[dict]], path: str) -> None:
-    """Seconds over each axis, both logarithmic."""
+    """Draw seconds over each axis, both logarithmic."""
     matplotlib.use("agg")
     from matplotlib import pyplot
 
@@ -79,24 +77,25 @@ def draw(results: dict[str, list[dict]], path: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--plot", metavar="FILE", default="growth.png")
-    parser.add_argument("--json", metavar="FILE", help="write the figures there as well")
+    parser.add_argument("--json", metavar="FILE", help="gets the figures")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    measure(num_grads=64)  # compiles the kernels where they are not yet
-    results: dict[str, list[dict]] = {}
-    for title, (name, values) in AXES.items():
-        results[title] = []
-        for value in values:
-            runs = [measure(**{name: value}) for _ in range(args.repeats)]
-            row = {key: statistics.median(run[key] for run in runs) for key in runs[0]}
-            results[title].append({"value": value, **row})
-            print(f"{title} {value}: collect {row['collect']:.2f} s, prune {row['prune']:.2f} s")
-    draw(results, args.plot)
-    if args.json:
-        record = {"threads": args.threads, "repeats": args.repeats, "versions": versions(), "results": results}
-        Path(args.json).write_text(json.dumps(record, indent=2) + "\n")
+    measure(**BASE | {"num_grads": 64})  # compiles the kernels where they are not yet
+    total = args.repeats * sum(len(values) for _, values in AXES.values())
+    with Results(args, total, keys=("value",)) as results:
+        for title, (name, values) in AXES.items():
+            for value in values:
+                results.measuring(f"{title} {value}")
+                runs = []
+                for _ in range(args.repeats):
+                    runs.append(measure(**BASE | {name: value}))
+                    results.advance()
+                row = {key: statistics.median(run[key] for run in runs) for key in runs[0]}
+                seconds = {key: [run[key] for run in runs] for key in ("collect", "prune")}
+                results.add({"value": value, **row, "seconds": seconds}, "results", title)
+    draw(results.content["results"], args.plot)
 
 
 if __name__ == "__main__":

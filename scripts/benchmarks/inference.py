@@ -8,25 +8,21 @@ a speed-up is the ratio of their medians. `results` in the file has an entry for
 """
 
 import argparse
-import json
 import logging
 import tempfile
 from pathlib import Path
 
 import torch
 import transformers
-from transformers import PreTrainedModel, ViTConfig, ViTForImageClassification
+from models import make_batches, make_vit
+from results import Results
+from transformers import PreTrainedModel, ViTForImageClassification
 
 from cap_hf import CAPCompressor, CAPConfig
-from cap_hf.checkpoints.atomic import write_json
 from cap_hf.inference.benchmark import Measurement, benchmark
-from cap_hf.report import versions
 from cap_hf.targets import find_targets
 
-MODELS = {
-    "vit-small-patch16-224": {"hidden_size": 384, "num_attention_heads": 6, "intermediate_size": 1536},
-    "vit-base-patch16-224": {"hidden_size": 768, "num_attention_heads": 12, "intermediate_size": 3072},
-}
+MODELS = {"vit-small-patch16-224": "vit-small", "vit-base-patch16-224": "vit-base"}
 # Of the allocation only: a block of 16 fits a ViT-B's Fisher into memory, and weights that stay need no new values.
 CONFIG = CAPConfig(num_grads=8, fisher_block_size=16, weight_update="none")
 
@@ -45,37 +41,39 @@ def main() -> None:
     logging.getLogger("cap_hf").setLevel(logging.ERROR)  # at 90 % a random model has layers without weights
     transformers.utils.logging.disable_progress_bar()
     torch.set_num_threads(args.threads)
-    results = []
-    with tempfile.TemporaryDirectory() as temporary:
+    total = len(args.models) * len(args.sparsities) * len(args.batch_sizes)
+    keys = ("model", "batch_size", "sparsity")
+    with Results(args, total, keys) as results, tempfile.TemporaryDirectory() as temporary:
+        results.set(config=CONFIG.to_dict())
         for name in args.models:
             folder = (args.checkpoint_dir or Path(temporary)) / name
+            results.measuring(f"pruning {name}")
             prune(name, args.sparsities, folder)
             for sparsity in args.sparsities:
-                model = ViTForImageClassification.from_pretrained(folder / str(sparsity))
-                found, missing = benchmark(
-                    model,
-                    ["dense", "sparse", "onnxruntime"],
-                    args.batch_sizes,
-                    [args.threads],
-                    args.runs,
-                    args.max_seconds,
-                )
-                if missing:
-                    raise SystemExit(f"not everything can be measured: {missing}")
-                for size in args.batch_sizes:
-                    here = {each.backend: each for each in found if each.batch_size == size}
-                    results.append(compare(name, sparsity, layer_range(model), here))
-                    print(json.dumps(results[-1]), flush=True)
-    write_json(
-        args.json,
-        {
-            "results": results,
-            "threads": args.threads,
-            "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-            "config": CONFIG.to_dict(),
-            "versions": versions(),
-        },
+                measure(name, sparsity, folder / str(sparsity), args, results)
+
+
+def measure(name: str, sparsity: float, folder: Path, args: argparse.Namespace, results: Results) -> None:
+    """Add a row for every batch size of a pruned model."""
+    model = ViTForImageClassification.from_pretrained(folder)
+    layers = layer_range(model)
+
+    def add(found: list[Measurement]) -> None:
+        results.add(compare(name, sparsity, layers, {each.backend: each for each in found}))
+        results.advance()
+
+    _, missing = benchmark(
+        model,
+        ["dense", "sparse", "onnxruntime"],
+        args.batch_sizes,
+        [args.threads],
+        args.runs,
+        args.max_seconds,
+        lambda text: results.measuring(f"{name}, {sparsity}, {text}"),
+        add,
     )
+    if missing:
+        raise SystemExit(f"not everything can be measured: {missing}")
 
 
 def prune(name: str, sparsities: list[float], folder: Path) -> None:
@@ -83,31 +81,22 @@ def prune(name: str, sparsities: list[float], folder: Path) -> None:
     missing = [sparsity for sparsity in sparsities if not (folder / str(sparsity)).exists()]
     if not missing:
         return
-    transformers.set_seed(0)
-    model = ViTForImageClassification(ViTConfig(num_labels=1000, **MODELS[name])).eval()
-    generator = torch.Generator().manual_seed(0)
-    batches = [
-        {
-            "pixel_values": torch.randn(4, 3, 224, 224, generator=generator),
-            "labels": torch.randint(0, 1000, (4,), generator=generator),
-        }
-        for _ in range(2)
-    ]
+    model = make_vit(MODELS[name])
     compressor = CAPCompressor(model, CONFIG, disable_tqdm=True)
-    compressor.collect(batches)
+    compressor.collect(make_batches(8, 4))
     for sparsity in missing:
         compressor.prune(sparsity)
         model.save_pretrained(folder / str(sparsity))
 
 
 def layer_range(model: PreTrainedModel) -> list[float]:
-    """The lowest and the highest sparsity of a target."""
+    """Return the lowest and the highest sparsity of a target."""
     shares = [float((target.weight == 0).float().mean()) for target in find_targets(model)]
     return [min(shares), max(shares)]
 
 
 def compare(name: str, sparsity: float, layers: list[float], here: dict[str, Measurement]) -> dict:
-    """One entry of `results`."""
+    """Return one entry of `results`."""
     sparse = here["sparse"]
     return {
         "model": name,

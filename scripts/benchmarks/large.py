@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import torch
+from results import Results
 from transformers import (
     Dinov2Config,
     Dinov2ForImageClassification,
@@ -20,9 +21,8 @@ from transformers import (
     ViTForImageClassification,
 )
 
-from cap_hf import CAPCompressor, CAPConfig
-from cap_hf.collection.resources import Resources
-from cap_hf.report import Phases, versions
+from cap_hf import CAPCompressor, CAPConfig, Resources
+from cap_hf.report import Phases
 
 
 def vit_large() -> PreTrainedModel:
@@ -67,28 +67,33 @@ def main() -> None:
     compressor = CAPCompressor(model, config, resources=resources)
     batch = {"pixel_values": torch.randn(args.num_grads, 3, 224, 224), "labels": torch.arange(args.num_grads)}
     start = time.perf_counter()
-    with phases("collect"):
-        compressor.collect([batch])
-    with phases("prune"):
-        report = compressor.prune(args.sparsity)
-    peak = max(record["peak_memory_bytes"]["cpu"] for record in phases.records)
-    result = {
-        "model": args.model,
-        "num_weights": report.num_weights,
-        "sparsity": report.sparsity,
-        "block_size": compressor.plan.block_size,
-        "num_grads": args.num_grads,
-        "max_memory": args.max_memory,
-        "passes": len(compressor.plan.passes),
-        "spilled_bytes": compressor.plan.spilled,
-        "peak_bytes": peak,
-        "seconds": time.perf_counter() - start,
-        "phases": phases.records,
-        "versions": versions(),
-    }
-    print(json.dumps(result, indent=2))
-    if args.json:
-        args.json.write_text(json.dumps(result, indent=2) + "\n")
+    with Results(args, total=2) as results:
+        results.measuring("collecting")
+        with phases("collect"):
+            compressor.collect([batch])
+        results.advance()
+        results.set(phases=phases.records, **describe_plan(compressor))
+        results.measuring("pruning")
+        with phases("prune"):
+            report = compressor.prune(args.sparsity)
+        results.advance()
+        results.set(
+            model=args.model,
+            num_weights=report.num_weights,
+            sparsity=report.sparsity,
+            num_grads=args.num_grads,
+            max_memory=args.max_memory,
+            peak_bytes=max(record["peak_memory_bytes"]["cpu"] for record in phases.records),
+            seconds=time.perf_counter() - start,
+            phases=phases.records,
+        )
+    print(json.dumps(results.content, indent=2))
+
+
+def describe_plan(compressor: CAPCompressor) -> dict[str, object]:
+    """Return how the collection went through memory."""
+    plan = compressor.plan
+    return {"block_size": plan.block_size, "passes": len(plan.passes), "spilled_bytes": plan.spilled}
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import torch
 
 
 class WoodburyFisher:
-    """The inverses of `damp I + (1/N) sum g g^T`, one B x B matrix a block.
+    """The inverses of `damp I + (1/N) sum g g^T`, one B x B matrix per block.
 
     Args:
         num_blocks, block_size: blocks and B.

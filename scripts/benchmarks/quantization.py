@@ -10,18 +10,20 @@ import argparse
 import logging
 from pathlib import Path
 
+import torch
 import transformers
 from accelerate import Accelerator
+from results import Results
+from transformers import PreTrainedModel
 
-from cap_hf.checkpoints.atomic import write_json
 from cap_hf.commands.arguments import ModelArguments
 from cap_hf.commands.common import eval_dataset, load_all
 from cap_hf.commands.tables import percent, table
 from cap_hf.data.arguments import DataArguments
 from cap_hf.data.evaluation import evaluate_model
 from cap_hf.data.images import make_dataloader
-from cap_hf.inference.quantization import count_zeros, lost_zeros, quantize_int8
-from cap_hf.report import versions
+from cap_hf.inference.quantization import quantize_int8
+from cap_hf.targets import find_targets
 
 
 def main() -> None:
@@ -35,35 +37,58 @@ def main() -> None:
     transformers.utils.logging.disable_progress_bar()
     accelerator = Accelerator()
     data = DataArguments(dataset_name=args.dataset_name)
-    results = []
-    for name in args.model_name_or_path:
-        model, image_processor, splits = load_all(ModelArguments(name), data, 42, ["eval"])
-        loader = make_dataloader(eval_dataset(splits, image_processor, model, data), args.batch_size, 0)
-        forms = {
-            "float32": lambda model=model: model.eval(),
-            "int8 weights": lambda model=model: quantize_int8(model),
-            "int8 weights and activations": lambda model=model: quantize_int8(model, activations=True),
-        }
-        for form, make in forms.items():
-            made = make()
-            counts = count_zeros(made).values()
-            metrics = evaluate_model(made, accelerator.prepare(loader), accelerator, disable_tqdm=True)
-            results.append(
-                {
+    forms = {
+        "float32": lambda model: model.eval(),
+        "int8 weights": quantize_int8,
+        "int8 weights and activations": lambda model: quantize_int8(model, activations=True),
+    }
+    with Results(args, len(args.model_name_or_path) * len(forms)) as results:
+        for name in args.model_name_or_path:
+            model, image_processor, splits = load_all(ModelArguments(name), data, 42, ["eval"])
+            loader = make_dataloader(eval_dataset(splits, image_processor, model, data), args.batch_size, 0)
+            for form, make in forms.items():
+                results.measuring(f"{name}, {form}")
+                made = make(model)
+                counts = count_zeros(made).values()
+                metrics = evaluate_model(made, accelerator.prepare(loader), accelerator, disable_tqdm=True)
+                row = {
                     "model": name,
                     "form": form,
                     "sparsity": sum(zeros for zeros, _ in counts) / sum(weights for _, weights in counts),
                     "layers_that_lost_zeros": lost_zeros(model, made),
-                    **metrics,
                 }
-            )
-            print(f"{name}, {form}: top-1 {percent(metrics['top1'])} %", flush=True)
-    write_json(args.json, {"results": results, "dataset_name": args.dataset_name, "versions": versions()})
+                results.add(row | metrics)
+                results.advance()
     rows = [
         [each["model"], each["form"], percent(each["sparsity"]), percent(each["top1"]), f"{each['loss']:.4f}"]
-        for each in results
+        for each in results.content["results"]
     ]
     print(table(["model", "form", "zeros %", "top-1 %", "loss"], rows))
+
+
+def dense_values(weight: torch.Tensor) -> torch.Tensor:
+    """Return a weight's numbers as the model uses them, also of an int8 weight."""
+    weight = weight.detach()
+    return weight.dequantize() if hasattr(weight, "dequantize") and type(weight) is not torch.Tensor else weight
+
+
+def count_zeros(model: PreTrainedModel) -> dict[str, tuple[int, int]]:
+    """Return how many weights of every target are 0, and how many there are, of a float model or an int8 one."""
+    counts = {}
+    for target in find_targets(model):
+        values = dense_values(target.weight)
+        counts[target.name] = (int((values == 0).sum()), values.numel())
+    return counts
+
+
+def lost_zeros(sparse: PreTrainedModel, quantized: PreTrainedModel) -> list[str]:
+    """Return the targets in which a weight that was 0 no longer is."""
+    after = {target.name: dense_values(target.weight) for target in find_targets(quantized)}
+    return [
+        target.name
+        for target in find_targets(sparse)
+        if bool(((dense_values(target.weight) == 0) & (after[target.name] != 0)).any())
+    ]
 
 
 if __name__ == "__main__":

@@ -19,24 +19,20 @@ from pathlib import Path
 
 import published
 import torch
-from torch import nn
+from models import make_batches, make_vit
+from ours import OurFisher
+from results import Results
 from torch.nn import functional as F
-from transformers import ViTConfig, ViTForImageClassification
 
 from cap_hf import CAPCompressor, CAPConfig
-from cap_hf.method.elimination import eliminate, invert
-from cap_hf.method.fisher import BlockFisher, damps
-from cap_hf.report import versions
-from cap_hf.targets import Target
 
 # (blocks, block size) of the measured eliminations; the first is the Fisher's too.
 SHAPES = ((2048, 192), (256, 768))
 NUM_GRADS = 1024
 # Gradient samples added at a time, as a batch of the collector brings them.
 SAMPLES = 128
-# Blocks solved at a time.
-CHUNK = 64
 DAMP = 1e-3
+PARTS = ("fisher", "elimination", "memory", "overhead", "processes")
 
 
 def seconds(work: Callable[[], object]) -> float:
@@ -45,60 +41,42 @@ def seconds(work: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def in_turns(ours: Callable[[], float], theirs: Callable[[], float], repeats: int) -> dict[str, object]:
-    """Medians and all values of two timings taken one after the other, and how many times the first is faster."""
-    pairs = [(ours(), theirs()) for _ in range(repeats)]
-    values = {"ours": [pair[0] for pair in pairs], "published": [pair[1] for pair in pairs]}
+def in_turns(calls: dict[str, Callable[[], float]], repeats: int, results: Results) -> dict[str, list[float]]:
+    """Return what every call gives, `repeats` times each, taken in turns so that all meet what slows the machine."""
+    values: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(repeats):
+        for name, call in calls.items():
+            values[name].append(call())
+            results.advance()
+    return values
+
+
+def against_published(values: dict[str, list[float]]) -> dict[str, object]:
+    """Return medians and all values, and how many times as fast as the published procedure we are."""
     medians = {name: statistics.median(each) for name, each in values.items()}
     return {"median_seconds": medians, "speedup": medians["published"] / medians["ours"], "seconds": values}
 
 
-def make_fisher(num_blocks: int, size: int) -> tuple[BlockFisher, Target]:
-    target = Target("layer", nn.Linear(size, num_blocks, bias=False), size)
-    return BlockFisher([target]), target
-
-
-class StoredGradients:
-    """Gradients that are there already, `(samples, rows, row)`, in the place of a layer's factors."""
-
-    def __init__(self, gradients: torch.Tensor) -> None:
-        self.gradients, self.samples = gradients, len(gradients)
-
-    def rows(self, start: int, stop: int, out: torch.Tensor) -> None:
-        out.copy_(self.gradients[:, start:stop])
-
-
-def damp_of(fisher: BlockFisher, target: Target) -> float:
-    return damps(fisher.mean_diagonals(), DAMP, absolute=False)[target.name]
-
-
 def make_gradients(num_blocks: int, size: int) -> torch.Tensor:
-    """Gradients `(SAMPLES, num_blocks, size)` whose entries are correlated, as a network's are."""
+    """Return gradients `(SAMPLES, num_blocks, size)` whose entries are correlated, as a network's are."""
     generator = torch.Generator().manual_seed(0)
     mix = torch.randn(size, size, generator=generator) / size**0.5 + torch.eye(size)
     return torch.randn(SAMPLES, num_blocks, size, generator=generator) @ mix
 
 
-def inverses(fisher: BlockFisher, target: Target) -> list[torch.Tensor]:
-    damp = damp_of(fisher, target)
-    starts = range(0, target.num_blocks, CHUNK)
-    return [invert(fisher.damped(target, slice(start, start + CHUNK), damp)) for start in starts]
-
-
-def measure_fisher(args: argparse.Namespace) -> dict[str, object]:
+def measure_fisher(args: argparse.Namespace, results: Results) -> dict[str, object]:
     num_blocks, size = SHAPES[0]
     gradients = make_gradients(num_blocks, size)
 
     def ours() -> float:
         def work() -> None:
-            fisher, target = make_fisher(num_blocks, size)
+            fisher = OurFisher(num_blocks, size, DAMP)
             for _ in range(NUM_GRADS // SAMPLES):
-                fisher.add(target, StoredGradients(gradients))
-                fisher.count += SAMPLES
-            # One at a time, as the pruner takes them: nobody holds all inverses.
-            damp = damp_of(fisher, target)
-            for start in range(0, num_blocks, CHUNK):
-                invert(fisher.damped(target, slice(start, start + CHUNK), damp))
+                fisher.add(gradients)
+            # One part after the other, as the pruner takes them: nobody holds all inverses.
+            damp = fisher.resolved_damp()
+            for part in fisher.parts():
+                fisher.inverse(part, damp)
 
         return seconds(work)
 
@@ -108,42 +86,46 @@ def measure_fisher(args: argparse.Namespace) -> dict[str, object]:
         taken = seconds(lambda: [fisher.add(gradients[index % SAMPLES]) for index in range(count)])
         return taken * NUM_GRADS / count
 
-    return in_turns(ours, theirs, args.repeats)
+    return against_published(in_turns({"ours": ours, "published": theirs}, args.repeats, results))
 
 
-def measure_elimination(num_blocks: int, size: int, args: argparse.Namespace) -> dict[str, object]:
-    fisher, target = make_fisher(num_blocks, size)
-    fisher.add(target, StoredGradients(make_gradients(num_blocks, size)))
-    fisher.count += SAMPLES
-    inverse = torch.cat(inverses(fisher, target))
+def measure_elimination(num_blocks: int, size: int, args: argparse.Namespace, results: Results) -> dict[str, object]:
+    fisher = OurFisher(num_blocks, size, DAMP)
+    fisher.add(make_gradients(num_blocks, size))
+    damp = fisher.resolved_damp()
+    inverse = torch.cat([fisher.inverse(part, damp) for part in fisher.parts()])
     weights = torch.randn(num_blocks, size, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 
     def ours() -> float:
-        return seconds(lambda: eliminate(weights, inverse))
+        return seconds(lambda: fisher.eliminate(weights, inverse))
 
     def theirs() -> float:
         copy, single = inverse.float(), weights.float()
         steps = size if args.whole else 16
         return seconds(lambda: published.eliminate(single, copy, steps)) * size / steps
 
-    return in_turns(ours, theirs, args.repeats)
+    return against_published(in_turns({"ours": ours, "published": theirs}, args.repeats, results))
 
 
-def measure_memory(args: argparse.Namespace) -> dict[str, object]:
-    """Peak memory of Fisher and elimination together, each in a process of its own, above what it began with."""
-    peaks = {}
-    for name in ("ours", "published"):
-        command = [sys.executable, __file__, "--memory_of", name]
-        values = [int(run(command).split()[-1]) for _ in range(args.repeats)]
-        peaks[name] = statistics.median(values)
-    return {"median_bytes": peaks, "ratio": peaks["published"] / peaks["ours"]}
+def measure_memory(args: argparse.Namespace, results: Results) -> dict[str, object]:
+    """Return the peak of Fisher and elimination together, each in a process of its own, above what it began with."""
+
+    def peak(name: str) -> int:
+        return int(run([sys.executable, __file__, "--memory_of", name]).split()[-1])
+
+    calls = {name: lambda name=name: peak(name) for name in ("ours", "published")}
+    values = in_turns(calls, args.repeats, results)
+    medians = {name: statistics.median(each) for name, each in values.items()}
+    return {"median_bytes": medians, "ratio": medians["published"] / medians["ours"], "bytes": values}
 
 
 def print_memory(name: str) -> None:
-    """The child of `measure_memory`. Neither side's peak depends on how many gradients there are."""
+    """Be the child of `measure_memory`. Neither side's peak depends on how many gradients there are."""
     num_blocks, size = SHAPES[0]
     gradients = make_gradients(num_blocks, size)[:16]
-    invert(torch.eye(8, dtype=torch.float64)[None])
+    warm_up = OurFisher(1, 8, DAMP)
+    warm_up.add(torch.randn(8, 1, 8))
+    warm_up.inverse(slice(0, 1), DAMP)
     generator = torch.Generator().manual_seed(1)
     weights = torch.randn(num_blocks, size, generator=generator)
     before = resident("VmRSS")
@@ -153,47 +135,25 @@ def print_memory(name: str) -> None:
             fisher.add(gradient)
         published.eliminate(weights, fisher.inverse)
     else:
-        ours, target = make_fisher(num_blocks, size)
-        ours.add(target, StoredGradients(gradients))
-        ours.count += len(gradients)
-        damp = damp_of(ours, target)
-        kept = []
-        for start in range(0, num_blocks, CHUNK):
-            blocks = slice(start, start + CHUNK)
-            part = eliminate(weights[blocks].double(), invert(ours.damped(target, blocks, damp)))
-            kept.append((part.order.short(), part.losses.float()))
+        ours = OurFisher(num_blocks, size, DAMP)
+        ours.add(gradients)
+        damp, kept = ours.resolved_damp(), []
+        for part in ours.parts():
+            found = ours.eliminate(weights[part].double(), ours.inverse(part, damp))
+            kept.append((found.order.short(), found.losses.float()))
     print(resident("VmHWM") - before)
 
 
 def resident(field: str) -> int:
-    """Bytes of this process's memory: VmRSS now, VmHWM at most so far."""
+    """Return bytes of this process's memory: VmRSS now, VmHWM at most so far."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(f"{field}:"):
             return int(line.split()[1]) * 1024
     raise RuntimeError(f"/proc/self/status has no {field}")
 
 
-def tiny_vit() -> ViTForImageClassification:
-    """ViT-Ti/16 at 224, random weights."""
-    torch.manual_seed(0)
-    return ViTForImageClassification(
-        ViTConfig(hidden_size=192, num_attention_heads=3, intermediate_size=768, num_labels=1000)
-    ).eval()
-
-
-def batches(examples: int, batch_size: int) -> list[dict[str, torch.Tensor]]:
-    generator = torch.Generator().manual_seed(0)
-    return [
-        {
-            "pixel_values": torch.randn(batch_size, 3, 224, 224, generator=generator),
-            "labels": torch.randint(0, 1000, (batch_size,), generator=generator),
-        }
-        for _ in range(examples // batch_size)
-    ]
-
-
 def prune_tiny(data: list[dict[str, torch.Tensor]], num_grads: int) -> float:
-    model = tiny_vit()
+    model = make_vit("vit-tiny")
     config = CAPConfig(num_grads=num_grads, fisher_block_size=192)
     compressor = CAPCompressor(model, config, disable_tqdm=True)
     start = time.perf_counter()
@@ -201,11 +161,12 @@ def prune_tiny(data: list[dict[str, torch.Tensor]], num_grads: int) -> float:
     return time.perf_counter() - start
 
 
-def measure_overhead(args: argparse.Namespace) -> dict[str, object]:
-    data = batches(args.examples, args.batch_size)
+def measure_overhead(args: argparse.Namespace, results: Results) -> dict[str, object]:
+    """Return how much longer a whole prune takes than a bare forward and backward pass over the same examples."""
+    data = make_batches(args.examples, args.batch_size)
 
     def bare() -> float:
-        model = tiny_vit()
+        model = make_vit("vit-tiny")
 
         def work() -> None:
             for batch in data:
@@ -214,18 +175,15 @@ def measure_overhead(args: argparse.Namespace) -> dict[str, object]:
 
         return seconds(work)
 
-    pairs = [(prune_tiny(data, args.examples), bare()) for _ in range(args.whole_repeats)]
-    prune, forward_backward = (statistics.median(values) for values in zip(*pairs, strict=True))
-    return {
-        "median_seconds": {"prune": prune, "forward_backward": forward_backward},
-        "overhead": prune / forward_backward - 1,
-        "seconds": pairs,
-        "examples": args.examples,
-    }
+    calls = {"prune": lambda: prune_tiny(data, args.examples), "forward_backward": bare}
+    values = in_turns(calls, args.whole_repeats, results)
+    medians = {name: statistics.median(each) for name, each in values.items()}
+    overhead = medians["prune"] / medians["forward_backward"] - 1
+    return {"median_seconds": medians, "overhead": overhead, "seconds": values, "examples": args.examples}
 
 
-def measure_processes(args: argparse.Namespace) -> dict[str, object]:
-    """A whole prune by two processes with one thread each against one process with one thread."""
+def measure_processes(args: argparse.Namespace, results: Results) -> dict[str, object]:
+    """Return the times of a whole prune by two processes with one thread each, and by one process with one thread."""
 
     def prune(processes: int) -> float:
         command = [sys.executable, "-m", "accelerate.commands.launch", f"--num_processes={processes}"]
@@ -235,16 +193,16 @@ def measure_processes(args: argparse.Namespace) -> dict[str, object]:
         command += [__file__, "--prune_of", str(args.process_examples), "--batch_size", str(args.batch_size)]
         return float(run(command, OMP_NUM_THREADS="1", ACCELERATE_USE_CPU="true").split()[-1])
 
-    pairs = [(prune(1), prune(2)) for _ in range(args.whole_repeats)]
-    one, two = (statistics.median(values) for values in zip(*pairs, strict=True))
-    return {"median_seconds": {"1": one, "2": two}, "speedup": one / two, "seconds": pairs}
+    values = in_turns({"1": lambda: prune(1), "2": lambda: prune(2)}, args.whole_repeats, results)
+    medians = {name: statistics.median(each) for name, each in values.items()}
+    return {"median_seconds": medians, "speedup": medians["1"] / medians["2"], "seconds": values}
 
 
 def print_prune(examples: int, batch_size: int) -> None:
-    """The child of `measure_processes`: each process takes its share of the same examples."""
+    """Be the child of `measure_processes`: each process takes its share of the same examples."""
     torch.set_num_threads(1)
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    taken = prune_tiny(batches(examples, batch_size)[rank::world], examples)
+    taken = prune_tiny(make_batches(examples, batch_size)[rank::world], examples)
     if rank == 0:
         print(taken)
 
@@ -258,7 +216,7 @@ def run(command: list[str], **environment: str) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", metavar="FILE", help="write the result there as well")
+    parser.add_argument("--json", metavar="FILE", help="gets the figures, each as soon as it is there")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--whole_repeats", type=int, default=5, help="repeats of the whole prunes, minutes each")
@@ -266,7 +224,7 @@ def main() -> None:
     parser.add_argument("--process_examples", type=int, default=1024, help="examples with one and two processes")
     parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--whole", action="store_true", help="time every step of the published procedure")
-    parser.add_argument("--only", nargs="*", help="some of: fisher elimination memory overhead processes")
+    parser.add_argument("--only", nargs="+", default=list(PARTS), choices=PARTS, help="default: all")
     parser.add_argument("--memory_of", choices=("ours", "published"), help=argparse.SUPPRESS)
     parser.add_argument("--prune_of", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -276,28 +234,40 @@ def main() -> None:
         return print_prune(args.prune_of, args.batch_size)
 
     torch.set_num_threads(args.threads)
-    result: dict[str, object] = {"threads": args.threads, "repeats": args.repeats, "versions": versions()}
-    wanted = args.only or ("fisher", "elimination", "memory", "overhead", "processes")
-    if "fisher" in wanted:
-        result["fisher"] = measure_fisher(args)
-        result["fisher_speedup"] = result["fisher"]["speedup"]
-    if "elimination" in wanted:
-        each = {f"{n} x {size}": measure_elimination(n, size, args) for n, size in SHAPES}
-        result["elimination"] = each
-        result["elimination_speedup"] = min(value["speedup"] for value in each.values())
-    if "memory" in wanted:
-        result["memory"] = measure_memory(args)
-        result["memory_ratio"] = result["memory"]["ratio"]
-    if "overhead" in wanted:
-        result["overhead"] = measure_overhead(args)
-        result["overhead_over_forward_backward"] = result["overhead"]["overhead"]
-    if "processes" in wanted:
-        result["processes"] = measure_processes(args)
-        result["two_process_speedup"] = result["processes"]["speedup"]
-    print(json.dumps(result, indent=2))
-    if args.json:
-        Path(args.json).write_text(json.dumps(result, indent=2) + "\n")
+    with Results(args, total=2 * sum(repeats_of(part, args) for part in args.only)) as results:
+        for part in args.only:
+            results.measuring(part)
+            measure_part(part, args, results)
+    print(json.dumps(results.content, indent=2))
     return None
+
+
+def repeats_of(part: str, args: argparse.Namespace) -> int:
+    """Return how often each of a part's two sides is measured."""
+    if part in ("overhead", "processes"):
+        return args.whole_repeats
+    return args.repeats * (len(SHAPES) if part == "elimination" else 1)
+
+
+def measure_part(part: str, args: argparse.Namespace, results: Results) -> None:
+    """Measure one of `PARTS` and write it down."""
+    if part == "fisher":
+        found = measure_fisher(args, results)
+        results.set(fisher=found, fisher_speedup=found["speedup"])
+    elif part == "elimination":
+        each: dict[str, dict] = {}
+        for n, size in SHAPES:
+            each[f"{n} x {size}"] = measure_elimination(n, size, args, results)
+            results.set(elimination=each, elimination_speedup=min(value["speedup"] for value in each.values()))
+    elif part == "memory":
+        found = measure_memory(args, results)
+        results.set(memory=found, memory_ratio=found["ratio"])
+    elif part == "overhead":
+        found = measure_overhead(args, results)
+        results.set(overhead=found, overhead_over_forward_backward=found["overhead"])
+    else:
+        found = measure_processes(args, results)
+        results.set(processes=found, two_process_speedup=found["speedup"])
 
 
 if __name__ == "__main__":

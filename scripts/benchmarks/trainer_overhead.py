@@ -6,7 +6,6 @@ both. The overhead is the ratio of the medians of all steps; each turn's first s
 
 import argparse
 import itertools
-import json
 import platform
 import statistics
 import tempfile
@@ -14,6 +13,7 @@ import time
 from typing import Any
 
 import torch
+from results import Results
 from transformers import (
     AutoConfig,
     AutoModelForImageClassification,
@@ -27,11 +27,10 @@ from transformers import (
 
 from cap_hf import SparseTrainer, SparseTrainingArguments
 from cap_hf.data.images import collate
-from cap_hf.report import versions
 
 
 class StepTimes(TrainerCallback):
-    """Seconds from the end of each optimizer step to the end of the next: every callback and hook is in them."""
+    """Note the seconds from the end of each optimizer step to the end of the next, with every callback and hook."""
 
     def __init__(self) -> None:
         self.ends: list[float] = []
@@ -51,7 +50,7 @@ def now() -> float:
 
 
 def make_model(name: str | None) -> PreTrainedModel:
-    """A dense model: of a checkpoint's configuration, or a small ViT."""
+    """Return a dense model: of a checkpoint's configuration, or a small ViT."""
     torch.manual_seed(0)
     sizes = {"image_size": 28, "patch_size": 4, "hidden_size": 192, "intermediate_size": 384, "num_hidden_layers": 4}
     config = AutoConfig.from_pretrained(name) if name else ViTConfig(**sizes, num_attention_heads=3)
@@ -59,7 +58,7 @@ def make_model(name: str | None) -> PreTrainedModel:
 
 
 def run_turn(kind: type, model: PreTrainedModel, data: list[dict], args: argparse.Namespace) -> list[float]:
-    """Seconds of each optimizer step of one turn, without the first."""
+    """Return the seconds of each optimizer step of one turn, without the first."""
     arguments = SparseTrainingArguments if kind is SparseTrainer else TrainingArguments
     times = StepTimes()
     with tempfile.TemporaryDirectory() as folder:
@@ -84,9 +83,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model_name_or_path", help="take this checkpoint's configuration; default: a small ViT")
     parser.add_argument("--per_device_train_batch_size", type=int, default=32)
-    parser.add_argument("--steps", type=int, default=10, help="optimizer steps a turn")
+    parser.add_argument("--steps", type=int, default=10, help="optimizer steps per turn")
     parser.add_argument("--turns", type=int, default=6, help="turns of each trainer")
-    parser.add_argument("--json", metavar="FILE", help="write the result there as well")
+    parser.add_argument("--json", metavar="FILE", help="gets the figures")
     args = parser.parse_args()
 
     model = make_model(args.model_name_or_path)
@@ -101,29 +100,28 @@ def main() -> None:
         for index in range(4 * args.per_device_train_batch_size)
     ]
     seconds: dict[str, list[float]] = {"Trainer": [], "SparseTrainer": []}
-    for turn in range(args.turns):
-        # Who goes first changes, so that nobody always meets warm caches.
-        for kind in (Trainer, SparseTrainer) if turn % 2 == 0 else (SparseTrainer, Trainer):
-            seconds[kind.__name__] += run_turn(kind, model, data, args)
-    medians = {name: statistics.median(values) for name, values in seconds.items()}
-    result = {
-        "median_seconds_per_step": medians,
-        "overhead": medians["SparseTrainer"] / medians["Trainer"] - 1,
-        "steps_of_each": len(seconds["Trainer"]),
-        "per_device_train_batch_size": args.per_device_train_batch_size,
-        "num_parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "device": "cuda" if torch.cuda.is_available() else platform.processor() or platform.machine(),
-        "threads": torch.get_num_threads(),
-        "versions": versions(),
-        "seconds": seconds,
-    }
-    if args.json:
-        with open(args.json, "w") as file:
-            json.dump(result, file, indent=2)
-            file.write("\n")
+    with Results(args, total=2 * args.turns) as results:
+        results.set(
+            per_device_train_batch_size=args.per_device_train_batch_size,
+            num_parameters=sum(parameter.numel() for parameter in model.parameters()),
+            device="cuda" if torch.cuda.is_available() else platform.processor() or platform.machine(),
+        )
+        for turn in range(args.turns):
+            # Who goes first changes, so that nobody always meets warm caches.
+            for kind in (Trainer, SparseTrainer) if turn % 2 == 0 else (SparseTrainer, Trainer):
+                results.measuring(kind.__name__)
+                seconds[kind.__name__] += run_turn(kind, model, data, args)
+                results.advance()
+            medians = {name: statistics.median(values) for name, values in seconds.items()}
+            results.set(
+                seconds=seconds,
+                median_seconds_per_step=medians,
+                overhead=medians["SparseTrainer"] / medians["Trainer"] - 1,
+                steps_of_each=len(seconds["Trainer"]),
+            )
     for name, value in medians.items():
-        print(f"{name:<14} {1000 * value:8.2f} ms a step (median of {len(seconds[name])})")
-    print(f"overhead       {100 * result['overhead']:8.2f} %")
+        print(f"{name:<14} {1000 * value:8.2f} ms per step (median of {len(seconds[name])})")
+    print(f"overhead       {100 * results.content['overhead']:8.2f} %")
 
 
 if __name__ == "__main__":

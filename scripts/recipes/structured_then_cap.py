@@ -25,7 +25,7 @@ from cap_hf.inference.optimize import make_example
 
 
 def find_mlps(model: PreTrainedModel) -> list[tuple[nn.Linear, nn.Linear]]:
-    """The two Linear layers of every MLP, in the model's order.
+    """Return the two Linear layers of every MLP, in the model's order.
 
     Raises:
         CAPError: the config has no `intermediate_size`, or no layers fit it.
@@ -45,7 +45,7 @@ def find_mlps(model: PreTrainedModel) -> list[tuple[nn.Linear, nn.Linear]]:
 
 
 def narrow_mlps(model: PreTrainedModel, ratio: float) -> PreTrainedModel:
-    """Remove the hidden units of every MLP that matter least, in place; as many in each, so that one config fits.
+    """Remove from every MLP the hidden units that matter least, in place; equally many, so that one config fits all.
 
     A unit's importance is the product of the norms of the weights into it and out of it.
 

@@ -2,16 +2,11 @@
 
 import pytest
 import torch
-from support.inference import make_vit
+from support.inference import make_vit, measurement
 
 from cap_hf import CAPError
 from cap_hf.inference import benchmark as module
-from cap_hf.inference.benchmark import BACKENDS, Measurement, benchmark, losses
-from cap_hf.inference.choice import time_in_turns
-
-
-def measurement(backend, seconds, batch_size=1, threads=2):
-    return Measurement(backend, batch_size, threads, seconds, seconds, seconds, batch_size / seconds, 1, 0.0, 1.0)
+from cap_hf.inference.benchmark import BACKENDS, benchmark, losses
 
 
 def test_every_backend_computes_the_same_model():
@@ -31,14 +26,6 @@ def test_every_backend_computes_the_same_model():
     sizes = {each.backend: each.weight_bytes for each in found}
     assert sizes["dense_bf16"] < 0.6 * sizes["dense"]
     assert sizes["sparse"] < sizes["dense"]
-
-
-def test_turns_are_taken_in_order():
-    order = []
-    times = time_in_turns([lambda: order.append("a"), lambda: order.append("b")], runs=4)
-    assert order == ["a", "b"] * 5  # the first of each is not counted
-    assert [len(each) for each in times] == [4, 4]
-    assert len(time_in_turns([lambda: None], runs=100, seconds=0.0)[0]) == 3
 
 
 def test_losses_of_sparse_are_told():

@@ -17,8 +17,8 @@ from transformers import AutoModelForImageClassification, pipeline
 
 import cap_hf
 from cap_hf import CAPError, SparseModelForImageClassification, find_targets, optimize_for_inference
-from cap_hf.inference import choice, optimize
-from cap_hf.inference.linear import CSRLinear, SparseLinear
+from cap_hf.inference import optimize
+from cap_hf.inference.linear import SparseLinear
 from cap_hf.inference.optimize import resident_bytes
 
 
@@ -62,19 +62,6 @@ def test_auto_replaces_what_is_measured_to_be_faster(monkeypatch):
     assert {type(layer.mlp.fc2) for layer in model.vit.layers} == {SparseLinear}
     assert len(sparse_layers(model)) == 2
     torch.testing.assert_close(logits(model, x), expected, rtol=1e-4, atol=1e-4)
-
-
-def test_measured_choice_takes_a_layer_that_wins_and_leaves_one_that_cannot():
-    almost_empty, almost_full = nn.Linear(768, 768), nn.Linear(768, 768)
-    with torch.no_grad():
-        almost_empty.weight[torch.rand(768, 768) < 0.98] = 0
-        almost_full.weight[torch.rand(768, 768) < 0.21] = 0
-        almost_full.weight[0] = 0
-    assert choice.is_faster(SparseLinear, almost_empty, 197)
-    assert not choice.is_faster(CSRLinear, almost_full, 197)
-    before = choice.measured_faster.cache_info().hits
-    assert choice.is_faster(SparseLinear, almost_empty, 197)
-    assert choice.measured_faster.cache_info().hits == before + 1
 
 
 def test_dense_memory_is_given_back():

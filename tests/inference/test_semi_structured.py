@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from support.gpu import needs_gpu
 from support.models import build
 from torch import nn
 from torch.sparse import SparseSemiStructuredTensorCUTLASS
@@ -100,12 +101,10 @@ def test_state_dict_hook_leaves_other_entries():
     assert state["x.bias"] is linear.bias
 
 
-@pytest.mark.skipif(
-    not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 0), reason="needs an NVIDIA GPU"
-)
-def test_product_on_a_gpu_equals_the_dense_one():
-    model = make_model().cuda()
-    x = torch.randn(4, 3, 8, 8, device="cuda", dtype=torch.bfloat16)
+@pytest.mark.parametrize("device", [pytest.param("cuda", marks=needs_gpu)])
+def test_product_on_a_gpu_equals_the_dense_one(device):
+    model = make_model().to(device)
+    x = torch.randn(4, 3, 8, 8, device=device, dtype=torch.bfloat16)
     with torch.inference_mode():
         expected = model(x).logits
         optimize_for_inference(model, "semi_structured")

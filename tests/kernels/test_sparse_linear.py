@@ -10,9 +10,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.inference import make_weight
 
 from cap_hf.inference.operators import has_kernel, sparse_linear
-from cap_hf.inference.packing import pack, unpack
+from cap_hf.inference.packing import pack
 
 ROOT = Path(__file__).parents[2]
 INSTRUCTION_SETS = ["portable", "avx2", "avx512"]
@@ -23,32 +24,10 @@ def kernel():
     assert has_kernel(), "no C++ compiler: the kernel cannot be tested"
 
 
-def make_weight(rows, cols, sparsity, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    weight = torch.randn(rows, cols, generator=generator)
-    return weight.masked_fill(torch.rand(rows, cols, generator=generator) < sparsity, 0.0)
-
-
 def reference(x, weight, bias):
     """In float64, one number at a time as far as PyTorch is concerned."""
     y = (x.double()[..., None, :] * weight.double()).sum(-1)
     return (y if bias is None else y + bias.double()).float()
-
-
-@settings(max_examples=60, deadline=None)
-@given(
-    seed=st.integers(0, 10**6),
-    rows=st.one_of(st.integers(1, 40), st.sampled_from([127, 128, 129, 260])),
-    cols=st.one_of(st.integers(1, 40), st.sampled_from([191, 192, 193, 400, 800])),
-    sparsity=st.sampled_from([0.0, 0.5, 0.9, 0.99, 1.0]),
-)
-def test_unpacking_gives_back_what_was_packed(seed, rows, cols, sparsity):
-    weight = make_weight(rows, cols, sparsity, seed)
-    packed = pack(weight)
-    assert torch.equal(unpack(packed), weight)
-    assert len(packed.values) == packed.starts[-1]
-    stored = int((packed.values != 0).sum())
-    assert stored == int((weight != 0).sum())
 
 
 @settings(max_examples=60, deadline=None)
@@ -146,19 +125,6 @@ def test_numbers_that_are_not_finite_reach_their_own_token_only():
     others = torch.arange(40) != 3
     torch.testing.assert_close(y[others], reference(x[others], weight, None), rtol=1e-4, atol=1e-4)
     assert not y[3].isfinite().any()
-
-
-def test_operator_is_registered_as_pytorch_asks():
-    packed, bias = pack(make_weight(20, 30, 0.5)), torch.randn(20)
-    args = (torch.randn(2, 9, 30), *list(vars(packed).values())[:4], bias, 20, 30, packed.row_block, packed.col_block)
-    torch.library.opcheck(torch.ops.cap_hf.sparse_linear.default, args, test_utils=("test_schema", "test_faketensor"))
-
-
-def test_backward_is_an_error():
-    x = torch.randn(2, 30, requires_grad=True)
-    y = sparse_linear(x, pack(make_weight(20, 30, 0.5)))
-    with pytest.raises(RuntimeError, match="sparse_linear"):
-        (y.sum() + x.sum()).backward()
 
 
 def test_more_tokens_than_fit_the_working_memory():

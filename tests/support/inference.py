@@ -1,9 +1,10 @@
-"""Pruned ViTs large enough for sparse layers, and what the tests of inference ask of them."""
+"""Sparse weights, pruned ViTs large enough for sparse layers, and measurements that were never taken."""
 
 import torch
 from transformers import ViTConfig, ViTForImageClassification, set_seed
 
 from cap_hf import find_targets
+from cap_hf.inference.benchmark import Measurement
 from cap_hf.inference.linear import SparseWeightLinear
 
 
@@ -42,3 +43,16 @@ def pixels(model, batch_size=3):
 @torch.inference_mode()
 def logits(model, x):
     return model(pixel_values=x).logits
+
+
+def make_weight(rows, cols, sparsity, seed=0):
+    """A dense weight `(rows, cols)` with zeros at random."""
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(rows, cols, generator=generator)
+    return weight.masked_fill(torch.rand(rows, cols, generator=generator) < sparsity, 0.0)
+
+
+def measurement(backend, seconds, batch_size=1, threads=2, low=None, high=None, speedup=1.0):
+    """What a benchmark would say of a backend that takes so long."""
+    rate = batch_size / seconds
+    return Measurement(backend, batch_size, threads, seconds, low or seconds, high or seconds, rate, 1, 0.0, speedup)

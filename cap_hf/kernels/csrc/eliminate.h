@@ -1,8 +1,9 @@
-// The greedy elimination of one block, as cap_hf/elimination.py does it in PyTorch, in memory that stays in the cache.
+// The greedy elimination of one block, as cap_hf/method/elimination.py does it in PyTorch, in memory that stays in the
+// cache.
 //
-// The inverse A loses rank one with every removed weight. Within a panel of steps only the pivots' columns of the
-// current A are formed; after it the panel's product brings the survivors' part of A up to date, in place and packed
-// together, so the later panels work on ever less memory.
+// The inverse A loses rank one with every removed weight. A panel is a number of steps in which only the pivots'
+// columns of the current A are formed. After it one matrix product brings A up to date, for the weights that are left
+// alone and packed together, so that every panel works on less memory than the one before.
 #pragma once
 
 #include <algorithm>
@@ -13,18 +14,19 @@
 
 namespace cap_hf {
 
-// Steps of a panel: its columns stay in the second-level cache, and its update is a matrix product.
+// Steps of a panel: few enough for its columns to stay in the second-level cache.
 constexpr int kPanel = 64;
 // Entries of a vector; compilers turn one into as many registers as the processor needs.
 constexpr int kLanes = 8;
-constexpr int kRows = 8;         // rows and
-constexpr int kColumns = 2;      // vectors of a tile of the update that stays in registers
+// The update goes tile by tile, kRows rows by kColumns vectors each, whose sums stay in registers.
+constexpr int kRows = 8;
+constexpr int kColumns = 2;
 using Vector = double __attribute__((vector_size(kLanes * sizeof(double)), aligned(sizeof(double))));
 
 inline Vector load(const double* from) { return *reinterpret_cast<const Vector*>(from); }
 inline void store(double* to, Vector value) { *reinterpret_cast<Vector*>(to) = value; }
 
-// What a thread works in: all it needs for blocks of one size.
+// The working memory of a thread, for blocks of one size, and the elimination in it.
 class Eliminator {
  public:
   explicit Eliminator(int64_t size)
@@ -46,7 +48,7 @@ class Eliminator {
       gate_[i] = weights[i] == 0.0 ? kFirst : kLive;
     }
     std::fill(given_.begin(), given_.end(), 0);
-    // The first panel reads the caller's matrix; what is left of it is packed into memory of our own.
+    // The first panel reads the caller's matrix; after it, what is left of A is packed into a_.
     const double* a = inverse;
     int64_t a_stride = size;
     int64_t count = size;  // weights that A still holds
@@ -80,10 +82,10 @@ class Eliminator {
   }
 
  private:
-  // Added to a weight's cost: whether it may be removed. Those that are 0 go before all others.
+  // Added to a weight's cost: it may be removed, it is 0 and goes before all others, or it stays.
   static constexpr double kLive = 0.0, kFirst = -1.0, kNever = std::numeric_limits<double>::infinity();
 
-  // The weight whose removal costs least, the first of equals; -1 if every cost is infinite or not a number.
+  // Returns the weight whose removal costs least, the first of equals; -1 if every cost is infinite or not a number.
   int64_t cheapest(int64_t count) {
     Vector least = Vector{} + kNever;
     for (int64_t i = 0; i < count; i += kLanes) {
@@ -99,14 +101,15 @@ class Eliminator {
     return found;
   }
 
-  // A group has given up all it may: its other weights stay.
+  // Keeps the other weights of a group that has given up as many as it may.
   void close(int64_t number, int64_t group, int64_t count) {
     for (int64_t i = 0; i < count; ++i) {
       if (position_[i] / group == number) gate_[i] = kNever;
     }
   }
 
-  // The pivot's column of the current A over the root of its diagonal; w and the diagonal move along.
+  // Forms the pivot's column of the current A, divided by the root of its diagonal entry, and updates w and the
+  // diagonal with it.
   void form_column(int64_t pivot, int64_t k, int64_t count, double root, double cost) {
     double at_pivot[kPanel];
     for (int64_t j = 0; j < k; ++j) at_pivot[j] = panel_[j * stride_ + pivot];
@@ -137,7 +140,8 @@ class Eliminator {
     }
   }
 
-  // Brings A up to date with a whole panel, on the weights that are left, packed into the first rows and columns.
+  // Brings A up to date with a whole panel, for the weights that are left, which are packed into the first rows and
+  // columns. Returns how many there are.
   int64_t shrink(const double* a, int64_t a_stride, int64_t count, int64_t width) {
     std::fill(taken_.begin(), taken_.end(), false);
     for (int64_t k = 0; k < width; ++k) taken_[pivots_[k]] = true;
@@ -156,8 +160,8 @@ class Eliminator {
       double* column = &panel_[k * stride_];
       for (int64_t i = 0; i < kept; ++i) column[i] = column[left_[i]];
     }
-    // Rows go up and columns to the left, and a tile is read before it is written, so nothing is overwritten that is
-    // read later. Tiles below the diagonal only; the upper half is their mirror image.
+    // Packing moves rows up and columns to the left, and a tile is read before it is written, so nothing that is read
+    // later is overwritten. Only tiles below the diagonal are computed; the upper half is their mirror image.
     int64_t i = 0;
     for (; i + kRows <= kept; i += kRows) update_rows<kRows>(a, a_stride, i, width);
     for (; i < kept; ++i) update_rows<1>(a, a_stride, i, width);

@@ -1,5 +1,5 @@
-// torch.ops.cap_hf.eliminate, invert and reconstruct: whole blocks on each thread. LAPACK on all threads at once is
-// slower for blocks of these sizes than on one thread for each block.
+// The operators cap_hf::eliminate, invert and reconstruct: every thread computes whole blocks. For blocks of these
+// sizes that is faster than LAPACK with all threads on one block.
 #include <ATen/Functions.h>
 #include <ATen/Parallel.h>
 #include <ATen/core/LegacyTypeDispatch.h>
@@ -16,6 +16,8 @@ namespace {
 
 using at::Tensor;
 
+// Returns the order (n, steps) and losses (n, steps) of the removals in n blocks, and the first block with a pivot that
+// is not positive and finite, or -1. At most `limit` of `group` consecutive weights go (group 0: any number).
 std::tuple<Tensor, Tensor, int64_t> eliminate(const Tensor& weights, const Tensor& inverse, int64_t steps,
                                               int64_t group, int64_t limit) {
   TORCH_CHECK(weights.scalar_type() == at::kDouble && inverse.scalar_type() == at::kDouble, "float64 is needed");
@@ -34,7 +36,7 @@ std::tuple<Tensor, Tensor, int64_t> eliminate(const Tensor& weights, const Tenso
   int64_t* order_data = order.mutable_data_ptr<int64_t>();
   double* losses_data = losses.mutable_data_ptr<double>();
   std::atomic<int64_t> lost{n}, next{0};
-  // Each thread takes the next block: some end early, and cores are not equally fast.
+  // Each thread takes the next block when it is done with one: some blocks end early, and some cores are slower.
   at::parallel_for(0, std::min<int64_t>(n, at::get_num_threads()), 1, [&](int64_t begin, int64_t end) {
     cap_hf::Eliminator eliminator(size);
     for (int64_t b = next++; b < n; b = next++) {
@@ -50,12 +52,12 @@ std::tuple<Tensor, Tensor, int64_t> eliminate(const Tensor& weights, const Tenso
   return {order, losses, lost.load() == n ? -1 : lost.load()};
 }
 
-// The inverses of positive definite matrices, and LAPACK's info of each factorisation.
+// Returns the inverses of positive definite matrices (n, B, B), and LAPACK's info (n) of each factorisation.
 std::tuple<Tensor, Tensor> invert(const Tensor& matrices) {
   Tensor inverse = at::empty_like(matrices, at::MemoryFormat::Contiguous);
   Tensor info = at::empty({matrices.size(0)}, matrices.options().dtype(at::kInt));
   at::parallel_for(0, matrices.size(0), 1, [&](int64_t begin, int64_t end) {
-    // What the caller's thread knows of autograd and inference mode, this one does not: leave both out.
+    // This thread does not have the caller's autograd and inference modes, so both are left out.
     const at::AutoDispatchBelowADInplaceOrView plain;
     for (int64_t b = begin; b < end; ++b) {
       auto [factor, code] = at::linalg_cholesky_ex(matrices[b]);
@@ -66,7 +68,7 @@ std::tuple<Tensor, Tensor> invert(const Tensor& matrices) {
   return {inverse, info};
 }
 
-// As reconstruct in elimination.py; info is LAPACK's of each block's factorisation.
+// Does what reconstruct does in cap_hf/method/elimination.py; info (n) is LAPACK's of each block's factorisation.
 std::tuple<Tensor, Tensor> reconstruct(const Tensor& weights, const Tensor& fisher, const Tensor& keep) {
   TORCH_CHECK(weights.scalar_type() == at::kDouble && fisher.scalar_type() == at::kDouble &&
                   keep.scalar_type() == at::kBool, "float64 and a bool mask are needed");

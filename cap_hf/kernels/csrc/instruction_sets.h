@@ -1,5 +1,5 @@
-// The sparse product's steps for AVX-512, for AVX2 and in portable C++. The best that the processor has is chosen
-// when the program runs, so one build serves all processors.
+// The parts of the sparse product that differ between instruction sets: AVX-512, AVX2 and portable C++. The best that
+// the processor has is chosen when the program runs, so that one library serves all processors.
 #pragma once
 
 #include <cstring>
@@ -126,7 +126,7 @@ inline void transpose(const float* from, int64_t from_stride, float* to, int64_t
 #pragma GCC pop_options
 #endif
 
-// "avx512", "avx2" or "portable"; null if this processor does not have it or the name is none of them.
+// Returns the kernels of "avx512", "avx2" or "portable"; null if the processor lacks them or the name is another.
 inline const Kernels* kernels_named(const char* name) {
   if (std::strcmp(name, "portable") == 0) return &portable::kKernels;
 #ifdef CAP_HF_X86
@@ -139,6 +139,7 @@ inline const Kernels* kernels_named(const char* name) {
   return nullptr;
 }
 
+// Returns the name of the fastest kernels that this processor has.
 inline const char* best_instruction_set() {
   for (const char* name : {"avx512", "avx2"})
     if (kernels_named(name) != nullptr) return name;

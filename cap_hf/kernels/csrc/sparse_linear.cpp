@@ -13,24 +13,25 @@
 
 namespace {
 
-// Floats of working memory for transposed tokens, at most (unless one tile takes more): half of a usual L3 cache.
+// Floats of working memory for tiles, at most (unless one tile takes more): half of a usual L3 cache.
 constexpr int64_t kScratch = int64_t{1} << 21;
 
-// At least `size` floats that start a cache line and stay the calling thread's until its next call. They are kept
-// between calls: memory given back to the system costs a page fault for every 4 KiB when it is taken again, and that
-// took a third of a small model's time.
+// Returns at least `size` floats that start at a cache line and are the calling thread's until its next call. They are
+// kept between calls: memory that is given back to the system costs a page fault per 4 KiB when it is taken again,
+// which was a third of a small model's time.
 float* scratch(int64_t size) {
   constexpr int64_t kLine = 16;
   thread_local std::vector<float> memory;
   if (static_cast<int64_t>(memory.size()) < size + kLine) {
-    memory = std::vector<float>();  // first free, so that both are never there
+    memory = std::vector<float>();  // freed first, so that the old and the new are never there together
     memory.resize(size + kLine);
   }
   const auto misfit = reinterpret_cast<uintptr_t>(memory.data()) / sizeof(float) % kLine;
   return memory.data() + (kLine - misfit) % kLine;
 }
 
-// x [..., cols], bias [rows] or none -> y [..., rows]; the other arguments are a cap_hf.inference.packing.PackedWeight.
+// Returns y [..., rows] for x [..., cols] and bias [rows] or none. An empty `instruction_set` is the best; the other
+// arguments are the fields of a cap_hf.inference.packing.PackedWeight.
 at::Tensor sparse_linear(const at::Tensor& x, const at::Tensor& values, const at::Tensor& offsets,
                          const at::Tensor& starts, const at::Tensor& order, const std::optional<at::Tensor>& bias,
                          int64_t rows, int64_t cols, int64_t row_block, int64_t col_block,
@@ -59,7 +60,7 @@ at::Tensor sparse_linear(const at::Tensor& x, const at::Tensor& values, const at
               "sparse_linear: the parts of the packed weight do not fit each other");
   TORCH_CHECK(!bias || (bias->is_floating_point() && bias->numel() == rows), "sparse_linear: bias must be ", rows,
               " floating point numbers");
-  // Half precision is read and written, but the sums are float32.
+  // Inputs and outputs may be half precision; the sums are float32.
   const at::Tensor input = x.to(at::kFloat).contiguous();
   const at::Tensor offset = bias ? bias->to(at::kFloat).contiguous() : at::Tensor();
   auto shape = input.sizes().vec();
@@ -78,8 +79,8 @@ at::Tensor sparse_linear(const at::Tensor& x, const at::Tensor& values, const at
     cap_hf::Product product(*kernels, weight, input.const_data_ptr<float>() + first * cols,
                             std::min(step, tokens - first), bias ? offset.const_data_ptr<float>() : nullptr,
                             y.mutable_data_ptr<float>() + first * rows, buffer, ready.get(), threads);
-    // One call a thread, with its number: thread i always is the same, also in PyTorch's own operators, and has the
-    // same tokens in all. Where there is but one call for all numbers it empties all queues.
+    // One call per thread, with its number: number i is the same thread in every operator of PyTorch, and has the same
+    // tokens in each. Where PyTorch makes one call for all numbers, the first of them does the work of all queues.
     at::parallel_for(0, threads, 1, [&](int64_t thread, int64_t) { product.work(thread); });
   }
   return y.to(x.scalar_type());
@@ -95,7 +96,7 @@ TORCH_LIBRARY_FRAGMENT(cap_hf, m) {
 
 TORCH_LIBRARY_IMPL(cap_hf, CPU, m) { m.impl("sparse_linear", &sparse_linear); }
 
-// Inference only: a backward pass ends in an error that names the operator, not in gradients that lack a part.
+// For inference only: a backward pass is an error that names the operator, instead of gradients that lack a part.
 TORCH_LIBRARY_IMPL(cap_hf, Autograd, m) {
   m.impl("sparse_linear", torch::autograd::autogradNotImplementedFallback());
 }

@@ -1,12 +1,19 @@
-// y = x W^T + b for a sparse W and a dense x: the packed weight, and one product written once over instruction sets.
+// y = x W^T + b for a sparse W and a dense x: the packed weight, and the product over any instruction set.
 //
-// Nothing of PyTorch is included here, so that the product can be compiled and checked alone in a second.
+// Nothing of PyTorch is included here, so that the product can be compiled and checked by itself in a second.
 //
-// Activations are cut into tiles of 32 tokens and transposed, [column][token], so that one weight meets 32 contiguous
-// floats. Weights are cut into blocks of rows by blocks of columns: a block of columns of one tile stays in the L1
-// cache while all rows of the block pass over it. Inside a block the rows are sorted by their number of weights and
-// taken four at a time (a "slice", as in the SELL-C-sigma format, arXiv 1307.6209), with the accumulators of four rows
-// x 32 tokens in registers: four rows give independent chains of sums, and one load brings the next weight of each.
+// Words
+//   token         a row of x, and of y
+//   tile          kTile tokens, transposed: [column][token], so that one weight meets 32 contiguous floats
+//   row block     up to kRowBlock rows of W, whose sums for one tile are in a buffer
+//   column block  columns of W for which a tile's part stays in the L1 cache while all rows of a row block pass over it
+//   slice         four rows of a row block, taken together; rows are sorted by their number of weights in the column
+//                 block, so that a slice's rows have about as many (the SELL-C-sigma format, arXiv 1307.6209)
+//   segment       the weights of one slice in one column block
+//   step          one weight of each row of a slice (0 for a row that has no more), four numbers in one load; the sums
+//                 of four rows x 32 tokens are in registers, four independent chains
+//   offset        where a weight's column starts in its column block of a tile, in units of 8 bytes
+//   queue         the tiles that one thread begins with
 #pragma once
 
 #include <atomic>
@@ -21,20 +28,20 @@ static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "four offsets are loade
 constexpr int64_t kTile = 32;      // tokens in a tile
 constexpr int64_t kSlice = 4;      // rows in a slice
 constexpr int64_t kRowBlock = 128; // rows in a block, at most: their sums lie in a buffer on the stack
-constexpr int64_t kHalf = 16;      // a tile of no more tokens is computed by halves
-constexpr int64_t kColBlock = 4095; // columns in a block, at most: 16 times a column is an offset of 16 bits
+constexpr int64_t kHalf = 16;      // of a tile with no more tokens than this only the first half is computed
+constexpr int64_t kColBlock = 4095; // columns in a block, at most: 16 times a column, its offset, has 16 bits
 
-// Segments are numbered (row block, column block, slice), each dimension in full: the last row block has as many
-// slices as the others. Segment s holds steps starts[s] .. starts[s + 1]; step i is the i-th weight of four rows.
+// Segments are numbered by row block, then column block, then slice; the last row block has as many slices as the
+// others. Segment s holds the steps from starts[s] to before starts[s + 1].
 struct SparseWeight {
   int64_t rows;
   int64_t cols;
   int64_t row_block;       // a multiple of kSlice, at most kRowBlock
   int64_t col_block;       // at most 4095
-  const float* values;     // [steps][4]; 0 where a row has run out of weights
-  const uint16_t* offsets; // [steps][4]: column in the column block x 16, that is its place in a tile in 8 bytes
+  const float* values;     // [steps][4]; 0 where a row has no more weights
+  const uint16_t* offsets; // [steps][4]: 16 x the column, counted in its column block
   const int32_t* starts;   // [segments + 1]
-  const int16_t* order;    // [segments][4]: row in the row block
+  const int16_t* order;    // [segments][4]: the rows of the slice, counted in their row block
 
   int64_t row_blocks() const { return (rows + row_block - 1) / row_block; }
   int64_t col_blocks() const { return (cols + col_block - 1) / col_block; }
@@ -42,9 +49,9 @@ struct SparseWeight {
   int64_t segments() const { return row_blocks() * col_blocks() * slices(); }
 };
 
-// What an instruction set brings along.
+// The functions that are compiled for every instruction set.
 struct Kernels {
-  // tile[col][token] = x[token][col]; tokens that are not there become 0.
+  // tile[col][token] = x[token][col]; 0 for tokens past the last.
   void (*load_tile)(const float* x, int64_t tokens, int64_t cols, float* tile);
   // sums[row][token] += the product of one row block with a tile of kTile (or, if half, kHalf) tokens.
   void (*multiply)(const SparseWeight& weight, int64_t row_block, const float* tile, bool half, float* sums);
@@ -52,12 +59,11 @@ struct Kernels {
   void (*store_tile)(const float* sums, int64_t rows, int64_t tokens, float* y, int64_t stride);
 };
 
-
-// One product, shared by the threads that call work(). Every thread has a queue, a run of tiles: what a thread writes
-// here it reads in the next layer, and lines that move between the caches of two cores cost more than the product
-// saves. Its tasks are, in order, to transpose its tiles, and (row block, tile) pairs. A thread that is done takes tasks
-// from the queues of others, so that none waits for another. A pair needs its tile transposed; the thread that took
-// that task earlier is at work on it, so the wait is short and ends.
+// One product, shared by the threads that call work(). Every thread has a queue of consecutive tiles, the same in every
+// layer: what a thread writes here it reads in the next layer, and moving that between the caches of two cores would
+// cost more than sparsity saves. The tasks of a queue are, in order, to transpose each of its tiles, and to multiply
+// each row block with each tile. A thread whose queue is empty takes tasks from the others'. A tile that is multiplied
+// must be transposed; the thread that took that task is at work on it, so the wait is short and ends.
 class Product {
  public:
   // x [tokens][cols], bias [rows] or null, y [tokens][rows]; buffer [tiles][cols][kTile] and ready [tiles], all 0,
@@ -69,7 +75,7 @@ class Product {
 
   static int64_t tiles(int64_t tokens) { return (tokens + kTile - 1) / kTile; }
 
-  // Take tasks, from queue `own` first, until none is left.
+  // Takes tasks, from queue `own` first, until none is left.
   void work(int64_t own) {
     const int64_t queues = static_cast<int64_t>(queues_.size());
     for (int64_t i = 0; i < queues; ++i) empty((own + i) % queues);
@@ -107,7 +113,7 @@ class Product {
     const int64_t first = row_block * weight_.row_block;
     const int64_t rows = weight_.rows - first < weight_.row_block ? weight_.rows - first : weight_.row_block;
     const int64_t tokens = tokens_in(tile);
-    // All rows of the block, also those past the last: slices are whole, and what they add to must be a number.
+    // Also rows past the last of W, as slices are whole: the numbers that they add to must be there.
     for (int64_t row = 0; row < weight_.row_block; ++row) {
       const float start = bias_ != nullptr && row < rows ? bias_[first + row] : 0.0f;
       for (int64_t token = 0; token < kTile; ++token) sums[row * kTile + token] = start;

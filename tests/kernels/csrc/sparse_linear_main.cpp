@@ -1,5 +1,5 @@
 // The sparse product against sums one by one, over odd shapes and all instruction sets, with two threads; compiled
-// with the address and undefined-behaviour sanitizers by test_inference_kernel.py. Exit code 0 if all agree.
+// with the address and undefined-behaviour sanitizers by tests/kernels/test_sparse_linear.py. Exit code 0 if all agree.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>

@@ -1,22 +1,18 @@
 """Structured pruning, then CAP: the recipe removes what it says and nothing else."""
 
 import copy
-import importlib.util
 import json
-from pathlib import Path
 
 import pytest
 import torch
 from support.models import build, random_batches
+from support.scripts import load_script, run_script
 from transformers import AutoModelForImageClassification
 
 from cap_hf import CAPCompressor, CAPConfig, CAPError, find_targets, optimize_for_inference
 
 pytest.importorskip("torch_pruning")
-PATH = Path(__file__).parents[2] / "scripts" / "recipes" / "structured_then_cap.py"
-spec = importlib.util.spec_from_file_location("structured_then_cap", PATH)
-recipe = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(recipe)
+recipe = load_script("recipes/structured_then_cap.py")
 
 
 @torch.inference_mode()
@@ -67,11 +63,8 @@ def test_models_without_such_mlps_are_refused():
 
 def test_recipe_runs_on_a_checkpoint(tiny_checkpoint, tmp_path, monkeypatch, capsys):
     arguments = ["--sparsity", "0.5", "--dataset_name", "digits", "--num_grads", "16", "--disable_tqdm", "True"]
-    monkeypatch.setattr(
-        "sys.argv",
-        ["recipe", "--model_name_or_path", str(tiny_checkpoint), "--output_dir", str(tmp_path / "out"), *arguments],
-    )
-    recipe.main()
+    where = ["--model_name_or_path", tiny_checkpoint, "--output_dir", tmp_path / "out"]
+    run_script("recipes/structured_then_cap.py", *where, *arguments, monkeypatch=monkeypatch)
     assert "MLPs of 24 units" in capsys.readouterr().out
     report = json.loads((tmp_path / "out" / "pruned" / "report.json").read_text())
     assert report["dense"]["num_examples"] > 0

@@ -1,0 +1,68 @@
+"""Choosing by measuring: a layer that wins is taken, one that cannot is not, and equal layers are measured once."""
+
+import pytest
+import torch
+from torch import nn
+
+from cap_hf.inference import choice
+from cap_hf.inference.choice import is_faster, is_semi_structured_faster, time_in_turns
+from cap_hf.inference.linear import CSRLinear, SparseLinear
+from cap_hf.inference.operators import has_kernel
+
+
+def make_linear(share):
+    """A Linear of 768 x 768 of whose weights a share is 0."""
+    linear = nn.Linear(768, 768)
+    with torch.no_grad():
+        linear.weight[torch.rand(768, 768, generator=torch.Generator().manual_seed(0)) < share] = 0
+    return linear
+
+
+def test_measured_choice_takes_a_layer_that_wins_and_leaves_one_that_cannot():
+    assert has_kernel()
+    almost_empty = make_linear(0.98)
+    assert is_faster(SparseLinear, almost_empty, 197)
+    assert not is_faster(CSRLinear, make_linear(0.22), 197)
+    before = choice.measured_faster.cache_info().hits
+    assert is_faster(SparseLinear, almost_empty, 197)
+    assert choice.measured_faster.cache_info().hits == before + 1
+
+
+def test_a_layer_with_few_zeros_is_not_measured(monkeypatch):
+    def measured_faster(*args):
+        raise AssertionError("measured")
+
+    monkeypatch.setattr(choice, "measured_faster", measured_faster)
+    assert not is_faster(SparseLinear, make_linear(0.15), 197)
+
+
+def test_what_decides_is_the_sparsity_rounded_down_and_the_shape(monkeypatch):
+    asked = []
+    monkeypatch.setattr(choice, "measured_faster", lambda *args: bool(asked.append(args)))
+    is_faster(CSRLinear, make_linear(0.78), 50)
+    assert asked == [(CSRLinear, 768, 768, 50, 15, True, torch.get_num_threads())]  # 15 steps of 5 %
+
+
+@pytest.mark.parametrize(("sparse_seconds", "faster"), [(0.9, True), (0.96, False), (1.2, False)])
+def test_in_doubt_nothing_is_changed(monkeypatch, sparse_seconds, faster):
+    monkeypatch.setattr(choice, "time_in_turns", lambda *args: [[1.0] * 3, [sparse_seconds] * 3])
+    choice.measured_faster.cache_clear()
+    assert choice.measured_faster(CSRLinear, 8, 8, 1, 10, False, 1) is faster
+    monkeypatch.setattr(choice, "to_semi_structured", lambda linear: None)
+    assert is_semi_structured_faster(nn.Linear(8, 8), 4) is faster
+    choice.measured_faster.cache_clear()
+
+
+def test_turns_are_taken_in_order():
+    order = []
+    times = time_in_turns([lambda: order.append("a"), lambda: order.append("b")], runs=4)
+    assert order == ["a", "b"] * 5  # the first of each is not counted
+    assert [len(each) for each in times] == [4, 4]
+    assert len(time_in_turns([lambda: None], runs=100, seconds=0.0)[0]) == 3
+
+
+def test_a_pause_lies_before_each_run_and_is_not_timed(monkeypatch):
+    pauses = []
+    monkeypatch.setattr(choice.time, "sleep", pauses.append)
+    time_in_turns([lambda: None, lambda: None], runs=3, pause=0.25)
+    assert pauses == [0.25] * 6

@@ -1,0 +1,38 @@
+"""The kernel as an operator of PyTorch: known to its compiler, and to autograd as something without a gradient."""
+
+import pytest
+import torch
+from support.inference import make_weight
+
+from cap_hf.inference.operators import fake_sparse_linear, has_kernel, sparse_linear
+from cap_hf.inference.packing import pack
+
+
+@pytest.fixture(scope="module", autouse=True)
+def kernel():
+    assert has_kernel(), "no C++ compiler: the kernel cannot be tested"
+
+
+def test_shape_and_dtype_are_known_without_computing():
+    x = torch.empty(2, 9, 30, dtype=torch.bfloat16, device="meta")
+    y = fake_sparse_linear(x, None, None, None, None, None, 20, 30, 32, 30)
+    assert (y.shape, y.dtype, y.device) == ((2, 9, 20), torch.bfloat16, x.device)
+
+
+def test_what_nobody_calls_is_not_registered():
+    schemas = {schema.name for schema in torch._C._jit_get_all_schemas() if schema.name.startswith("cap_hf::")}
+    assert "cap_hf::sparse_linear" in schemas
+    assert "cap_hf::instruction_set" not in schemas
+
+
+def test_operator_is_registered_as_pytorch_asks():
+    packed, bias = pack(make_weight(20, 30, 0.5)), torch.randn(20)
+    args = (torch.randn(2, 9, 30), *list(vars(packed).values())[:4], bias, 20, 30, packed.row_block, packed.col_block)
+    torch.library.opcheck(torch.ops.cap_hf.sparse_linear.default, args, test_utils=("test_schema", "test_faketensor"))
+
+
+def test_backward_is_an_error():
+    x = torch.randn(2, 30, requires_grad=True)
+    y = sparse_linear(x, pack(make_weight(20, 30, 0.5)))
+    with pytest.raises(RuntimeError, match="sparse_linear"):
+        (y.sum() + x.sum()).backward()

@@ -1,0 +1,142 @@
+"""The CPU's benchmarks, on models and shapes small enough for a test: each writes the figures that it is for."""
+
+import json
+
+import pytest
+import torch
+from support.models import build
+from support.scripts import load_script, run_script
+from transformers import ViTConfig
+
+models = load_script("benchmarks/models.py")
+
+
+@pytest.fixture(autouse=True)
+def threads():
+    """Leave PyTorch's number of threads as it was."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def figures(tmp_path, monkeypatch):
+    """Run a benchmark with these arguments and constants, and return what it wrote."""
+
+    def run(name, *arguments, **constants):
+        path = tmp_path / "figures.json"
+        run_script(f"benchmarks/{name}.py", "--json", path, *arguments, monkeypatch=monkeypatch, **constants)
+        return json.loads(path.read_text())
+
+    return run
+
+
+def test_scale_writes_ratios_against_the_published_procedure(figures, monkeypatch):
+    shapes = ((16, 12), (8, 24))
+    found = figures(
+        "scale",
+        *("--threads", 1, "--repeats", 2, "--only", "fisher", "elimination"),
+        SHAPES=shapes,
+        NUM_GRADS=16,
+        SAMPLES=8,
+    )
+    assert found["fisher_speedup"] == found["fisher"]["speedup"] > 0
+    assert list(found["elimination"]) == ["16 x 12", "8 x 24"]
+    assert found["elimination_speedup"] == min(each["speedup"] for each in found["elimination"].values())
+    assert [len(each) for each in found["fisher"]["seconds"].values()] == [2, 2]
+
+
+def test_scale_compares_whole_prunes_with_bare_passes(figures):
+    found = figures(
+        "scale",
+        *("--threads", 1, "--whole_repeats", 2, "--only", "overhead", "--examples", 8, "--batch_size", 4),
+        make_vit=lambda name: models.make_vit("vit-test", image_size=224, patch_size=112),
+    )
+    assert found["overhead_over_forward_backward"] == found["overhead"]["overhead"]
+    assert [len(each) for each in found["overhead"]["seconds"].values()] == [2, 2]
+
+
+def test_scale_measures_memory_and_prunes_in_children(monkeypatch, capsys):
+    constants = {"SHAPES": ((16, 12),), "SAMPLES": 16}
+    for side in ("ours", "published"):
+        run_script("benchmarks/scale.py", "--memory_of", side, monkeypatch=monkeypatch, **constants)
+        assert int(capsys.readouterr().out) >= 0
+    small = {"make_vit": lambda name: models.make_vit("vit-test", image_size=224, patch_size=112)}
+    run_script("benchmarks/scale.py", "--prune_of", 8, "--batch_size", 4, monkeypatch=monkeypatch, **small)
+    assert float(capsys.readouterr().out) > 0
+
+
+def test_growth_has_a_row_for_every_value_and_a_picture(figures, tmp_path):
+    picture = tmp_path / "growth.png"
+    base = {"width": 32, "block_size": 16, "num_grads": 64}
+    axes = {"block size B": ("block_size", (16, 32)), "gradient samples": ("num_grads", (64,))}
+    found = figures("growth", "--threads", 1, "--repeats", 2, "--plot", picture, AXES=axes, BASE=base)
+    assert {title: [row["value"] for row in rows] for title, rows in found["results"].items()} == {
+        "block size B": [16, 32],
+        "gradient samples": [64],
+    }
+    assert all(len(row["seconds"]["prune"]) == 2 for rows in found["results"].values() for row in rows)
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_large_writes_plan_peak_and_phases(figures):
+    found = figures(
+        "large",
+        *("--model", "small", "--fisher_block_size", 8, "--num_grads", 2),
+        MODELS={"small": lambda: models.make_vit("vit-test", image_size=224, patch_size=112)},
+    )
+    assert (found["passes"], found["block_size"], found["sparsity"]) == (1, 8, 0.75)
+    assert [phase["phase"] for phase in found["phases"]] == ["collect", "prune"]
+    assert found["peak_bytes"] > 0
+
+
+def test_trainer_overhead_keeps_every_step(figures, tmp_path):
+    config = tmp_path / "config"
+    build("ViT", image_size=8).save_pretrained(config)
+    found = figures(
+        "trainer_overhead",
+        *("--model_name_or_path", config, "--steps", 2, "--turns", 2, "--per_device_train_batch_size", 2),
+    )
+    assert [len(each) for each in found["seconds"].values()] == [4, 4]
+    assert found["overhead"] == pytest.approx(
+        found["median_seconds_per_step"]["SparseTrainer"] / found["median_seconds_per_step"]["Trainer"] - 1
+    )
+
+
+def test_inference_has_a_row_for_every_setting(figures, monkeypatch):
+    found = figures(
+        "inference",
+        *("--models", "small", "--batch_sizes", 1, 2, "--sparsities", 0.5, 0.9, "--threads", 1, "--runs", 3),
+        MODELS={"small": "vit-test"},
+        make_vit=lambda name: models.make_vit(name, image_size=224, patch_size=56),
+    )
+    assert [(row["model"], row["sparsity"], row["batch_size"]) for row in found["results"]] == [
+        ("small", sparsity, size) for sparsity in (0.5, 0.9) for size in (1, 2)
+    ]
+    assert all(row["speedup_vs_torch"] > 0 and row["max_difference"] < 1e-3 for row in found["results"])
+    assert found["config"]["fisher_block_size"] == 16
+
+
+def test_checkpoint_measures_packing(figures):
+    found = figures("checkpoint", "--forms", "0.75", "2:4", "--sparsities", "--threads", 1, "--repeats", 1)
+    forms = [(row["form"], row["dtype"]) for row in found["throughput"]]
+    assert len(forms) == 6
+    assert ("2:4", "torch.bfloat16") in forms
+    assert all(row["pack_gb_per_second"] > 0 and row["compressed_share"] < 1 for row in found["throughput"])
+
+
+def test_models_are_those_of_their_papers():
+    assert {name: models.VITS[name]["hidden_size"] for name in ("vit-tiny", "vit-small", "vit-base")} == {
+        "vit-tiny": 192,
+        "vit-small": 384,
+        "vit-base": 768,
+    }
+    model = models.make_vit("vit-test")
+    assert isinstance(model.config, ViTConfig)
+    assert all(
+        torch.equal(a, b) for a, b in zip(model.parameters(), models.make_vit("vit-test").parameters(), strict=True)
+    )
+    first, second = models.make_batches(4, 2, side=8, labels=3)
+    assert first["pixel_values"].shape == (2, 3, 8, 8)
+    assert not torch.equal(first["pixel_values"], second["pixel_values"])
+    assert torch.cat([first["labels"], second["labels"]]).max() < 3
