@@ -3,8 +3,11 @@
 import torch
 from torch import nn
 
+from cap_hf.collection.collection import mean_diagonals
+from cap_hf.collection.gradient_sums import GradientSums
+from cap_hf.distributed.processes import Processes
 from cap_hf.method.elimination import Elimination, eliminate, invert
-from cap_hf.method.fisher import BlockFisher, damps
+from cap_hf.method.fisher import add_damp, damps_of
 from cap_hf.targets import Target
 
 # Blocks solved at a time.
@@ -21,12 +24,12 @@ class OurFisher:
 
     def __init__(self, num_blocks: int, block_size: int, damp: float) -> None:
         self.target = Target("layer", nn.Linear(block_size, num_blocks, bias=False), block_size)
-        self.fisher, self.damp = BlockFisher([self.target]), damp
+        self.statistic, self.damp = GradientSums([self.target]), damp
 
     def add(self, gradients: torch.Tensor) -> None:
         """Take gradients `(samples, num_blocks, B)` into the sums."""
-        self.fisher.add(self.target, StoredGradients(gradients))
-        self.fisher.count += len(gradients)
+        self.statistic.add(self.target, StoredGradients(gradients))
+        self.statistic.count += len(gradients)
 
     def parts(self) -> list[slice]:
         """Return the blocks that are solved together."""
@@ -34,11 +37,13 @@ class OurFisher:
 
     def resolved_damp(self) -> float:
         """Return the damp that is added to the diagonals, once all gradients are there."""
-        return damps(self.fisher.mean_diagonals(), self.damp, absolute=False)[self.target.name]
+        means = mean_diagonals(self.statistic, Processes())
+        return damps_of(means, self.damp, absolute=False)[self.target.name]
 
     def inverse(self, part: slice, damp: float) -> torch.Tensor:
         """Return the inverses `(blocks, B, B)` of one of `parts`."""
-        return invert(self.fisher.damped(self.target, part, damp))
+        sums = self.statistic.sums[self.target.name].full(part)
+        return invert(add_damp(sums.div_(self.statistic.count), damp))
 
     @staticmethod
     def eliminate(weights: torch.Tensor, inverse: torch.Tensor) -> Elimination:
