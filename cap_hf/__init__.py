@@ -1,23 +1,57 @@
-"""CAP for Hugging Face image models: prune, recover, publish, load."""
+"""CAP for Hugging Face image models: prune, recover, publish, load.
 
-from cap_hf.checkpoints.quantizer import CompressedConfig
-from cap_hf.collection.resources import Resources
-from cap_hf.collection.state import Checkpointing
-from cap_hf.compressor import CAPCompressor
-from cap_hf.config import CAPConfig, NMPattern
-from cap_hf.errors import CAPError
-from cap_hf.hub.publish import push_to_hub
-from cap_hf.inference.export import export_onnx
-from cap_hf.inference.optimize import SparseModelForImageClassification, optimize_for_inference
-from cap_hf.inference.quantization import quantize_int8
-from cap_hf.recovery.gradual import GradualPruner
-from cap_hf.recovery.schedules import SparsitySchedule
-from cap_hf.recovery.trainer import SparseTrainer
-from cap_hf.recovery.training_arguments import SparseTrainingArguments
-from cap_hf.report import LayerReport, PruneReport
-from cap_hf.targets import Target, find_targets
+`import cap_hf` makes `from_pretrained` load compressed checkpoints and imports nothing heavy: a public name is imported
+when it is first used, torch and transformers with it.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from cap_hf.checkpoints.registration import register
+
+if TYPE_CHECKING:
+    from cap_hf.checkpoints.quantizer import CompressedConfig
+    from cap_hf.collection.resources import Resources
+    from cap_hf.collection.state import Checkpointing
+    from cap_hf.compressor import CAPCompressor
+    from cap_hf.config import CAPConfig, NMPattern
+    from cap_hf.errors import CAPError
+    from cap_hf.hub.publish import push_to_hub
+    from cap_hf.inference.export import export_onnx
+    from cap_hf.inference.optimize import SparseModelForImageClassification, optimize_for_inference
+    from cap_hf.inference.quantization import quantize_int8
+    from cap_hf.recovery.gradual import GradualPruner
+    from cap_hf.recovery.schedules import SparsitySchedule
+    from cap_hf.recovery.trainer import SparseTrainer
+    from cap_hf.recovery.training_arguments import SparseTrainingArguments
+    from cap_hf.report import LayerReport, PruneReport
+    from cap_hf.targets import Target, find_targets
 
 __version__ = "0.1.0"
+
+# Where each public name is, for those who run the code; the imports above say the same to editors and type checkers.
+_HOMES = {
+    "CAPCompressor": "cap_hf.compressor",
+    "CAPConfig": "cap_hf.config",
+    "CAPError": "cap_hf.errors",
+    "Checkpointing": "cap_hf.collection.state",
+    "CompressedConfig": "cap_hf.checkpoints.quantizer",
+    "GradualPruner": "cap_hf.recovery.gradual",
+    "LayerReport": "cap_hf.report",
+    "NMPattern": "cap_hf.config",
+    "PruneReport": "cap_hf.report",
+    "Resources": "cap_hf.collection.resources",
+    "SparseModelForImageClassification": "cap_hf.inference.optimize",
+    "SparseTrainer": "cap_hf.recovery.trainer",
+    "SparseTrainingArguments": "cap_hf.recovery.training_arguments",
+    "SparsitySchedule": "cap_hf.recovery.schedules",
+    "Target": "cap_hf.targets",
+    "export_onnx": "cap_hf.inference.export",
+    "find_targets": "cap_hf.targets",
+    "optimize_for_inference": "cap_hf.inference.optimize",
+    "push_to_hub": "cap_hf.hub.publish",
+    "quantize_int8": "cap_hf.inference.quantization",
+}
 
 __all__ = [
     "CAPCompressor",
@@ -41,3 +75,18 @@ __all__ = [
     "push_to_hub",
     "quantize_int8",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+register()

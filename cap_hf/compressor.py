@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -66,8 +67,11 @@ class CAPCompressor:
         self.resources, self.prunes = resources or Resources(), prunes
         self.processes = Processes(self.accelerator)
         self.progress = Progress(disable_tqdm or not self.accelerator.is_main_process)
+        chosen = {name: getattr(self.config, name) for name in ("include", "exclude", "pattern")}
+        # Not a method: a collection that holds its compressor would outlive it, and so would what it has spilled.
+        self._find = partial(find_targets, model, **chosen)
         block_size = METHODS[self.config.method].block_size(self.config)
-        self.targets = self._find_targets("row" if block_size == "auto" else block_size)
+        self.targets = self._find("row" if block_size == "auto" else block_size)
         self.report: PruneReport | None = None
         self.collection: Collection | None = None
         self.paths: RemovalPaths | None = None
@@ -111,7 +115,7 @@ class CAPCompressor:
             return self
         check_precision(self.model, self.accelerator.device)
         self.collection = Collection(
-            self.model, self.config, self._find_targets, self.processes, self.resources, self.progress, self.prunes
+            self.model, self.config, self._find, self.processes, self.resources, self.progress, self.prunes
         )
         fisher = self.collection.run(CalibrationExamples(dataloader, self.config, self.processes), checkpointing)
         self.targets = self.collection.targets
@@ -186,10 +190,6 @@ class CAPCompressor:
         """Remove what `collect` kept on the disk for a run that goes on: this one is over."""
         if self.collection is not None:
             self.collection.discard_state()
-
-    def _find_targets(self, block_size: int | str) -> list[Target]:
-        config = self.config
-        return find_targets(self.model, block_size, config.include, config.exclude, config.pattern)
 
     def _forget(self) -> None:
         """Begin anew, with nothing collected."""

@@ -38,9 +38,3 @@ def test_round_trip(tmp_path):
 def test_a_wrong_value_is_named(field, value):
     with pytest.raises(CAPError, match=field):
         CAPConfig(**{field: value})
-
-
-def test_the_damp_follows_the_method():
-    assert CAPConfig().resolved_damp == CAPConfig(method="obs").resolved_damp
-    assert CAPConfig(method="sparsegpt").resolved_damp == 1e-2
-    assert CAPConfig(method="sparsegpt", damp=0.5).resolved_damp == 0.5

@@ -1,19 +1,24 @@
 """A checkpoint as a model: the folder it lies in, and the classifier in it, whole or not at all."""
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
 from transformers import AutoConfig, AutoModelForImageClassification, PreTrainedModel
-from transformers.utils import logging
+from transformers.utils import logging as transformers_logging
 
 from cap_hf.checkpoints.files import check_file
 from cap_hf.checkpoints.folder import check_model_config
+from cap_hf.checkpoints.location import check_location
 from cap_hf.checkpoints.weights import WeightFiles, find_weight_files
 from cap_hf.errors import CAPError, reason
 from cap_hf.targets import summarize
+
+logger = logging.getLogger(__name__)
 
 
 def local_folder(
@@ -24,6 +29,7 @@ def local_folder(
     Raises:
         CAPError: there is no such folder and no such checkpoint within reach.
     """
+    check_location(name_or_path)
     if Path(name_or_path).is_dir():
         return Path(name_or_path)
     try:
@@ -63,13 +69,16 @@ def check_folder(folder: str | Path, trust_remote_code: bool = False) -> WeightF
     return files
 
 
-def load_classifier(folder: str | Path, trust_remote_code: bool = False, dtype: str = "auto") -> PreTrainedModel:
-    """Return the image classifier of a checkpoint folder, whole: a weight that it lacks is an error, not a random one.
+def load_classifier(
+    name_or_path: str | Path, trust_remote_code: bool = False, dtype: str = "auto", **source: Any
+) -> PreTrainedModel:
+    """Return the image classifier of a checkpoint, whole: a weight that it lacks is an error, not a random one.
 
     Args:
-        folder: of the checkpoint, which `check_folder` has found nothing wrong with.
+        name_or_path: a Hub id, or a folder; if it was received from somebody, one that `check_folder` has passed.
         trust_remote_code: run the code that the checkpoint brings along; nobody is asked.
         dtype: of the weights, such as `float32`; `auto` for the one they are stored in.
+        source: what else `from_pretrained` takes, such as `revision` and `token`.
 
     Raises:
         CAPError: it cannot be loaded or lacks weights.
@@ -77,7 +86,8 @@ def load_classifier(folder: str | Path, trust_remote_code: bool = False, dtype: 
     try:
         with only_errors():
             model, info = AutoModelForImageClassification.from_pretrained(
-                folder,
+                name_or_path,
+                **source,
                 dtype=dtype,
                 trust_remote_code=trust_remote_code,
                 use_safetensors=True,
@@ -85,14 +95,20 @@ def load_classifier(folder: str | Path, trust_remote_code: bool = False, dtype: 
                 output_loading_info=True,
             )
     except Exception as error:  # configuration, file format, foreign code
-        raise CAPError(_explain(folder, error)) from error
+        raise CAPError(_explain(name_or_path, error)) from error
     missing, mismatched = info["missing_keys"], {name for name, *_ in info["mismatched_keys"]}
     if missing:
-        raise CAPError(f"{folder} has no weights for {summarize(sorted(missing), 3)}")
+        raise CAPError(
+            f"{name_or_path} has no weights for {summarize(sorted(missing), 3)}: a checkpoint finetuned for image "
+            "classification is needed"
+        )
     if mismatched:
         raise CAPError(
-            f"{folder} has weights of another shape than its config asks for: {summarize(sorted(mismatched), 3)}"
+            f"{name_or_path} has weights of another shape than its config asks for: {summarize(sorted(mismatched), 3)}"
         )
+    if info["unexpected_keys"]:
+        unused = summarize(sorted(info["unexpected_keys"]), 3)
+        logger.warning("%s has weights that %s does not use: %s", name_or_path, type(model).__name__, unused)
     return model
 
 
@@ -106,9 +122,9 @@ def _explain(folder: str | Path, error: Exception) -> str:
 @contextmanager
 def only_errors() -> Iterator[None]:
     """Keep transformers' warnings to itself: its report of what was loaded is a table of many lines."""
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
     try:
         yield
     finally:
-        logging.set_verbosity(verbosity)
+        transformers_logging.set_verbosity(verbosity)

@@ -146,6 +146,7 @@ class Collection:
             raise CAPError(f"{passes} passes need the examples again: collect from a DataLoader or a list of batches")
         if self.plan.spilled and self.state is not None:
             self._folder = self.state.folder / "spill"
+            self._folder.mkdir(exist_ok=True)
         elif self.plan.spilled:
             self._temporary = TemporaryFolder(dir=spill_folder(self.resources))
             self._folder = Path(self._temporary.name)

@@ -40,7 +40,7 @@ class Progress:
         self._coming: list[Foreseen] = []
         self._done: list[tuple[Foreseen, float]] = []
         self._phase: Phase | None = None
-        self._spent, self._ticks = 0.0, 0
+        self._spent, self._shown = 0.0, 0
 
     def start(self, foreseen: Sequence[Foreseen]) -> None:
         """Begin a job of these phases, in this order."""
@@ -94,11 +94,14 @@ class Progress:
         spent = self._spent + phase.seconds
         share = spent / max(spent + left, 1e-9)
         self.bar.set_postfix_str(f"{phase.speed:.1f} {phase.unit}/s, {format_seconds(left)} left", refresh=False)
-        # The bar never goes back, though what is left may turn out to be more. Where transformers' bars are switched
-        # off it is an object that counts nothing.
-        ticks = max(0, int(TICKS * share) - self._ticks)
-        self._ticks += ticks
-        self.bar.update(ticks)
+        self._fill(int(TICKS * share))
+
+    def _fill(self, ticks: int) -> None:
+        """Advance the bar to a tick; it never goes back, though what is left may turn out to be more."""
+        if self.bar is not None and ticks > self._shown:
+            self.bar.update(ticks - self._shown)
+            # Counted here: where transformers' bars are switched off, theirs counts nothing.
+            self._shown = ticks
 
     def _end_phase(self) -> None:
         if self._phase is not None:
@@ -121,9 +124,9 @@ class Progress:
         """Fill the bar and take it away."""
         self._end_phase()
         if self.bar is not None:
-            self.bar.update(TICKS - self._ticks)
+            self._fill(TICKS)
             self.bar.close()
-            self.bar, self._ticks = None, 0
+            self.bar, self._shown = None, 0
 
 
 class Phase:

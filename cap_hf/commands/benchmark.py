@@ -2,27 +2,29 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-from tqdm import tqdm
-
-from cap_hf.checkpoints.atomic import write_json
-from cap_hf.commands.common import DEFAULT_OUTPUT_DIR, ModelArguments, load_model, parse, percent, table
+from cap_hf.commands.arguments import DEFAULT_OUTPUT_DIR, ModelArguments, parse
+from cap_hf.commands.tables import percent, table
 from cap_hf.errors import CAPError
-from cap_hf.inference.benchmark import BACKENDS, Measurement, benchmark, losses
-from cap_hf.inference.plot import draw_benchmark
-from cap_hf.report import versions
-from cap_hf.targets import find_targets
+from cap_hf.extras import need
+
+if TYPE_CHECKING:
+    from cap_hf.inference.benchmark import Measurement
+
+# The names in cap_hf.inference.benchmark.BACKENDS, whose classes need torch.
+BACKENDS = ("dense", "dense_compile", "dense_bf16", "sparse", "sparse_compile", "onnxruntime", "openvino")
 
 
 @dataclass
 class BenchmarkArguments:
     """What to measure."""
 
-    batch_sizes: list[int] = field(default_factory=lambda: [1, 8], metadata={"help": "Images a batch."})
+    batch_sizes: list[int] = field(default_factory=lambda: [1, 8], metadata={"help": "Images per batch."})
     threads: list[int] = field(default_factory=list, metadata={"help": "Numbers of threads. Default: PyTorch's."})
     backends: list[str] = field(
-        default_factory=lambda: list(BACKENDS), metadata={"help": f"Which of {', '.join(BACKENDS)}. Default: all."}
+        default_factory=lambda: list(BACKENDS),
+        metadata={"help": f"Which of {', '.join(BACKENDS)}. Default: all.", "choices": BACKENDS},
     )
     runs: int = field(default=15, metadata={"help": "Runs of each backend in each setting; they take turns."})
     max_seconds: float = field(default=60.0, metadata={"help": "End a setting earlier after this long (3 runs)."})
@@ -35,10 +37,28 @@ def main(argv: list[str]) -> None:
     model_args, args = parse(
         argv, "benchmark", "Measure how fast a checkpoint runs on the CPU.", ModelArguments, BenchmarkArguments
     )
-    threads = args.threads or [torch.get_num_threads()]
-    for name, values in (("batch_sizes", args.batch_sizes), ("threads", threads), ("runs", [args.runs])):
-        if not values or min(values) < 1:
+    for name, values in (("batch_sizes", args.batch_sizes), ("threads", args.threads), ("runs", [args.runs])):
+        if any(value < 1 for value in values):
             raise CAPError(f"--{name} must be at least 1")
+    measure(model_args, args)
+
+
+def measure(model_args: ModelArguments, args: BenchmarkArguments) -> None:
+    """Do the work, once nothing is wrong with the arguments."""
+    # The picture comes last, after minutes of measuring: what draws it is asked for first.
+    need("matplotlib", "plots")
+    # Imported here, because the arguments are checked before these take their seconds.
+    import torch
+    from tqdm import tqdm
+
+    from cap_hf.checkpoints.atomic import write_json
+    from cap_hf.commands.common import load_model
+    from cap_hf.inference.benchmark import benchmark, losses
+    from cap_hf.inference.plot import draw_benchmark
+    from cap_hf.report import versions
+    from cap_hf.targets import find_targets
+
+    threads = args.threads or [torch.get_num_threads()]
     model = load_model(model_args).eval()
     targets = find_targets(model)
     zeros = sum(int((target.weight == 0).sum()) for target in targets)
@@ -70,8 +90,8 @@ def main(argv: list[str]) -> None:
     print(f"{title} ({folder / 'benchmark.json'}, {folder / 'benchmark.png'})")
 
 
-def format_table(found: list[Measurement]) -> str:
-    """One row a backend and setting."""
+def format_table(found: "list[Measurement]") -> str:
+    """Return one row per backend and setting."""
     rows = [
         [
             each.backend,

@@ -1,135 +1,57 @@
-"""What the subcommands share: parsing, loading a checkpoint with its image processor, printing tables."""
+"""What commands load before they begin: a checkpoint, its image processor, the splits of the data."""
 
-import contextlib
-import io
-import json
+import logging
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from typing import Any
 
+import huggingface_hub
 import transformers
-import yaml
-from transformers import AutoImageProcessor, AutoModelForImageClassification, HfArgumentParser, PreTrainedModel
-from transformers.utils import logging as transformers_logging
+from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+from transformers import AutoImageProcessor, PreTrainedModel
 
-from cap_hf.data.images import DataArguments, ImageDataset, load_splits
+from cap_hf.checkpoints.loading import load_classifier, only_errors
+from cap_hf.commands.arguments import ModelArguments
+from cap_hf.data.arguments import DataArguments
+from cap_hf.data.images import ImageDataset, load_splits
 from cap_hf.errors import CAPError, reason
-from cap_hf.targets import summarize
 
-DEFAULT_OUTPUT_DIR = "cap_hf_output"
+logger = logging.getLogger(__name__)
 
-
-@dataclass
-class ModelArguments:
-    """Which checkpoint; names as in run_image_classification.py."""
-
-    model_name_or_path: str = field(metadata={"help": "A Hub id or a folder with a finetuned image classifier."})
-    model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit on the Hub."})
-    cache_dir: str | None = field(default=None, metadata={"help": "Where downloads are kept."})
-    token: str | None = field(default=None, metadata={"help": "Hub token; default: the one you are logged in with."})
-    trust_remote_code: bool = field(default=False, metadata={"help": "Run code that the checkpoint brings along."})
-
-
-def parse(argv: list[str], program: str, description: str, *kinds: type) -> tuple:
-    """Dataclasses from arguments, or from a single YAML or JSON file of the same names.
-
-    Raises:
-        CAPError: an argument is unknown, missing or of the wrong type.
-    """
-    parser = HfArgumentParser(kinds, prog=f"cap-hf {program}", description=description)
-    try:
-        if len(argv) == 1 and argv[0].endswith((".yaml", ".yml", ".json")):
-            argv = arguments_from_file(argv[0])
-        # argparse would print its usage, a screen long, before the one line that matters.
-        with contextlib.redirect_stderr(io.StringIO()) as errors:
-            return parser.parse_args_into_dataclasses(argv)
-    except SystemExit as error:
-        if not error.code:
-            raise
-        raise CAPError(errors.getvalue().strip().splitlines()[-1].split("error: ")[-1]) from error
-    except (TypeError, ValueError) as error:
-        raise error if isinstance(error, CAPError) else CAPError(reason(error)) from error
-
-
-def arguments_from_file(path: str) -> list[str]:
-    """The command line that a YAML or JSON file of the same names stands for: one way of checking serves both.
-
-    Raises:
-        CAPError: the file cannot be read or holds something else than names and values.
-    """
-    try:
-        values = yaml.safe_load(Path(path).read_text())  # JSON is YAML
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise CAPError(f"{path} cannot be read: {reason(error)}") from error
-    if not isinstance(values, dict):
-        raise CAPError(f"{path} must hold names and values, such as 'sparsity: [0.5, 0.75]'")
-    arguments = []
-    for name, value in values.items():
-        if isinstance(value, list):
-            arguments += [f"--{name}", *map(str, value)]
-        elif isinstance(value, dict):
-            arguments.append(f"--{name}={json.dumps(value)}")
-        elif value is not None:
-            arguments.append(f"--{name}={value}")
-    return arguments
+# Seconds that the Hub may take to answer before only what is cached is used.
+ANSWER_SECONDS = 10.0
 
 
 def load_model(args: ModelArguments) -> PreTrainedModel:
-    """The checkpoint in float32, whole: a weight that it lacks is an error, never a random one.
+    """Return the checkpoint in float32, whole: a weight that it lacks is an error, never a random one.
 
     Raises:
         CAPError: the checkpoint cannot be loaded or lacks weights.
     """
-    try:
-        model, info = AutoModelForImageClassification.from_pretrained(
-            args.model_name_or_path,
-            revision=args.model_revision,
-            cache_dir=args.cache_dir,
-            token=args.token,
-            trust_remote_code=args.trust_remote_code,
-            dtype="float32",
-            use_safetensors=True,
-            output_loading_info=True,
-        )
-    except Exception as error:  # configuration, file format, network
-        raise CAPError(f"{args.model_name_or_path} cannot be loaded: {reason(error)}") from error
-    lost = sorted(map(str, (*info["missing_keys"], *info["mismatched_keys"])))
-    if lost:
-        raise CAPError(
-            f"{args.model_name_or_path} has no weights for {summarize(lost, 3)}: "
-            "a checkpoint finetuned for image classification is needed"
-        )
-    return model
+    return load_classifier(args.model_name_or_path, args.trust_remote_code, "float32", **where_to_load(args))
 
 
-def load_image_processor(args: ModelArguments) -> object:
-    """The checkpoint's own image processor.
+def load_image_processor(args: ModelArguments) -> Any:
+    """Return the checkpoint's own image processor.
 
     Raises:
         CAPError: it has none.
     """
-    # Without torchvision the processor falls back to PIL and says so in a warning of several lines.
-    verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()
+    source = where_to_load(args)
     try:
-        return AutoImageProcessor.from_pretrained(
-            args.model_name_or_path,
-            revision=args.model_revision,
-            cache_dir=args.cache_dir,
-            token=args.token,
-            trust_remote_code=args.trust_remote_code,
-        )
+        # Without torchvision the processor falls back to PIL and says so in a warning of several lines.
+        with only_errors():
+            return AutoImageProcessor.from_pretrained(
+                args.model_name_or_path, trust_remote_code=args.trust_remote_code, **source
+            )
     except Exception as error:  # configuration, network
         raise CAPError(f"{args.model_name_or_path} has no image processor: {reason(error)}") from error
-    finally:
-        transformers_logging.set_verbosity(verbosity)
 
 
 def load_all(
     model_args: ModelArguments, data_args: DataArguments, seed: int, needed: Sequence[str] = ("train", "eval")
-) -> tuple[PreTrainedModel, object, dict[str, object]]:
-    """A model, its image processor and the splits of the data that are needed, unprocessed.
+) -> tuple[PreTrainedModel, Any, dict[str, Any]]:
+    """Return a model, its image processor and the splits of the data that are needed, unprocessed.
 
     Raises:
         CAPError: as `load_model`, `load_image_processor` and `load_splits`.
@@ -139,35 +61,38 @@ def load_all(
     return model, load_image_processor(model_args), load_splits(data_args, seed, model_args.token, needed)
 
 
-def eval_dataset(splits: dict, image_processor: object, model: PreTrainedModel, args: DataArguments) -> ImageDataset:
-    """The eval split as the model's inputs."""
+def eval_dataset(splits: dict, image_processor: Any, model: PreTrainedModel, args: DataArguments) -> ImageDataset:
+    """Return the eval split as the model's inputs."""
     return ImageDataset(splits["eval"], image_processor, model.config, args)
 
 
-def check_output(directory: Path, overwrite: bool) -> None:
-    """Raise a CAPError if a folder cannot be written, or holds something that may not be replaced."""
-    existing = next(path for path in (directory, *directory.absolute().parents) if path.exists())
-    if not existing.is_dir():
-        raise CAPError(f"{existing} is a file: choose another --output_dir")
-    if not os.access(existing, os.W_OK):
-        raise CAPError(f"{existing} cannot be written: choose another --output_dir")
-    if directory.exists() and any(directory.iterdir()) and not overwrite:
-        raise CAPError(f"{directory} exists: choose another --output_dir or pass --overwrite_output_dir")
+def where_to_load(args: ModelArguments) -> dict[str, Any]:
+    """Return the arguments of `from_pretrained` that say where a checkpoint comes from.
+
+    The Hub is asked once. Where it does not answer only the cache is used: transformers would try every file six times,
+    for half a minute each, or for minutes where the network swallows what is sent.
+    """
+    return {
+        "revision": args.model_revision,
+        "cache_dir": args.cache_dir,
+        "token": args.token,
+        "local_files_only": not hub_answers(args),
+    }
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A plain text table; the first column to the left, the others to the right."""
-    widths = [max(len(row[column]) for row in (header, *rows)) for column in range(len(header))]
-    lines = [
-        "  ".join(
-            cell.rjust(width) if column else cell.ljust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+def hub_answers(args: ModelArguments) -> bool:
+    """Return False if a checkpoint is on the Hub and the Hub cannot be asked for it."""
+    if os.path.isdir(args.model_name_or_path):
+        return True
+    try:
+        huggingface_hub.model_info(
+            args.model_name_or_path, revision=args.model_revision, token=args.token, timeout=ANSWER_SECONDS
         )
-        for row in (header, ["-" * width for width in widths], *rows)
-    ]
-    return "\n".join(lines)
-
-
-def percent(value: float | None, digits: int = 2) -> str:
-    """`0.875` -> `87.50`; None -> `-`."""
-    return "-" if value is None else f"{100 * value:.{digits}f}"
+    except HfHubHTTPError:
+        return True  # it answers; what it says is for from_pretrained to report
+    except OfflineModeIsEnabled:
+        return False
+    except Exception as error:  # whatever the HTTP client in use raises where nobody answers
+        logger.warning("The Hub cannot be reached (%s): only what is cached is used", reason(error))
+        return False
+    return True

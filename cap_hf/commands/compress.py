@@ -3,10 +3,8 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from cap_hf.checkpoints.loading import local_folder
-from cap_hf.checkpoints.saving import compress_checkpoint
-from cap_hf.checkpoints.weights import count_negative_zeros, find_weight_files
-from cap_hf.commands.common import ModelArguments, check_output, parse, percent
+from cap_hf.commands.arguments import ModelArguments, check_output, parse
+from cap_hf.commands.tables import percent
 
 
 @dataclass
@@ -24,6 +22,11 @@ def main(argv: list[str]) -> None:
     )
     output = Path(args.output_dir)
     check_output(output, args.overwrite_output_dir)
+    # Imported here, because the arguments are checked before these take their seconds.
+    from cap_hf.checkpoints.loading import local_folder
+    from cap_hf.checkpoints.saving import compress_checkpoint
+    from cap_hf.checkpoints.weights import count_negative_zeros, find_weight_files
+
     source = local_folder(
         model_args.model_name_or_path, model_args.model_revision, model_args.cache_dir, model_args.token
     )

@@ -3,32 +3,10 @@
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-import torch
-import transformers
-from torch.utils.data import DataLoader
-from transformers import (
-    AutoModelForImageClassification,
-    PreTrainedModel,
-    PrinterCallback,
-    Trainer,
-    TrainingArguments,
-    ViTConfig,
-    ViTForImageClassification,
-)
-from transformers.utils import logging as transformers_logging
-
-from cap_hf.checkpoints.atomic import write_json
-from cap_hf.checkpoints.saving import save_checkpoint
-from cap_hf.commands.common import ModelArguments, load_image_processor, load_model, parse, percent, table
-from cap_hf.compressor import CAPCompressor
+from cap_hf.commands.arguments import ModelArguments, parse
+from cap_hf.commands.tables import percent, table
 from cap_hf.config import CAPConfig
-from cap_hf.data.evaluation import evaluate_model
-from cap_hf.data.images import DataArguments, ImageDataset, calibration_split, collate, load_splits, make_dataloader
-from cap_hf.distributed.accelerator import make_accelerator
-from cap_hf.errors import CAPError
-from cap_hf.recovery.trainer import SparseTrainer
-from cap_hf.recovery.training_arguments import SparseTrainingArguments
-from cap_hf.report import Phases, versions
+from cap_hf.data.arguments import DataArguments
 
 SPARSITIES = (0.5, 0.75, 0.9, 0.95, 0.98)
 SAVED = 0.9
@@ -36,16 +14,6 @@ METHODS = {
     "CAP": "cap",
     "OBS without correlations": "obs",
     "magnitude, global": "magnitude",
-}
-# What the dense training and the recovery have in common: a short, silent run without checkpoints.
-TRAINING = {
-    "per_device_train_batch_size": 64,
-    "learning_rate": 1e-3,
-    "save_strategy": "no",
-    "logging_strategy": "no",
-    "report_to": "none",
-    "disable_tqdm": True,
-    "dataloader_pin_memory": False,
 }
 
 
@@ -63,6 +31,25 @@ class DemoArguments:
 def main(argv: list[str]) -> None:
     """Run the command with these arguments."""
     (args,) = parse(argv, "demo", "Train, prune, recover, evaluate, save and load a small ViT.", DemoArguments)
+    demo(args)
+
+
+def demo(args: DemoArguments) -> None:
+    """Do the work: one dense model, every method at every sparsity, the sparsest model recovered."""
+    # Imported here, because the arguments are checked before these take their seconds.
+    import transformers
+    from transformers.utils import logging as transformers_logging
+
+    from cap_hf.checkpoints.atomic import write_json
+    from cap_hf.checkpoints.saving import save_checkpoint
+    from cap_hf.commands.common import load_image_processor, load_model
+    from cap_hf.commands.digits import check_loaded, recover, train_dense
+    from cap_hf.compressor import CAPCompressor
+    from cap_hf.data.evaluation import evaluate_model
+    from cap_hf.data.images import ImageDataset, calibration_split, load_splits, make_dataloader
+    from cap_hf.distributed.accelerator import make_accelerator
+    from cap_hf.report import Phases, versions
+
     transformers_logging.disable_progress_bar()
     transformers.set_seed(args.seed)
     output, phases, accelerator = Path(args.output_dir), Phases(), make_accelerator()
@@ -74,7 +61,7 @@ def main(argv: list[str]) -> None:
     else:
         print("Training a small ViT on scikit-learn's digits ...", flush=True)
         with phases("train"):
-            train_dense(dense_folder, splits, data_args, args)
+            train_dense(dense_folder, splits["train"], data_args, args.num_train_epochs, args.seed)
     model_args = ModelArguments(model_name_or_path=str(dense_folder))
     image_processor = load_image_processor(model_args)
     dense = load_model(model_args)
@@ -112,7 +99,8 @@ def main(argv: list[str]) -> None:
             sparsest, config = model, compressor.config
     print(f"Recovering CAP's {100 * SPARSITIES[-1]:g} % model with the dense one as teacher ...", flush=True)
     with phases("recover"):
-        recover(output, sparsest, dense, splits, image_processor, data_args, args)
+        dataset = ImageDataset(splits["train"], image_processor, sparsest.config, data_args)
+        recover(output, sparsest, dense, dataset, args.num_recovery_epochs, args.seed)
     recovered = evaluate_model(sparsest, test_loader, accelerator)
     recovered_folder = output / f"recovered-{SPARSITIES[-1]:g}"
     save_checkpoint(recovered_folder, sparsest, config, facts | {"recovered": recovered}, image_processor)
@@ -125,73 +113,3 @@ def main(argv: list[str]) -> None:
     rows.insert(2, ["CAP, recovered", *(["-"] * (len(SPARSITIES) - 1)), percent(recovered["top1"])])
     print(f"\n{table(header, rows)}\n")
     print(f"{saved_folder} and {recovered_folder} were loaded again with from_pretrained and predict the same.")
-
-
-def train_dense(folder: Path, splits: dict, data_args: DataArguments, args: DemoArguments) -> None:
-    """Train a ViT of 0.5 million weights from scratch with transformers' Trainer and save it."""
-    # Without torchvision the PIL class is the one to name; the checkpoint names neither backend.
-    from transformers import ViTImageProcessorPil as ViTImageProcessor
-
-    names = [str(digit) for digit in range(10)]
-    config = ViTConfig(
-        image_size=8,
-        patch_size=2,
-        num_channels=1,
-        hidden_size=96,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        intermediate_size=384,
-        id2label=dict(enumerate(names)),
-        label2id={name: index for index, name in enumerate(names)},
-    )
-    model = ViTForImageClassification(config)
-    image_processor = ViTImageProcessor(
-        size={"height": 8, "width": 8}, image_mean=[0.5], image_std=[0.5], do_convert_rgb=False
-    )
-    training = TrainingArguments(
-        output_dir=str(folder.parent / "trainer"),
-        num_train_epochs=args.num_train_epochs,
-        lr_scheduler_type="cosine",
-        warmup_steps=50,
-        weight_decay=0.05,
-        seed=args.seed,
-        **TRAINING,
-    )
-    dataset = ImageDataset(splits["train"], image_processor, config, data_args)
-    trainer = Trainer(model=model, args=training, train_dataset=dataset, data_collator=collate)
-    trainer.remove_callback(PrinterCallback)
-    trainer.train()
-    save_checkpoint(folder, model, image_processor=image_processor)
-
-
-def recover(
-    output: Path,
-    model: PreTrainedModel,
-    teacher: PreTrainedModel,
-    splits: dict,
-    image_processor: object,
-    data_args: DataArguments,
-    args: DemoArguments,
-) -> None:
-    """Finetune a sparse model for a few epochs, with its zeros held, to predict and to see what the teacher does."""
-    training = SparseTrainingArguments(
-        output_dir=str(output / "trainer"),
-        num_train_epochs=args.num_recovery_epochs,
-        hidden_state_weight=1.0,
-        seed=args.seed,
-        **TRAINING,
-    )
-    dataset = ImageDataset(splits["train"], image_processor, model.config, data_args)
-    trainer = SparseTrainer(model, training, teacher=teacher, train_dataset=dataset, data_collator=collate)
-    trainer.remove_callback(PrinterCallback)
-    trainer.train()
-
-
-def check_loaded(folder: Path, model: PreTrainedModel, loader: DataLoader) -> None:
-    """Raise a CAPError unless plain `from_pretrained` gives a model that predicts what `model` does."""
-    loaded = AutoModelForImageClassification.from_pretrained(folder).eval()
-    batch = next(iter(loader))["pixel_values"]
-    with torch.inference_mode():
-        expected, found = (each.eval()(pixel_values=batch).logits for each in (model.cpu(), loaded))
-    if not torch.equal(expected, found):
-        raise CAPError(f"the checkpoint in {folder} predicts something else after loading")

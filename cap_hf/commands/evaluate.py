@@ -3,12 +3,9 @@
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from cap_hf.checkpoints.atomic import write_json
-from cap_hf.commands.common import DEFAULT_OUTPUT_DIR, ModelArguments, eval_dataset, load_all, parse, percent
-from cap_hf.data.evaluation import evaluate_model
-from cap_hf.data.images import DataArguments, make_dataloader
-from cap_hf.distributed.accelerator import make_accelerator
-from cap_hf.report import versions
+from cap_hf.commands.arguments import DEFAULT_OUTPUT_DIR, ModelArguments, parse
+from cap_hf.commands.tables import percent
+from cap_hf.data.arguments import DataArguments
 
 
 @dataclass
@@ -16,7 +13,7 @@ class EvaluateArguments:
     """How to evaluate."""
 
     output_dir: str = field(default=DEFAULT_OUTPUT_DIR, metadata={"help": "Gets eval_results.json."})
-    per_device_eval_batch_size: int = field(default=64, metadata={"help": "Examples a step."})
+    per_device_eval_batch_size: int = field(default=64, metadata={"help": "Examples per step."})
     seed: int = field(default=42, metadata={"help": "Seed of a held-out split."})
     disable_tqdm: bool = field(default=False, metadata={"help": "No progress bar."})
 
@@ -26,6 +23,19 @@ def main(argv: list[str]) -> None:
     model_args, data_args, args = parse(
         argv, "evaluate", "Measure an image classifier.", ModelArguments, DataArguments, EvaluateArguments
     )
+    evaluate(model_args, data_args, args)
+
+
+def evaluate(model_args: ModelArguments, data_args: DataArguments, args: EvaluateArguments) -> None:
+    """Do the work, once nothing is wrong with the arguments."""
+    # Imported here, because the arguments are checked before these take their seconds.
+    from cap_hf.checkpoints.atomic import write_json
+    from cap_hf.commands.common import eval_dataset, load_all
+    from cap_hf.data.evaluation import evaluate_model
+    from cap_hf.data.images import make_dataloader
+    from cap_hf.distributed.accelerator import make_accelerator
+    from cap_hf.report import versions
+
     accelerator = make_accelerator()
     model, image_processor, splits = load_all(model_args, data_args, args.seed, ["eval"])
     dataset = eval_dataset(splits, image_processor, model, data_args)

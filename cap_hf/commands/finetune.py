@@ -1,39 +1,40 @@
 """`cap-hf finetune`: recovers a sparse checkpoint, or prunes it gradually, with every zero held."""
 
 import copy
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, make_dataclass, replace
 from pathlib import Path
 
 import torch
-from transformers import EvalPrediction, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
 from cap_hf.checkpoints.saving import save_checkpoint
 from cap_hf.collection.resources import Resources
-from cap_hf.commands.common import (
-    ModelArguments,
-    check_output,
-    eval_dataset,
-    load_all,
-    load_image_processor,
-    load_model,
-    parse,
-    percent,
-    table,
-)
+from cap_hf.commands.arguments import ModelArguments, check_output, parse
+from cap_hf.commands.common import eval_dataset, load_all, load_image_processor, load_model
+from cap_hf.commands.tables import percent, results_table
 from cap_hf.config import CONFIG_NAME, CAPConfig
-from cap_hf.data.evaluation import ImageClassificationMetric, evaluate_model
-from cap_hf.data.images import DataArguments, ImageDataset, calibration_split, collate, make_dataloader
-from cap_hf.errors import CAPError
+from cap_hf.data.arguments import DataArguments
+from cap_hf.data.evaluation import evaluate_model
+from cap_hf.data.images import ImageDataset, collate, make_dataloader
+from cap_hf.errors import CAPError, reason
 from cap_hf.masks import describe_masks
-from cap_hf.recovery.augmentation import pixel_statistics
-from cap_hf.recovery.callbacks import full_precision
+from cap_hf.recovery.distillation import check_pixels
 from cap_hf.recovery.gradual import GradualPruner
-from cap_hf.recovery.trainer import SparseTrainer, model_sparsity
+from cap_hf.recovery.mask_holder import model_sparsity
+from cap_hf.recovery.metrics import check_metric, compute_metrics, first_logits
+from cap_hf.recovery.precision import full_precision
+from cap_hf.recovery.resume import checkpoint_folders, choose_checkpoint, remove_checkpoints
+from cap_hf.recovery.trainer import SparseTrainer
 from cap_hf.recovery.training_arguments import SparseTrainingArguments
 from cap_hf.report import Phases, versions
 from cap_hf.targets import find_targets
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -46,50 +47,42 @@ class FinetuneArguments:
     overwrite_output_dir: bool = field(default=False, metadata={"help": "Replace a checkpoint that is there."})
 
 
-def without_fields(kind: type, *names: str) -> type:
-    """A dataclass with a dataclass's fields except some, for a parser where another one has those."""
-    kept = [(each.name, each.type, copy.copy(each)) for each in fields(kind) if each.name not in names]
-    return make_dataclass(kind.__name__, kept, namespace={"__doc__": kind.__doc__})
-
-
 def main(argv: list[str]) -> None:
     """Run the command with these arguments."""
-    description = "Finetune a sparse image classifier with its zeros held; with a schedule, prune it gradually."
-    model_args, data_args, args, training_args, config, resources = parse(
-        argv,
-        "finetune",
-        description,
-        ModelArguments,
-        without_fields(DataArguments, "dataloader_num_workers"),
-        FinetuneArguments,
-        SparseTrainingArguments,
-        without_fields(CAPConfig, "seed"),
-        Resources,
-    )
-    data_args = DataArguments(**asdict(data_args), dataloader_num_workers=training_args.dataloader_num_workers)
-    config = CAPConfig(**asdict(config), seed=training_args.seed)
-    output, resume = Path(training_args.output_dir), prepare_output(training_args, args.overwrite_output_dir)
-    check_pattern(training_args, config)
+    model_args, data_args, args, training_args, config, resources = read_arguments(argv)
+    output = Path(training_args.output_dir)
+    resume = prepare_output(training_args, args.overwrite_output_dir)
     if training_args.disable_tqdm:
         transformers_logging.disable_progress_bar()
 
     phases = Phases()
     with phases("load"):
-        model, image_processor, splits = load_all(model_args, data_args, training_args.seed)
+        needed = ["train", "eval"] if training_args.do_eval else ["train"]
+        model, image_processor, splits = load_all(model_args, data_args, training_args.seed, needed)
+        # What a recovered checkpoint was pruned with is what the checkpoint that it is made from was pruned with.
+        pruned_with = config if training_args.schedule else student_config(model_args)
         teacher = load_teacher(args.teacher_model_name_or_path, model_args, image_processor)
         evaluation = eval_dataset(splits, image_processor, model, data_args) if training_args.do_eval else None
-        trainer = SparseTrainer(
-            model,
-            training_args,
-            teacher=teacher,
-            prune=make_pruner(splits, image_processor, model, data_args, config, training_args, resources),
-            train_dataset=ImageDataset(splits["train"], image_processor, model.config, data_args),
-            eval_dataset=evaluation,
-            data_collator=collate,
-            processing_class=image_processor,
-            compute_metrics=compute_metrics,
-            preprocess_logits_for_metrics=first_logits,
-        )
+        pruner = None
+        if training_args.schedule:
+            batch_size, quiet = training_args.per_device_train_batch_size, bool(training_args.disable_tqdm)
+            pruner = GradualPruner.from_split(
+                splits["train"], image_processor, model, data_args, config, batch_size, quiet, resources
+            )
+        check_metric(training_args.metric_for_best_model, model.config.num_labels)
+        with one_line():
+            trainer = SparseTrainer(
+                model,
+                training_args,
+                teacher=teacher,
+                prune=pruner,
+                train_dataset=ImageDataset(splits["train"], image_processor, model.config, data_args),
+                eval_dataset=evaluation,
+                data_collator=collate,
+                processing_class=image_processor,
+                compute_metrics=compute_metrics,
+                preprocess_logits_for_metrics=first_logits,
+            )
 
     def evaluate(name: str, measured: PreTrainedModel | None) -> dict[str, float] | None:
         if evaluation is None or measured is None:
@@ -104,6 +97,8 @@ def main(argv: list[str]) -> None:
 
     dense = evaluate("evaluate dense", teacher)
     sparse, sparsity_before = evaluate("evaluate sparse", model), model_sparsity(model)
+    if resume is None and trainer.is_world_process_zero():
+        remove_checkpoints(training_args.output_dir)
     with phases("train"):
         outcome = trainer.train(resume_from_checkpoint=resume)
     recovered = evaluate("evaluate recovered", model)
@@ -112,7 +107,7 @@ def main(argv: list[str]) -> None:
         "teacher_model_name_or_path": args.teacher_model_name_or_path,
         "data": asdict(data_args),
         "config": config.to_dict() if training_args.schedule else None,
-        "training_arguments": recovery_arguments(training_args),
+        "training_arguments": training_args.changed(),
         "num_processes": trainer.accelerator.num_processes,
         "device": trainer.accelerator.device.type,
         "versions": versions(),
@@ -129,24 +124,70 @@ def main(argv: list[str]) -> None:
     }
     if trainer.is_world_process_zero():
         trainer.masks.verify()
-        own_config = config if training_args.schedule else student_config(model_args)
-        save_checkpoint(output, model, own_config, report, image_processor)
+        save_checkpoint(output, model, pruned_with, report, image_processor)
         print(summary(report))
         print(f"\nThe recovered checkpoint and report.json are in {output}")
     trainer.accelerator.wait_for_everyone()
     if training_args.push_to_hub:
-        trainer.push_to_hub()
+        with one_line(f"the checkpoint is in {output}, but was not pushed: "):
+            trainer.push_to_hub()
     trainer.accelerator.end_training()
 
 
-def prepare_output(args: SparseTrainingArguments, overwrite: bool) -> str | bool | None:
+def read_arguments(argv: list[str]) -> tuple:
+    """Return the dataclasses of the command, with what two of them have in common taken from the training's.
+
+    Raises:
+        CAPError: an argument is wrong, or says how to prune in a run that does not.
+    """
+    description = "Finetune a sparse image classifier with its zeros held; with a schedule, prune it gradually."
+    with one_line():
+        model_args, data_args, args, training_args, config, resources = parse(
+            argv,
+            "finetune",
+            description,
+            ModelArguments,
+            without_fields(DataArguments, "dataloader_num_workers"),
+            FinetuneArguments,
+            SparseTrainingArguments,
+            without_fields(CAPConfig, "seed"),
+            Resources,
+        )
+    data_args = DataArguments(**asdict(data_args), dataloader_num_workers=training_args.dataloader_num_workers)
+    config = CAPConfig(**asdict(config), seed=training_args.seed)
+    if training_args.schedule is None:
+        usual = CAPConfig(seed=config.seed).to_dict()
+        unused = [f"--{name}" for name, value in config.to_dict().items() if value != usual[name]]
+        if unused:
+            raise CAPError(f"{', '.join(unused)} without --sparsity_schedule prunes nothing: give one, such as 0.9")
+    return model_args, data_args, args, training_args, config, resources
+
+
+@contextmanager
+def one_line(prefix: str = "") -> Iterator[None]:
+    """Turn what the Trainer says of its arguments into a CAPError: a package that is missing, a Hub that refuses."""
+    try:
+        yield
+    except CAPError:
+        raise
+    except (ImportError, OSError, RuntimeError, ValueError) as error:
+        raise CAPError(f"{prefix}{reason(error)}") from error
+
+
+def without_fields(kind: type, *names: str) -> type:
+    """Return a dataclass with a dataclass's fields except some, for a parser where another one has those."""
+    kept = [(each.name, each.type, copy.copy(each)) for each in fields(kind) if each.name not in names]
+    return make_dataclass(kind.__name__, kept, namespace={"__doc__": kind.__doc__})
+
+
+def prepare_output(args: SparseTrainingArguments, overwrite: bool) -> str | None:
     """Send the Trainer's own checkpoints to a folder beside `output_dir`, which is written once and whole.
 
     Returns:
-        What to resume from: a folder, True for the last whole checkpoint, or None.
+        The checkpoint to resume from, or None.
 
     Raises:
-        CAPError: something is there already and may not be replaced.
+        CAPError: something is there already and may not be replaced, or there is nothing to resume from.
     """
     output = Path(args.output_dir)
     check_output(output, overwrite)
@@ -155,34 +196,17 @@ def prepare_output(args: SparseTrainingArguments, overwrite: bool) -> str | bool
     args.output_dir = str(output.with_name(f"{output.name}-training"))
     # Pinning memory is for copies to an accelerator.
     args.dataloader_pin_memory = args.dataloader_pin_memory and torch.cuda.is_available()
-    resume = args.resume_from_checkpoint
-    if not resume or str(resume).lower() == "false":
-        if any(Path(args.output_dir).glob("checkpoint-*")) and not overwrite:
-            raise CAPError(
-                f"{args.output_dir} has checkpoints of an earlier run: go on with --resume_from_checkpoint last or "
-                "start again with --overwrite_output_dir"
-            )
-        return None
-    if str(resume).lower() in ("true", "last"):
-        return True
-    if not (Path(resume) / "trainer_state.json").is_file():
-        raise CAPError(f"--resume_from_checkpoint {resume} is not a whole checkpoint: name one, or use last")
-    return str(resume)
-
-
-def check_pattern(args: SparseTrainingArguments, config: CAPConfig) -> None:
-    """Raise a CAPError if an N:M allocation and the schedule ask for different sparsities."""
-    if args.schedule is None or config.pattern is None:
-        return
-    if [sparsity for _, sparsity in args.schedule.steps] != [config.pattern.sparsity]:
+    resume = choose_checkpoint(args.output_dir, args.resume_from_checkpoint)
+    if resume is None and checkpoint_folders(args.output_dir) and not overwrite:
         raise CAPError(
-            f"--allocation {config.pattern} is sparsity {config.pattern.sparsity:g} in one step: "
-            f"use --sparsity_schedule {config.pattern.sparsity:g}"
+            f"{args.output_dir} has checkpoints of an earlier run: go on with --resume_from_checkpoint last or "
+            "start again with --overwrite_output_dir"
         )
+    return resume
 
 
 def load_teacher(name: str | None, model_args: ModelArguments, image_processor: object) -> PreTrainedModel | None:
-    """The dense model to learn from, if one is named.
+    """Return the dense model to learn from, if one is named.
 
     Raises:
         CAPError: it cannot be loaded, or was trained on pixels that are normalised otherwise.
@@ -193,39 +217,19 @@ def load_teacher(name: str | None, model_args: ModelArguments, image_processor: 
     teacher = load_model(teacher_args)
     try:
         own = load_image_processor(teacher_args)
-    except CAPError:
-        # Without one of its own it is taken to want what the student wants.
+    except CAPError as error:
+        logger.warning("The teacher is given the student's pixels, as %s", error)
         return teacher
-    if pixel_statistics(own) != pixel_statistics(image_processor):
-        raise CAPError(
-            f"{name} normalises images to mean and std {pixel_statistics(own)}, the student to "
-            f"{pixel_statistics(image_processor)}: choose a teacher with the student's image processor"
-        )
+    check_pixels(image_processor, own)
     return teacher
 
 
-def make_pruner(
-    splits: dict,
-    image_processor: object,
-    model: PreTrainedModel,
-    data_args: DataArguments,
-    config: CAPConfig,
-    args: SparseTrainingArguments,
-    resources: Resources,
-) -> GradualPruner | None:
-    """What a pruning step of the schedule calls, on a calibration set that the seed fixes; None without a schedule."""
-    if args.schedule is None:
-        return None
-    group = config.samples_per_grad
-    examples = calibration_split(splits["train"], config.num_grads * group, config.seed)
-    dataset = ImageDataset(examples, image_processor, model.config, data_args)
-    batch_size = max(1, args.per_device_train_batch_size // group) * group
-    loader = make_dataloader(dataset, batch_size, args.dataloader_num_workers)
-    return GradualPruner(loader, config, bool(args.disable_tqdm), resources)
-
-
 def student_config(model_args: ModelArguments) -> CAPConfig | None:
-    """The CAPConfig that the student was pruned with, if its checkpoint has one."""
+    """Return the CAPConfig that the student was pruned with, if its checkpoint has one.
+
+    Raises:
+        CAPError: it has one that cannot be read.
+    """
     found = cached_file(
         model_args.model_name_or_path,
         CONFIG_NAME,
@@ -235,50 +239,21 @@ def student_config(model_args: ModelArguments) -> CAPConfig | None:
         _raise_exceptions_for_missing_entries=False,
         _raise_exceptions_for_connection_errors=False,
     )
-    return None if found is None else CAPConfig.load(Path(found).parent)
-
-
-def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
-    """Top-1 and top-5 for the Trainer's evaluations."""
-    metric = ImageClassificationMetric(keep_in_memory=True)
-    results = metric.compute(predictions=prediction.predictions, references=prediction.label_ids)
-    return {name: results[name] for name in ("top1", "top5") if name in results}
-
-
-def first_logits(logits: torch.Tensor | tuple, labels: torch.Tensor) -> torch.Tensor:
-    """The logits alone, of models that return more."""
-    return logits[0] if isinstance(logits, tuple) else logits
-
-
-def recovery_arguments(args: SparseTrainingArguments) -> dict[str, object]:
-    """What a report says of the training: every argument that is not the default; never a token."""
-    return {
-        each.name: value
-        for each in fields(args)
-        if isinstance(value := getattr(args, each.name), (str, int, float, bool))
-        and value != each.default
-        and not each.name.endswith(("_dir", "_token"))
-    }
+    if found is None:
+        return None
+    try:
+        return CAPConfig.load(Path(found).parent)
+    except (OSError, TypeError, ValueError) as error:
+        raise CAPError(f"{CONFIG_NAME} of {model_args.model_name_or_path} cannot be read: {reason(error)}") from error
 
 
 def summary(report: dict) -> str:
-    """One line a model: sparsity, accuracy, the drop against the dense model."""
-    rows, dense = [], report["dense"]
-    for name, key in (("dense", "sparsity_dense"), ("sparse", "sparsity_before"), ("recovered", "sparsity")):
-        metrics = report[name]
-        if metrics is None:
-            continue
-        drop = None if dense is None or name == "dense" else dense["top1"] - metrics["top1"]
-        rows.append(
-            [
-                name,
-                percent(report[key]),
-                percent(metrics["top1"]),
-                percent(metrics.get("top5")),
-                f"{metrics['loss']:.4f}",
-                percent(drop),
-            ]
-        )
+    """Return the table of the models that were evaluated, or one line if none was."""
+    rows = [
+        (name, report[sparsity], report[name])
+        for name, sparsity in (("dense", "sparsity_dense"), ("sparse", "sparsity_before"), ("recovered", "sparsity"))
+        if report[name] is not None
+    ]
     if not rows:
         return f"Recovered at {percent(report['sparsity'])} % sparsity, not evaluated"
-    return table(["model", "sparsity %", "top-1 %", "top-5 %", "loss", "drop"], rows)
+    return results_table(rows, report["dense"])

@@ -3,14 +3,9 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from cap_hf.checkpoints.atomic import write_json
-from cap_hf.checkpoints.folder import read_report
-from cap_hf.checkpoints.loading import check_folder, load_classifier, local_folder
-from cap_hf.checkpoints.weights import measure
-from cap_hf.commands.common import DEFAULT_OUTPUT_DIR, ModelArguments, parse, percent, table
+from cap_hf.commands.arguments import DEFAULT_OUTPUT_DIR, ModelArguments, parse
+from cap_hf.commands.tables import percent, table
 from cap_hf.config import CAPConfig
-from cap_hf.masks import describe_masks, differing_layers, find_pattern, take_masks
-from cap_hf.targets import find_targets, summarize
 
 
 @dataclass
@@ -28,13 +23,21 @@ def main(argv: list[str]) -> None:
     model_args, args = parse(
         argv, "inspect", "Show the targets of a checkpoint and how sparse they are.", ModelArguments, InspectArguments
     )
+    config = CAPConfig(fisher_block_size=args.fisher_block_size)
+    # Imported here, because the arguments are checked before these take their seconds.
+    from cap_hf.checkpoints.atomic import write_json
+    from cap_hf.checkpoints.folder import read_report
+    from cap_hf.checkpoints.loading import check_folder, load_classifier, local_folder
+    from cap_hf.checkpoints.weights import measure
+    from cap_hf.masks import describe_masks, differing_layers, find_pattern, take_masks
+    from cap_hf.targets import find_targets, summarize
+
     folder = local_folder(
         model_args.model_name_or_path, model_args.model_revision, model_args.cache_dir, model_args.token
     )
     files, stated = check_folder(folder, model_args.trust_remote_code), read_report(folder)
     dense_bytes, compressed_bytes = measure(folder)
     model = load_classifier(folder, model_args.trust_remote_code, "float32")
-    config = CAPConfig(fisher_block_size=args.fisher_block_size)
     targets = find_targets(model, config.fisher_block_size, args.include, args.exclude)
     masks = take_masks(targets)
     layers = describe_masks(targets)

@@ -1,8 +1,11 @@
 """`cap-hf <command>`: finds the subcommand and turns what goes wrong into one line and an exit code."""
 
 import importlib
+import logging
 import signal
 import sys
+
+from cap_hf.errors import CAPError
 
 COMMANDS = {
     "demo": "train a small ViT on the embedded digits, prune it with every method, print one table",
@@ -17,6 +20,7 @@ COMMANDS = {
 
 
 def usage() -> str:
+    """Return what `cap-hf --help` prints."""
     lines = [f"  {name:<10} {text}" for name, text in COMMANDS.items()]
     return "\n".join(
         ["usage: cap-hf <command> [arguments]", "", *lines, "", "cap-hf <command> --help shows its arguments."]
@@ -24,22 +28,36 @@ def usage() -> str:
 
 
 def run(command: str, argv: list[str]) -> int:
-    """Run a subcommand; 0 only when its work is done."""
-    # Anything heavy is imported here, so that `cap-hf --help` answers at once.
-    from cap_hf.errors import CAPError
-
-    module = importlib.import_module(f"cap_hf.commands.{command}")
+    """Run a subcommand; return 0 only when its work is done."""
+    logging.getLogger("torchao").addFilter(is_worth_a_line)
+    logging.getLogger("torch.utils._pytree").addFilter(is_worth_a_line)
     try:
-        module.main(argv)
+        importlib.import_module(f"cap_hf.commands.{command}").main(argv)
     except CAPError as error:
-        # From a DataLoader's worker the message comes wrapped in that process's traceback.
-        message = str(error).strip().splitlines()[-1].removeprefix("cap_hf.errors.CAPError: ")
-        print(f"cap-hf {command}: {message}", file=sys.stderr)
+        print(f"cap-hf {command}: {message(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(f"cap-hf {command}: interrupted; nothing half-written was left", file=sys.stderr)
         return 130
     return 0
+
+
+def message(error: CAPError) -> str:
+    """Return what an error says, on one line.
+
+    From a worker of a DataLoader the message comes after the traceback in that process, and may be empty.
+    """
+    text = str(error).rpartition("cap_hf.errors.CAPError")[2].removeprefix(": ")
+    return " ".join(text.split()) or "failed, and the error does not say why"
+
+
+def is_worth_a_line(record: logging.LogRecord) -> bool:
+    """Return False for what torchao says of itself where transformers imports it: no command here needs those parts.
+
+    These are libraries of its kernels that were built for another machine, and enumerations that it registers twice.
+    """
+    text = record.getMessage()
+    return not (text.startswith("Failed to load") or "is an Enum subclass" in text)
 
 
 def main(argv: list[str] | None = None) -> int:

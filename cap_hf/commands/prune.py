@@ -2,31 +2,17 @@
 
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from accelerate import Accelerator
-from transformers.utils import logging as transformers_logging
-
-from cap_hf.checkpoints.atomic import write_json
-from cap_hf.checkpoints.saving import save_checkpoint
 from cap_hf.collection.resources import Resources
-from cap_hf.collection.state import Checkpointing
-from cap_hf.commands.common import (
-    DEFAULT_OUTPUT_DIR,
-    ModelArguments,
-    check_output,
-    eval_dataset,
-    load_all,
-    parse,
-    percent,
-    table,
-)
-from cap_hf.compressor import CAPCompressor
+from cap_hf.commands.arguments import DEFAULT_OUTPUT_DIR, ModelArguments, check_output, parse
+from cap_hf.commands.tables import results_table
 from cap_hf.config import CAPConfig
-from cap_hf.data.evaluation import evaluate_model
-from cap_hf.data.images import DataArguments, ImageDataset, calibration_split, make_dataloader
-from cap_hf.distributed.accelerator import make_accelerator
+from cap_hf.data.arguments import DataArguments
 from cap_hf.errors import CAPError
-from cap_hf.report import Phases, PruneReport, versions
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 
 @dataclass
@@ -38,8 +24,10 @@ class PruneArguments:
         default=None,
         metadata={"help": "Share of the target weights to be 0, in [0, 1); several give a checkpoint each."},
     )
-    per_device_batch_size: int = field(default=64, metadata={"help": "Examples a step while gradients are collected."})
-    per_device_eval_batch_size: int = field(default=64, metadata={"help": "Examples a step of evaluation."})
+    per_device_batch_size: int = field(
+        default=64, metadata={"help": "Examples per step while gradients are collected."}
+    )
+    per_device_eval_batch_size: int = field(default=64, metadata={"help": "Examples per step of evaluation."})
     do_eval: bool = field(default=True, metadata={"help": "Evaluate the dense model and each sparse one."})
     overwrite_output_dir: bool = field(default=False, metadata={"help": "Replace checkpoints that are there."})
     checkpoint_every: int | None = field(
@@ -57,13 +45,36 @@ def main(argv: list[str]) -> None:
         argv, "prune", description, ModelArguments, DataArguments, PruneArguments, CAPConfig, Resources
     )
     sparsities = check_sparsities(args.sparsity, config)
-    output = Path(args.output_dir)
-    folders = [output / f"sparsity-{sparsity:.12g}" for sparsity in sparsities]
-    checkpointing = check_state(args)
-    check_output(output, args.overwrite_output_dir or args.resume)
+    check_state(args)
+    check_output(Path(args.output_dir), args.overwrite_output_dir or args.resume)
+    prune(model_args, data_args, args, config, resources, sparsities)
+
+
+def prune(
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    args: PruneArguments,
+    config: CAPConfig,
+    resources: Resources,
+    sparsities: list[float],
+) -> None:
+    """Do the work, once nothing is wrong with the arguments: load, collect, and per sparsity prune, evaluate, save."""
+    # Imported here, because the arguments are checked before these take their seconds.
+    from transformers.utils import logging as transformers_logging
+
+    from cap_hf.checkpoints.atomic import write_json
+    from cap_hf.checkpoints.saving import save_checkpoint
+    from cap_hf.collection.state import Checkpointing
+    from cap_hf.commands.common import eval_dataset, load_all
+    from cap_hf.compressor import CAPCompressor
+    from cap_hf.data.evaluation import evaluate_model
+    from cap_hf.data.images import ImageDataset, calibration_split, make_dataloader
+    from cap_hf.distributed.accelerator import make_accelerator
+    from cap_hf.report import Phases
+
     if args.disable_tqdm:
         transformers_logging.disable_progress_bar()
-
+    output = Path(args.output_dir)
     accelerator, phases = make_accelerator(), Phases()
     with phases("load"):
         model, image_processor, splits = load_all(
@@ -86,27 +97,24 @@ def main(argv: list[str]) -> None:
             return evaluate_model(model, accelerator.prepare(loader), accelerator, args.disable_tqdm)
 
     dense = evaluate("evaluate dense")
+    checkpointing = None
+    if args.checkpoint_every is not None:
+        checkpointing = Checkpointing(state_folder(args), args.checkpoint_every, args.resume)
     with phases("collect"):
         compressor.collect(train_loader, checkpointing)
+    facts = describe(model_args, data_args, config, accelerator) | {"dense": dense}
     results = []
-    for sparsity, folder in zip(sparsities, folders, strict=True):
+    for sparsity in sparsities:
         with phases(f"prune {sparsity:g}"):
             report = compressor.prune(sparsity)
         metrics = evaluate(f"evaluate {sparsity:g}")
-        facts = describe(model_args, data_args, config, accelerator) | {"dense": dense, "sparse": metrics}
+        folder = output / f"sparsity-{sparsity:.12g}"
+        outcome = {"sparse": metrics, "pruning": report.to_dict()}
         if accelerator.is_main_process:
-            save_checkpoint(folder, model, config, facts | {"pruning": report.to_dict()}, image_processor)
-        results.append((folder, report, metrics))
+            save_checkpoint(folder, model, config, facts | outcome, image_processor)
+        results.append({"checkpoint": folder.name} | outcome)
     if accelerator.is_main_process:
-        full = describe(model_args, data_args, config, accelerator) | {
-            "dense": dense,
-            "results": [
-                {"checkpoint": folder.name, "sparse": metrics, "pruning": report.to_dict()}
-                for folder, report, metrics in results
-            ],
-            "phases": phases.records,
-        }
-        write_json(output / "report.json", full)
+        write_json(output / "report.json", facts | {"results": results, "phases": phases.records})
         print(summary(dense, results))
         print(f"\n{len(results)} checkpoint(s) and report.json are in {output}")
     compressor.discard_state()
@@ -114,34 +122,38 @@ def main(argv: list[str]) -> None:
     accelerator.end_training()
 
 
-def check_state(args: PruneArguments) -> Checkpointing | None:
-    """Where the collection's state goes, if it is to be kept.
+def state_folder(args: PruneArguments) -> Path:
+    """Return where the state of a collection lies: beside the output, which is not there before the end."""
+    return Path(args.output_dir).with_name(f"{Path(args.output_dir).name}-collection")
+
+
+def check_state(args: PruneArguments) -> None:
+    """Check the arguments that keep the state of a collection and go on from it.
 
     Raises:
-        CAPError: a state is there and nothing is said of it, or the other way round.
+        CAPError: `resume` without `checkpoint_every`, `resume` where no state was saved, or fewer than one sample
+            between two saves.
     """
-    folder = Path(args.output_dir).with_name(f"{Path(args.output_dir).name}-collection")
     if args.checkpoint_every is None:
         if args.resume:
             raise CAPError("--resume goes with --checkpoint_every, as the run that was killed had it")
-        return None
+        return
     if args.checkpoint_every < 1:
         raise CAPError(f"checkpoint_every={args.checkpoint_every} must be at least 1")
-    if args.resume and not folder.is_dir():
-        raise CAPError(f"--resume: {folder} is not there, so nothing was saved: leave --resume out")
-    return Checkpointing(folder, args.checkpoint_every, args.resume)
+    if args.resume and not state_folder(args).is_dir():
+        raise CAPError(f"--resume: {state_folder(args)} is not there, so nothing was saved: leave --resume out")
 
 
 def check_sparsities(sparsities: list[float] | None, config: CAPConfig) -> list[float]:
-    """The sparsities in rising order, before anything slow begins.
+    """Return the sparsities in rising order, each once; the pattern's own where the allocation is N:M.
 
     Raises:
         CAPError: none is given, one is out of range, or they contradict an N:M allocation.
     """
     pattern = config.pattern
     if pattern is not None:
-        if sparsities and any(abs(sparsity - pattern.sparsity) > 1e-9 for sparsity in sparsities):
-            raise CAPError(f"--allocation {pattern} is sparsity {pattern.sparsity:g}: leave --sparsity out")
+        for sparsity in sparsities or ():
+            pattern.check_sparsity(sparsity)
         return [pattern.sparsity]
     if not sparsities:
         raise CAPError("say how sparse: --sparsity 0.5 0.75 0.9")
@@ -153,9 +165,11 @@ def check_sparsities(sparsities: list[float] | None, config: CAPConfig) -> list[
 
 
 def describe(
-    model_args: ModelArguments, data_args: DataArguments, config: CAPConfig, accelerator: Accelerator
+    model_args: ModelArguments, data_args: DataArguments, config: CAPConfig, accelerator: "Accelerator"
 ) -> dict[str, object]:
-    """What a report says of the run; never a token."""
+    """Return what a report says of the run; never a token."""
+    from cap_hf.report import versions
+
     return {
         "model_name_or_path": model_args.model_name_or_path,
         "model_revision": model_args.model_revision,
@@ -168,18 +182,12 @@ def describe(
     }
 
 
-def summary(dense: dict | None, results: list[tuple[Path, PruneReport, dict | None]]) -> str:
-    """One line a model: sparsity, accuracy, the drop against the dense model."""
-    header = ["model", "sparsity %", "top-1 %", "top-5 %", "loss", "drop"]
-    rows = []
-    for name, sparsity, metrics in (
-        ("dense", None, dense),
-        *((folder.name, report.sparsity, metrics) for folder, report, metrics in results),
-    ):
-        drop = None if dense is None or metrics is None or metrics is dense else dense["top1"] - metrics["top1"]
-        metrics = metrics or {}
-        loss = f"{metrics['loss']:.4f}" if "loss" in metrics else "-"
-        rows.append(
-            [name, percent(sparsity), percent(metrics.get("top1")), percent(metrics.get("top5")), loss, percent(drop)]
-        )
-    return table(header, rows)
+def summary(dense: dict | None, results: list[dict]) -> str:
+    """Return the table of the dense model and of every sparse one, as the report has them."""
+    return results_table(
+        [
+            ("dense", None, dense),
+            *((result["checkpoint"], result["pruning"]["sparsity"], result["sparse"]) for result in results),
+        ],
+        dense,
+    )

@@ -3,10 +3,9 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from cap_hf.checkpoints.loading import local_folder
-from cap_hf.commands.common import ModelArguments, check_output, parse, percent
+from cap_hf.commands.arguments import ModelArguments, check_output, parse
+from cap_hf.commands.tables import percent
 from cap_hf.errors import CAPError
-from cap_hf.hub.publish import prepare_folder, push_to_hub
 
 
 @dataclass
@@ -33,6 +32,10 @@ def main(argv: list[str]) -> None:
     model_args, args = parse(argv, "push", "Publish a checkpoint on the Hub.", ModelArguments, PushArguments)
     if not args.hub_model_id:
         raise CAPError("say where to: --hub_model_id user/name")
+    # Imported here, because the arguments are checked before these take their seconds.
+    from cap_hf.checkpoints.loading import local_folder
+    from cap_hf.hub.publish import prepare_folder, push_to_hub
+
     folder = local_folder(
         model_args.model_name_or_path, model_args.model_revision, model_args.cache_dir, model_args.token
     )

@@ -13,6 +13,7 @@ from transformers import PretrainedConfig
 
 from cap_hf.data.arguments import DataArguments
 from cap_hf.errors import CAPError, reason
+from cap_hf.extras import need
 from cap_hf.targets import summarize
 
 logger = logging.getLogger(__name__)
@@ -22,6 +23,7 @@ EVAL_SPLITS = ("validation", "test")
 
 def load_digits() -> datasets.DatasetDict:
     """scikit-learn's 1,797 real 8x8 digits: 3 in 4 to train, the others, as many of each digit, to test."""
+    need("sklearn", "demo")
     from sklearn.datasets import load_digits as load
     from sklearn.model_selection import train_test_split
 

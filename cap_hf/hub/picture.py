@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from cap_hf.extras import need
+
 MAX_NAMES = 100
 
 
@@ -16,6 +18,7 @@ def draw_sparsity(names: Sequence[str], sparsities: Sequence[float], total: floa
         path: of the PNG file to write.
     """
     # Its first import may build a font cache for seconds, which only a card should wait for.
+    need("matplotlib", "plots")
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, min(40, 1.2 + 0.17 * len(names))), layout="constrained")

@@ -13,8 +13,9 @@ import torch
 from transformers import PreTrainedModel
 
 from cap_hf.errors import CAPError, reason
+from cap_hf.extras import need
 from cap_hf.inference.choice import time_in_turns
-from cap_hf.inference.export import ONNX_NAME, export_onnx, need
+from cap_hf.inference.export import ONNX_NAME, export_onnx
 from cap_hf.inference.optimize import make_example, optimize_for_inference, resident_bytes
 
 # Seconds before each run: threads of the runtime that ran before may still spin, and would take a core.
@@ -111,7 +112,7 @@ class ONNXRuntime(Backend):
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__(model)
-        self.runtime = need("onnxruntime")
+        self.runtime = need("onnxruntime", "export")
         self.folder = tempfile.TemporaryDirectory(prefix="cap_hf-")
         self.path = export_onnx(model, Path(self.folder.name) / "onnx")
 
@@ -132,7 +133,7 @@ class OpenVINO(ONNXRuntime):
     """OpenVINO on the same ONNX file, float32."""
 
     def __init__(self, model: PreTrainedModel) -> None:
-        self.openvino = need("openvino")
+        self.openvino = need("openvino", "export")
         super().__init__(model)
 
     def start(self, threads: int) -> Call:

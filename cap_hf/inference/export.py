@@ -1,8 +1,6 @@
 """Write image classifiers to ONNX files, with their zeros, and check these in ONNX Runtime."""
 
 import contextlib
-import importlib
-import importlib.util
 import io
 import logging
 import warnings
@@ -16,6 +14,7 @@ from transformers import PreTrainedModel
 
 from cap_hf.checkpoints.atomic import atomic_directory
 from cap_hf.errors import CAPError, reason
+from cap_hf.extras import need
 from cap_hf.inference.linear import SparseWeightLinear
 from cap_hf.inference.optimize import make_example
 
@@ -52,8 +51,8 @@ def export_onnx(model: PreTrainedModel, output_dir: str | Path, image_processor:
     Raises:
         CAPError: a package is missing, the model cannot be exported, or ONNX Runtime gives other results.
     """
-    runtime = need("onnxruntime")
-    need("onnxscript")
+    runtime = need("onnxruntime", "export")
+    need("onnxscript", "export")
     if any(isinstance(module, SparseWeightLinear) for module in model.modules()):
         raise CAPError("a model that was optimised for inference has no ONNX form: export it before you optimise it")
     model.eval()
@@ -123,14 +122,3 @@ def check_onnx(runtime: ModuleType, model: PreTrainedModel, path: Path, example:
         difference = (torch.from_numpy(logits) - expected).abs().max().item()
         if not difference <= TOLERANCE * max(1.0, expected.abs().max().item()):
             raise CAPError(f"ONNX Runtime's logits differ by {difference:.3g} on a batch of {len(batch)}: not written")
-
-
-def need(package: str) -> ModuleType:
-    """Import a package of the `export` extra.
-
-    Raises:
-        CAPError: it is not installed.
-    """
-    if importlib.util.find_spec(package) is None:
-        raise CAPError(f"{package} is not installed: pip install 'cap_hf[export]'")
-    return importlib.import_module(package)

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from cap_hf.extras import need
 from cap_hf.inference.benchmark import Measurement
 
 
@@ -15,6 +16,7 @@ def draw_benchmark(found: Sequence[Measurement], title: str, path: str | Path) -
         path: of the file.
     """
     # Its first import may build a font cache for seconds.
+    need("matplotlib", "plots")
     from matplotlib.figure import Figure
 
     settings = list(dict.fromkeys((each.batch_size, each.threads) for each in found))

@@ -1,12 +1,12 @@
 """int8 on top of sparsity, with torchao through transformers: zeros stay zeros."""
 
-import importlib.util
 import tempfile
 
 from torch import nn
 from transformers import PreTrainedModel
 
 from cap_hf.errors import CAPError
+from cap_hf.extras import need
 from cap_hf.inference.linear import SparseWeightLinear
 from cap_hf.targets import find_targets
 
@@ -24,8 +24,7 @@ def quantize_int8(model: PreTrainedModel, activations: bool = False) -> PreTrain
     Raises:
         CAPError: torchao is not installed, or the model was optimised for inference.
     """
-    if importlib.util.find_spec("torchao") is None:
-        raise CAPError("torchao is not installed: pip install 'cap_hf[quantization]'")
+    need("torchao", "quantization")
     if any(isinstance(module, SparseWeightLinear) for module in model.modules()):
         raise CAPError("a model that was optimised for inference cannot be quantised: load it anew")
     # Imported here: they are slow, and few need them.

@@ -1,12 +1,13 @@
-"""Augmentation presets on batches, from none to what dense vision transformers are trained with; by kornia."""
+"""Augment batches with kornia, from not at all to what dense vision transformers are trained with."""
 
 from dataclasses import dataclass
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from cap_hf.errors import CAPError
+from cap_hf.extras import need
+from cap_hf.recovery.losses import label_shares
 
 
 @dataclass(frozen=True)
@@ -16,7 +17,7 @@ class AugmentationPreset:
     Attributes:
         min_crop: smallest share of the image's area that a random crop keeps; 1 crops nothing.
         flip: probability of a horizontal flip.
-        operations: RandAugment's operations a batch (arXiv 1909.13719).
+        operations: RandAugment's operations per batch (arXiv 1909.13719).
         magnitude: of those, in (0, 30).
         mixup: probability that a batch is mixed up (arXiv 1710.09412).
         cutmix: probability that a batch is cut and mixed instead (arXiv 1905.04899); never both.
@@ -63,6 +64,7 @@ class BatchAugmentation(nn.Module):
         super().__init__()
         self.preset, self.num_labels = preset, num_labels
         # kornia takes seconds to import; a run without augmentation does not wait for it.
+        need("kornia", "recovery")
         from kornia.augmentation import RandomCutMixV2, RandomErasing, RandomHorizontalFlip, RandomMixUpV2
 
         mean, std = pixel_statistics(image_processor)
@@ -79,7 +81,10 @@ class BatchAugmentation(nn.Module):
 
     @torch.no_grad()
     def forward(self, pixel_values: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Augmented `pixel_values (b, channels, h, w)`, and `labels (b,)` as distributions `(b, classes)`."""
+        """Return augmented `pixel_values (b, channels, h, w)`, and `labels (b,)` as shares `(b, classes)`.
+
+        A label of -100 is none: its shares are 0.
+        """
         dtype = pixel_values.dtype
         images = (pixel_values.float() * self.std + self.mean).clamp(0, 1)
         if self.crop is None and self.rand_augment is None:
@@ -111,14 +116,14 @@ class BatchAugmentation(nn.Module):
             # kornia gives the first label's share here, where its mixup gives the second's.
             mixed = torch.stack([*mixed.reshape(-1, 3).unbind(dim=1)[:2], 1 - mixed.reshape(-1, 3)[:, 2]], dim=1)
         else:
-            return images, F.one_hot(labels, self.num_labels).float()
+            return images, label_shares(labels, self.num_labels)
         own, other, share = mixed.unbind(dim=1)
-        first, second = (F.one_hot(each.long(), self.num_labels).float() for each in (own, other))
+        first, second = (label_shares(each.long(), self.num_labels) for each in (own, other))
         return images, torch.lerp(first, second, share[:, None].float())
 
 
 def pixel_statistics(image_processor: object) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation, by channel, that turn pixel values back into images in [0, 1]."""
+    """Return mean and standard deviation, by channel, that turn pixel values back into images in [0, 1]."""
     normalized = getattr(image_processor, "do_normalize", False)
     mean = list(image_processor.image_mean) if normalized else [0.0]
     std = list(image_processor.image_std) if normalized else [1.0]
@@ -130,7 +135,7 @@ def pixel_statistics(image_processor: object) -> tuple[list[float], list[float]]
 def make_augmentation(
     name: str, image_processor: object | None, num_labels: int, flip: bool = True
 ) -> BatchAugmentation | None:
-    """The augmentation of a preset's name, None for `none`.
+    """Return the augmentation of a preset's name, None for `none`.
 
     Args:
         name: one of `PRESETS`.

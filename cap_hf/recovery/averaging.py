@@ -1,4 +1,4 @@
-"""An exponential moving average of the weights, with the model's own zeros."""
+"""Average the weights over training, exponentially; the average has the model's own zeros."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,6 +9,8 @@ import torch
 from safetensors.torch import load_model, save_model
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from cap_hf.errors import CAPError, reason
 
 AVERAGE_NAME = "ema.safetensors"
 
@@ -31,15 +33,16 @@ class WeightAverage:
 
     @property
     def model(self) -> nn.Module:
-        """The averaged model; meaningful once `update` was called."""
+        """The averaged model; its weights say something once `update` was called."""
         return self.averaged.module
 
     @property
     def started(self) -> bool:
+        """Whether `update` was called since the average began."""
         return int(self.averaged.n_averaged) > 0
 
     def update(self, model: nn.Module) -> None:
-        """Take the model's weights in: as they are after a restart, else with the decay."""
+        """Take the model's weights in: as they are if these are the first, else with the decay."""
         self.averaged.update_parameters(model)
 
     def restart(self) -> None:
@@ -75,7 +78,15 @@ class WeightAverage:
         save_model(self.averaged, str(Path(directory) / AVERAGE_NAME))
 
     def load(self, directory: str | Path) -> None:
-        """Read the average from a folder, where it has one."""
+        """Read the average from a folder, if it has one.
+
+        Raises:
+            CAPError: it is not this model's average, or damaged.
+        """
         path = Path(directory) / AVERAGE_NAME
-        if path.exists():
+        if not path.exists():
+            return
+        try:
             load_model(self.averaged, str(path))
+        except Exception as error:  # file format, names, shapes
+            raise CAPError(f"{path} cannot be loaded: {reason(error)}") from error

@@ -1,5 +1,6 @@
 """What SparseTrainer adds to a run, each as a callback: masks, pruning steps, the weight average."""
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -10,13 +11,20 @@ from torch import nn
 from torch.optim import Optimizer
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from cap_hf.errors import CAPError
 from cap_hf.recovery.averaging import WeightAverage
 from cap_hf.recovery.mask_holder import MaskHolder
+from cap_hf.recovery.precision import full_precision
 from cap_hf.recovery.schedules import SparsitySchedule
 from cap_hf.report import PruneReport
 
+logger = logging.getLogger(__name__)
+
 # Prunes a model in place, to a sparsity, on the processes of an accelerator, the same on each.
 PruneStep = Callable[[PreTrainedModel, float, Accelerator], PruneReport]
+
+# What a pruning step may miss its sparsity by: one weight of a small model is more than a rounding error.
+TOLERANCE = 0.01
 
 
 class MaskCallback(TrainerCallback):
@@ -41,7 +49,7 @@ class MaskCallback(TrainerCallback):
 
 
 class PruningCallback(TrainerCallback):
-    """Prunes at the beginning of the optimizer steps of a schedule.
+    """Prunes before the optimizer steps that a schedule names.
 
     A checkpoint is written at the end of a step, never between a pruning step and the optimizer step that follows
     it, so the number of that optimizer step alone says what a resumed run has behind it.
@@ -64,6 +72,13 @@ class PruningCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self.steps = self.schedule.at_steps(state.max_steps, args.num_train_epochs)
+        done = pruning_steps(state)
+        for step, sparsity in self.steps.items():
+            if step < state.global_step and done.get(step, 0.0) < sparsity - TOLERANCE:
+                raise CAPError(
+                    f"the schedule prunes to {sparsity:g} at optimizer step {step}, and the run that made this "
+                    f"checkpoint of step {state.global_step} did not: resume with that run's schedule and length"
+                )
 
     def on_step_begin(
         self,
@@ -88,6 +103,23 @@ class PruningCallback(TrainerCallback):
         state.best_metric = state.best_model_checkpoint = state.best_global_step = None
         self.log({"sparsity": report.sparsity})
 
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        missed = sorted(set(self.steps) - set(pruning_steps(state)))
+        if missed:
+            logger.warning(
+                "Training ended at optimizer step %d, before the pruning step to sparsity %g at step %d.",
+                state.global_step,
+                self.steps[missed[-1]],
+                missed[-1],
+            )
+
+
+def pruning_steps(state: TrainerState) -> dict[int, float]:
+    """Return the optimizer steps before which a run has pruned so far -> the sparsity that came out."""
+    return {entry["step"]: entry["sparsity"] for entry in state.log_history if "sparsity" in entry}
+
 
 class AveragingCallback(TrainerCallback):
     """Updates the average after every optimizer step and gives the model its weights when training ends."""
@@ -110,20 +142,6 @@ class AveragingCallback(TrainerCallback):
 
 @contextmanager
 def isolated_random_state(device: torch.device) -> Iterator[None]:
-    """What happens inside draws nothing from torch's global generators."""
+    """Inside the context torch's global generators may be drawn from; afterwards they are as they were before."""
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         yield
-
-
-@contextmanager
-def full_precision(model: nn.Module) -> Iterator[None]:
-    """Inside the context the model runs in its own dtype: without the autocast that accelerate put on its `forward`.
-
-    Gradients of single examples are too small for float16.
-    """
-    wrapped = model.__dict__.pop("forward", None)
-    try:
-        yield
-    finally:
-        if wrapped is not None:
-            model.forward = wrapped

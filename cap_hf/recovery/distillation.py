@@ -1,13 +1,12 @@
-"""Learning from a dense teacher: its logits at a temperature and its hidden states."""
+"""A dense teacher: the frozen model, and whether it fits the student."""
 
-from collections.abc import Sequence
+import copy
 
 import torch
-from torch.nn import functional as F
 from transformers import PretrainedConfig, PreTrainedModel
-from transformers.utils import ModelOutput
 
 from cap_hf.errors import CAPError, reason
+from cap_hf.recovery.augmentation import pixel_statistics
 
 
 class Teacher:
@@ -16,51 +15,31 @@ class Teacher:
     Args:
         model: an image classifier with the student's labels; it is put into eval mode and frozen.
         device: where it runs.
-        bf16: run it in bfloat16; its outputs come back in float32.
+        bf16: run a copy of it in bfloat16; outputs come back in float32, and the model itself stays as it is.
     """
 
     def __init__(self, model: PreTrainedModel, device: torch.device, bf16: bool = False) -> None:
-        self.model = model.to(device=device, dtype=torch.bfloat16 if bf16 else None).eval().requires_grad_(False)
+        if bf16:
+            model = copy.deepcopy(model).to(torch.bfloat16)
+        self.model = model.to(device).eval().requires_grad_(False)
 
     @torch.no_grad()
     def __call__(
         self, pixel_values: torch.Tensor, hidden_states: bool = False
     ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
-        """Logits `(b, classes)` and, if asked for, every hidden state, in float32."""
-        outputs = self.model(pixel_values=pixel_values.to(self.model.dtype), output_hidden_states=hidden_states)
+        """Return logits `(b, classes)` and, if asked for, every hidden state, in float32."""
+        pixel_values = pixel_values.to(self.model.device, self.model.dtype)
+        outputs = self.model(pixel_values=pixel_values, output_hidden_states=hidden_states)
         return outputs.logits.float(), tuple(state.float() for state in outputs.hidden_states or ())
 
 
-def logit_loss(student: torch.Tensor, teacher: torch.Tensor, temperature: float) -> torch.Tensor:
-    """`T^2 KL(teacher || student)` of softened distributions, mean over examples (Hinton, arXiv 1503.02531).
-
-    The square keeps the size of the gradients when the temperature changes. Both logits are `(b, classes)`.
-    """
-    student = F.log_softmax(student.float() / temperature, dim=-1)
-    teacher = F.log_softmax(teacher.float() / temperature, dim=-1)
-    return temperature**2 * F.kl_div(student, teacher, reduction="batchmean", log_target=True)
-
-
-def hidden_state_loss(student: Sequence[torch.Tensor], teacher: Sequence[torch.Tensor]) -> torch.Tensor:
-    """`|s - t|^2 / |t|^2`, mean over layers: the normalised MSE (SquareHead, arXiv 2310.06927).
-
-    Normalised because hidden states grow with depth: without it the last layers would be all that counts.
-    """
-    losses = [
-        F.mse_loss(own.float(), other) / other.square().mean().clamp_min(torch.finfo(torch.float32).tiny)
-        for own, other in zip(student, teacher, strict=True)
-    ]
-    return torch.stack(losses).mean()
-
-
-def student_logits(outputs: ModelOutput) -> tuple[torch.Tensor, torch.Tensor]:
-    """The logits that learn from labels and those that learn from the teacher, each `(b, classes)`.
-
-    A model with DeiT's distillation token has a head for each (arXiv 2012.12877, section 4); any other has one.
-    """
-    if "distillation_logits" in outputs:
-        return outputs["cls_logits"], outputs["distillation_logits"]
-    return outputs["logits"], outputs["logits"]
+def check_returns(model: PreTrainedModel, role: str) -> None:
+    """Raise a CAPError if a model returns tuples, which do not say which of their parts is what."""
+    if getattr(model.config, "return_dict", True) is False:
+        raise CAPError(
+            f"return_dict is false in the {role}'s config, and a tuple does not say which of its parts are the logits: "
+            "set model.config.return_dict = True, or leave it out of config.json"
+        )
 
 
 def check_labels(student: PretrainedConfig, teacher: PretrainedConfig) -> None:
@@ -77,23 +56,34 @@ def check_labels(student: PretrainedConfig, teacher: PretrainedConfig) -> None:
             raise CAPError(f"label {index} is {other!r} for the teacher and {own!r} for the student: {advice}")
 
 
+def check_pixels(student: object, teacher: object) -> None:
+    """Raise a CAPError unless two image processors normalise pixels alike: both models are given the same ones."""
+    own, other = pixel_statistics(student), pixel_statistics(teacher)
+    if own != other:
+        raise CAPError(
+            f"the teacher normalises images to mean and std {other}, the student to {own}: "
+            "choose a teacher with the student's image processor"
+        )
+
+
 @torch.no_grad()
 def check_outputs(student: PreTrainedModel, teacher: Teacher, pixel_values: torch.Tensor, hidden_states: bool) -> None:
     """Raise a CAPError unless both models take these images and, if asked for, have alike hidden states.
 
     Args:
         student: any mode; its mode is restored.
-        teacher: on the student's device.
-        pixel_values: `(1, channels, h, w)`.
+        teacher: of the same labels.
+        pixel_values: `(1, channels, h, w)`; taken to where each model is.
         hidden_states: compare the shapes of all hidden states.
     """
     training = student.training
     student.eval()
-    own = student(pixel_values=pixel_values, output_hidden_states=hidden_states).hidden_states or ()
+    pixels = pixel_values.to(student.device, student.dtype)
+    own = student(pixel_values=pixels, output_hidden_states=hidden_states).hidden_states or ()
     student.train(training)
     try:
         other = teacher(pixel_values, hidden_states)[1]
-    except (ValueError, RuntimeError) as error:
+    except Exception as error:  # whatever a model raises on images of another size or number of channels
         raise CAPError(f"the teacher cannot take the student's images: {reason(error)}") from error
     shapes = [[tuple(state.shape[1:]) for state in states] for states in (own, other)]
     advice = "leave out --hidden_state_weight or choose a teacher of the student's architecture"

@@ -2,14 +2,22 @@
 
 from dataclasses import dataclass
 
+import datasets
 from accelerate import Accelerator
+from torch import nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
 from cap_hf.collection.resources import Resources
 from cap_hf.compressor import CAPCompressor
 from cap_hf.config import CAPConfig
+from cap_hf.data.arguments import DataArguments
+from cap_hf.data.images import ImageDataset, calibration_split, make_dataloader
+from cap_hf.errors import CAPError
+from cap_hf.recovery.mask_holder import count_zeros
+from cap_hf.recovery.schedules import SparsitySchedule
 from cap_hf.report import PruneReport
+from cap_hf.targets import find_targets
 
 
 @dataclass
@@ -27,6 +35,52 @@ class GradualPruner:
     config: CAPConfig
     disable_tqdm: bool = False
     resources: Resources | None = None
+
+    @classmethod
+    def from_split(
+        cls,
+        split: datasets.Dataset,
+        image_processor: object,
+        model: PreTrainedModel,
+        data_args: DataArguments,
+        config: CAPConfig,
+        batch_size: int,
+        disable_tqdm: bool = False,
+        resources: Resources | None = None,
+    ) -> "GradualPruner":
+        """Return a pruner on a calibration set that the config's seed fixes.
+
+        Args:
+            split: what the calibration examples are drawn from.
+            image_processor: the model's.
+            model: for its labels and number of channels.
+            data_args: names of the columns, and how many processes load images.
+            config: how to prune.
+            batch_size: examples that are loaded together; made a multiple of `config.samples_per_grad`.
+            disable_tqdm: no progress bars.
+            resources: memory and passes of a step.
+        """
+        group = config.samples_per_grad
+        examples = calibration_split(split, config.num_grads * group, config.seed)
+        dataset = ImageDataset(examples, image_processor, model.config, data_args)
+        loader = make_dataloader(dataset, max(1, batch_size // group) * group, data_args.dataloader_num_workers)
+        return cls(loader, config, disable_tqdm, resources)
+
+    def check(self, model: nn.Module, schedule: SparsitySchedule) -> None:
+        """Raise a CAPError if the model cannot be pruned on this schedule, before anything is trained.
+
+        A sparsity of the schedule is a share of the weights that `config` prunes, as it is for `CAPCompressor.prune`.
+        """
+        config, pattern = self.config, self.config.pattern
+        targets = find_targets(model, include=config.include, exclude=config.exclude, pattern=pattern)
+        if pattern is not None:
+            for _, sparsity in schedule.steps:
+                try:
+                    pattern.check_sparsity(sparsity)
+                except CAPError as error:
+                    only = f"--allocation {pattern} goes with --sparsity_schedule {pattern.sparsity:.10g} alone"
+                    raise CAPError(f"{only}: {error}") from error
+        schedule.check_start(*count_zeros(targets))
 
     def __call__(self, model: PreTrainedModel, sparsity: float, accelerator: Accelerator) -> PruneReport:
         """Prune the model in place.

@@ -1,6 +1,6 @@
-"""Keeps a model's zeros at zero while an optimizer trains it."""
+"""Keep a model's zeros at zero while an optimizer trains it, and count them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
@@ -13,11 +13,11 @@ from cap_hf.targets import Target, find_targets, weight_layers
 
 
 class MaskHolder:
-    """The zeros of a model's Linear and Conv2d weights, held by hooks on the optimizer's step and on gradients.
+    """Holds the zeros of a model's Linear and Conv2d weights, by hooks on the optimizer's step and on gradients.
 
     Whatever lets a weight move - momentum, decay, a step of the optimizer - the step's hook sets it back to 0 before
-    anyone sees it. Gradients of pruned weights are 0 too: they would count in gradient clipping, where at high
-    sparsity they are most of the norm.
+    anyone sees it. Gradients of pruned weights are 0 too: otherwise they would count in gradient clipping, where at
+    high sparsity they are most of the norm.
 
     Args:
         model: where the masks come from: a weight that is exactly 0 is pruned. Layers outside the encoder count as
@@ -64,7 +64,7 @@ class MaskHolder:
         verify_masks(targets, self.masks)
 
     def attach(self, optimizer: Optimizer) -> None:
-        """Hold the masks from now on; once a time."""
+        """Hold the masks whenever this optimizer takes a step, and no longer for one that was attached before."""
         self.detach()
         # accelerate wraps the optimizer; with a gradient scaler only the inner one knows which steps are taken.
         optimizer = getattr(optimizer, "optimizer", optimizer)
@@ -96,6 +96,18 @@ class MaskHolder:
             for target in self.held
             if target.weight.requires_grad
         ]
+
+
+def count_zeros(targets: Sequence[Target]) -> tuple[int, int]:
+    """Return how many weights of the targets are 0, and how many there are."""
+    weights = [target.weight.detach() for target in targets]
+    return sum(int((weight == 0).sum()) for weight in weights), sum(weight.numel() for weight in weights)
+
+
+def model_sparsity(model: nn.Module) -> float:
+    """Return the share of a model's target weights that are 0."""
+    zeros, total = count_zeros(find_targets(model))
+    return zeros / total
 
 
 def _gradient_mask(mask: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:

@@ -1,56 +1,49 @@
-"""SparseTrainer: transformers' Trainer that keeps zeros, prunes on a schedule and learns from a teacher."""
+"""Extend transformers' Trainer: keep zeros, prune on a schedule, learn from a teacher."""
 
-import json
-import os
-import re
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
-from transformers import PreTrainedModel, Trainer
-from transformers.trainer_utils import EvalLoopOutput, TrainOutput
+from transformers import PretrainedConfig, PreTrainedModel, Trainer
+from transformers.trainer_utils import EvalLoopOutput, SchedulerType, TrainOutput
+from transformers.training_args import OptimizerNames
 from transformers.utils import ModelOutput
 
 from cap_hf.errors import CAPError, reason
 from cap_hf.recovery.augmentation import PRESETS, make_augmentation
 from cap_hf.recovery.averaging import WeightAverage
 from cap_hf.recovery.callbacks import AveragingCallback, MaskCallback, PruneStep, PruningCallback
-from cap_hf.recovery.distillation import (
-    Teacher,
-    check_labels,
-    check_outputs,
-    hidden_state_loss,
-    logit_loss,
-    student_logits,
-)
+from cap_hf.recovery.distillation import Teacher, check_labels, check_outputs, check_returns
+from cap_hf.recovery.gradual import GradualPruner
+from cap_hf.recovery.losses import NO_LABEL, hidden_state_loss, label_loss, logit_loss, student_logits
 from cap_hf.recovery.mask_holder import MaskHolder
+from cap_hf.recovery.precision import check_bfloat16
+from cap_hf.recovery.resume import choose_checkpoint, load_weights
 from cap_hf.recovery.schedules import cyclic_linear
 from cap_hf.recovery.training_arguments import SparseTrainingArguments
-from cap_hf.targets import find_targets, summarize
+from cap_hf.targets import summarize
 
 
 class SparseTrainer(Trainer):
-    """A Trainer under which no zero of the model ever comes back.
+    """Trains a model none of whose zeros ever comes back.
 
     Masks come from the model: a weight that is exactly 0 when training begins stays 0. They are verified whenever
     the model is saved. With `args.sparsity_schedule` the model is pruned further while it trains, with `teacher` it
     learns from a dense one, with `args.ema_decay` it ends as the average of its weights; everything else is the
-    Trainer's own.
+    Trainer's own. Examples labelled -100 have no label: with a teacher they learn from it alone.
 
     Args:
         model: an image classifier, dense or sparse.
         args: SparseTrainingArguments.
-        teacher: a dense model with the same labels; frozen and never saved.
+        teacher: a dense model with the same labels, another object than the model; frozen and never saved.
         prune: what a pruning step of the schedule calls, such as `cap_hf.GradualPruner`.
         **kwargs: the Trainer's; `processing_class`, the image processor, is needed for augmentation.
 
     Raises:
-        CAPError: teacher, schedule and model do not fit together; from `train` and `save_model`: a pruned weight is
-            not 0.
+        CAPError: teacher, schedule, model and processor do not fit together; from `train` and `save_model`: a pruned
+            weight is not 0, or a weight is not finite.
     """
 
     def __init__(
@@ -65,6 +58,15 @@ class SparseTrainer(Trainer):
             raise CAPError(f"SparseTrainer needs SparseTrainingArguments, not {type(args).__name__}")
         if kwargs.get("model_init") is not None:
             raise CAPError("SparseTrainer takes its masks from the model it is given: pass model, not model_init")
+        if teacher is model:
+            raise CAPError("the teacher is the model itself, and a teacher is frozen: load it a second time")
+        check_returns(model, "model")
+        if not (args.distillation_weight or args.hidden_state_weight):
+            teacher = None
+        if args.device.type == "cpu":
+            asked = {"--bf16": args.bf16, "--teacher_bf16": args.teacher_bf16 and teacher is not None}
+            if any(asked.values()):
+                check_bfloat16([name for name, value in asked.items() if value])
         super().__init__(model, args, **kwargs)
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             raise CAPError("masks are held on whole weights, which FSDP and DeepSpeed split: use DDP")
@@ -77,7 +79,8 @@ class SparseTrainer(Trainer):
         if args.schedule is not None:
             if prune is None:
                 raise CAPError("a sparsity schedule needs something that prunes: pass prune=GradualPruner(...)")
-            args.schedule.check_start(*count_zeros(model))
+            if isinstance(prune, GradualPruner):
+                prune.check(model, args.schedule)
             self.add_callback(
                 PruningCallback(self.masks, args.schedule, prune, self.accelerator, self.average, self.log)
             )
@@ -88,55 +91,75 @@ class SparseTrainer(Trainer):
         if self.augmentation is not None:
             self.augmentation.to(args.device)
         self.label_smoothing = args.label_smoothing_factor or PRESETS[args.augmentation].label_smoothing
-        self.teacher = self._make_teacher(teacher)
+        self.teacher = None if teacher is None else self._make_teacher(teacher)
         # Classes with DeiT's distillation token take no labels and return no loss.
         self.takes_labels = bool(self.label_names)
         self.label_names = self.label_names or ["labels"]
         self.own_loss = self.teacher is not None or self.augmentation is not None or not self.takes_labels
         if self.own_loss:
+            check_task(model.config)
+            if self.compute_loss_func is not None:
+                raise CAPError("compute_loss_func would replace what a teacher and augmentation add to the loss")
             # A mean over each batch, which the Trainer then divides by the accumulation steps.
             self.model_accepts_loss_kwargs = False
 
-    def _make_teacher(self, model: PreTrainedModel | None) -> Teacher | None:
+    def _make_teacher(self, model: PreTrainedModel) -> Teacher:
         args = self.args
-        if model is None or not (args.distillation_weight or args.hidden_state_weight):
-            return None
+        check_returns(model, "teacher")
         check_labels(self.model.config, model.config)
         teacher = Teacher(model, args.device, args.teacher_bf16)
         # A dataset that can only be iterated over is not begun for a check.
         if hasattr(self.train_dataset, "__getitem__"):
-            example = torch.as_tensor(self.train_dataset[0]["pixel_values"])[None].to(args.device)
-            check_outputs(self.model, teacher, example, args.hidden_state_weight > 0)
+            example = self.train_dataset[0]
+            # Some datasets leave the pixels to the collator.
+            batch = example if "pixel_values" in example else self.data_collator([example])
+            pixels = torch.as_tensor(batch["pixel_values"])
+            pixels = pixels if pixels.dim() == 4 else pixels[None]
+            check_outputs(self.model, teacher, pixels, args.hidden_state_weight > 0)
         return teacher
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
-        """As the Trainer's; `resume_from_checkpoint=True` skips checkpoints that a crash left half written."""
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = last_whole_checkpoint(self.args.output_dir)
-            if resume_from_checkpoint is None:
-                raise CAPError(f"there is no checkpoint to resume from in {self.args.output_dir}")
+        """Train as the Trainer does; `resume_from_checkpoint=True` skips checkpoints that a crash left half written."""
+        resume_from_checkpoint = choose_checkpoint(self.args.output_dir, resume_from_checkpoint)
         if self.average is not None:
             self.average.restart()
             if resume_from_checkpoint:
                 self.average.load(resume_from_checkpoint)
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        outcome = super().train(resume_from_checkpoint, *args, **kwargs)
+        check_finite(self.model)
+        return outcome
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Optimizer:
+        """Make the optimizer as the Trainer does; a setting or a package that it lacks is one line."""
+        try:
+            return super().create_optimizer(*args, **kwargs)
+        except (ImportError, TypeError, ValueError) as error:
+            raise CAPError(
+                f"--optim {OptimizerNames(self.args.optim).value} cannot be made: {reason(error)}"
+            ) from error
 
     def create_scheduler(self, num_training_steps: int, optimizer: Optimizer | None = None) -> LRScheduler:
-        """A linear decay that restarts at every pruning step, unless another scheduler is asked for."""
+        """Make a linear decay that restarts at every pruning step, unless another scheduler is asked for."""
         if self.lr_scheduler is None and self.args.cyclic_lr:
             starts = self.args.schedule.at_steps(num_training_steps, self.args.num_train_epochs)
             warmup = self.args.get_warmup_steps(num_training_steps)
             factor = cyclic_linear(list(starts), num_training_steps, warmup, self.args.cycle_peak_decay)
             self.lr_scheduler = LambdaLR(optimizer or self.optimizer, factor)
             self._created_lr_scheduler = True
-        return super().create_scheduler(num_training_steps, optimizer)
+        try:
+            return super().create_scheduler(num_training_steps, optimizer)
+        except (TypeError, ValueError) as error:
+            kind = SchedulerType(self.args.lr_scheduler_type).value
+            raise CAPError(f"--lr_scheduler_type {kind} cannot be made: {reason(error)}") from error
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any
     ) -> torch.Tensor | tuple[torch.Tensor, ModelOutput]:
-        """The Trainer's loss; in training with a teacher or augmentation the weighted sum of its parts."""
+        """Return the Trainer's loss; in training with a teacher or augmentation the weighted sum of its parts."""
         recovering = model.training and self.own_loss
-        if self.takes_labels and not recovering:
+        # The model's own loss of a batch without any label is 0 / 0.
+        unlabelled = bool((torch.as_tensor(inputs.get("labels", 0)) == NO_LABEL).all())
+        if self.takes_labels and not recovering and not unlabelled:
             return super().compute_loss(model, inputs, return_outputs, **kwargs)
         inputs = dict(inputs)
         labels = inputs.pop("labels")
@@ -144,33 +167,30 @@ class SparseTrainer(Trainer):
             inputs["pixel_values"], labels = self.augmentation(inputs["pixel_values"], labels)
         matches_hidden = recovering and self.teacher is not None and self.args.hidden_state_weight > 0
         outputs = model(**inputs, output_hidden_states=matches_hidden)
-        hard, soft = student_logits(outputs)
-        if self.teacher is None or not recovering:
-            hard = outputs["logits"]
-        loss = F.cross_entropy(hard.float(), labels, label_smoothing=self.label_smoothing if recovering else 0.0)
+        smoothing = self.label_smoothing if recovering else 0.0
         if recovering and self.teacher is not None:
+            hard, soft = student_logits(outputs)
             teacher_logits, teacher_states = self.teacher(inputs["pixel_values"], matches_hidden)
-            loss = self.args.hard_label_weight * loss
-            loss = loss + self.args.distillation_weight * logit_loss(
-                soft, teacher_logits, self.args.distillation_temperature
-            )
+            args = self.args
+            loss = args.hard_label_weight * label_loss(hard, labels, smoothing)
+            loss = loss + args.distillation_weight * logit_loss(soft, teacher_logits, args.distillation_temperature)
             if matches_hidden:
-                loss = loss + self.args.hidden_state_weight * hidden_state_loss(
-                    outputs["hidden_states"], teacher_states
-                )
-        if not return_outputs:
-            return loss
-        return loss, {"loss": loss, "logits": outputs["logits"]}
+                states = hidden_state_loss(outputs["hidden_states"], teacher_states)
+                loss = loss + args.hidden_state_weight * states
+        else:
+            loss = label_loss(outputs["logits"], labels, smoothing)
+        return (loss, {"loss": loss, "logits": outputs["logits"]}) if return_outputs else loss
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
-        """As the Trainer's, of the averaged weights where there are any."""
+        """Evaluate as the Trainer does, the averaged weights where there are any."""
         if self.average is None:
             return super().evaluation_loop(*args, **kwargs)
         with self.average.applied(self.model):
             return super().evaluation_loop(*args, **kwargs)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As the Trainer's, once every mask is verified; a checkpoint to resume from gets the average as well."""
+        """Save as the Trainer does, once every mask is verified; a checkpoint to resume from gets the average too."""
+        check_finite(self.model)
         self.masks.verify()
         averaging = self.average is not None and self.average.started
         if averaging:
@@ -188,51 +208,17 @@ class SparseTrainer(Trainer):
             self.average.load(self.state.best_model_checkpoint)
 
 
-def load_weights(model: PreTrainedModel, checkpoint: str) -> None:
-    """Load a checkpoint's weights into a model, in place, as `from_pretrained` reads them.
+def check_task(config: PretrainedConfig) -> None:
+    """Raise a CAPError unless a model picks one label of several, which is what the losses of recovery are made for."""
+    if config.num_labels < 2 or config.problem_type not in (None, "single_label_classification"):
+        task = config.problem_type or f"a task of {config.num_labels} label"
+        raise CAPError(f"a teacher and augmentation are for models that pick one label of several, not for {task}")
 
-    The Trainer's own loading takes the file's names as they are. `save_pretrained` writes many models under older
-    names than those of the modules, so that the Trainer of transformers 5.23 leaves their encoders as they were,
-    with a warning.
 
-    Raises:
-        CAPError: the checkpoint cannot be loaded, or is another model's.
-    """
-    try:
-        loaded, info = type(model).from_pretrained(
-            checkpoint, dtype=model.dtype, use_safetensors=True, output_loading_info=True
+def check_finite(model: nn.Module) -> None:
+    """Raise a CAPError that names the parameters with an entry that is infinite or not a number."""
+    broken = [name for name, value in model.named_parameters() if not value.detach().isfinite().all()]
+    if broken:
+        raise CAPError(
+            f"training diverged: {summarize(broken, 3)} is no longer finite; lower --learning_rate, warm up or clip"
         )
-        lost = sorted(map(str, (*info["missing_keys"], *info["mismatched_keys"])))
-        if lost:
-            raise ValueError(f"it has no weights for {summarize(lost, 3)}")
-        model.load_state_dict(loaded.state_dict())
-    except Exception as error:  # file format, names, shapes
-        raise CAPError(f"{checkpoint} cannot be loaded: {reason(error)}") from error
-
-
-def count_zeros(model: nn.Module) -> tuple[int, int]:
-    """How many of the target weights are 0, and how many there are."""
-    weights = [target.weight for target in find_targets(model)]
-    return sum(int((weight == 0).sum()) for weight in weights), sum(weight.numel() for weight in weights)
-
-
-def model_sparsity(model: nn.Module) -> float:
-    """Share of the target weights that are 0."""
-    zeros, total = count_zeros(model)
-    return zeros / total
-
-
-def last_whole_checkpoint(directory: str | Path) -> str | None:
-    """The newest `checkpoint-*` that the Trainer finished: it writes `trainer_state.json` last; None without one."""
-    found = []
-    for name in os.listdir(directory) if os.path.isdir(directory) else ():
-        match = re.fullmatch(r"checkpoint-(\d+)", name)
-        path = Path(directory) / name
-        if not match:
-            continue
-        try:
-            json.loads((path / "trainer_state.json").read_text())
-        except (OSError, ValueError):
-            continue
-        found.append((int(match[1]), str(path)))
-    return max(found)[1] if found else None

@@ -1,6 +1,6 @@
-"""SparseTrainingArguments: what recovery adds to transformers' TrainingArguments, validated."""
+"""Validate what recovery adds to transformers' TrainingArguments."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 import torch
 from transformers import SchedulerType, TrainingArguments
@@ -12,7 +12,7 @@ from cap_hf.recovery.schedules import SparsitySchedule
 
 @dataclass
 class SparseTrainingArguments(TrainingArguments):
-    """Arguments of a recovery; everything else is TrainingArguments' own.
+    """Says how to recover or gradually prune a model; everything else is TrainingArguments' own.
 
     Raises:
         CAPError: a value is outside what its field allows.
@@ -55,11 +55,26 @@ class SparseTrainingArguments(TrainingArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        name = "num_train_epochs" if self.max_steps < 0 else "max_steps"
+        # The Trainer would take one optimizer step of 0, and of 0 epochs none.
+        if not getattr(self, name) > 0:
+            raise CAPError(f"{name}={getattr(self, name)} trains nothing: `cap-hf evaluate` measures a model as it is")
+        for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
+            if getattr(self, name) < 1:
+                raise CAPError(f"{name}={getattr(self, name)} must be at least 1")
+        if not 0 <= self.label_smoothing_factor < 1:
+            raise CAPError(f"label_smoothing_factor={self.label_smoothing_factor} is not in [0, 1)")
         if self.fp16 and not torch.cuda.is_available():
             raise CAPError("--fp16 scales its gradients on a CUDA device and there is none: use --bf16 or leave it out")
         if self.augmentation not in PRESETS:
             raise CAPError(f"augmentation={self.augmentation!r} is not one of {', '.join(PRESETS)}")
-        for name in ("hard_label_weight", "distillation_weight", "hidden_state_weight"):
+        for name in (
+            "learning_rate",
+            "weight_decay",
+            "hard_label_weight",
+            "distillation_weight",
+            "hidden_state_weight",
+        ):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise CAPError(f"{name}={getattr(self, name)} must be 0 or greater, and finite")
         if not 0 < self.distillation_temperature < float("inf"):
@@ -77,7 +92,7 @@ class SparseTrainingArguments(TrainingArguments):
 
     @property
     def schedule(self) -> SparsitySchedule | None:
-        """`sparsity_schedule`, parsed."""
+        """The parsed `sparsity_schedule`, or None."""
         return None if self.sparsity_schedule is None else SparsitySchedule.parse(self.sparsity_schedule)
 
     @property
@@ -85,3 +100,13 @@ class SparseTrainingArguments(TrainingArguments):
         """Whether the learning rate restarts at pruning steps."""
         linear = self.lr_scheduler_type in (SchedulerType.LINEAR, SchedulerType.LINEAR.value)
         return self.schedule is not None and self.restart_lr and linear
+
+    def changed(self) -> dict[str, str | int | float | bool]:
+        """Return every argument that is not the default, for a report; never a token or a folder."""
+        return {
+            each.name: value
+            for each in fields(self)
+            if isinstance(value := getattr(self, each.name), (str, int, float, bool))
+            and value != each.default
+            and not each.name.endswith(("_dir", "_token"))
+        }

@@ -7,7 +7,7 @@ from cap_hf.collection.collection import mean_diagonals
 from cap_hf.collection.gradient_sums import GradientSums
 from cap_hf.distributed.processes import Processes
 from cap_hf.method.elimination import Elimination, eliminate, invert
-from cap_hf.method.fisher import add_damp, damps_of
+from cap_hf.method.fisher import BlockFisher, damps_of
 from cap_hf.targets import Target
 
 # Blocks solved at a time.
@@ -37,13 +37,13 @@ class OurFisher:
 
     def resolved_damp(self) -> float:
         """Return the damp that is added to the diagonals, once all gradients are there."""
-        means = mean_diagonals(self.statistic, Processes())
-        return damps_of(means, self.damp, absolute=False)[self.target.name]
+        return damps_of(mean_diagonals(self.statistic, Processes()), self.damp, absolute=False)[self.target.name]
 
     def inverse(self, part: slice, damp: float) -> torch.Tensor:
         """Return the inverses `(blocks, B, B)` of one of `parts`."""
-        sums = self.statistic.sums[self.target.name].full(part)
-        return invert(add_damp(sums.div_(self.statistic.count), damp))
+        everything = {self.target.name: slice(0, self.target.num_blocks)}
+        fisher = BlockFisher(self.statistic.sums, self.statistic.count, {self.target.name: damp}, everything)
+        return invert(fisher.damped(self.target, part))
 
     @staticmethod
     def eliminate(weights: torch.Tensor, inverse: torch.Tensor) -> Elimination:

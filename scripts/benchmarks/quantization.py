@@ -16,9 +16,12 @@ from accelerate import Accelerator
 from results import Results
 from transformers import PreTrainedModel
 
-from cap_hf.commands.common import ModelArguments, eval_dataset, load_all, percent, table
+from cap_hf.commands.arguments import ModelArguments
+from cap_hf.commands.common import eval_dataset, load_all
+from cap_hf.commands.tables import percent, table
+from cap_hf.data.arguments import DataArguments
 from cap_hf.data.evaluation import evaluate_model
-from cap_hf.data.images import DataArguments, make_dataloader
+from cap_hf.data.images import make_dataloader
 from cap_hf.inference.quantization import quantize_int8
 from cap_hf.targets import find_targets
 

@@ -19,7 +19,8 @@ from transformers import PreTrainedModel
 
 from cap_hf import CAPError
 from cap_hf.commands import prune as prune_command
-from cap_hf.commands.common import ModelArguments, load_image_processor, load_model
+from cap_hf.commands.arguments import ModelArguments
+from cap_hf.commands.common import load_image_processor, load_model
 from cap_hf.inference.optimize import make_example
 
 

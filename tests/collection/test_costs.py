@@ -1,71 +1,59 @@
-"""One bar for a whole prune."""
+"""What a gradient sample costs."""
 
-import typing
-
-import pytest
+import torch
 from support.models import build, random_batches
 
-import cap_hf.collection.costs as costs_module
-from cap_hf import CAPCompressor, CAPConfig
-from cap_hf.collection.costs import Progress
+from cap_hf import CAPConfig
+from cap_hf.collection import costs as costs_module
+from cap_hf.collection.costs import measure
+from cap_hf.collection.examples import CalibrationExamples
+from cap_hf.distributed.processes import Processes
+from cap_hf.method.gradients import GradientSamples
+from cap_hf.targets import find_targets
 
 
-class Bar:
-    """What the bar was told."""
-
-    made: typing.ClassVar[list["Bar"]] = []
-
-    def __init__(self, total=None, disable=False, **_):
-        self.total, self.disable, self.done, self.closed = total, disable, 0.0, False
-        self.phases, self.postfixes = [], []
-        self.made.append(self)
-
-    def set_description(self, text, refresh):
-        self.phases.append(text)
-
-    def set_postfix_str(self, text, refresh):
-        self.postfixes.append(text)
-
-    def update(self, work):
-        self.done += work
-
-    def close(self):
-        self.closed = True
+def measured(model, side: int):
+    examples = CalibrationExamples(random_batches(model, side), CAPConfig(), Processes())
+    return measure(model, examples.peek(), find_targets(model))
 
 
-@pytest.mark.parametrize("disable", [False, True])
-def test_one_bar_shows_phases_speed_and_ends_full(monkeypatch, disable):
-    monkeypatch.setattr(Bar, "made", [])
-    monkeypatch.setattr(costs_module.transformers_logging, "tqdm", Bar)
+def test_the_bytes_of_a_sample_are_those_of_what_autograd_keeps():
+    """Twice the layers keep nearly twice the bytes, twice the tokens too."""
+    sizes = {}
+    for name, changes in {"base": {}, "deep": {"num_hidden_layers": 4}, "long": {"image_size": 16}}.items():
+        model = build("ViT", **changes)
+        side = changes.get("image_size", 8)
+        sizes[name] = measured(model, side).bytes
+        assert all(parameter.requires_grad for parameter in model.parameters())
+    assert 1.6 < sizes["deep"] / sizes["base"] < 2.1
+    assert 2.0 < sizes["long"] / sizes["base"] < 4.5
+
+
+def test_patches_of_convolutions_are_counted():
+    """A 3x3 convolution on 8 channels of 16x16 positions has 72 entries per position."""
+    costs = measured(build("ResNet"), 16)
+    assert costs.patches > 0
+    assert 0 < costs.held <= costs.patches
+    assert measured(build("ViT"), 8).patches == 0
+
+
+def test_the_order_is_that_of_the_backward_pass():
     model = build("ViT")
-    compressor = CAPCompressor(model, CAPConfig(num_grads=16), disable_tqdm=disable, prunes=2)
-    compressor.collect(random_batches(model, 8, sizes=(8, 8)))
-    (bar,) = Bar.made
-    collected = bar.done
-    assert 0 < collected < bar.total
-    compressor.prune(0.5)
-    assert not bar.closed
-    compressor.prune(0.9)
-    assert Bar.made == [bar]
-    assert bar.closed
-    compressor.prune(0.6)
-    (again,) = Bar.made[1:]
-    assert again.closed
-    assert again.done == pytest.approx(again.total)
-    assert bar.disable == disable
-    assert bar.phases == ["Collecting", "Eliminating", "Reconstructing", "Reconstructing"]
-    assert bar.done == pytest.approx(bar.total, rel=1e-6)
-    assert {text.split()[1] for text in bar.postfixes} == {"gradient/s", "block/s"}
+    targets, met = find_targets(model), []
+    (batch,) = random_batches(model, 8, sizes=(2,))
+    with GradientSamples(targets, lambda target, gradients: met.append(target.name)) as hooks:
+        hooks.start(2)
+        model(**batch).loss.backward()
+    assert measured(model, 8).order == met
+    assert sorted(met) == sorted(target.name for target in targets)
 
 
-def test_the_time_left_follows_the_work(monkeypatch):
-    """Larger blocks take a larger part of the bar for solving."""
-    monkeypatch.setattr(costs_module.transformers_logging, "tqdm", Bar)
-    shares = []
-    for size in (8, 32):
-        model = build("ViT")
-        progress = Progress(disable=False)
-        targets = CAPCompressor(model, CAPConfig(fisher_block_size=size)).targets
-        progress.start(targets, 1e6, 1)
-        shares.append(1e6 / progress.bar.total)
-    assert shares[1] < shares[0]
+def test_the_first_step_is_not_timed(monkeypatch):
+    """A device sets itself up in it: its seconds would be taken for those of every step."""
+    calls = []
+    monkeypatch.setattr(costs_module, "backward", lambda *args: calls.append(1) or torch.zeros(()))
+    clock = iter(range(100))
+    monkeypatch.setattr(costs_module.time, "perf_counter", lambda: (len(calls), next(clock))[0])
+    costs = measured(build("ViT"), 8)
+    assert len(calls) == 2
+    assert costs.seconds == 1 / 2

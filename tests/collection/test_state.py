@@ -14,9 +14,12 @@ import cap_hf.collection.plan as plan_module
 import cap_hf.collection.solver as solver_module
 import cap_hf.collection.state as state_module
 from cap_hf import CAPCompressor, CAPConfig, CAPError
-from cap_hf.collection.plan import Resources, sums_bytes
-from cap_hf.collection.state import Checkpointing
-from cap_hf.collection.storage import SpilledSums
+from cap_hf.collection.gradient_sums import GradientSums
+from cap_hf.collection.plan import sums_bytes
+from cap_hf.collection.resources import Resources
+from cap_hf.collection.shares import largest_shares
+from cap_hf.collection.spill import DiskTensors, SpilledSums
+from cap_hf.collection.state import Checkpointing, CollectionState
 from cap_hf.distributed.processes import Processes
 from cap_hf.targets import find_targets
 
@@ -25,8 +28,9 @@ CONFIG = {"num_grads": 32, "fisher_type": "sampled"}
 
 def squeeze(passes: bool) -> None:
     """Let little memory be free, so that there are several passes."""
-    solver_module.CHUNK_BYTES = 2**13
-    total = sum(sums_bytes(target, Processes()) for target in find_targets(build("ViT")))
+    solver_module.BATCH_BYTES = 2**13
+    targets = find_targets(build("ViT"))
+    total = sum(map(sums_bytes, targets, largest_shares(targets, Processes())))
     plan_module.available_bytes = lambda *_: int(total * (0.7 if passes else 100))
 
 
@@ -55,15 +59,18 @@ def die(function, call: int):
     return dying
 
 
+def dies_in(owner, name: str, call: int):
+    """Let the n-th call of a function be the last."""
+    return lambda: setattr(owner, name, die(getattr(owner, name), call))
+
+
 MOMENTS = {
-    "between two saves": lambda: setattr(
-        plan_module.fisher.BlockFisher, "_step", die(plan_module.fisher.BlockFisher._step, 6)
-    ),
-    "in a save": lambda: setattr(state_module, "save_file", die(state_module.save_file, 17)),
-    "before a save is put in place": lambda: setattr(state_module.os, "replace", die(os.replace, 5)),
-    "while the old save goes": lambda: setattr(state_module.shutil, "rmtree", die(state_module.shutil.rmtree, 5)),
-    "while sums are spilled": lambda: setattr(SpilledSums, "write", die(SpilledSums.write, 2)),
-    "in the elimination": lambda: setattr(solver_module, "eliminate", die(solver_module.eliminate, 3)),
+    "between two saves": dies_in(GradientSums, "step", 6),
+    "in a save": dies_in(state_module, "save_file", 17),
+    "while the old save goes": dies_in(state_module.shutil, "rmtree", 5),
+    "while sums are spilled": dies_in(SpilledSums, "write", 2),
+    "in the elimination": dies_in(solver_module.Solver, "eliminate", 3),
+    "between the order and the losses of a target": dies_in(DiskTensors, "__setitem__", 6),
 }
 
 
@@ -71,7 +78,7 @@ MOMENTS = {
 def restore(monkeypatch):
     """Undo `squeeze`."""
     for module, name in (
-        (solver_module, "CHUNK_BYTES"),
+        (solver_module, "BATCH_BYTES"),
         (plan_module, "available_bytes"),
     ):
         monkeypatch.setattr(module, name, getattr(module, name))
@@ -82,13 +89,15 @@ def restore(monkeypatch):
     [
         ("between two saves", False),
         ("in a save", False),
-        ("before a save is put in place", True),
+        ("in a save", True),
         ("while the old save goes", False),
         ("while sums are spilled", True),
+        ("in the elimination", False),
         ("in the elimination", True),
+        ("between the order and the losses of a target", False),
     ],
 )
-def test_a_killed_run_goes_on_to_the_same_weights(tmp_path, restore, moment, passes):
+def test_a_killed_run_goes_on_to_the_same_weights(tmp_path, monkeypatch, restore, moment, passes):
     folder = tmp_path / "state"
     command = [sys.executable, __file__, str(folder), moment, str(int(passes))]
     root = Path(__file__).parents[2]
@@ -97,21 +106,32 @@ def test_a_killed_run_goes_on_to_the_same_weights(tmp_path, restore, moment, pas
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert folder.is_dir()
     squeeze(passes)
-    steps = []
-    old = plan_module.fisher.BlockFisher._step
-    plan_module.fisher.BlockFisher._step = lambda *args: (steps.append(1), old(*args))[1]
-    try:
+    steps, eliminated = [], []
+    with monkeypatch.context() as patch:
+        patch.setattr(GradientSums, "step", noting(steps, GradientSums.step))
+        patch.setattr(solver_module.Solver, "eliminate", noting(eliminated, solver_module.Solver.eliminate))
         resumed, count = prune(folder, resume=True)
-        saved = len(steps)
+        steps_again, eliminated_again = len(steps), len(eliminated)
         expected, _ = prune(None)
-    finally:
-        plan_module.fisher.BlockFisher._step = old
     assert (count > 1) == passes
     # Not all was done again.
-    assert saved < len(steps) - saved
+    assert steps_again < len(steps) - steps_again
+    if "elimination" in moment:
+        assert steps_again == 0
+        assert eliminated_again == len(find_targets(build("ViT"))) - 2
     assert not folder.exists()
     for name, value in expected.items():
         assert torch.equal(value, resumed[name]), name
+
+
+def noting(calls: list, function):
+    """The function, which notes that it was called."""
+
+    def noted(*args, **kwargs):
+        calls.append(1)
+        return function(*args, **kwargs)
+
+    return noted
 
 
 def interrupted(folder: Path, monkeypatch) -> None:
@@ -160,6 +180,60 @@ def test_memory_that_changed_does_not_change_the_passes(tmp_path, monkeypatch, r
     assert passes > 1
     assert all(torch.equal(value, resumed[name]) for name, value in prune(None)[0].items())
     assert Resources().bytes is None
+
+
+class Several:
+    """What processes tell each other, with the answers of the others made up: all have what `others` says."""
+
+    def __init__(self, rank: int, others: list[int]) -> None:
+        self.rank, self.world, self.others = rank, 1 + len(others), others
+        self.gathered = 0
+
+    def gather_ints(self, *values: int) -> list[list[int]]:
+        self.gathered += 1
+        rows = [[other, *values[1:]] for other in self.others]
+        return [*rows[: self.rank], list(values), *rows[self.rank :]]
+
+
+@pytest.mark.parametrize(("mine", "others"), [(True, [0]), (False, [1]), (True, [1, 0]), (False, [1, 1])])
+def test_a_state_of_some_processes_is_refused_by_all(tmp_path, mine, others):
+    """Everyone gathers once, whatever it has itself: another collective would meet this one otherwise."""
+    folder = tmp_path / "state"
+    if mine:
+        CollectionState(Checkpointing(folder, 8), Processes(), {}, {})
+    else:
+        (folder / "rank-9").mkdir(parents=True)
+        (folder / state_module.MARK).write_text("{}")
+    several = Several(0, others)
+    with pytest.raises(CAPError, match=r"has the state of \d of \d processes: remove it and begin anew"):
+        CollectionState(Checkpointing(folder, 8, resume=True), several, {}, {})
+    assert several.gathered == 1
+
+
+def test_a_folder_of_somebody_else_is_refused_and_stays(tmp_path):
+    folder = tmp_path / "state"
+    folder.mkdir()
+    (folder / "thesis.txt").write_text("years of work")
+    with pytest.raises(CAPError, match="holds something else than a collection's state: choose another --output_dir"):
+        prune(folder)
+    assert [path.name for path in folder.iterdir()] == ["thesis.txt"]
+    # What is put there later stays too.
+    (folder / "thesis.txt").unlink()
+    model = build("ViT")
+    compressor = CAPCompressor(model, CAPConfig(num_grads=8), disable_tqdm=True)
+    compressor.collect(random_batches(model, 8), Checkpointing(folder, 8))
+    (folder / "notes.txt").write_text("mine")
+    compressor.discard_state()
+    assert [path.name for path in folder.iterdir()] == ["notes.txt"]
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", "no JSON"])
+def test_a_damaged_state_is_one_line(tmp_path, content):
+    folder = tmp_path / "state"
+    CollectionState(Checkpointing(folder, 8), Processes(), {}, {})
+    (folder / "rank-0" / "run.json").write_text(content)
+    with pytest.raises(CAPError, match=r"run.json cannot be read: remove .*state and begin anew"):
+        CollectionState(Checkpointing(folder, 8, resume=True), Processes(), {}, {})
 
 
 if __name__ == "__main__":

@@ -9,12 +9,21 @@ from pathlib import Path
 import pytest
 import torch
 from support.recovery import image_processor, sparse_vit, tiny_vit, zeros
-from transformers import AutoImageProcessor, AutoModelForImageClassification
+from transformers import (
+    AutoImageProcessor,
+    AutoModelForImageClassification,
+    ResNetConfig,
+    ResNetForImageClassification,
+)
 
 from cap_hf.commands.main import main
 from cap_hf.config import CAPConfig
+from cap_hf.data.arguments import DataArguments
+from cap_hf.data.images import load_splits
 from cap_hf.masks import differing_layers
-from cap_hf.recovery.trainer import model_sparsity
+from cap_hf.recovery.mask_holder import model_sparsity
+from cap_hf.recovery.resume import last_whole_checkpoint
+from cap_hf.recovery.trainer import SparseTrainer
 from cap_hf.targets import find_targets
 
 NAMES = {"id2label": {i: str(i) for i in range(10)}, "label2id": {str(i): i for i in range(10)}, "num_labels": 10}
@@ -109,18 +118,35 @@ def test_a_yaml_file_of_the_same_names(tmp_path, folders):
     [
         (("--sparsity_schedule", "0.9,0.7,2,linear"), "the sparsity schedule goes down"),
         (("--sparsity_schedule", "0.2,0.9,2,linear"), "the schedule starts at sparsity 0.2, but the model is"),
-        (("--sparsity_schedule", "0.7,0.9,2,linear", "--allocation", "2:4"), "--allocation 2:4 is sparsity 0.5"),
+        (
+            ("--sparsity_schedule", "0.7,0.9,2,linear", "--allocation", "2:4"),
+            "--allocation 2:4 goes with --sparsity_schedule 0.5 alone: sparsity 0.7 contradicts 2:4",
+        ),
+        (
+            ("--allocation", "2:4", "--num_grads", "32"),
+            "--allocation, --num_grads without --sparsity_schedule prunes nothing",
+        ),
         (("--teacher_model_name_or_path", "WIDE", "--hidden_state_weight", "1"), "hidden state 0 is"),
         (("--teacher_model_name_or_path", "LABELS"), "the teacher has 4 labels, the student 10"),
         (("--teacher_model_name_or_path", "PIXELS"), "normalises images to mean"),
         (("--teacher_model_name_or_path", "nowhere"), "nowhere cannot be loaded"),
         (("--augmentation", "mighty"), "invalid choice: 'mighty'"),
+        (("--adam_beta1", "7"), "adamw_torch_fused cannot be made: Invalid beta parameter"),
+        (("--lr_scheduler_type", "cosine_with_min_lr"), "cosine_with_min_lr cannot be made: One of min_lr"),
+        (("--metric_for_best_model", "accuracy"), "--metric_for_best_model accuracy is not one of loss, top1, top5"),
+        (("--fsdp", "full_shard"), "Using fsdp only works in distributed training"),
+        (("--max_steps", "0"), "max_steps=0 trains nothing"),
+        (("--learning_rate", "-1"), "learning_rate=-1.0 must be 0 or greater"),
+        (("--per_device_train_batch_size", "0"), "per_device_train_batch_size=0 must be at least 1"),
+        (("--model_name_or_path", "CONFIG"), "cap_config.json of CONFIG cannot be read: "),
+        (("--model_name_or_path", "TUPLES"), "return_dict is false in the model's config"),
         (("--resume_from_checkpoint", "nowhere"), "--resume_from_checkpoint nowhere is not a whole checkpoint"),
         (("--resume_from_checkpoint", "last"), "there is no checkpoint to resume from"),
     ],
 )
 def test_what_does_not_fit_is_one_line(tmp_path, folders, capsys, arguments, message):
-    others = {"WIDE": {**NAMES, "hidden_size": 32}, "LABELS": {}, "PIXELS": NAMES}
+    others = {"WIDE": {**NAMES, "hidden_size": 32}, "LABELS": {}, "PIXELS": NAMES, "CONFIG": NAMES}
+    others["TUPLES"] = {**NAMES, "return_dict": False}
     names = []
     for argument in arguments:
         if argument in others:
@@ -128,6 +154,8 @@ def test_what_does_not_fit_is_one_line(tmp_path, folders, capsys, arguments, mes
             processor = image_processor()
             processor.image_mean = [0.1] if argument == "PIXELS" else [0.5]
             processor.save_pretrained(tmp_path / argument)
+            (tmp_path / "CONFIG" / "cap_config.json").write_text('{"num_grads": ') if argument == "CONFIG" else None
+            message = message.replace(argument, str(tmp_path / argument))
             argument = str(tmp_path / argument)
         names.append(argument)
     capsys.readouterr()
@@ -136,6 +164,87 @@ def test_what_does_not_fit_is_one_line(tmp_path, folders, capsys, arguments, mes
     assert len(error) == 1
     assert message in error[0]
     assert not (tmp_path / "out").exists()
+    assert not list(tmp_path.glob("out-training/checkpoint-*"))
+
+
+def test_the_teacher_is_evaluated_in_its_own_precision(tmp_path, folders, monkeypatch):
+    """Also of a model that does not cast its inputs, in a run whose teacher answers in bfloat16."""
+    monkeypatch.setattr("cap_hf.recovery.precision.bfloat16_ratio", lambda: 1.0)
+    torch.manual_seed(0)
+    config = ResNetConfig(depths=[1, 1], hidden_sizes=[8, 16], embedding_size=4, num_channels=1, **NAMES)
+    ResNetForImageClassification(config).save_pretrained(tmp_path / "resnet")
+    image_processor().save_pretrained(tmp_path / "resnet")
+    found = []
+    for bf16 in ("False", "True"):
+        arguments = ("--teacher_model_name_or_path", str(tmp_path / "resnet"), "--teacher_bf16", bf16)
+        assert finetune(folders[0], tmp_path / bf16, *arguments) == 0
+        found.append(json.loads((tmp_path / bf16 / "report.json").read_text())["dense"])
+    assert found[0] == found[1]
+
+
+def test_a_run_that_is_begun_anew_leaves_no_checkpoint_of_the_one_before(tmp_path, folders, capsys):
+    output, training = tmp_path / "out", tmp_path / "out-training"
+    assert finetune(folders[0], output, "--save_steps", "1") == 0
+    assert (training / "checkpoint-4").is_dir()
+    (training / "mine").write_text("kept")
+    # What cannot begin takes nothing away.
+    assert finetune(folders[0], output, "--overwrite_output_dir", "--max_train_samples", "0") == 1
+    assert finetune(folders[0], output, "--save_steps", "1") == 1
+    assert (training / "checkpoint-4").is_dir()
+    assert finetune(folders[0], output, "--overwrite_output_dir", "--save_steps", "1", "--max_steps", "2") == 0
+    assert {path.name for path in training.iterdir()} >= {"checkpoint-1", "checkpoint-2", "mine"}
+    assert last_whole_checkpoint(training) == str(training / "checkpoint-2")
+
+
+def test_what_ctrl_c_leaves_can_be_gone_on_from(tmp_path, folders, monkeypatch, capsys):
+    arguments = ("--sparsity_schedule", "0.65,0.75,2,cubic", "--num_grads", "32", "--save_steps", "1")
+    assert finetune(folders[0], tmp_path / "whole", *arguments) == 0
+    with monkeypatch.context() as patch:
+        own_loss, calls = SparseTrainer.compute_loss, []
+
+        def interrupted(self, model, *args, **kwargs):
+            calls.extend([None] * model.training)
+            if len(calls) == 4:
+                raise KeyboardInterrupt
+            return own_loss(self, model, *args, **kwargs)
+
+        patch.setattr(SparseTrainer, "compute_loss", interrupted)
+        assert finetune(folders[0], tmp_path / "out", *arguments) == 130
+    assert not (tmp_path / "out").exists()
+    assert last_whole_checkpoint(tmp_path / "out-training").endswith("checkpoint-3")
+    assert finetune(folders[0], tmp_path / "out", *arguments, "--resume_from_checkpoint", "last") == 0
+    resumed, whole = (load(tmp_path / name).state_dict() for name in ("out", "whole"))
+    assert all(torch.equal(resumed[name], whole[name]) for name in whole)
+
+
+def test_a_teacher_without_an_image_processor_is_given_the_students_pixels(tmp_path, folders, caplog):
+    load(folders[1]).save_pretrained(tmp_path / "teacher")
+    assert finetune(folders[0], tmp_path / "out", "--teacher_model_name_or_path", str(tmp_path / "teacher")) == 0
+    (message,) = [each.getMessage() for each in caplog.records if each.name == "cap_hf.commands.finetune"]
+    assert message.startswith(f"The teacher is given the student's pixels, as {tmp_path / 'teacher'} has no image proc")
+
+
+def test_without_evaluation_no_split_to_evaluate_on_is_needed(tmp_path, folders, capsys):
+    rows = load_dataset_rows(40)
+    rows.to_parquet(tmp_path / "data" / "train.parquet")
+    arguments = ("--dataset_name", str(tmp_path / "data"), "--do_eval", "False", "--max_steps", "1")
+    assert finetune(folders[0], tmp_path / "out", *arguments) == 0
+    assert "% sparsity, not evaluated" in capsys.readouterr().out
+
+
+def load_dataset_rows(count):
+    """Some of the embedded digits."""
+    return load_splits(DataArguments(), needed=["train"])["train"].select(range(count))
+
+
+def test_a_compressed_checkpoint_is_recovered(tmp_path, folders):
+    assert main(["compress", "--model_name_or_path", str(folders[0]), "--output_dir", str(tmp_path / "small")]) == 0
+    results = []
+    for name, student in (("plain", folders[0]), ("compressed", tmp_path / "small")):
+        assert finetune(student, tmp_path / name) == 0
+        results.append(load(tmp_path / name).state_dict())
+    for own, other in zip(*(each.values() for each in results), strict=True):
+        assert torch.equal(own, other)
 
 
 def test_what_is_there_is_not_replaced(tmp_path, folders, capsys):

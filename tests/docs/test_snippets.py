@@ -87,6 +87,12 @@ def names(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture(autouse=True)
+def fast_bfloat16(monkeypatch):
+    """Recovery refuses bfloat16 on processors that emulate it; these models are too small for it to matter."""
+    monkeypatch.setattr("cap_hf.recovery.precision.bfloat16_ratio", lambda: 1.0)
+
+
 def make_dataset(folder: Path, labels: dict[str, int]) -> None:
     """Write 40 images to train on and 20 to test on, as parquet files."""
     features = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(names=list(labels)))

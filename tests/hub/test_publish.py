@@ -1,27 +1,20 @@
 """Push and load against a local server, with the real huggingface_hub and transformers in other processes."""
 
-import builtins
 import json
-import os
-import shutil
 import subprocess
 
 import pytest
-from safetensors import safe_open
-from safetensors.torch import save_file
 from support.checkpoints import (
     PYTHON,
     assert_same_weights,
     clean_environment,
     make_checkpoint,
-    make_custom_checkpoint,
 )
 from support.hub_server import Fault, HubServer
 from transformers import AutoModelForImageClassification
 
 from cap_hf import CAPError
 from cap_hf.checkpoints.weights import find_weight_files
-from cap_hf.commands.main import run as run_command
 from cap_hf.hub.publish import prepare_folder
 
 TOKEN = "hf_writer"
@@ -187,55 +180,6 @@ print(json.dumps(results))
     assert len(sizes) == 2  # none of the files, or all
 
 
-def test_dry_run_writes_what_would_be_pushed(tmp_path, capsys):
-    make_checkpoint(tmp_path / "m")
-    command = ["--model_name_or_path", str(tmp_path / "m"), "--output_dir", str(tmp_path / "out"), "--dry_run", "true"]
-    assert run_command("push", [*command, "--hub_model_id", "user/x"]) == 0
-    assert (tmp_path / "out" / "README.md").is_file()
-    assert "is what would be pushed to user/x" in capsys.readouterr().out
-    assert run_command("push", [*command, "--hub_model_id", "user/x"]) == 1
-    assert "--overwrite_output_dir" in capsys.readouterr().err
-    assert run_command("push", command) == 1
-    assert capsys.readouterr().err == "cap-hf push: say where to: --hub_model_id user/name\n"
-
-
-def test_compress_and_inspect_commands(tmp_path, capsys):
-    model = make_checkpoint(tmp_path / "m")
-    arguments = ["--model_name_or_path", str(tmp_path / "m"), "--output_dir"]
-    assert run_command("compress", [*arguments, str(tmp_path / "c")]) == 0
-    assert "bytes of weights" in capsys.readouterr().out
-    assert run_command("compress", [*arguments, str(tmp_path / "c")]) == 1
-    assert "exists" in capsys.readouterr().err
-    assert run_command("inspect", ["--model_name_or_path", str(tmp_path / "c"), "--output_dir", str(tmp_path)]) == 0
-    assert "those of its report" in capsys.readouterr().out
-    # As many zeros as before, one of them in another place.
-    weights = model.vit.layers[1].mlp.fc2.weight.detach().view(-1)
-    zero, other = int((weights == 0).nonzero()[0]), int((weights != 0).nonzero()[0])
-    weights[zero], weights[other] = weights[other].clone(), 0
-    model.save_pretrained(tmp_path / "m")
-    assert run_command("inspect", [*arguments, str(tmp_path)]) == 0
-    assert "NOT those of its report in vit.layers.1.mlp.fc2\n" in capsys.readouterr().out
-    assert run_command("push", [*arguments, str(tmp_path / "p"), "--hub_model_id", "a/b", "--dry_run"]) == 1
-    assert "is not about these weights (vit.layers.1.mlp.fc2 has other zeros)" in capsys.readouterr().err
-    assert run_command("compress", ["--model_name_or_path", "no/where", "--output_dir", str(tmp_path / "d")]) == 1
-    assert capsys.readouterr().err.startswith("cap-hf compress: no/where is no folder and cannot be downloaded: ")
-
-
-def test_compress_tells_of_zeros_with_a_sign(tmp_path, capsys):
-    model = make_checkpoint(tmp_path / "m")
-    weight = model.vit.layers[0].mlp.fc1.weight
-    zeros = (weight == 0).nonzero()
-    weight.data[zeros[:7, 0], zeros[:7, 1]] = -0.0
-    model.save_pretrained(tmp_path / "m")
-    command = ["--model_name_or_path", str(tmp_path / "m"), "--output_dir", str(tmp_path / "c")]
-    assert run_command("compress", command) == 0
-    assert "\n7 zeros are -0.0" in capsys.readouterr().out
-    weight.data[weight == 0] = 0
-    model.save_pretrained(tmp_path / "m")
-    assert run_command("compress", [*command, "--overwrite_output_dir", "true"]) == 0
-    assert "-0.0" not in capsys.readouterr().out
-
-
 def test_prepared_folder_is_complete(tmp_path):
     make_checkpoint(tmp_path / "m")
     prepare_folder(tmp_path / "m", tmp_path / "out", "user/small-vit", compressed=True)
@@ -313,127 +257,3 @@ def test_shards_are_published_with_their_index(tmp_path):
         assert files.num_bytes == facts_.file_bytes
         assert_same_weights(AutoModelForImageClassification.from_pretrained(tmp_path / name), model)
     assert not list((tmp_path / "compressed").glob("model-*"))
-
-
-def test_push_runs_code_only_if_it_is_trusted_and_publishes_it(tmp_path, monkeypatch, capsys):
-    make_custom_checkpoint(tmp_path / "m")
-    monkeypatch.setattr(builtins, "input", None)  # nobody can be asked
-    command = ["--model_name_or_path", str(tmp_path / "m"), "--hub_model_id", "a/b", "--dry_run", "true"]
-    command += ["--output_dir", str(tmp_path / "out")]
-    assert run_command("push", command) == 1
-    assert "pass --trust_remote_code true" in capsys.readouterr().err
-    assert run_command("push", [*command, "--trust_remote_code", "true"]) == 0
-    assert (tmp_path / "out" / "own.py").read_text() == (tmp_path / "m" / "own.py").read_text()
-
-
-def flip_a_bit(path):
-    """The lowest one of the first value: the values lie first, what says where they go behind them."""
-    data = bytearray(path.read_bytes())
-    data[8 + int.from_bytes(data[:8], "little")] ^= 1
-    path.write_bytes(data)
-
-
-def test_inspect_and_push_find_a_flipped_bit(tmp_path, capsys):
-    make_checkpoint(tmp_path / "m", compressed=True)
-    command = ["--model_name_or_path", str(tmp_path / "m"), "--output_dir", str(tmp_path / "out")]
-    assert run_command("inspect", command) == 0
-    assert "The bytes of every stored tensor are those that were written\n" in capsys.readouterr().out
-    assert json.loads((tmp_path / "out" / "inspect.json").read_text())["digests_checked"]
-    flip_a_bit(tmp_path / "m" / "model.cap.safetensors")
-    for name, extra in (("inspect", []), ("push", ["--hub_model_id", "a/b", "--dry_run", "--overwrite_output_dir"])):
-        assert run_command(name, [*command, *extra]) == 1
-        assert "than were written: the file is damaged" in capsys.readouterr().err
-
-
-def test_inspect_says_that_a_file_of_an_earlier_version_has_no_digests(tmp_path, capsys):
-    make_checkpoint(tmp_path / "m", compressed=True)
-    path = tmp_path / "m" / "model.cap.safetensors"
-    with safe_open(path, "pt") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    save_file(tensors, path, metadata={"format": "pt"})
-    assert run_command("inspect", ["--model_name_or_path", str(path.parent), "--output_dir", str(tmp_path)]) == 0
-    assert "The files have no digests" in capsys.readouterr().out
-
-
-# What was a traceback, or was taken for what it said, before it was looked at: file, place, value.
-MUTATIONS = [
-    ("report.json", [], [1]),
-    ("report.json", ["seed"], "# x"),
-    ("report.json", ["data"], "x"),
-    ("report.json", ["data", "dataset_name"], 7),
-    ("report.json", ["model_name_or_path"], "x" * 5000 + "/y"),
-    ("report.json", ["model_name_or_path"], ["x"]),
-    ("report.json", ["versions"], [1]),
-    ("report.json", ["sparse", "num_examples"], "8"),
-    ("report.json", ["sparse", "top1"], 10**400),
-    ("report.json", ["pruning"], [1]),
-    ("report.json", ["pruning", "layers", 0], None),
-    ("report.json", ["pruning", "layers", 0, "name"], [1]),
-    ("cap_config.json", [], 5),
-    ("cap_config.json", ["damp"], "x"),
-    ("cap_config.json", ["exclude"], [1]),
-    ("cap_config.json", ["include"], 5),
-    ("config.json", [], "x"),
-    ("config.json", ["num_hidden_layers"], 10**9),
-    ("config.json", ["hidden_size"], 10**7),
-    ("config.json", ["hidden_size"], -1),
-    ("config.json", ["id2label"], 5),
-    ("config.json", ["auto_map"], 5),
-]
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("whole")
-    make_checkpoint(folder / "m")
-    return folder / "m"
-
-
-@pytest.mark.parametrize(("name", "place", "value"), MUTATIONS)
-def test_no_content_of_a_file_ends_in_a_traceback(whole, name, place, value, tmp_path, capfd):
-    shutil.copytree(whole, tmp_path / "m")
-    root = {"root": json.loads((tmp_path / "m" / name).read_text())}
-    parent = root
-    for key in ["root", *place][:-1]:
-        parent = parent[key]
-    parent[["root", *place][-1]] = value
-    (tmp_path / "m" / name).write_text(json.dumps(root["root"]))
-    run_all(tmp_path, capfd)
-
-
-@pytest.mark.parametrize(
-    "name", ["config.json", "report.json", "cap_config.json", "preprocessor_config.json", "model.safetensors"]
-)
-@pytest.mark.parametrize("kind", ["folder", "link", "loop", "pipe", "empty", "nested", "device"])
-def test_no_kind_of_file_ends_in_a_traceback(whole, name, kind, tmp_path, capfd):
-    shutil.copytree(whole, tmp_path / "m")
-    path = tmp_path / "m" / name
-    path.unlink()
-    {
-        "folder": path.mkdir,
-        "link": lambda: path.symlink_to("/etc/hostname"),
-        "loop": lambda: path.symlink_to(name),
-        "pipe": lambda: os.mkfifo(path),
-        "empty": lambda: path.write_text(""),
-        "nested": lambda: path.write_text("[" * 100_000),
-        "device": lambda: path.symlink_to("/dev/zero"),
-    }[kind]()
-    run_all(tmp_path, capfd, push_fails=True)
-
-
-def run_all(folder, capfd, push_fails=False):
-    """Each command ends with 0, or with 1 and one line, and leaves nothing behind then."""
-    for command, extra in (
-        ("inspect", []),
-        ("compress", []),
-        ("push", ["--hub_model_id", "a/b", "--dry_run", "true"]),
-    ):
-        arguments = ["--model_name_or_path", str(folder / "m"), "--output_dir", str(folder / command), *extra]
-        code = run_command(command, arguments)
-        lines = [line for line in capfd.readouterr().err.splitlines() if line.strip() and "it/s]" not in line]
-        assert (code, len(lines)) in ((0, 0), (1, 1)), lines
-        assert code == 1 or not (push_fails and command == "push")
-        if code:
-            assert lines[0].startswith(f"cap-hf {command}: ")
-            assert not (folder / command).exists()
-            assert ".partial" not in lines[0]

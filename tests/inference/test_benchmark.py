@@ -1,15 +1,10 @@
-"""`cap-hf benchmark`: every backend computes the model, and the report says who wins."""
-
-import json
+"""Every backend computes the model, and what is measured says who wins."""
 
 import pytest
 import torch
-from support.checkpoints import make_checkpoint
 from support.inference import make_vit, measurement
 
 from cap_hf import CAPError
-from cap_hf.commands import benchmark as command
-from cap_hf.commands.main import main
 from cap_hf.inference import benchmark as module
 from cap_hf.inference.benchmark import BACKENDS, benchmark, losses
 
@@ -61,36 +56,3 @@ def test_a_backend_that_fails_is_reported_and_the_others_go_on(monkeypatch):
     assert missing == {"missing": "not installed", "broken": "failed: no such device more"}
     with pytest.raises(CAPError, match="'fast' is none of dense"):
         benchmark(make_vit(), ["fast"], [1], [1])
-
-
-def test_command_writes_table_report_and_plot(tmp_path, capsys):
-    make_checkpoint(tmp_path / "pruned", 0.9)
-    arguments = ["--backends", "sparse", "onnxruntime", "--batch_sizes", "1", "2", "--threads", "1", "--runs", "3"]
-    folder = tmp_path / "out"
-    code = main(
-        ["benchmark", "--model_name_or_path", str(tmp_path / "pruned"), "--output_dir", str(folder), *arguments]
-    )
-    out = capsys.readouterr().out
-    assert code == 0
-    report = json.loads((folder / "benchmark.json").read_text())
-    assert report["sparsity"] == pytest.approx(0.9, abs=1e-4)
-    assert len(report["measurements"]) == 6
-    assert (folder / "benchmark.png").read_bytes().startswith(b"\x89PNG")
-    assert sum(line.startswith(("dense", "sparse", "onnxruntime")) for line in out.splitlines()) == 6
-    assert all(line in out for line in report["sparse_loses"])
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--batch_sizes", "0"], "--batch_sizes must be at least 1"),
-        (["--runs", "0"], "--runs must be at least 1"),
-        (["--backends", "fast"], "backend 'fast' is none of"),
-    ],
-)
-def test_mistakes_are_one_line(tmp_path, capsys, arguments, message):
-    make_checkpoint(tmp_path / "pruned", 0.9)
-    code = main(["benchmark", "--model_name_or_path", str(tmp_path / "pruned"), "--disable_tqdm", "True", *arguments])
-    assert code == 1
-    assert message in capsys.readouterr().err
-    assert command.BenchmarkArguments().runs == 15

@@ -9,7 +9,6 @@ from torch import nn
 from transformers import AutoModelForImageClassification
 
 from cap_hf import CAPError, find_targets, optimize_for_inference
-from cap_hf.inference import quantization
 from cap_hf.inference.quantization import quantize_int8
 
 
@@ -72,9 +71,9 @@ def test_a_quantised_checkpoint_loads_again(torchao, tmp_path):
 
 
 def test_what_cannot_be_quantised_is_one_line(monkeypatch):
-    monkeypatch.setattr(quantization.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(CAPError, match=r"pip install 'cap_hf\[quantization\]'"):
         quantize_int8(make_vit())
-    monkeypatch.setattr(quantization.importlib.util, "find_spec", lambda name: True)
+    monkeypatch.undo()
     with pytest.raises(CAPError, match="load it anew"):
         quantize_int8(optimize_for_inference(make_vit(), "kernel"))

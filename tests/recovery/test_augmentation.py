@@ -133,3 +133,16 @@ def test_what_is_missing_is_one_line():
         make_augmentation("strong", image_processor(), NUM_LABELS)
     with pytest.raises(CAPError, match="processing_class"):
         make_augmentation("light", None, NUM_LABELS)
+
+
+@pytest.mark.parametrize("part", ["flip", "mixup", "cutmix"])
+def test_an_example_without_a_label_brings_none_into_a_mixture(part):
+    """Two labels of every four: of a mixture with the others a share is left."""
+    torch.manual_seed(0)
+    augmentation = BatchAugmentation(AugmentationPreset(**{part: 1.0}), image_processor(), NUM_LABELS)
+    pixels, labels = batch()
+    labels = torch.where(labels < 2, labels, -100)
+    _, targets = augmentation(pixels, labels)
+    assert not targets[:, 2:].any()
+    assert (targets.sum(dim=1) <= 1 + 1e-6).all()
+    assert targets.sum() == pytest.approx(12, rel=1e-4 if part == "flip" else 0.5)

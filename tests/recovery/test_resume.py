@@ -12,7 +12,8 @@ import torch
 from support.recovery import GRADUAL, assert_same_zeros, make_trainer, sparse_vit, tiny_vit, zeros
 
 from cap_hf.errors import CAPError
-from cap_hf.recovery.trainer import last_whole_checkpoint, model_sparsity
+from cap_hf.recovery.mask_holder import model_sparsity
+from cap_hf.recovery.resume import choose_checkpoint, last_whole_checkpoint, load_weights, remove_checkpoints
 
 
 @pytest.fixture(scope="module")
@@ -84,3 +85,56 @@ def test_a_denser_checkpoint_is_not_resumed(tmp_path):
 def test_resuming_from_nothing_is_one_line(tmp_path):
     with pytest.raises(CAPError, match="no checkpoint to resume from"):
         make_trainer(tmp_path, tiny_vit()).train(resume_from_checkpoint=True)
+
+
+def write_checkpoint(folder, step, state="{}"):
+    (folder / f"checkpoint-{step}").mkdir()
+    if state is not None:
+        (folder / f"checkpoint-{step}" / "trainer_state.json").write_text(state)
+
+
+def test_the_newest_whole_checkpoint_is_chosen(tmp_path):
+    for step, state in ((9, "{}"), (10, "{}"), (11, '{"half'), (12, None)):
+        write_checkpoint(tmp_path, step, state)
+    (tmp_path / "checkpoint-best").mkdir()
+    whole = str(tmp_path / "checkpoint-10")
+    assert last_whole_checkpoint(tmp_path) == whole
+    assert {choose_checkpoint(tmp_path, each) for each in ("last", "True", True)} == {whole}
+    assert choose_checkpoint(tmp_path, str(tmp_path / "checkpoint-9")) == str(tmp_path / "checkpoint-9")
+    assert {choose_checkpoint(tmp_path, each) for each in (None, False, "False", "")} == {None}
+    for half in ("checkpoint-11", "checkpoint-12", "nowhere"):
+        with pytest.raises(CAPError, match=f"{half} is not a whole checkpoint"):
+            choose_checkpoint(tmp_path, str(tmp_path / half))
+    assert last_whole_checkpoint(tmp_path / "nowhere") is None
+
+
+def test_only_checkpoints_are_removed(tmp_path):
+    for step in (1, 2):
+        write_checkpoint(tmp_path, step)
+    for name in ("runs", "checkpoint-mine"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "checkpoint-3").write_text("a file")
+    remove_checkpoints(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"runs", "checkpoint-mine", "checkpoint-3"}
+    remove_checkpoints(tmp_path / "nowhere")
+
+
+def test_weights_of_another_model_are_not_loaded(tmp_path):
+    model = tiny_vit()
+    tiny_vit(1, intermediate_size=64).save_pretrained(tmp_path / "wider")
+    for folder in ("wider", "nowhere"):
+        with pytest.raises(CAPError, match=f"{folder} cannot be loaded") as caught:
+            load_weights(model, str(tmp_path / folder))
+        assert "\n" not in str(caught.value)
+        assert_equal(model, tiny_vit())
+
+
+def save(model, folder):
+    model.save_pretrained(folder)
+    return str(folder)
+
+
+def test_weights_come_back_as_they_were_saved(tmp_path):
+    model, other = sparse_vit(), tiny_vit(1)
+    load_weights(other, save(model, tmp_path / "own"))
+    assert_equal(other, model)

@@ -90,7 +90,9 @@ def assert_same_zeros(model, expected):
         assert torch.equal(zero, expected[name]), name
 
 
-def make_trainer(folder, model, callbacks=(), data=None, teacher=None, optimizers=(None, None), **changes):
+def make_trainer(
+    folder, model, callbacks=(), data=None, teacher=None, optimizers=(None, None), allocation="global", **changes
+):
     arguments = {
         "max_steps": 6,
         "per_device_train_batch_size": 8,
@@ -111,7 +113,7 @@ def make_trainer(folder, model, callbacks=(), data=None, teacher=None, optimizer
         model,
         args,
         teacher=teacher,
-        prune=GradualPruner(calibration, CAPConfig(num_grads=48), disable_tqdm=True),
+        prune=GradualPruner(calibration, CAPConfig(num_grads=48, allocation=allocation), disable_tqdm=True),
         train_dataset=data,
         eval_dataset=data[:16],
         data_collator=collate,

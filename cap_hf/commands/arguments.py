@@ -1,0 +1,125 @@
+"""What a command line says: the arguments that commands share, and how they become dataclasses.
+
+A command reads and checks its arguments before it imports what does the work: this module and those that the arguments
+are from import neither torch nor transformers, so that help and a wrong argument come at once.
+"""
+
+import contextlib
+import importlib.util
+import io
+import json
+import os
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import yaml
+
+from cap_hf.checkpoints.location import check_location
+from cap_hf.errors import CAPError, reason
+
+if TYPE_CHECKING:
+    from transformers import HfArgumentParser
+
+DEFAULT_OUTPUT_DIR = "cap_hf_output"
+
+
+@dataclass
+class ModelArguments:
+    """Which checkpoint; names as in run_image_classification.py.
+
+    Raises:
+        CAPError: the name is a path, and nothing is there.
+    """
+
+    model_name_or_path: str = field(metadata={"help": "A Hub id or a folder with a finetuned image classifier."})
+    model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit on the Hub."})
+    cache_dir: str | None = field(default=None, metadata={"help": "Where downloads are kept."})
+    token: str | None = field(default=None, metadata={"help": "Hub token; default: the one you are logged in with."})
+    trust_remote_code: bool = field(default=False, metadata={"help": "Run code that the checkpoint brings along."})
+
+    def __post_init__(self) -> None:
+        check_location(self.model_name_or_path)
+
+
+def make_parser(kinds: tuple[type, ...], program: str, description: str) -> "HfArgumentParser":
+    """Return transformers' HfArgumentParser for these dataclasses.
+
+    Its module needs nothing of its package, whose import takes longer than the whole of a wrong command line should:
+    so the file is loaded by itself.
+    """
+    name = "cap_hf._hf_argparser"
+    if name not in sys.modules:
+        package = importlib.util.find_spec("transformers")
+        if package is None or package.origin is None:
+            raise ModuleNotFoundError("transformers is not installed", name="transformers")
+        spec = importlib.util.spec_from_file_location(name, Path(package.origin).with_name("hf_argparser.py"))
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        sys.modules[name] = module
+    return sys.modules[name].HfArgumentParser(kinds, prog=f"cap-hf {program}", description=description)
+
+
+def parse(argv: list[str], program: str, description: str, *kinds: type) -> tuple:
+    """Return dataclasses of the given kinds from arguments, or from a single YAML or JSON file of the same names.
+
+    Raises:
+        CAPError: an argument is unknown, missing or of the wrong type.
+    """
+    parser = make_parser(kinds, program, description)
+    try:
+        if len(argv) == 1 and argv[0].endswith((".yaml", ".yml", ".json")):
+            argv = arguments_from_file(argv[0])
+        # argparse would print its usage, a screen long, before the one line that matters.
+        with contextlib.redirect_stderr(io.StringIO()) as errors:
+            *parsed, unknown = parser.parse_args_into_dataclasses(
+                argv, return_remaining_strings=True, look_for_args_file=False
+            )
+    except SystemExit as error:
+        if not error.code:
+            raise
+        raise CAPError(errors.getvalue().strip().splitlines()[-1].split("error: ")[-1]) from error
+    except CAPError:
+        raise
+    except (TypeError, ValueError) as error:
+        raise CAPError(reason(error)) from error
+    if unknown:
+        raise CAPError(f"unknown: {' '.join(unknown)}; cap-hf {program} --help shows the arguments")
+    return tuple(parsed)
+
+
+def arguments_from_file(path: str) -> list[str]:
+    """Return the command line that a YAML or JSON file of the same names stands for: one way of checking serves both.
+
+    Raises:
+        CAPError: the file cannot be read or holds something else than names and values.
+    """
+    try:
+        values = yaml.safe_load(Path(path).read_text())  # JSON is YAML
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise CAPError(f"{path} cannot be read: {reason(error)}") from error
+    if not isinstance(values, dict):
+        raise CAPError(f"{path} must hold names and values, such as 'sparsity: [0.5, 0.75]'")
+    arguments = []
+    for name, value in values.items():
+        if isinstance(value, list):
+            arguments += [f"--{name}", *map(str, value)]
+        elif isinstance(value, dict):
+            arguments.append(f"--{name}={json.dumps(value)}")
+        elif value is not None:
+            arguments.append(f"--{name}={value}")
+    return arguments
+
+
+def check_output(directory: Path, overwrite: bool) -> None:
+    """Raise a CAPError if a folder cannot be written, or holds something that may not be replaced."""
+    existing = next(path for path in (directory, *directory.absolute().parents) if path.exists())
+    if not existing.is_dir():
+        raise CAPError(f"{existing} is a file: choose another --output_dir")
+    if not os.access(existing, os.W_OK):
+        raise CAPError(f"{existing} cannot be written: choose another --output_dir")
+    if directory.exists() and any(directory.iterdir()) and not overwrite:
+        raise CAPError(f"{directory} exists: choose another --output_dir or pass --overwrite_output_dir")

@@ -1,0 +1,19 @@
+"""Packages that only some of the work needs: one way to import them, and one line where they are missing."""
+
+import importlib
+import importlib.util
+from types import ModuleType
+
+from cap_hf.errors import CAPError
+
+
+def need(package: str, extra: str) -> ModuleType:
+    """Import a package that an extra of cap_hf installs; `package` may name a submodule.
+
+    Raises:
+        CAPError: the package is not installed.
+    """
+    root = package.partition(".")[0]
+    if importlib.util.find_spec(root) is None:
+        raise CAPError(f"{root} is not installed: pip install 'cap_hf[{extra}]'")
+    return importlib.import_module(package)

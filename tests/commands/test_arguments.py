@@ -1,0 +1,88 @@
+"""Arguments from the command line and from files become checked dataclasses."""
+
+from dataclasses import dataclass, field
+
+import pytest
+from transformers import HfArgumentParser
+
+from cap_hf import CAPConfig, CAPError
+from cap_hf.collection.resources import Resources
+from cap_hf.commands.arguments import ModelArguments, arguments_from_file, check_output, make_parser, parse
+from cap_hf.commands.main import main
+from cap_hf.commands.prune import PruneArguments
+from cap_hf.data.arguments import DataArguments
+
+KINDS = (ModelArguments, DataArguments, PruneArguments, CAPConfig, Resources)
+
+
+@dataclass
+class Numbers:
+    """Some of each type."""
+
+    values: list[float] = field(default_factory=list)
+    limit: int | None = None
+    flag: bool = True
+    facts: str = ""
+
+
+def test_the_parser_is_transformers_own():
+    arguments = ["--model_name_or_path", "user/x", "--sparsity", "0.5", "0.9", "--no_do_eval", "--num-grads", "8"]
+    expected = HfArgumentParser(KINDS).parse_args_into_dataclasses(arguments)
+    assert make_parser(KINDS, "prune", "").parse_args_into_dataclasses(arguments) == expected
+    assert parse(arguments, "prune", "", *KINDS) == expected
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["--limit", "x"], "argument --limit: invalid int value: 'x'"),
+        (["--nope", "1", "--flag", "false"], "unknown: --nope 1; cap-hf try --help shows the arguments"),
+        (["--values", "0.5", "half"], "argument --values: invalid float value: 'half'"),
+        (["--flag", "perhaps"], "got perhaps but expected one of yes/no"),
+    ],
+)
+def test_what_is_wrong_is_said_alone(arguments, line, capsys):
+    with pytest.raises(CAPError) as caught:
+        parse(arguments, "try", "", Numbers)
+    assert line in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert capsys.readouterr().err == ""
+
+
+def test_a_file_stands_for_a_command_line(tmp_path):
+    (tmp_path / "run.yaml").write_text("values: [0.5, 0.9]\nlimit: null\nflag: false\nfacts: {a: 1}\n")
+    expected = ["--values", "0.5", "0.9", "--flag=False", '--facts={"a": 1}']
+    assert arguments_from_file(str(tmp_path / "run.yaml")) == expected
+    (parsed,) = parse([str(tmp_path / "run.yaml")], "try", "", Numbers)
+    assert parsed == Numbers([0.5, 0.9], flag=False, facts='{"a": 1}')
+
+
+def test_an_output_that_may_not_be_replaced_is_refused(tmp_path):
+    (tmp_path / "file").touch()
+    check_output(tmp_path / "new", False)
+    check_output(tmp_path, True)
+    with pytest.raises(CAPError, match="pass --overwrite_output_dir"):
+        check_output(tmp_path, False)
+    with pytest.raises(CAPError, match="file is a file"):
+        check_output(tmp_path / "file" / "below", True)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("sparsity: [0.5", "cannot be read: while parsing"),
+        ("- 0.5", "must hold names and values"),
+        ("sparsity: half", "invalid float value: 'half'"),
+        ("sparsity: 0.5\nspeed: 3", "unknown: --speed=3"),
+        ("sparsity: 0.5\ndamp: high", "invalid float value: 'high'"),
+    ],
+)
+def test_a_mistake_in_a_file_is_one_line(tiny_checkpoint, tmp_path, capsys, text, message):
+    model = f"model_name_or_path: {tiny_checkpoint}\n" if ":" in text else ""
+    (tmp_path / "run.yaml").write_text(f"{model}{text}\n")
+    assert main(["prune", str(tmp_path / "run.yaml")]) == 1
+    error = capsys.readouterr().err.strip()
+    assert message in error
+    assert len(error.splitlines()) == 1
+    assert main(["prune", str(tmp_path / "nowhere.yaml")]) == 1
+    assert "nowhere.yaml cannot be read" in capsys.readouterr().err

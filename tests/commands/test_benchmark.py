@@ -1,0 +1,47 @@
+"""`cap-hf benchmark`: a table, a report, a picture; mistakes are one line."""
+
+import json
+
+import pytest
+from support.checkpoints import make_checkpoint
+
+from cap_hf.commands import benchmark as command
+from cap_hf.commands.main import main
+from cap_hf.inference.benchmark import BACKENDS
+
+
+def test_names_are_those_that_are_measured():
+    assert list(BACKENDS) == list(command.BACKENDS)
+
+
+def test_command_writes_table_report_and_plot(tmp_path, capsys):
+    make_checkpoint(tmp_path / "pruned", 0.9)
+    arguments = ["--backends", "sparse", "onnxruntime", "--batch_sizes", "1", "2", "--threads", "1", "--runs", "3"]
+    folder = tmp_path / "out"
+    code = main(
+        ["benchmark", "--model_name_or_path", str(tmp_path / "pruned"), "--output_dir", str(folder), *arguments]
+    )
+    out = capsys.readouterr().out
+    assert code == 0
+    report = json.loads((folder / "benchmark.json").read_text())
+    assert report["sparsity"] == pytest.approx(0.9, abs=1e-4)
+    assert len(report["measurements"]) == 6
+    assert (folder / "benchmark.png").read_bytes().startswith(b"\x89PNG")
+    assert sum(line.startswith(("dense", "sparse", "onnxruntime")) for line in out.splitlines()) == 6
+    assert all(line in out for line in report["sparse_loses"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--batch_sizes", "0"], "--batch_sizes must be at least 1"),
+        (["--runs", "0"], "--runs must be at least 1"),
+        (["--backends", "fast"], "argument --backends: invalid choice: 'fast'"),
+    ],
+)
+def test_mistakes_are_one_line(tmp_path, capsys, arguments, message):
+    make_checkpoint(tmp_path / "pruned", 0.9)
+    code = main(["benchmark", "--model_name_or_path", str(tmp_path / "pruned"), "--disable_tqdm", "True", *arguments])
+    assert code == 1
+    assert message in capsys.readouterr().err
+    assert command.BenchmarkArguments().runs == 15

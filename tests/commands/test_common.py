@@ -1,0 +1,106 @@
+"""What commands load: whole checkpoints as safetensors, with their image processor; from the Hub if it answers."""
+
+import socket
+import subprocess
+import threading
+
+import torch
+from safetensors.torch import load_file, save_file
+from support.checkpoints import PYTHON, clean_environment, make_checkpoint
+from support.commands import prune
+from support.hub_server import HubServer
+from transformers import ViTConfig, ViTModel
+
+from cap_hf.commands.main import main
+
+
+def test_a_model_that_does_not_fit_is_one_line(tiny_checkpoint, tmp_path, capsys):
+    assert prune(tmp_path / "nowhere", tmp_path / "out", "--sparsity", "0.5") == 1
+    assert "there is no folder" in capsys.readouterr().err
+    # A backbone has no classifier: it must not come up with a random one.
+    backbone = ViTModel(ViTConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16))
+    backbone.save_pretrained(tmp_path / "backbone")
+    assert prune(tmp_path / "backbone", tmp_path / "out", "--sparsity", "0.5") == 1
+    error = capsys.readouterr().err
+    # transformers' table of what was loaded does not come before it.
+    assert "LOAD REPORT" not in error
+    assert "MISSING" not in error
+    assert "has no weights for classifier" in error.splitlines()[-1]
+    (tiny_checkpoint / "preprocessor_config.json").unlink()
+    assert prune(tiny_checkpoint, tmp_path / "out", "--sparsity", "0.5") == 1
+    assert "has no image processor: " in capsys.readouterr().err
+    (tiny_checkpoint / "model.safetensors").write_bytes(b"\0" * 100)
+    assert prune(tiny_checkpoint, tmp_path / "out", "--sparsity", "0.5") == 1
+    assert "cannot be loaded: " in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_pickled_checkpoint_is_refused(tiny_checkpoint, tmp_path, capsys):
+    weights = load_file(tiny_checkpoint / "model.safetensors")
+    (tiny_checkpoint / "model.safetensors").unlink()
+    torch.save(weights, tiny_checkpoint / "pytorch_model.bin")
+    assert prune(tiny_checkpoint, tmp_path / "out", "--sparsity", "0.5") == 1
+    assert "safetensors" in capsys.readouterr().err
+
+
+def test_weights_that_the_model_does_not_use_are_named(tiny_checkpoint, tmp_path, caplog):
+    weights = load_file(tiny_checkpoint / "model.safetensors")
+    save_file({**weights, "vit.extra.weight": torch.zeros(2)}, tiny_checkpoint / "model.safetensors", {"format": "pt"})
+    arguments = ["--model_name_or_path", str(tiny_checkpoint), "--output_dir", str(tmp_path), "--max_eval_samples", "8"]
+    assert main(["evaluate", *arguments]) == 0
+    assert "has weights that ViTForImageClassification does not use: vit.extra.weight" in caplog.text
+
+
+def evaluate(home, endpoint, name):
+    """Run `cap-hf evaluate` in a process that knows one Hub only."""
+    command = [PYTHON, "-m", "cap_hf.commands.main", "evaluate", "--model_name_or_path", name]
+    environment = clean_environment(home, HF_ENDPOINT=endpoint)
+    return subprocess.run(command, env=environment, capture_output=True, text=True, cwd=home, timeout=120)
+
+
+def test_a_hub_that_does_not_answer_is_asked_once(tmp_path):
+    calls = []
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def hang_up():
+            while True:
+                try:
+                    connection, _ = server.accept()
+                except OSError:
+                    return
+                calls.append(connection.recv(100).split()[:2])
+                connection.close()
+
+        threading.Thread(target=hang_up, daemon=True).start()
+        done = evaluate(tmp_path, f"http://127.0.0.1:{server.getsockname()[1]}", "user/model")
+    assert done.returncode == 1
+    assert len(calls) == 1, calls
+    lines = done.stderr.splitlines()
+    assert lines[0].startswith("The Hub cannot be reached (")
+    assert lines[1].startswith("cap-hf evaluate: user/model cannot be loaded: ")
+    assert len(lines) == 2
+
+
+def test_what_is_cached_is_used_where_the_hub_does_not_answer(tmp_path):
+    make_checkpoint(tmp_path / "m")
+    home = tmp_path / "home"
+    home.mkdir()
+    load = """
+from cap_hf.commands.arguments import ModelArguments
+from cap_hf.commands.common import load_image_processor, load_model
+print(load_model(ModelArguments("user/m")).num_parameters(), load_image_processor(ModelArguments("user/m")).size)
+"""
+    push = f"""
+from cap_hf.commands.main import main
+assert not main(["push", "--model_name_or_path", {str(tmp_path / "m")!r}, "--hub_model_id", "user/m"])
+"""
+    with HubServer() as server:
+        environment = clean_environment(home, HF_ENDPOINT=server.url, HF_TOKEN="hf_writer")
+        for script in (push, load):
+            done = subprocess.run([PYTHON, "-c", script], env=environment, capture_output=True, text=True, cwd=home)
+            assert done.returncode == 0, done.stderr[-2000:]
+    again = subprocess.run([PYTHON, "-c", load], env=environment, capture_output=True, text=True, cwd=home)
+    assert again.returncode == 0, again.stderr[-2000:]
+    assert again.stdout == done.stdout
+    assert "Retrying" not in again.stderr
+    assert "The Hub cannot be reached" in again.stderr

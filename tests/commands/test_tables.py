@@ -1,0 +1,29 @@
+"""Tables that commands print."""
+
+from cap_hf.commands.tables import percent, results_table, table
+
+DENSE = {"top1": 0.8765, "top5": 0.99, "loss": 0.25, "num_examples": 100}
+
+
+def test_the_first_column_is_to_the_left_the_others_to_the_right():
+    lines = table(["name", "n"], [["a", "100"], ["longer", "1"]]).splitlines()
+    assert lines == ["name      n", "------  ---", "a       100", "longer    1"]
+
+
+def test_results_have_a_line_each_with_the_drop_from_the_dense_model():
+    sparse = {"top1": 0.8515, "loss": 0.3, "num_examples": 100}
+    lines = results_table([("dense", None, DENSE), ("sparsity-0.5", 0.5, sparse)], DENSE).splitlines()
+    assert lines[0].split() == ["model", "sparsity", "%", "top-1", "%", "top-5", "%", "loss", "drop"]
+    assert lines[2].split() == ["dense", "-", "87.65", "99.00", "0.2500", "-"]
+    assert lines[3].split() == ["sparsity-0.5", "50.00", "85.15", "-", "0.3000", "2.50"]
+
+
+def test_what_was_not_measured_is_a_dash():
+    lines = results_table([("dense", None, None), ("sparsity-0.5", 0.5, None)], None).splitlines()
+    assert [line.split()[1:] for line in lines[2:]] == [["-"] * 5, ["50.00", *["-"] * 4]]
+    # Equal metrics are no drop, but they are compared.
+    assert results_table([("same", 0.0, dict(DENSE))], DENSE).splitlines()[2].split()[-1] == "0.00"
+
+
+def test_percent():
+    assert (percent(0.875), percent(0.875, 1), percent(None)) == ("87.50", "87.5", "-")

@@ -1,0 +1,75 @@
+"""The registry of methods, and the steps in which they differ."""
+
+import pytest
+import torch
+
+from cap_hf.config import METHODS as NAMES
+from cap_hf.config import CAPConfig, NMPattern
+from cap_hf.method.baselines import rank_scores, saliencies
+from cap_hf.method.elimination import eliminate
+from cap_hf.method.methods import METHODS
+from cap_hf.method.reconstruction import independent_update, reconstruct
+
+
+def test_the_registry_has_what_a_config_may_name():
+    assert tuple(METHODS) == NAMES
+    assert all(METHODS[name].name == name for name in NAMES)
+    assert {METHODS[name].statistic for name in NAMES} == {"gradients", "inputs", None}
+
+
+def test_the_damp_is_the_config_s_or_the_method_s():
+    for name, damp in {"cap": 5e-4, "obs": 5e-4, "sparsegpt": 1e-2}.items():
+        assert METHODS[name].damp(CAPConfig(method=name)) == damp
+        assert METHODS[name].damp(CAPConfig(method=name, damp=0.5)) == 0.5
+
+
+def test_sparsegpt_knows_rows_alone():
+    assert METHODS["sparsegpt"].block_size(CAPConfig(method="sparsegpt", fisher_block_size=8)) == "row"
+    assert METHODS["cap"].block_size(CAPConfig(fisher_block_size=8)) == 8
+
+
+@pytest.fixture
+def problem():
+    """Weights, some 0, and a damped Fisher."""
+    generator = torch.Generator().manual_seed(0)
+    weights = torch.randn(3, 8, dtype=torch.float64, generator=generator)
+    weights[:, 2] = 0
+    samples = torch.randn(3, 16, 8, dtype=torch.float64, generator=generator)
+    return weights, samples.mT @ samples / 16 + 1e-3 * torch.eye(8, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("pattern", [None, NMPattern(2, 4)])
+def test_each_method_has_its_own_order(problem, pattern):
+    weights, fisher = problem
+    alone = fisher.clone()
+    alone[:, 2, :] = alone[:, :, 2] = 0
+    alone[:, 2, 2] = 1
+    inverse = torch.linalg.inv(alone)
+    expected = {
+        "cap": eliminate(weights, inverse, pattern),
+        "sparsegpt": eliminate(weights, inverse, pattern),
+        "obs": rank_scores(saliencies(weights, inverse), pattern),
+        "magnitude": rank_scores(weights.square(), pattern),
+    }
+    for name, method in METHODS.items():
+        found = method.eliminate(weights, None if name == "magnitude" else fisher.clone(), pattern)
+        assert torch.equal(found.order, expected[name].order), name
+        torch.testing.assert_close(found.losses, expected[name].losses)
+
+
+def test_what_is_kept_moves_as_the_config_says(problem):
+    weights, fisher = problem
+    keep = (torch.arange(8) % 3 > 0) & (weights != 0)
+    for name, method in METHODS.items():
+        for update in ("joint", "independent", "none"):
+            found = method.reconstruct(weights, None if name == "magnitude" else fisher.clone(), keep, update)
+            assert (found[~keep] == 0).all()
+            moved = not torch.equal(found[keep], weights[keep])
+            assert moved == (name != "magnitude" and update != "none"), (name, update)
+    joint = METHODS["cap"].reconstruct(weights, fisher, keep, "joint")
+    assert torch.equal(joint, reconstruct(weights, fisher, keep))
+    alone = fisher.clone()
+    alone[:, 2, :] = alone[:, :, 2] = 0
+    alone[:, 2, 2] = 1
+    single = METHODS["cap"].reconstruct(weights, fisher, keep, "independent")
+    torch.testing.assert_close(single, independent_update(weights, torch.linalg.inv(alone), keep))
