@@ -53,6 +53,6 @@ def test_a_backend_that_fails_is_reported_and_the_others_go_on(monkeypatch):
     monkeypatch.setitem(BACKENDS, "missing", Missing)
     found, missing = benchmark(make_vit(), ["broken", "missing"], [1], [1], runs=3)
     assert [each.backend for each in found] == ["dense"]
-    assert missing == {"missing": "not installed", "broken": "failed: no such device"}
+    assert missing == {"missing": "not installed", "broken": "failed: no such device more"}
     with pytest.raises(CAPError, match="'fast' is none of dense"):
         benchmark(make_vit(), ["fast"], [1], [1])

@@ -183,6 +183,15 @@ def test_a_folder_that_leads_elsewhere_is_judged_by_where_it_leads(planted, comp
     assert "cannot be kept" in caplog.text
 
 
+def test_a_folder_that_cannot_be_made_is_one_warning(folder, compiled, monkeypatch, caplog):
+    folder.write_text("in the way")
+    monkeypatch.setenv("CAP_HF_CACHE", str(folder / "cache"))
+    assert build.load_extension("marking")
+    assert compiled.exists()
+    (message,) = caplog.messages
+    assert "cannot be kept" in message
+
+
 def test_a_disk_that_is_full_leaves_nothing_behind(folder, monkeypatch, caplog):
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")

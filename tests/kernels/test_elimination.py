@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from cap_hf.config import NMPattern
 from cap_hf.kernels.build import load_extension
-from cap_hf.method import elimination
+from cap_hf.method import elimination, reconstruction
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -78,20 +78,20 @@ def test_blocks_may_share_one_inverse():
 def test_reconstruction_equals_pytorch(share, monkeypatch):
     weights, fisher = make_blocks(8, 6, 90)
     keep = torch.rand(6, 90, generator=torch.Generator().manual_seed(1)) < share
-    found = elimination.reconstruct(weights, fisher, keep)
-    monkeypatch.setattr(elimination, "has_kernels", lambda tensor: False)
-    torch.testing.assert_close(found, elimination.reconstruct(weights, fisher, keep), rtol=1e-9, atol=1e-12)
+    found = reconstruction.reconstruct(weights, fisher, keep)
+    monkeypatch.setattr(reconstruction, "has_kernels", lambda tensor: False)
+    torch.testing.assert_close(found, reconstruction.reconstruct(weights, fisher, keep), rtol=1e-9, atol=1e-12)
     assert (found[~keep] == 0).all()
 
 
 def test_kernels_run_in_inference_mode():
     weights, fisher = make_blocks(6, 8, 40)
     keep = weights > 0
-    expected = elimination.invert(fisher), elimination.reconstruct(weights, fisher, keep)
+    expected = elimination.invert(fisher), reconstruction.reconstruct(weights, fisher, keep)
     with torch.inference_mode():
         fisher = fisher.clone()
         torch.testing.assert_close(elimination.invert(fisher), expected[0])
-        torch.testing.assert_close(elimination.reconstruct(weights, fisher, keep), expected[1])
+        torch.testing.assert_close(reconstruction.reconstruct(weights, fisher, keep), expected[1])
 
 
 def test_one_thread_and_two_give_the_same_bits():

@@ -68,7 +68,7 @@ std::tuple<Tensor, Tensor> invert(const Tensor& matrices) {
   return {inverse, info};
 }
 
-// Does what reconstruct does in cap_hf/method/elimination.py; info (n) is LAPACK's of each block's factorisation.
+// Does what cap_hf/method/reconstruction.py does; info (n) is LAPACK's of each block's factorisation.
 std::tuple<Tensor, Tensor> reconstruct(const Tensor& weights, const Tensor& fisher, const Tensor& keep) {
   TORCH_CHECK(weights.scalar_type() == at::kDouble && fisher.scalar_type() == at::kDouble &&
                   keep.scalar_type() == at::kBool, "float64 and a bool mask are needed");
