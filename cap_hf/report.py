@@ -8,6 +8,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from types import ModuleType
 
 import torch
 
@@ -96,16 +97,24 @@ class Phases:
         )
 
 
+def accelerator_memory() -> ModuleType | None:
+    """Return what tells of the memory of the accelerator that this process has, such as `torch.cuda`, if it does."""
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    module = None if accelerator is None else torch.get_device_module(accelerator)
+    return module if hasattr(module, "max_memory_allocated") else None
+
+
 def reset_peak_memory() -> None:
-    """Start a new peak, where the system lets a process do that (Linux; CUDA)."""
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
+    """Start a new peak, where the system lets a process do that (Linux, and most accelerators)."""
+    memory = accelerator_memory()
+    if memory is not None:
+        memory.reset_peak_memory_stats()
     with suppress(OSError):  # elsewhere peak_memory answers the peak of the process so far
         Path("/proc/self/clear_refs").write_text("5")
 
 
 def peak_memory() -> dict[str, int]:
-    """Peak bytes since `reset_peak_memory`: resident memory of this process, and of its CUDA device if it has one."""
+    """Return the peak bytes since `reset_peak_memory`: of this process, and of its accelerator by its name, if any."""
     peaks = {}
     try:
         status = Path("/proc/self/status").read_text()
@@ -113,13 +122,14 @@ def peak_memory() -> dict[str, int]:
     except (OSError, IndexError):
         scale = 1 if platform.system() == "Darwin" else 1024
         peaks["cpu"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
-    if torch.cuda.is_available():
-        peaks["cuda"] = torch.cuda.max_memory_allocated()
+    memory = accelerator_memory()
+    if memory is not None:
+        peaks[torch.accelerator.current_accelerator().type] = memory.max_memory_allocated()
     return peaks
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that a result depends on."""
+    """Return the versions of Python and of the packages that a result depends on."""
     found = {"python": platform.python_version()}
     for package in PACKAGES:
         try:

@@ -143,5 +143,6 @@ class AveragingCallback(TrainerCallback):
 @contextmanager
 def isolated_random_state(device: torch.device) -> Iterator[None]:
     """Inside the context torch's global generators may be drawn from; afterwards they are as they were before."""
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+    devices, kind = ([], "cuda") if device.type == "cpu" else ([device], device.type)
+    with torch.random.fork_rng(devices, device_type=kind):
         yield

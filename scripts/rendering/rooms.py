@@ -17,7 +17,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("data", "distributed"),
     ("masks",),
     ("targets", "kernels", "memory"),
-    ("config", "report", "extras"),
+    ("config", "report", "extras", "outputs"),
     ("errors",),
 )
 ROOMS = [room for floor in FLOORS for room in floor]

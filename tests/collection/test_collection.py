@@ -78,7 +78,7 @@ def test_data_that_ends_early_or_is_not_there(caplog):
 def test_collecting_again_leaves_nothing_of_the_first_time(tmp_path, monkeypatch):
     model = build("ViT")
     resources = Resources(spill_dir=str(tmp_path))
-    monkeypatch.setattr("cap_hf.collection.plan.available_bytes", lambda *_: 350_000)
+    monkeypatch.setattr("cap_hf.collection.plan.available_bytes", lambda *_: 250_000)
     monkeypatch.setattr("cap_hf.collection.solver.BATCH_BYTES", 2**13)
     compressor = CAPCompressor(model, CAPConfig(num_grads=8), resources=resources)
     compressor.collect(random_batches(model, 8))

@@ -1,5 +1,7 @@
 """One switch of CUDA's matrix products, and what it was before."""
 
+import subprocess
+import sys
 import types
 
 import pytest
@@ -10,9 +12,17 @@ from cap_hf.collection.precision import matmul_precision
 
 
 @pytest.mark.parametrize("before", ["ieee", "tf32"])
-def test_the_switch_is_put_back(monkeypatch, before):
+def test_the_switch_is_put_back(before):
     matmul = torch.backends.cuda.matmul
-    monkeypatch.setattr(matmul, "fp32_precision", before)
+    found = matmul.fp32_precision
+    matmul.fp32_precision = before
+    try:
+        check_switch(matmul, before)
+    finally:
+        matmul.fp32_precision = found
+
+
+def check_switch(matmul, before):
     with matmul_precision(torch.float32):
         assert matmul.fp32_precision == "ieee"
         with matmul_precision(torch.bfloat16):
@@ -23,14 +33,18 @@ def test_the_switch_is_put_back(monkeypatch, before):
 
 def test_it_may_have_been_set_by_the_older_interface():
     """What `--tf32` and torch.compile leave behind raised where both interfaces met."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high")
-    try:
-        with matmul_precision(torch.float32):
-            assert torch.backends.cuda.matmul.fp32_precision == "ieee"
-        assert torch.backends.cuda.matmul.fp32_precision == "tf32"
-    finally:
-        torch.set_float32_matmul_precision(before)
+    code = """
+import torch
+from cap_hf.collection.precision import matmul_precision
+
+torch.set_float32_matmul_precision("high")
+with matmul_precision(torch.float32):
+    print(torch.backends.cuda.matmul.fp32_precision)
+print(torch.get_float32_matmul_precision())
+"""
+    # A process of its own: what one interface has set the other does not put back.
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["ieee", "high"]
 
 
 def test_an_older_pytorch_has_another_switch(monkeypatch):
