@@ -195,7 +195,7 @@ def prepare_output(args: SparseTrainingArguments, overwrite: bool) -> str | None
         args.hub_model_id = output.name
     args.output_dir = str(output.with_name(f"{output.name}-training"))
     # Pinning memory is for copies to an accelerator.
-    args.dataloader_pin_memory = args.dataloader_pin_memory and torch.cuda.is_available()
+    args.dataloader_pin_memory = args.dataloader_pin_memory and torch.accelerator.is_available()
     resume = choose_checkpoint(args.output_dir, args.resume_from_checkpoint)
     if resume is None and checkpoint_folders(args.output_dir) and not overwrite:
         raise CAPError(

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, fields
 import torch
 from transformers import SchedulerType, TrainingArguments
 
+from cap_hf.distributed.accelerator import TIMEOUT
 from cap_hf.errors import CAPError
 from cap_hf.recovery.augmentation import PRESETS
 from cap_hf.recovery.schedules import SparsitySchedule
@@ -18,6 +19,10 @@ class SparseTrainingArguments(TrainingArguments):
         CAPError: a value is outside what its field allows.
     """
 
+    ddp_timeout: int = field(
+        default=int(TIMEOUT.total_seconds()),
+        metadata={"help": "Seconds that a process waits for the others; a pruning step has one of many minutes."},
+    )
     do_eval: bool = field(default=True, metadata={"help": "Evaluate the model before and after."})
     sparsity_schedule: str | None = field(
         default=None,

@@ -159,7 +159,6 @@ def test_saved_from_the_accelerator_and_loaded_again(compressed, tmp_path):
             assert torch.equal(model.state_dict()[name].cpu(), tensor.cpu()), name
 
 
-@pytest.mark.xfail(strict=True, reason="report.py peak_memory: asks torch.cuda alone, not torch.accelerator")
 def test_the_peak_of_the_accelerator_is_reported():
     reset_peak_memory()
     tensor = torch.zeros(10**6, device="pretend")

@@ -66,9 +66,6 @@ def test_an_interrupted_run_goes_on(tmp_path):
         torch.testing.assert_close(found.state_dict()[name], weight, msg=lambda text, name=name: f"{name}: {text}")
 
 
-@pytest.mark.xfail(
-    strict=True, reason="recovery/callbacks.py isolated_random_state: leaves out devices that are not CUDA"
-)
 def test_pruning_steps_draw_nothing_from_the_generator_of_the_accelerator():
     torch.manual_seed(0)
     expected = torch.randn(4, device="pretend")
