@@ -11,6 +11,9 @@ from torch import nn
 from cap_hf.config import NMPattern
 from cap_hf.errors import CAPError
 
+# What has weights that may be pruned.
+Layer = nn.Linear | nn.Conv2d
+
 # Parts of a base model that are not its encoder, whatever the architecture calls them: patch and position
 # embeddings (Swin v2 computes its position bias with an MLP), poolers, and heads (some classifiers are their own
 # base model; Siglip pools with a `head`).
@@ -33,7 +36,7 @@ class Target:
     """
 
     name: str
-    module: nn.Module
+    module: Layer
     block_size: int
     index: int = 0
     twins: tuple[nn.Module, ...] = ()
@@ -44,7 +47,7 @@ class Target:
         return (self.module, *self.twins)
 
     @property
-    def weight(self) -> nn.Parameter:
+    def weight(self) -> torch.Tensor:
         """Return the weight itself."""
         return self.module.weight
 
@@ -78,12 +81,12 @@ class Target:
         return blocks.reshape(out_channels, height, width, in_channels).movedim(-1, 1).contiguous()
 
 
-def weight_layers(model: nn.Module) -> dict[str, nn.Module]:
+def weight_layers(model: nn.Module) -> dict[str, Layer]:
     """Return every Linear and Conv2d of a model by name, subclasses and layers outside the encoder included.
 
     Modules that share one Parameter are one layer, under the first of their names.
     """
-    layers: dict[str, nn.Module] = {}
+    layers: dict[str, Layer] = {}
     seen: set[torch.Tensor] = set()
     for name, module in model.named_modules():
         if isinstance(module, (nn.Linear, nn.Conv2d)) and module.weight not in seen:
@@ -109,7 +112,8 @@ def find_targets(
         pattern: an N:M pattern that every target's rows must be divisible into.
 
     Raises:
-        CAPError: there is no target, a pattern matches nothing, or N:M does not divide a row.
+        CAPError: there is no target, a pattern matches nothing, N:M does not divide a row, or the block size is no
+            size.
     """
     layers = weight_layers(model)
     base = getattr(model, "base_model", model)
@@ -145,14 +149,14 @@ def find_targets(
     ]
 
 
-def twins_of(model: nn.Module, module: nn.Module) -> tuple[nn.Module, ...]:
+def twins_of(model: nn.Module, module: Layer) -> tuple[nn.Module, ...]:
     """Return the other modules of a model whose `weight` is this module's."""
     return tuple(
         each for each in model.modules() if each is not module and getattr(each, "weight", None) is module.weight
     )
 
 
-def fit_block_size(name: str, module: nn.Module, block_size: int | str, pattern: NMPattern | None = None) -> int:
+def fit_block_size(name: str, module: Layer, block_size: int | str, pattern: NMPattern | None = None) -> int:
     """Return the block size nearest to the one asked for that is a divisor of a row, a row, or several rows.
 
     Args:
@@ -162,7 +166,7 @@ def fit_block_size(name: str, module: nn.Module, block_size: int | str, pattern:
         pattern: an N:M pattern; then the size is a multiple of M.
 
     Raises:
-        CAPError: M does not divide the row's input channels, or no size fits.
+        CAPError: M does not divide the row's input channels, no size fits, or it is another word than 'row'.
     """
     rows, row = module.weight.shape[0], module.weight[0].numel()
     unit = 1
@@ -176,6 +180,8 @@ def fit_block_size(name: str, module: nn.Module, block_size: int | str, pattern:
         unit = pattern.m
     if block_size == "row":
         return row
+    if isinstance(block_size, str):
+        raise CAPError(f"block_size={block_size!r} is neither 'row' nor a number")
     if block_size >= row:
         return row * max(count for count in range(1, min(rows, block_size // row) + 1) if rows % count == 0)
     sizes = [size for size in range(unit, block_size + 1, unit) if row % size == 0]

@@ -130,3 +130,9 @@ def test_n_m_must_divide_the_input_channels():
     assert fit_block_size("layer", nn.Linear(24, 4), 10, NMPattern(2, 4)) == 8
     with pytest.raises(CAPError, match="fisher_block_size=3"):
         fit_block_size("layer", nn.Linear(24, 4), 3, NMPattern(2, 4))
+
+
+@pytest.mark.parametrize("size", ["16", "auto"])
+def test_a_block_size_in_words_is_refused_unless_it_is_row(size):
+    with pytest.raises(CAPError, match=f"block_size='{size}' is neither 'row' nor a number"):
+        fit_block_size("layer", nn.Linear(24, 4), size)
