@@ -1,8 +1,9 @@
-"""What an image classifier is given and what it gives back, however it packs that."""
+"""What an image classifier gives back, however it packs that, and what its classes are called."""
 
 from typing import Any
 
 import torch
+from transformers import PretrainedConfig
 
 from cap_hf.errors import CAPError
 
@@ -22,3 +23,8 @@ def logits_of(outputs: Any) -> torch.Tensor:
             f"the model returns {type(outputs).__name__} without logits (b, classes): use an image classifier"
         )
     return logits
+
+
+def label_names(config: PretrainedConfig) -> dict[int, str]:
+    """Return the names of a classifier's classes by their numbers, ascending; none where its config has no classes."""
+    return dict(sorted((int(index), str(name)) for index, name in (config.id2label or {}).items()))

@@ -1,12 +1,13 @@
-"""Logits, however a model packs them."""
+"""Logits, however a model packs them, and the names of its classes."""
 
 import pytest
 import torch
 from support.models import build, random_batches
+from transformers import PretrainedConfig
 from transformers.modeling_outputs import BaseModelOutput, ImageClassifierOutput
 
 from cap_hf.errors import CAPError
-from cap_hf.outputs import logits_of
+from cap_hf.outputs import label_names, logits_of
 
 
 def test_logits_are_found_by_name_or_in_front():
@@ -28,3 +29,15 @@ def test_a_model_that_returns_tuples_gives_the_same(name):
     with torch.inference_mode():
         named = logits_of(model(pixel_values=pixels))
         assert torch.equal(logits_of(model(pixel_values=pixels).to_tuple()), named)
+
+
+def test_classes_have_their_names_in_the_order_of_their_numbers():
+    config = PretrainedConfig(num_labels=2)
+    config.id2label = {"10": "eel", "2": "cat"}
+    assert list(label_names(config).items()) == [(2, "cat"), (10, "eel")]
+
+
+def test_a_config_without_classes_has_no_names():
+    config = PretrainedConfig()
+    config.id2label = None
+    assert label_names(config) == {}
