@@ -61,7 +61,7 @@ def describe_masks(targets: Sequence[Target]) -> list[dict]:
                 "shape": tuple(target.weight.shape),
                 "num_weights": mask.size,
                 "num_zeros": mask.size - int(np.count_nonzero(mask)),
-                "mask_digest": hashlib.sha256(np.packbits(mask)).hexdigest()[:32],
+                "mask_digest": hashlib.sha256(np.packbits(mask).data).hexdigest()[:32],
             }
         )
     return layers

@@ -67,8 +67,8 @@ class PruneReport:
 
     @property
     def loss(self) -> float | None:
-        losses = [layer.loss for layer in self.layers]
-        return None if None in losses else sum(losses)
+        losses = [layer.loss for layer in self.layers if layer.loss is not None]
+        return sum(losses) if len(losses) == len(self.layers) else None
 
     def to_dict(self) -> dict:
         layers = [asdict(layer) | {"sparsity": layer.sparsity} for layer in self.layers]
@@ -122,9 +122,9 @@ def peak_memory() -> dict[str, int]:
     except (OSError, IndexError):
         scale = 1 if platform.system() == "Darwin" else 1024
         peaks["cpu"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
-    memory = accelerator_memory()
-    if memory is not None:
-        peaks[torch.accelerator.current_accelerator().type] = memory.max_memory_allocated()
+    memory, accelerator = accelerator_memory(), torch.accelerator.current_accelerator()
+    if memory is not None and accelerator is not None:
+        peaks[accelerator.type] = memory.max_memory_allocated()
     return peaks
 
 
