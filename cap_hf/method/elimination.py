@@ -125,7 +125,7 @@ def eliminate_in_torch(weights: torch.Tensor, inverse: torch.Tensor, pattern: NM
     position = torch.arange(size, device=w.device).expand(n, size)
     order = torch.empty(n, steps, dtype=torch.int64, device=w.device)
     losses = torch.empty(n, steps, dtype=w.dtype, device=w.device)
-    given = torch.zeros(n, size // pattern.m, dtype=torch.int64, device=w.device) if pattern else None
+    given = torch.zeros(n, size // pattern.m if pattern else 0, dtype=torch.int64, device=w.device)
     zero = weights == 0
     batch = torch.arange(n, device=w.device)
     # Memory that is fresh from the system costs more to touch than these copies: take it once.

@@ -132,6 +132,7 @@ class LayerGradients:
 
     def _patch_parts(self) -> Iterator[tuple[slice, slice, torch.Tensor]]:
         """Yield some samples at a time: which they are, which examples, their patches `(n, groups, positions, row)`."""
+        assert isinstance(self.module, nn.Conv2d)  # a Linear has no patches
         for part, patches in unfold_parts(self.module, self.inputs, self.grads, self.examples):
             yield slice(part.start // self.examples, part.stop // self.examples), part, self._side_by_side(patches)
 

@@ -26,7 +26,7 @@ def input_rows(
     Yields:
         `(groups, n, row)`, in the order of the target's blocks; a Linear has one group.
     """
-    if not target.is_conv:
+    if not isinstance(module, nn.Conv2d):
         yield inputs.reshape(1, -1, inputs.shape[-1])
         return
     for _, patches in unfold_parts(module, inputs, outputs):

@@ -6,19 +6,21 @@ from torch.nn import functional as F
 from cap_hf.errors import CAPError
 
 
-def cross_entropy(logits: torch.Tensor, labels: torch.Tensor, uniforms: torch.Tensor | None) -> torch.Tensor:
+def cross_entropy(logits: torch.Tensor, labels: torch.Tensor | None, uniforms: torch.Tensor | None) -> torch.Tensor:
     """Return the cross entropy summed over examples (arXiv 2210.09223, section 2, the loss L of the empirical Fisher).
 
     Args:
         logits: `(b, classes)`.
-        labels: `(b,)`, not looked at where `uniforms` are given.
+        labels: `(b,)`, not looked at where `uniforms` are given; None only there.
         uniforms: None for the data's labels; else see `sample_labels`.
 
     Raises:
-        CAPError: a label is none of the classes.
+        CAPError: a label is none of the classes, or there are neither labels nor uniforms.
     """
     if uniforms is not None:
         labels = sample_labels(logits, uniforms)
+    elif labels is None:
+        raise CAPError("a batch has no labels: add them, or use fisher_type='sampled', which needs none")
     else:
         check_labels(labels, logits.shape[-1])
     return F.cross_entropy(logits.float(), labels, reduction="sum")

@@ -50,7 +50,7 @@ class Method:
             NotInvertibleError: a Fisher is not positive definite.
             LostPivotError: rounding destroyed a pivot.
         """
-        return eliminate(weights, invert(decouple(fisher, weights == 0)), pattern)
+        return eliminate(weights, invert(decouple(required(fisher), weights == 0)), pattern)
 
     def reconstruct(
         self, weights: torch.Tensor, fisher: torch.Tensor | None, keep: torch.Tensor, update: str
@@ -67,9 +67,9 @@ class Method:
             NotInvertibleError: a Fisher is not positive definite.
         """
         if update == "joint":
-            return reconstruct(weights, fisher, keep)
+            return reconstruct(weights, required(fisher), keep)
         if update == "independent":
-            return independent_update(weights, invert(decouple(fisher, weights == 0)), keep)
+            return independent_update(weights, invert(decouple(required(fisher), weights == 0)), keep)
         return weights.masked_fill(~keep, 0.0)
 
 
@@ -78,7 +78,7 @@ class OBS(Method):
 
     def eliminate(self, weights: torch.Tensor, fisher: torch.Tensor | None, pattern: NMPattern | None) -> Elimination:
         """Return all weights ranked at once, each by what its own removal costs (oBERT, equation 2)."""
-        return rank_scores(saliencies(weights, invert(decouple(fisher, weights == 0))), pattern)
+        return rank_scores(saliencies(weights, invert(decouple(required(fisher), weights == 0))), pattern)
 
 
 class Magnitude(Method):
@@ -93,6 +93,13 @@ class Magnitude(Method):
     ) -> torch.Tensor:
         """Return the weights that are kept as they are."""
         return weights.masked_fill(~keep, 0.0)
+
+
+def required(fisher: torch.Tensor | None) -> torch.Tensor:
+    """Return the Fisher of a method that sums something; without one it cannot go on."""
+    if fisher is None:
+        raise ValueError("this method needs a Fisher: only one whose statistic is None does without")
+    return fisher
 
 
 METHODS: dict[str, Method] = {

@@ -37,3 +37,8 @@ def test_the_loss_is_the_sum_over_examples():
 def test_labels_that_are_no_classes_are_refused(labels, message):
     with pytest.raises(CAPError, match=message):
         cross_entropy(torch.randn(3, 4), torch.tensor(labels), None)
+
+
+def test_a_batch_without_labels_is_refused():
+    with pytest.raises(CAPError, match="has no labels: add them, or use fisher_type='sampled'"):
+        cross_entropy(torch.zeros(2, 3), None, None)
