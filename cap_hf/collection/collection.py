@@ -47,7 +47,8 @@ class Collection:
         prunes: how many sparsities will be pruned to, for the time that is left.
 
     Attributes:
-        plan: how it goes through memory.
+        plan: how it goes through memory; None before `run`.
+        targets: as the plan has found them; none before `run`.
         state: what it keeps on the disk for a run that goes on, if it does.
     """
 
@@ -65,14 +66,15 @@ class Collection:
         self.resources, self.progress, self.prunes = resources, progress, prunes
         self.method = METHODS[config.method]
         self.plan: Plan | None = None
+        self.targets: list[Target] = []
         self.state: CollectionState | None = None
         self._folder: Path | None = None
         self._temporary: TemporaryFolder | None = None
 
     @property
-    def targets(self) -> list[Target]:
-        """Return the targets, as the plan has found them."""
-        return [target for each in self.plan.passes for target in each]
+    def batch_bytes(self) -> int | None:
+        """Return the bytes of the matrices that are solved at a time, as the plan has them."""
+        return None if self.plan is None else self.plan.batch_bytes
 
     def run(self, examples: CalibrationExamples, checkpointing: Checkpointing | None) -> BlockFisher:
         """Go over the examples as often as memory asks for.
@@ -89,9 +91,10 @@ class Collection:
         """
         block_size = self.method.block_size(self.config)
         costs = measure(self.model, examples.peek(), self.find("row" if block_size == "auto" else block_size))
-        self._make_plan(costs, examples, checkpointing)
+        self.plan = plan = self._make_plan(costs, examples, checkpointing)
+        self.targets = [target for each in plan.passes for target in each]
         with frozen(self.model):
-            fisher = self._passes(examples, self._shared_order(costs))
+            fisher = self._passes(plan, examples, self._shared_order(costs))
         if fisher.count < self.config.num_grads:
             logger.warning(
                 "The data ended after %d of %d gradient samples; they are what the Fisher is estimated from.",
@@ -127,60 +130,61 @@ class Collection:
         source = has_examples.index(True) if any(has_examples) else 0
         return self.processes.share_object(costs.order, source)
 
-    def _make_plan(self, costs: Costs, examples: CalibrationExamples, checkpointing: Checkpointing | None) -> None:
+    def _make_plan(self, costs: Costs, examples: CalibrationExamples, checkpointing: Checkpointing | None) -> Plan:
         block_size = self.method.block_size(self.config)
         dtype = getattr(torch, self.config.fisher_dtype)
         if self.method.statistic == "inputs":
-            self.plan = Plan([self.find(block_size)], block_size, costs.samples, costs.samples)
+            plan = Plan([self.find(block_size)], block_size, costs.samples, costs.samples)
         else:
-            self.plan = make_plan(self.find, block_size, self.resources, costs, self.processes, dtype)
+            plan = make_plan(self.find, block_size, self.resources, costs, self.processes, dtype)
         if checkpointing is not None:
             facts = {f"config {name}": value for name, value in self.config.to_dict().items()}
             facts |= {"model weights": hash_weights(self.model), "number of processes": self.processes.world}
             facts |= {"number of examples": examples.size, "PyTorch": torch.__version__}
-            self.state = CollectionState(checkpointing, self.processes, facts, self.plan.to_dict())
-            self.plan = self.plan.like(self.state.plan, self.find)
-        examples.limit = self.plan.step
-        passes = len(self.plan.passes)
+            self.state = CollectionState(checkpointing, self.processes, facts, plan.to_dict())
+            plan = plan.like(self.state.plan, self.find)
+        examples.limit = plan.step
+        passes = len(plan.passes)
         if passes > 1 and examples.once:
             raise CAPError(f"{passes} passes need the examples again: collect from a DataLoader or a list of batches")
-        if self.plan.spilled and self.state is not None:
+        if plan.spilled and self.state is not None:
             self._folder = self.state.folder / "spill"
             self._folder.mkdir(exist_ok=True)
-        elif self.plan.spilled:
+        elif plan.spilled:
             self._temporary = TemporaryFolder(dir=spill_folder(self.resources))
             self._folder = Path(self._temporary.name)
-        foreseen = foresee(self.plan, costs, self.config, self.processes, self._folder, self.prunes)
+        foreseen = foresee(plan, costs, self.config, self.processes, self._folder, self.prunes)
         seconds = sum(each.seconds for each in foreseen if each.kind == "collecting")
         # What is over before a bar would show needs no plan either.
         if seconds > 2 or passes > 1:
-            self.progress.say(self.plan.describe(seconds, self._folder))
+            self.progress.say(plan.describe(seconds, self._folder))
         self.progress.start(foreseen)
+        return plan
 
-    def _statistic(self, targets: list[Target], order: list[str]) -> GradientSums | InputSums:
+    def _statistic(self, plan: Plan, targets: list[Target], order: list[str]) -> GradientSums | InputSums:
         if self.method.statistic == "inputs":
             return InputSums(targets, self.processes)
         dtype = getattr(torch, self.config.fisher_dtype)
-        return GradientSums(targets, self.processes, dtype, self.plan.microbatch, order)
+        return GradientSums(targets, self.processes, dtype, plan.microbatch, order)
 
-    def _passes(self, examples: CalibrationExamples, order: list[str]) -> BlockFisher:
+    def _passes(self, plan: Plan, examples: CalibrationExamples, order: list[str]) -> BlockFisher:
         """Return the Fisher of all targets, from as many passes over the examples as the plan has."""
         spilled = None
         if self._folder is not None:
             spilled = SpilledSums(self._folder / "sums", self.targets, self.processes.device)
         means: dict[str, float] = {}
         count, finished = 0, [] if self.state is None else self.state.passes()
-        for number, targets in enumerate(self.plan.passes):
+        for number, targets in enumerate(plan.passes):
             name = "collecting"
-            if len(self.plan.passes) > 1:
-                name = f"collecting, pass {number + 1} of {len(self.plan.passes)}"
+            if len(plan.passes) > 1:
+                name = f"collecting, pass {number + 1} of {len(plan.passes)}"
             advance = self.progress.phase("collecting", "gradient", self.config.num_grads, name)
             if number < len(finished):
                 means |= finished[number]["means"]
                 count = finished[number]["count"]
                 advance.skip(count)
                 continue
-            statistic = self._statistic(targets, order)
+            statistic = self._statistic(plan, targets, order)
             if self.state is None:
                 fill(statistic, self.model, examples, advance)
             else:

@@ -4,6 +4,7 @@ import random
 from collections.abc import Iterable, Iterator, Sized
 from contextlib import contextmanager
 from itertools import chain, islice
+from typing import Any
 
 import numpy as np
 import torch
@@ -39,7 +40,7 @@ class CalibrationExamples:
         self._first: list[Batch] = []
         self.wanted = config.num_grads * config.samples_per_grad
         self.uniforms = None
-        self.needed = ("pixel_values", "labels")
+        self.needed: tuple[str, ...] = ("pixel_values", "labels")
         if config.fisher_type == "sampled":
             self.needed = ("pixel_values",)
             # Drawn for all examples at once: an example gets the same label on whatever process it lands.
@@ -72,7 +73,7 @@ class CalibrationExamples:
                 if full % group:
                     raise CAPError(f"the batch size {full} is not a multiple of samples_per_grad={group}")
                 # Where this batch's examples stand among those of all processes.
-                start = (index * world + rank) * size if world > 1 else seen
+                start = seen if size is None or world == 1 else (index * world + rank) * size
                 seen += count
                 length = min(count, self.wanted - start) // group * group
                 if length <= 0:
@@ -115,7 +116,7 @@ class CalibrationExamples:
 def seeded(dataloader: DataLoader | Iterable[Batch], seed: int) -> Iterator[None]:
     """Let everything that a dataloader may draw from begin with a seed; what was there before is put back."""
     sampler = getattr(dataloader, "sampler", None)
-    owners = [owner for owner in (dataloader, sampler) if hasattr(owner, "generator")]
+    owners: list[Any] = [owner for owner in (dataloader, sampler) if hasattr(owner, "generator")]
     before = [owner.generator for owner in owners]
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     random.seed(seed)

@@ -43,6 +43,8 @@ class Exchange:
             until the next round.
         """
         rank, size, done = self.processes.rank, target.block_size, 0
+        if gradients is None and counts[rank]:
+            raise ValueError(f"{counts[rank]} gradient samples of {target.name} are announced and not given")
         for rows, parts in self._rounds(target, gradients, counts):
             blocks = (rows[rank].stop - rows[rank].start) * target.row_size // size
             yield (
@@ -81,7 +83,7 @@ class Exchange:
         parts, sizes = [counts[rank] * each for each in weights], [count * weights[rank] for count in counts]
         sent = self._buffer(f"sent {slot}", (sum(parts),), dtype, device)
         for each, part in zip(rows, sent.split(parts), strict=True):
-            if part.numel():
+            if gradients is not None and part.numel():
                 self._make(target, gradients, each, part)
         received = self._buffer(f"received {slot}", (sum(sizes) if len(counts) > 1 else 0,), dtype, device)
         return self.processes.exchange(sent, parts, received, sizes)

@@ -53,6 +53,10 @@ class GradientSums:
         by_name = {target.name: target for target in self.targets}
         self._order = [by_name[name] for name in order if name in by_name]
         self._exchange = Exchange(self.processes, dtype)
+        # Of the step that is taken: what has come too early for the order, and how far that is done.
+        self._counts: Sequence[int] = ()
+        self._waiting: dict[str, StepGradients] = {}
+        self._next = 0
 
     def _zeros(self, target: Target) -> SymmetricSums:
         own = own_blocks(target, self.processes)
@@ -121,7 +125,7 @@ class GradientSums:
             gradients: of this process's examples; None if it has none.
             counts: how many gradient samples each process has; None where there is one process.
         """
-        counts = counts or [gradients.samples]
+        counts = counts or [0 if gradients is None else gradients.samples]
         sums = self.sums[target.name]
         with matmul_precision(self.dtype):
             for blocks, parts in self._exchange.arrivals(target, gradients, counts):

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
 # Share of a phase after which its own speed is believed, and no longer what was foreseen.
@@ -36,7 +37,7 @@ class Progress:
 
     def __init__(self, disable: bool, clock: Callable[[], float] = time.perf_counter) -> None:
         self.disable, self.clock = disable, clock
-        self.bar: transformers_logging.tqdm | None = None
+        self.bar: tqdm | None = None
         self._coming: list[Foreseen] = []
         self._done: list[tuple[Foreseen, float]] = []
         self._phase: Phase | None = None

@@ -132,7 +132,9 @@ class RemovalPaths:
 
 def check_pattern(targets: Sequence[Target], pattern: NMPattern | None) -> None:
     """Raise a CAPError if the blocks of a target are not whole groups of an N:M pattern."""
-    for target in targets if pattern is not None else ():
+    if pattern is None:
+        return
+    for target in targets:
         fit_block_size(target.name, target.module, "row", pattern)
         if target.block_size % pattern.m:
             raise CAPError(
@@ -143,8 +145,11 @@ def check_pattern(targets: Sequence[Target], pattern: NMPattern | None) -> None:
 
 def with_changes(config: CAPConfig, allocation: str | None, selection: str | None) -> CAPConfig:
     """Return a config with another allocation or selection, as far as they are given."""
-    changes = {"allocation": allocation, "selection": selection}
-    return replace(config, **{name: value for name, value in changes.items() if value is not None})
+    return replace(
+        config,
+        allocation=config.allocation if allocation is None else allocation,
+        selection=config.selection if selection is None else selection,
+    )
 
 
 def held_bytes(target: Target, blocks: int) -> int:

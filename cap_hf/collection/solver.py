@@ -81,6 +81,7 @@ class Solver:
             CAPError: a block cannot be inverted.
         """
         pruned, loss = torch.empty_like(weights), 0.0
+        damp = 0.0 if self.fisher is None else self.fisher.damps[target.name]
         # Blocks with as many survivors are solved together.
         by_count = counts.argsort()
         for batch in self._batches(target, len(weights)):
@@ -93,7 +94,6 @@ class Solver:
             pruned[blocks] = new.to(pruned.dtype)
             if fisher is not None:
                 change = (new - old)[..., None]
-                damp = self.fisher.damps[target.name]
                 loss += float((change * fisher.bmm(change)).sum() - damp * change.square().sum()) / 2
             advance(len(blocks), work_of(target, len(blocks)))
         return pruned, None if self.fisher is None else loss
@@ -111,28 +111,31 @@ class Solver:
     @contextmanager
     def _explained(self, target: Target, blocks: slice | torch.Tensor) -> Iterator[None]:
         """Turn what a batch of blocks cannot be solved for into a CAPError that names the block."""
-        damp = self.method.damp(self.config)
+        if self.fisher is None:  # nothing is inverted
+            yield
+            return
+        damp, absolute = self.method.damp(self.config), self.fisher.damps[target.name]
+        first = self.fisher.owned[target.name].start
         try:
             yield
         except LostPivotError as error:
             raise CAPError(
-                f"rounding destroyed a pivot of {target.name} (block {self._number(target, blocks, error.block)}): "
+                f"rounding destroyed a pivot of {target.name} (block {first + place_of(blocks, error.block)}): "
                 f"raise the damp, now {damp:g}"
             ) from error
         except NotInvertibleError as error:
-            absolute = self.fisher.damps[target.name]
             enough = absolute + error.damp
             if not self.config.absolute_damp:
                 enough *= damp / absolute
             raise CAPError(
-                f"the Fisher of {target.name} (block {self._number(target, blocks, error.block)}) cannot be inverted "
+                f"the Fisher of {target.name} (block {first + place_of(blocks, error.block)}) cannot be inverted "
                 f"with damp={damp:g}: --damp {enough:.1e} would do"
             ) from error
 
-    def _number(self, target: Target, blocks: slice | torch.Tensor, index: int) -> int:
-        """Return the number of a block in its target, of one that is the `index`-th of a batch."""
-        first = self.fisher.owned[target.name].start
-        return first + (blocks.start + index if isinstance(blocks, slice) else int(blocks[index]))
+
+def place_of(blocks: slice | torch.Tensor, index: int) -> int:
+    """Return where among the owned blocks of a target the `index`-th of a batch of them is."""
+    return blocks.start + index if isinstance(blocks, slice) else int(blocks[index])
 
 
 def order_dtype(target: Target) -> torch.dtype:

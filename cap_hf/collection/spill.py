@@ -82,7 +82,8 @@ class SpilledSums(Mapping[str, SymmetricSums]):
     def __getitem__(self, name: str) -> SymmetricSums:
         if self._last is None or self._last[0] != name:
             self._last = None
-            strips, size = [], self.targets[name].block_size
+            strips: list[torch.Tensor] = []
+            size = self.targets[name].block_size
             while not strips or strips[-1].shape[2] < size:
                 strips.append(self.tensors[f"{name}.{len(strips)}"])
             self._last = name, SymmetricSums(size, strips)

@@ -156,7 +156,7 @@ class CollectionState:
         self.digest.update(f"{samples}".encode())
         for tensor in (*batch.values(), uniforms):
             if tensor is not None:
-                self.digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
+                self.digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
 
     def saving(self, number: int, statistic: Statistic, advance: Callable[[int], None]) -> Callable[[int], None]:
         """Return what is called after each step: it counts it, saves where it is time, and passes it on."""

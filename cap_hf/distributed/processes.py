@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Callable, Sequence
 from itertools import accumulate, pairwise
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -83,7 +84,7 @@ class Processes:
             _write_back(sent, tensor)
         return tensor
 
-    def share_object(self, value: object, source: int = 0) -> object:
+    def share_object(self, value: object, source: int = 0) -> Any:
         """Return a small object of the process `source`, on every process, as JSON has it (tuples become lists).
 
         Args:

@@ -44,3 +44,9 @@ def test_it_takes_no_more_memory_than_it_says(dtype):
         pass
     taken = sum(buffer.nbytes for buffer in exchange._buffers.values())
     assert 0 < taken <= peak_bytes(target, Processes(), 6, dtype)
+
+
+def test_samples_that_are_announced_and_not_given_are_an_error():
+    target = Target("layer", nn.Linear(12, 80, bias=False), 12)
+    with pytest.raises(ValueError, match="6 gradient samples of layer are announced and not given"):
+        next(Exchange(Processes(), torch.float32).arrivals(target, None, [6]))
