@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel
+from transformers import BaseImageProcessor, PreTrainedModel
 
 from cap_hf.checkpoints.saving import save_checkpoint
 from cap_hf.collection.collection import Collection
@@ -67,9 +67,14 @@ class CAPCompressor:
         self.resources, self.prunes = resources or Resources(), prunes
         self.processes = Processes(self.accelerator)
         self.progress = Progress(disable_tqdm or not self.accelerator.is_main_process)
-        chosen = {name: getattr(self.config, name) for name in ("include", "exclude", "pattern")}
         # Not a method: a collection that holds its compressor would outlive it, and so would what it has spilled.
-        self._find = partial(find_targets, model, **chosen)
+        self._find = partial(
+            find_targets,
+            model,
+            include=self.config.include,
+            exclude=self.config.exclude,
+            pattern=self.config.pattern,
+        )
         block_size = METHODS[self.config.method].block_size(self.config)
         self.targets = self._find("row" if block_size == "auto" else block_size)
         self.report: PruneReport | None = None
@@ -79,12 +84,12 @@ class CAPCompressor:
     @property
     def fisher(self) -> BlockFisher | None:
         """Return the Fisher of this process's blocks, after `collect`."""
-        return self.paths and self.paths.solver.fisher
+        return None if self.paths is None else self.paths.solver.fisher
 
     @property
     def plan(self) -> Plan | None:
         """Return how the collection went through memory."""
-        return self.collection and self.collection.plan
+        return None if self.collection is None else self.collection.plan
 
     def collect(
         self, dataloader: DataLoader | Iterable[Batch], checkpointing: Checkpointing | None = None
@@ -119,7 +124,7 @@ class CAPCompressor:
         )
         fisher = self.collection.run(CalibrationExamples(dataloader, self.config, self.processes), checkpointing)
         self.targets = self.collection.targets
-        solver = Solver(self.config, fisher, self.collection.plan.batch_bytes)
+        solver = Solver(self.config, fisher, self.collection.batch_bytes)
         self.paths = RemovalPaths(self.targets, solver, self.processes, self.collection.tensors)
         return self
 
@@ -140,21 +145,17 @@ class CAPCompressor:
             CAPError: the sparsity is out of range, below the model's, or not the N:M pattern's; `collect` was not
                 called; a block Fisher cannot be inverted.
         """
-        if self.paths is None:
-            if METHODS[self.config.method].statistic is not None:
-                raise CAPError("call collect(dataloader) before prune: there is no Fisher yet")
-            self.collect([])
-        paths, config = self.paths, with_changes(self.config, allocation, selection)
+        paths, config = self._collected_paths(), with_changes(self.config, allocation, selection)
         sparsity = check_sparsity(sparsity, config, paths)
         if not paths.is_eliminated(config.pattern):
             paths.eliminate(config.pattern, self.progress.phase("eliminating", "block", paths.work))
         counts = paths.allocate(config, sparsity)
         advance = self.progress.phase("reconstructing", "block", paths.work)
-        pruned, losses = paths.make_tensors("pruned"), []
+        pruned, own_losses = paths.make_tensors("pruned"), []
         for target, count in zip(self.targets, counts, strict=True):
             pruned[target.name], loss = paths.reconstruct(target, count, advance)
-            losses.append(loss or 0.0)
-        losses = self.processes.sum(torch.tensor(losses, dtype=torch.float64))
+            own_losses.append(loss or 0.0)
+        losses = self.processes.sum(torch.tensor(own_losses, dtype=torch.float64))
         # Nothing is changed before everything is solved.
         report = PruneReport(config.method, config.allocation, config.selection, sparsity)
         for target, loss in zip(self.targets, losses.tolist(), strict=True):
@@ -169,7 +170,7 @@ class CAPCompressor:
         return report
 
     def save_pretrained(
-        self, save_directory: str | Path, image_processor: object | None = None, compressed: bool = False
+        self, save_directory: str | Path, image_processor: BaseImageProcessor | None = None, compressed: bool = False
     ) -> None:
         """Save the pruned model with its CAPConfig and report (main process), atomically.
 
@@ -190,6 +191,14 @@ class CAPCompressor:
         """Remove what `collect` kept on the disk for a run that goes on: this one is over."""
         if self.collection is not None:
             self.collection.discard_state()
+
+    def _collected_paths(self) -> RemovalPaths:
+        """Return what `collect` has left; a method that needs no examples collects now if it has not."""
+        if self.paths is None and METHODS[self.config.method].statistic is None:
+            self.collect([])
+        if self.paths is None:
+            raise CAPError("call collect(dataloader) before prune: there is no Fisher yet")
+        return self.paths
 
     def _forget(self) -> None:
         """Begin anew, with nothing collected."""
