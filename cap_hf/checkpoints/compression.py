@@ -63,7 +63,7 @@ def pack(tensor: torch.Tensor) -> dict[str, torch.Tensor] | None:
     flat = _in_group_order(tensor.detach()).contiguous().view(-1).view(INTEGERS[size]).numpy()
     bitmask = _mark(flat)
     kept = _count(bitmask)
-    sizes = {None: kept * size + bitmask.size}
+    sizes: dict[tuple[int, int] | None, int] = {None: kept * size + bitmask.size}
     if flat.size % 8 == 0 and kept:
         # The bytes that occur in the bitmask say which N:M patterns hold.
         seen = np.bincount(bitmask, minlength=256) > 0
@@ -249,9 +249,9 @@ def _pack_codes(bitmask: np.ndarray, n: int, m: int) -> np.ndarray:
 def _unpack_codes(packed: torch.Tensor, n: int, m: int) -> torch.Tensor:
     """Undo `_pack_codes` on any device, to whole words of 8 bytes; what is no code becomes 0."""
     width = _code_width(n, m)
-    table = np.zeros(256, dtype=np.uint8)
-    table[: len(_patterns(n, m))] = _patterns(n, m)
-    table = torch.from_numpy(table).to(packed.device)
+    padded = np.zeros(256, dtype=np.uint8)
+    padded[: len(_patterns(n, m))] = _patterns(n, m)
+    table = torch.from_numpy(padded).to(packed.device)
     bitmask = torch.zeros((packed.numel() // width, 8), dtype=torch.uint8, device=packed.device)
     bitmask[:, :width] = packed.reshape(-1, width)
     # Chunks that stay in cache, and that PyTorch does not split among its threads.

@@ -61,7 +61,7 @@ def digest(name: str, tensor: torch.Tensor) -> str:
     """
     content = hashlib.sha256(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
     if tensor.numel():
-        content.update(tensor.detach().reshape(-1).view(torch.uint8).numpy())
+        content.update(tensor.detach().reshape(-1).view(torch.uint8).numpy().data)
     return content.hexdigest()[:DIGEST_LENGTH]
 
 
@@ -189,8 +189,8 @@ def _peek(file: safe_open, name: str, path: str | Path) -> torch.Tensor:
     if not name.endswith(VALUES):
         return file.get_tensor(name)
     view = file.get_slice(name)
-    size = _bits(view.get_dtype()) / 8
-    if size not in INTEGERS:
+    size, rest = divmod(_bits(view.get_dtype()), 8)
+    if rest or size not in INTEGERS:
         raise CAPError(f"{path} has {name} in the dtype {view.get_dtype()}, which is never packed: the file is damaged")
     # An expanded entry has any shape and no bytes of its own.
     return torch.empty((), dtype=INTEGERS[size]).expand(view.get_shape())

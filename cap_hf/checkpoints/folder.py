@@ -9,7 +9,7 @@ import os
 import shutil
 from pathlib import Path
 from types import UnionType
-from typing import Any, TypedDict, Union, get_args, get_origin, get_type_hints, is_typeddict
+from typing import Any, TypedDict, Union, cast, get_args, get_origin, get_type_hints, is_typeddict
 
 from cap_hf.config import CONFIG_NAME, CAPConfig
 from cap_hf.errors import CAPError, reason
@@ -107,7 +107,7 @@ def read_report(folder: str | Path) -> Report:
         return {}
     report = read_json(path)
     check_types(report, Report, path)
-    return report
+    return cast(Report, report)  # checked, of what Report names; mypy cannot follow that
 
 
 def read_cap_config(folder: str | Path) -> CAPConfig | None:
@@ -117,6 +117,7 @@ def read_cap_config(folder: str | Path) -> CAPConfig | None:
         CAPError: what is there cannot be read, or is no CAPConfig.
     """
     path = Path(folder) / CONFIG_NAME
+    values: dict | None
     if os.path.lexists(path):
         values = read_json(path)
     else:

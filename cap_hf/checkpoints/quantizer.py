@@ -56,7 +56,7 @@ class CompressedConfig(QuantizationConfigMixin):
             raise CAPError(f"config.json names the compressed weights {weights_file!r}, not {COMPRESSED_NAME!r}")
         if format_version != FORMAT_VERSION:
             raise CAPError(f"the checkpoint has format version {format_version!r}: update cap_hf to load it")
-        self.quant_method = QUANT_METHOD
+        self.quant_method = QUANT_METHOD  # type: ignore[assignment]  # transformers types its own methods only
         self.weights_file = weights_file
         self.format_version = format_version
         self.names_digest = names_digest
@@ -127,6 +127,7 @@ class CompressedQuantizer(HfQuantizer):
         CAPError: a file is damaged (from `from_pretrained`, before any weight is allocated).
     """
 
+    quantization_config: CompressedConfig
     # The first name is the one that a loaded weight is saved under.
     serialized_names = {"weight": ["weight", *(f"weight.{part}" for part in PARTS)]}  # noqa: RUF012
 
@@ -143,7 +144,8 @@ class CompressedQuantizer(HfQuantizer):
         **kwargs: Any,
     ) -> None:
         del model.config.transformers_weights
-        files = [check_file(file) for file in checkpoint_files or ()]
+        checkpoint_files = checkpoint_files or []
+        files = [check_file(file) for file in checkpoint_files]
         # A weight that is missing or has another name would come up random, with a warning.
         names = {name for file in files for name in file.names}
         if files and digest_names(names) != self.quantization_config.names_digest:

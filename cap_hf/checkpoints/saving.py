@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
-from transformers import PreTrainedModel
+from transformers import BaseImageProcessor, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
@@ -39,7 +39,7 @@ def save_checkpoint(
     model: PreTrainedModel,
     config: CAPConfig | None = None,
     report: dict | None = None,
-    image_processor: object | None = None,
+    image_processor: BaseImageProcessor | None = None,
     compressed: bool = False,
 ) -> None:
     """Save a model as safetensors with what belongs to it, atomically; an existing folder is replaced.

@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -54,7 +55,7 @@ def find_weight_files(folder: str | Path) -> WeightFiles:
         if (folder / name).is_file():
             return WeightFiles([folder / name], compressed)
         if (folder / index).is_file():
-            weight_map = read_json(folder / index).get("weight_map")
+            weight_map: Any = read_json(folder / index).get("weight_map")
             check_types(weight_map, dict[str, str], f"{folder / index}: weight_map")
             shards = sorted(set(weight_map.values()))
             if not shards:
