@@ -9,11 +9,12 @@ import numpy as np
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
-from transformers import PretrainedConfig
+from transformers import BaseImageProcessor, PretrainedConfig
 
 from cap_hf.data.arguments import DataArguments
 from cap_hf.errors import CAPError, reason
 from cap_hf.extras import need
+from cap_hf.outputs import label_names
 from cap_hf.targets import summarize
 
 logger = logging.getLogger(__name__)
@@ -125,10 +126,11 @@ def label_ids(split: datasets.Dataset, column: str, config: PretrainedConfig) ->
         CAPError: the labels are not the model's.
     """
     feature, values = split.features[column], split.with_format("arrow")[:][column]
-    classes = config.num_labels
-    # Checkpoints in the wild spell the ids of label2id as strings; those of id2label are numbers once loaded.
-    ids = {str(name): int(index) for index, name in config.id2label.items()}
-    own = f"the model has {classes}: {summarize(list(config.id2label.values()))}"
+    known_names = label_names(config)
+    classes = len(known_names)
+    # Checkpoints in the wild spell the ids of label2id as strings.
+    ids = {name: index for index, name in known_names.items()}
+    own = f"the model has {classes}: {summarize(list(known_names.values()))}"
     if isinstance(feature, datasets.ClassLabel):
         if feature.num_classes != classes:
             raise CAPError(f"{column!r} has {feature.num_classes} classes ({summarize(feature.names)}), {own}")
@@ -170,7 +172,11 @@ class ImageDataset(Dataset):
     """
 
     def __init__(
-        self, split: datasets.Dataset, image_processor: object, config: PretrainedConfig, args: DataArguments
+        self,
+        split: datasets.Dataset,
+        image_processor: BaseImageProcessor,
+        config: PretrainedConfig,
+        args: DataArguments,
     ) -> None:
         self.image_column = find_column(split, args.image_column_name, datasets.Image, "image")
         label_column = find_column(split, args.label_column_name, datasets.ClassLabel, "label")
