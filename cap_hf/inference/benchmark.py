@@ -5,6 +5,7 @@ import statistics
 import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +88,7 @@ class DenseBFloat16(Backend):
     """The model in PyTorch with weights and activations in bfloat16."""
 
     def __init__(self, model: PreTrainedModel) -> None:
-        super().__init__(copy.deepcopy(model).to(torch.bfloat16))
+        super().__init__(copy.deepcopy(model).bfloat16())
 
     def start(self, threads: int) -> Call:
         call = super().start(threads)
@@ -230,7 +231,7 @@ def measure(
             missing[name] = f"failed: {reason(error)}"
             continue
         calls[name] = call
-    times = time_in_turns([lambda call=call: call(pixels) for call in calls.values()], runs, seconds, pause=PAUSE)
+    times = time_in_turns([partial(call, pixels) for call in calls.values()], runs, seconds, pause=PAUSE)
     medians = {name: statistics.median(taken) for name, taken in zip(calls, times, strict=True)}
     largest = logits["dense"].abs().max().item()
     found = []

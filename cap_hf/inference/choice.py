@@ -21,8 +21,11 @@ STEP = 0.05
 # How a choice is measured: runs of each layer, and seconds after which fewer will do.
 RUNS, SECONDS = 7, 0.3
 
+# Makes a sparse layer of a Linear: the layer's class.
+Kind = Callable[[nn.Linear], SparseWeightLinear]
 
-def is_faster(kind: type[SparseWeightLinear], linear: nn.Linear, tokens: int) -> bool:
+
+def is_faster(kind: Kind, linear: nn.Linear, tokens: int) -> bool:
     """Return whether a sparse layer of this kind is faster than the Linear that it would replace.
 
     Args:
@@ -41,9 +44,7 @@ def is_faster(kind: type[SparseWeightLinear], linear: nn.Linear, tokens: int) ->
 
 
 @functools.cache
-def measured_faster(
-    kind: type[SparseWeightLinear], rows: int, cols: int, tokens: int, steps: int, bias: bool, threads: int
-) -> bool:
+def measured_faster(kind: Kind, rows: int, cols: int, tokens: int, steps: int, bias: bool, threads: int) -> bool:
     """Return `is_faster` for random weights of shape `(rows, cols)` and sparsity `steps * STEP`.
 
     `threads` is PyTorch's number of threads: another number is measured anew.

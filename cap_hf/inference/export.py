@@ -10,7 +10,7 @@ from types import ModuleType
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import BaseImageProcessor, PreTrainedModel
 
 from cap_hf.checkpoints.atomic import atomic_directory
 from cap_hf.errors import CAPError, reason
@@ -34,7 +34,9 @@ class Logits(nn.Module):
         return self.model(pixel_values=pixel_values).logits
 
 
-def export_onnx(model: PreTrainedModel, output_dir: str | Path, image_processor: object | None = None) -> Path:
+def export_onnx(
+    model: PreTrainedModel, output_dir: str | Path, image_processor: BaseImageProcessor | None = None
+) -> Path:
     """Write `model.onnx`, the config and the image processor to a folder; batches may have any size.
 
     The folder is what Optimum's ORTModelForImageClassification loads. The file is run in ONNX Runtime and compared

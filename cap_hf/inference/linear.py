@@ -15,8 +15,11 @@ from cap_hf.inference.packing import PackedWeight, pack, unpack
 class SparseWeightLinear(nn.Module):
     """The base of the sparse layers: they stand where an nn.Linear stood, and their state_dict is that of one.
 
-    Subclasses hold the weight in buffers that are not saved, and define `store`, `dense_weight` and `forward`.
+    Subclasses hold the weight in buffers that are not saved, one of them `values`, and define `store`, `dense_weight`
+    and `forward`.
     """
+
+    values: torch.Tensor
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
@@ -91,6 +94,10 @@ class SparseWeightLinear(nn.Module):
 class SparseLinear(SparseWeightLinear):
     """A Linear on the C++ kernel: `(..., in_features)` -> `(..., out_features)`, float32 inside."""
 
+    offsets: torch.Tensor
+    starts: torch.Tensor
+    order: torch.Tensor
+
     def store(self, weight: torch.Tensor) -> None:
         packed = pack(weight.cpu())
         for name in ("values", "offsets", "starts", "order"):
@@ -120,6 +127,9 @@ class SparseLinear(SparseWeightLinear):
 
 class CSRLinear(SparseWeightLinear):
     """A Linear on PyTorch's own CSR product, for machines without a compiler."""
+
+    starts: torch.Tensor
+    columns: torch.Tensor
 
     def store(self, weight: torch.Tensor) -> None:
         with warnings.catch_warnings():

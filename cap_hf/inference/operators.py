@@ -1,6 +1,7 @@
 """The CPU kernel as an operator of PyTorch, which `torch.compile` and `torch.export` know too."""
 
 import functools
+from typing import Any
 
 import torch
 
@@ -20,7 +21,7 @@ def has_kernel() -> bool:
     return True
 
 
-def fake_sparse_linear(x: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
+def fake_sparse_linear(x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
     """Return an empty output of the operator: `x (..., cols)` -> `(..., rows)`, in x's dtype."""
     rows = args[5]
     return x.new_empty((*x.shape[:-1], rows))

@@ -3,7 +3,7 @@
 import functools
 import logging
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -19,10 +19,12 @@ logger = logging.getLogger(__name__)
 
 BACKENDS = ("auto", "kernel", "csr", "semi_structured")
 
+M = TypeVar("M", bound=nn.Module)
+
 
 def optimize_for_inference(
-    model: nn.Module, backend: str = "auto", example_inputs: Mapping[str, torch.Tensor] | None = None
-) -> nn.Module:
+    model: M, backend: str = "auto", example_inputs: Mapping[str, torch.Tensor] | None = None
+) -> M:
     """Replace the sparse Linear layers of a model, in place, by layers that multiply the non-zero weights only.
 
     Everything else of the model stays as it is: names, hooks, `pipeline`, `torch.compile`, `torch.export`. Its
@@ -174,11 +176,11 @@ def make_example(model: nn.Module, batch_size: int = 1) -> dict[str, torch.Tenso
 
 
 def use_semi_structured(
-    model: nn.Module,
+    model: M,
     linears: Mapping[str, nn.Linear],
     backend: str,
     example_inputs: Mapping[str, torch.Tensor] | None,
-) -> nn.Module:
+) -> M:
     """Compress the 2:4 weights of these layers, in place, for the GPU's sparse tensor cores.
 
     Raises:
