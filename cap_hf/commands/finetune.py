@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, make_dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -23,6 +24,7 @@ from cap_hf.data.evaluation import evaluate_model
 from cap_hf.data.images import ImageDataset, collate, make_dataloader
 from cap_hf.errors import CAPError, reason
 from cap_hf.masks import describe_masks
+from cap_hf.outputs import label_names
 from cap_hf.recovery.distillation import check_pixels
 from cap_hf.recovery.gradual import GradualPruner
 from cap_hf.recovery.mask_holder import model_sparsity
@@ -50,7 +52,7 @@ class FinetuneArguments:
 def main(argv: list[str]) -> None:
     """Run the command with these arguments."""
     model_args, data_args, args, training_args, config, resources = read_arguments(argv)
-    output = Path(training_args.output_dir)
+    output = training_args.folder
     resume = prepare_output(training_args, args.overwrite_output_dir)
     if training_args.disable_tqdm:
         transformers_logging.disable_progress_bar()
@@ -69,7 +71,7 @@ def main(argv: list[str]) -> None:
             pruner = GradualPruner.from_split(
                 splits["train"], image_processor, model, data_args, config, batch_size, quiet, resources
             )
-        check_metric(training_args.metric_for_best_model, model.config.num_labels)
+        check_metric(training_args.metric_for_best_model, len(label_names(model.config)))
         with one_line():
             trainer = SparseTrainer(
                 model,
@@ -98,7 +100,7 @@ def main(argv: list[str]) -> None:
     dense = evaluate("evaluate dense", teacher)
     sparse, sparsity_before = evaluate("evaluate sparse", model), model_sparsity(model)
     if resume is None and trainer.is_world_process_zero():
-        remove_checkpoints(training_args.output_dir)
+        remove_checkpoints(training_args.folder)
     with phases("train"):
         outcome = trainer.train(resume_from_checkpoint=resume)
     recovered = evaluate("evaluate recovered", model)
@@ -189,15 +191,15 @@ def prepare_output(args: SparseTrainingArguments, overwrite: bool) -> str | None
     Raises:
         CAPError: something is there already and may not be replaced, or there is nothing to resume from.
     """
-    output = Path(args.output_dir)
+    output = args.folder
     check_output(output, overwrite)
     if args.hub_model_id is None:
         args.hub_model_id = output.name
     args.output_dir = str(output.with_name(f"{output.name}-training"))
     # Pinning memory is for copies to an accelerator.
     args.dataloader_pin_memory = args.dataloader_pin_memory and torch.accelerator.is_available()
-    resume = choose_checkpoint(args.output_dir, args.resume_from_checkpoint)
-    if resume is None and checkpoint_folders(args.output_dir) and not overwrite:
+    resume = choose_checkpoint(args.folder, args.resume_from_checkpoint)
+    if resume is None and checkpoint_folders(args.folder) and not overwrite:
         raise CAPError(
             f"{args.output_dir} has checkpoints of an earlier run: go on with --resume_from_checkpoint last or "
             "start again with --overwrite_output_dir"
@@ -205,7 +207,7 @@ def prepare_output(args: SparseTrainingArguments, overwrite: bool) -> str | None
     return resume
 
 
-def load_teacher(name: str | None, model_args: ModelArguments, image_processor: object) -> PreTrainedModel | None:
+def load_teacher(name: str | None, model_args: ModelArguments, image_processor: Any) -> PreTrainedModel | None:
     """Return the dense model to learn from, if one is named.
 
     Raises:

@@ -1,6 +1,7 @@
 """Augment batches with kornia, from not at all to what dense vision transformers are trained with."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -60,7 +61,10 @@ class BatchAugmentation(nn.Module):
         num_labels: classes, for mixed labels.
     """
 
-    def __init__(self, preset: AugmentationPreset, image_processor: object, num_labels: int) -> None:
+    mean: torch.Tensor
+    std: torch.Tensor
+
+    def __init__(self, preset: AugmentationPreset, image_processor: Any, num_labels: int) -> None:
         super().__init__()
         self.preset, self.num_labels = preset, num_labels
         # kornia takes seconds to import; a run without augmentation does not wait for it.
@@ -72,9 +76,10 @@ class BatchAugmentation(nn.Module):
         self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1))
         self.flip = RandomHorizontalFlip(p=preset.flip) if preset.flip else None
         self.erasing = RandomErasing(p=preset.erasing) if preset.erasing else None
-        labels = {"data_keys": ["input", "class"]}
-        self.mixup = RandomMixUpV2(**labels) if preset.mixup else None
-        self.cutmix = RandomCutMixV2(use_correct_lambda=True, **labels) if preset.cutmix else None
+        self.mixup = RandomMixUpV2(data_keys=["input", "class"]) if preset.mixup else None
+        self.cutmix = None
+        if preset.cutmix:
+            self.cutmix = RandomCutMixV2(use_correct_lambda=True, data_keys=["input", "class"])
         # Made at the first batch, for its size and channels.
         self.crop: nn.Module | None = None
         self.rand_augment: nn.Module | None = None
@@ -101,7 +106,8 @@ class BatchAugmentation(nn.Module):
         from kornia.augmentation.auto.rand_augment.rand_augment import default_policy
 
         if self.preset.min_crop < 1:
-            self.crop = RandomResizedCrop(tuple(images.shape[-2:]), scale=(self.preset.min_crop, 1.0))
+            height, width = images.shape[-2:]
+            self.crop = RandomResizedCrop((height, width), scale=(self.preset.min_crop, 1.0))
         if self.preset.operations:
             # Saturation is the one operation that needs colours.
             policy = [each for each in default_policy if images.shape[1] == 3 or each[0][0] != "color"]
@@ -109,9 +115,9 @@ class BatchAugmentation(nn.Module):
 
     def _mix(self, images: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         draw = float(torch.rand(())) if self.mixup or self.cutmix else 1.0
-        if draw < self.preset.mixup:
+        if self.mixup is not None and draw < self.preset.mixup:
             images, mixed = self.mixup(images, labels)
-        elif draw < self.preset.mixup + self.preset.cutmix:
+        elif self.cutmix is not None and draw < self.preset.mixup + self.preset.cutmix:
             images, mixed = self.cutmix(images, labels)
             # kornia gives the first label's share here, where its mixup gives the second's.
             mixed = torch.stack([*mixed.reshape(-1, 3).unbind(dim=1)[:2], 1 - mixed.reshape(-1, 3)[:, 2]], dim=1)
@@ -122,7 +128,7 @@ class BatchAugmentation(nn.Module):
         return images, torch.lerp(first, second, share[:, None].float())
 
 
-def pixel_statistics(image_processor: object) -> tuple[list[float], list[float]]:
+def pixel_statistics(image_processor: Any) -> tuple[list[float], list[float]]:
     """Return mean and standard deviation, by channel, that turn pixel values back into images in [0, 1]."""
     normalized = getattr(image_processor, "do_normalize", False)
     mean = list(image_processor.image_mean) if normalized else [0.0]
@@ -132,9 +138,7 @@ def pixel_statistics(image_processor: object) -> tuple[list[float], list[float]]
     return [each / scale for each in mean], [each / scale for each in std]
 
 
-def make_augmentation(
-    name: str, image_processor: object | None, num_labels: int, flip: bool = True
-) -> BatchAugmentation | None:
+def make_augmentation(name: str, image_processor: Any, num_labels: int, flip: bool = True) -> BatchAugmentation | None:
     """Return the augmentation of a preset's name, None for `none`.
 
     Args:

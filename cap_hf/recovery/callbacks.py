@@ -7,8 +7,6 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import nn
-from torch.optim import Optimizer
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from cap_hf.errors import CAPError
@@ -34,12 +32,12 @@ class MaskCallback(TrainerCallback):
         self.holder = holder
 
     def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, optimizer: Optimizer, **kwargs: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         # A checkpoint to resume from has the zeros of the model it began with, and those of the steps since.
         self.holder.verify()
         self.holder.take()
-        self.holder.attach(optimizer)
+        self.holder.attach(kwargs["optimizer"])
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -81,22 +79,17 @@ class PruningCallback(TrainerCallback):
                 )
 
     def on_step_begin(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: PreTrainedModel,
-        optimizer: Optimizer,
-        **kwargs: Any,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if state.global_step not in self.steps:
             return
+        model: PreTrainedModel = kwargs["model"]
         # A collection is the same whenever it happens, and training draws the same numbers with it and without.
         with isolated_random_state(self.accelerator.device), full_precision(model):
             report = self.prune(model, self.steps[state.global_step], self.accelerator)
         self.holder.verify()
         self.holder.take()
-        self.holder.clear_state(optimizer)
+        self.holder.clear_state(kwargs["optimizer"])
         if self.average is not None:
             self.average.restart()
         # The best checkpoint so far is denser than what this run is to end with.
@@ -118,7 +111,7 @@ class PruningCallback(TrainerCallback):
 
 def pruning_steps(state: TrainerState) -> dict[int, float]:
     """Return the optimizer steps before which a run has pruned so far -> the sparsity that came out."""
-    return {entry["step"]: entry["sparsity"] for entry in state.log_history if "sparsity" in entry}
+    return {int(entry["step"]): entry["sparsity"] for entry in state.log_history if "sparsity" in entry}
 
 
 class AveragingCallback(TrainerCallback):
@@ -127,16 +120,14 @@ class AveragingCallback(TrainerCallback):
     def __init__(self, average: WeightAverage) -> None:
         self.average = average
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
-    ) -> None:
-        self.average.update(model)
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.average.update(kwargs["model"])
 
     def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if self.average.started:
-            self.average.swap(model)
+            self.average.swap(kwargs["model"])
             self.average.restart()
 
 

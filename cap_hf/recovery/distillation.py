@@ -1,11 +1,13 @@
 """A dense teacher: the frozen model, and whether it fits the student."""
 
 import copy
+from typing import Any
 
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 from cap_hf.errors import CAPError, reason
+from cap_hf.outputs import label_names
 from cap_hf.recovery.augmentation import pixel_statistics
 
 
@@ -20,8 +22,9 @@ class Teacher:
 
     def __init__(self, model: PreTrainedModel, device: torch.device, bf16: bool = False) -> None:
         if bf16:
-            model = copy.deepcopy(model).to(torch.bfloat16)
-        self.model = model.to(device).eval().requires_grad_(False)
+            model = copy.deepcopy(model).bfloat16()
+        self.model = model.eval().requires_grad_(False)
+        self.model.to(device)  # type: ignore[arg-type]  # transformers' decorator makes a method without self of it
 
     @torch.no_grad()
     def __call__(
@@ -48,15 +51,16 @@ def check_labels(student: PretrainedConfig, teacher: PretrainedConfig) -> None:
     Names that transformers made up (LABEL_0 ...) say nothing and agree with any names.
     """
     advice = "choose a teacher finetuned on the same dataset"
-    if student.num_labels != teacher.num_labels:
-        raise CAPError(f"the teacher has {teacher.num_labels} labels, the student {student.num_labels}: {advice}")
-    for index in range(student.num_labels):
-        own, other = str(student.id2label.get(index)), str(teacher.id2label.get(index))
+    own_names, other_names = label_names(student), label_names(teacher)
+    if len(own_names) != len(other_names):
+        raise CAPError(f"the teacher has {len(other_names)} labels, the student {len(own_names)}: {advice}")
+    for index in range(len(own_names)):
+        own, other = str(own_names.get(index)), str(other_names.get(index))
         if own != other and f"LABEL_{index}" not in (own, other):
             raise CAPError(f"label {index} is {other!r} for the teacher and {own!r} for the student: {advice}")
 
 
-def check_pixels(student: object, teacher: object) -> None:
+def check_pixels(student: Any, teacher: Any) -> None:
     """Raise a CAPError unless two image processors normalise pixels alike: both models are given the same ones."""
     own, other = pixel_statistics(student), pixel_statistics(teacher)
     if own != other:

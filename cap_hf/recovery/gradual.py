@@ -6,7 +6,7 @@ import datasets
 from accelerate import Accelerator
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel
+from transformers import BaseImageProcessor, PreTrainedModel
 
 from cap_hf.collection.resources import Resources
 from cap_hf.compressor import CAPCompressor
@@ -40,7 +40,7 @@ class GradualPruner:
     def from_split(
         cls,
         split: datasets.Dataset,
-        image_processor: object,
+        image_processor: BaseImageProcessor,
         model: PreTrainedModel,
         data_args: DataArguments,
         config: CAPConfig,

@@ -59,8 +59,8 @@ class MaskHolder:
         """
         targets = self.held
         if model is not None:
-            modules = dict(model.named_modules())
-            targets = [Target(target.name, modules[target.name], target.block_size) for target in targets]
+            layers = weight_layers(model)
+            targets = [Target(target.name, layers[target.name], target.block_size) for target in targets]
         verify_masks(targets, self.masks)
 
     def attach(self, optimizer: Optimizer) -> None:

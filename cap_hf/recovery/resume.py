@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedModel
 
@@ -53,7 +54,7 @@ def choose_checkpoint(directory: str | Path, resume: str | bool | None) -> str |
         if found is None:
             raise CAPError(f"there is no checkpoint to resume from in {directory}")
         return found
-    if not is_whole(Path(resume)):
+    if not is_whole(Path(str(resume))):
         raise CAPError(f"--resume_from_checkpoint {resume} is not a whole checkpoint: name one, or use last")
     return str(resume)
 
@@ -75,9 +76,11 @@ def load_weights(model: PreTrainedModel, checkpoint: str) -> None:
         CAPError: the checkpoint cannot be loaded, or is another model's.
     """
     try:
-        loaded, info = type(model).from_pretrained(
+        # A pair, which transformers' types do not tell of.
+        pair: Any = type(model).from_pretrained(
             checkpoint, dtype=model.dtype, use_safetensors=True, output_loading_info=True
         )
+        loaded, info = pair
         lost = sorted(map(str, (*info["missing_keys"], *info["mismatched_keys"])))
         if lost:
             raise ValueError(f"it has no weights for {summarize(lost, 3)}")

@@ -9,9 +9,9 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from transformers import PretrainedConfig, PreTrainedModel, Trainer
 from transformers.trainer_utils import EvalLoopOutput, SchedulerType, TrainOutput
 from transformers.training_args import OptimizerNames
-from transformers.utils import ModelOutput
 
 from cap_hf.errors import CAPError, reason
+from cap_hf.outputs import label_names
 from cap_hf.recovery.augmentation import PRESETS, make_augmentation
 from cap_hf.recovery.averaging import WeightAverage
 from cap_hf.recovery.callbacks import AveragingCallback, MaskCallback, PruneStep, PruningCallback
@@ -45,6 +45,10 @@ class SparseTrainer(Trainer):
         CAPError: teacher, schedule, model and processor do not fit together; from `train` and `save_model`: a pruned
             weight is not 0, or a weight is not finite.
     """
+
+    # Narrower than the Trainer's own.
+    model: PreTrainedModel
+    args: SparseTrainingArguments
 
     def __init__(
         self,
@@ -86,7 +90,7 @@ class SparseTrainer(Trainer):
             )
 
         self.augmentation = make_augmentation(
-            args.augmentation, self.processing_class, model.config.num_labels, args.random_flip
+            args.augmentation, self.processing_class, len(label_names(model.config)), args.random_flip
         )
         if self.augmentation is not None:
             self.augmentation.to(args.device)
@@ -109,8 +113,9 @@ class SparseTrainer(Trainer):
         check_labels(self.model.config, model.config)
         teacher = Teacher(model, args.device, args.teacher_bf16)
         # A dataset that can only be iterated over is not begun for a check.
-        if hasattr(self.train_dataset, "__getitem__"):
-            example = self.train_dataset[0]
+        dataset: Any = self.train_dataset
+        if hasattr(dataset, "__getitem__"):
+            example = dataset[0]
             # Some datasets leave the pixels to the collator.
             batch = example if "pixel_values" in example else self.data_collator([example])
             pixels = torch.as_tensor(batch["pixel_values"])
@@ -120,7 +125,7 @@ class SparseTrainer(Trainer):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
         """Train as the Trainer does; `resume_from_checkpoint=True` skips checkpoints that a crash left half written."""
-        resume_from_checkpoint = choose_checkpoint(self.args.output_dir, resume_from_checkpoint)
+        resume_from_checkpoint = choose_checkpoint(self.args.folder, resume_from_checkpoint)
         if self.average is not None:
             self.average.restart()
             if resume_from_checkpoint:
@@ -140,11 +145,12 @@ class SparseTrainer(Trainer):
 
     def create_scheduler(self, num_training_steps: int, optimizer: Optimizer | None = None) -> LRScheduler:
         """Make a linear decay that restarts at every pruning step, unless another scheduler is asked for."""
-        if self.lr_scheduler is None and self.args.cyclic_lr:
-            starts = self.args.schedule.at_steps(num_training_steps, self.args.num_train_epochs)
+        schedule, optimizer = self.args.schedule, optimizer or self.optimizer
+        if self.lr_scheduler is None and self.args.cyclic_lr and schedule is not None and optimizer is not None:
+            starts = schedule.at_steps(num_training_steps, self.args.num_train_epochs)
             warmup = self.args.get_warmup_steps(num_training_steps)
             factor = cyclic_linear(list(starts), num_training_steps, warmup, self.args.cycle_peak_decay)
-            self.lr_scheduler = LambdaLR(optimizer or self.optimizer, factor)
+            self.lr_scheduler = LambdaLR(optimizer, factor)
             self._created_lr_scheduler = True
         try:
             return super().create_scheduler(num_training_steps, optimizer)
@@ -153,14 +159,18 @@ class SparseTrainer(Trainer):
             raise CAPError(f"--lr_scheduler_type {kind} cannot be made: {reason(error)}") from error
 
     def compute_loss(
-        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any
-    ) -> torch.Tensor | tuple[torch.Tensor, ModelOutput]:
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> torch.Tensor | tuple[torch.Tensor, Any]:
         """Return the Trainer's loss; in training with a teacher or augmentation the weighted sum of its parts."""
         recovering = model.training and self.own_loss
         # The model's own loss of a batch without any label is 0 / 0.
         unlabelled = bool((torch.as_tensor(inputs.get("labels", 0)) == NO_LABEL).all())
         if self.takes_labels and not recovering and not unlabelled:
-            return super().compute_loss(model, inputs, return_outputs, **kwargs)
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         inputs = dict(inputs)
         labels = inputs.pop("labels")
         if recovering and self.augmentation is not None:
@@ -192,26 +202,31 @@ class SparseTrainer(Trainer):
         """Save as the Trainer does, once every mask is verified; a checkpoint to resume from gets the average too."""
         check_finite(self.model)
         self.masks.verify()
-        averaging = self.average is not None and self.average.started
-        if averaging:
-            self.masks.verify(self.average.model)
+        average = self.average if self.average is not None and self.average.started else None
+        if average is not None:
+            self.masks.verify(average.model)
         super().save_model(output_dir, _internal_call)
-        if averaging and _internal_call and self.args.should_save:
-            self.average.save(output_dir)
+        # Without a folder of its own it is no checkpoint: a push saves the model as it is.
+        if average is not None and _internal_call and output_dir is not None and self.args.should_save:
+            average.save(output_dir)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         load_weights(self.model, resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
-        load_weights(self.model, self.state.best_model_checkpoint)
+        best = self.state.best_model_checkpoint
+        if best is None:  # the Trainer does not ask then
+            return
+        load_weights(self.model, best)
         if self.average is not None:
-            self.average.load(self.state.best_model_checkpoint)
+            self.average.load(best)
 
 
 def check_task(config: PretrainedConfig) -> None:
     """Raise a CAPError unless a model picks one label of several, which is what the losses of recovery are made for."""
-    if config.num_labels < 2 or config.problem_type not in (None, "single_label_classification"):
-        task = config.problem_type or f"a task of {config.num_labels} label"
+    num_labels = len(label_names(config))
+    if num_labels < 2 or config.problem_type not in (None, "single_label_classification"):
+        task = config.problem_type or f"a task of {num_labels} label"
         raise CAPError(f"a teacher and augmentation are for models that pick one label of several, not for {task}")
 
 

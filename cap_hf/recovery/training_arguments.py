@@ -1,6 +1,7 @@
 """Validate what recovery adds to transformers' TrainingArguments."""
 
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 
 import torch
 from transformers import SchedulerType, TrainingArguments
@@ -94,6 +95,17 @@ class SparseTrainingArguments(TrainingArguments):
                 "--sparsity_schedule is in epochs but the run is in --max_steps: give --num_train_epochs instead, or "
                 "the schedule as start,end,steps,shape"
             )
+
+    @property
+    def folder(self) -> Path:
+        """Return `output_dir`, which TrainingArguments fills in where none is given.
+
+        Raises:
+            CAPError: somebody has taken it away.
+        """
+        if self.output_dir is None:
+            raise CAPError("output_dir is None: set it to the folder for the run's checkpoints")
+        return Path(self.output_dir)
 
     @property
     def schedule(self) -> SparsitySchedule | None:

@@ -90,3 +90,11 @@ def test_an_average_that_is_damaged_is_one_line(tmp_path):
     with pytest.raises(CAPError, match=r"ema\.safetensors cannot be loaded: ") as caught:
         WeightAverage(tiny_vit(), decay=0.5).load(tmp_path)
     assert "\n" not in str(caught.value)
+
+
+def test_a_push_in_the_middle_of_a_run_saves_the_model_without_a_state_to_resume_from(tmp_path):
+    trainer = make_trainer(tmp_path, sparse_vit(), ema_decay=0.5)
+    trainer.average.update(trainer.model)
+    trainer.save_model(_internal_call=True)  # as Trainer.push_to_hub calls it
+    assert (tmp_path / "model.safetensors").is_file()
+    assert not (tmp_path / "ema.safetensors").exists()
