@@ -11,23 +11,29 @@ import re
 import shlex
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from cap_hf.checkpoints.folder import read_cap_config, read_report
+from cap_hf.checkpoints.folder import Measured, read_cap_config, read_report
 from cap_hf.checkpoints.loading import check_folder, load_classifier
 from cap_hf.checkpoints.weights import measure
 from cap_hf.config import CAPConfig
 from cap_hf.errors import CAPError
 from cap_hf.masks import describe_masks, differing_layers, find_pattern, take_masks
+from cap_hf.outputs import label_names
 from cap_hf.targets import find_targets
 
 CARD_NAME, PICTURE_NAME = "README.md", "sparsity.png"
 MAX_LABELS = 12
-METRICS = (("top1", "top-1 accuracy %"), ("top5", "top-5 accuracy %"), ("loss", "cross entropy"))
+METRICS: tuple[tuple[Literal["top1", "top5", "loss"], str], ...] = (
+    ("top1", "top-1 accuracy %"),
+    ("top5", "top-5 accuracy %"),
+    ("loss", "cross entropy"),
+)
+ACCURACIES: tuple[tuple[Literal["top1", "top5"], str], ...] = (("top1", "Top-1 accuracy"), ("top5", "Top-5 accuracy"))
 METHOD_TEXTS = {
     "cap": "Pruned with CAP, the Correlation-Aware Pruner (arXiv 2210.09223), by cap_hf.",
     "obs": "Pruned by cap_hf with a block Fisher but without correlations between weights (as oBERT does).",
@@ -64,8 +70,8 @@ class CardFacts:
     dataset: str | None = None
     dataset_config: str | None = None
     dataset_split: str | None = None
-    dense: dict[str, float] = field(default_factory=dict)
-    sparse: dict[str, float] = field(default_factory=dict)
+    dense: Measured = field(default_factory=Measured)
+    sparse: Measured = field(default_factory=Measured)
     config: dict = field(default_factory=dict)
     seed: int | None = None
     versions: dict[str, str] = field(default_factory=dict)
@@ -116,14 +122,13 @@ class CardFacts:
             )
         patterns = {str(find_pattern(target, masks[target.name]) or "") for target in targets}
         data = report.get("data") or {}
-        labels = model.config.id2label or {}
         return cls(
             repo_id=repo_id,
             architecture=type(model).__name__,
             num_parameters=sum(parameter.numel() for parameter in model.parameters()),
             layers=describe_masks(targets),
             pattern=(patterns.pop() or None) if len(patterns) == 1 else None,
-            labels=[str(labels[index]) for index in sorted(labels)],
+            labels=list(label_names(model.config).values()),
             compressed=files.compressed,
             file_bytes=files.num_bytes,
             dense_bytes=dense_bytes,
@@ -159,7 +164,7 @@ class CardFacts:
                 metric_name=metric,
                 metric_value=self.sparse[key],
             )
-            for key, metric in (("top1", "Top-1 accuracy"), ("top5", "Top-5 accuracy"))
+            for key, metric in ACCURACIES
             if name and key in self.sparse
         ]
         base_model = hub_id(self.base_model)
@@ -173,13 +178,15 @@ class CardFacts:
             metrics=["accuracy"] if results else None,
             model_name=one_line(self.repo_id.split("/")[-1]) if results else None,
             eval_results=results or None,
-            **self.license,
+            license=self.license.get("license"),
+            license_name=self.license.get("license_name"),
+            license_link=self.license.get("license_link"),
         )
 
     def render(self) -> ModelCard:
         """Return the card, as `huggingface_hub` and the Hub read it."""
-        facts = {each.name: getattr(self, each.name) for each in fields(self)}
-        method = self.config.get("method")
+        facts: dict[str, Any] = {each.name: getattr(self, each.name) for each in fields(self)}
+        method: str | None = self.config.get("method")
         base_model = hub_id(self.base_model)
         link = f"[{base_model}](https://huggingface.co/{base_model})" if base_model else None
         return ModelCard.from_template(
@@ -201,7 +208,7 @@ class CardFacts:
                 if all(key in self.dense for key, _ in METRICS if key in self.sparse)
                 else {},
                 "method": method,
-                "method_text": METHOD_TEXTS.get(method),
+                "method_text": METHOD_TEXTS.get(method or ""),
                 "command": code(self.command()),
                 "config": code(json.dumps(self.config, indent=2)) if self.config else None,
                 "versions": [text(f"{name} {version}") for name, version in self.versions.items()],
@@ -243,7 +250,8 @@ def base_license(base_model: str | None) -> dict[str, str]:
         if os.path.isdir(base_model):
             data = ModelCard.load(path, ignore_metadata_errors=True).data if path.is_file() else None
         else:
-            data = ModelCard.load(hub_id(base_model), ignore_metadata_errors=True).data if hub_id(base_model) else None
+            name = hub_id(base_model)
+            data = ModelCard.load(name, ignore_metadata_errors=True).data if name else None
     except Exception:  # no network, no card, a card that is no YAML: the license is unknown then
         return {}
     found = {name: getattr(data, name, None) for name in ("license", "license_name", "license_link")}

@@ -11,6 +11,7 @@ from typing import TypeVar
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import HFValidationError, HTTPError, LocalTokenNotFoundError
 from huggingface_hub.utils import validate_repo_id
+from transformers import BaseImageProcessor
 
 from cap_hf.checkpoints.atomic import atomic_directory
 from cap_hf.checkpoints.folder import MODEL_CONFIG_NAME, REPORT_NAME, copy_file, read_json
@@ -35,7 +36,7 @@ T = TypeVar("T")
 def push_to_hub(
     checkpoint: str | Path | CAPCompressor,
     repo_id: str,
-    image_processor: object | None = None,
+    image_processor: BaseImageProcessor | None = None,
     compressed: bool = False,
     private: bool | None = None,
     revision: str | None = None,
@@ -212,11 +213,12 @@ def explain(repo_id: str, error: Exception) -> str:
     status = getattr(getattr(error, "response", None), "status_code", None)
     said = getattr(error, "server_message", None)
     said = one_line(said or reason(error))
-    advice = {
+    known = {
         401: "the token is missing, expired or wrong: log in with `hf auth login`",
         403: "the token may not write there: use one with write rights or choose another --hub_model_id",
         404: "there is no such repository or branch, or the token may not see it",
-    }.get(status, "try again later" if status is None or status >= 500 else "")
+    }
+    advice = "try again later" if status is None or status >= 500 else known.get(status, "")
     return f"{repo_id} was not pushed, nothing was published: {said}{': ' if advice else ''}{advice}"
 
 
