@@ -25,7 +25,7 @@ class LayerReport:
         num_weights: in the target.
         num_zeros: of them exactly 0.
         mask_digest: changes with the place of any zero, see `describe_masks`.
-        block_size: weights a Fisher block.
+        block_size: weights per Fisher block.
         loss: what the quadratic model says the removal costs, `1/2 d^T F d` for the change d of the weights, in
             units of the training loss (for sparsegpt: of the squared layer output); None where no F was collected.
     """
@@ -40,6 +40,7 @@ class LayerReport:
 
     @property
     def sparsity(self) -> float:
+        """Return the share of its weights that are 0."""
         return self.num_zeros / self.num_weights
 
 
@@ -55,22 +56,27 @@ class PruneReport:
 
     @property
     def num_weights(self) -> int:
+        """Return how many weights all layers have."""
         return sum(layer.num_weights for layer in self.layers)
 
     @property
     def num_zeros(self) -> int:
+        """Return how many of them are 0."""
         return sum(layer.num_zeros for layer in self.layers)
 
     @property
     def sparsity(self) -> float:
+        """Return the share of all layers' weights that are 0."""
         return self.num_zeros / self.num_weights
 
     @property
     def loss(self) -> float | None:
+        """Return the sum of the layers' losses; None where no F was collected."""
         losses = [layer.loss for layer in self.layers if layer.loss is not None]
         return sum(losses) if len(losses) == len(self.layers) else None
 
     def to_dict(self) -> dict:
+        """Return totals and layers, for JSON."""
         layers = [asdict(layer) | {"sparsity": layer.sparsity} for layer in self.layers]
         totals = {
             "sparsity": self.sparsity,

@@ -2,7 +2,7 @@
 
 import functools
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -61,12 +61,30 @@ def optimize_for_inference(
     linears = {name: linear for name, linear in linears.items() if linear.weight.dtype == torch.float32}
     if not linears:
         raise CAPError("the sparse layers compute in float32: load the model with dtype='float32'")
-    tokens = count_tokens(model, linears, example_inputs) if backend == "auto" else {}
+    if backend == "auto":
+        linears = faster_layers(model, linears, functools.partial(is_faster, kind), example_inputs)
     for name, linear in linears.items():
-        # A layer that the example does not reach is never slower for being left alone.
-        if backend != "auto" or (name in tokens and is_faster(kind, linear, tokens[name])):
-            replace(model, name, kind(linear))
+        replace(model, name, kind(linear))
     return model
+
+
+def faster_layers(
+    model: nn.Module,
+    linears: Mapping[str, nn.Linear],
+    is_faster: Callable[[nn.Linear, int], bool],
+    example_inputs: Mapping[str, torch.Tensor] | None,
+) -> dict[str, nn.Linear]:
+    """Return those of some layers that are faster once they are sparse.
+
+    Args:
+        model: whose layers they are.
+        linears: by name.
+        is_faster: asked with each layer and how many tokens it gets.
+        example_inputs: what the model is called with; None for one image of the config's size.
+    """
+    tokens = count_tokens(model, linears, example_inputs)
+    # A layer that the example does not reach is never slower for being left alone.
+    return {name: linear for name, linear in linears.items() if name in tokens and is_faster(linear, tokens[name])}
 
 
 class SparseModelForImageClassification:
@@ -194,10 +212,10 @@ def use_semi_structured(
         )
     for linear in chosen.values():
         check_device(linear.weight.device)
-    tokens = count_tokens(model, chosen, example_inputs) if backend == "auto" else {}
-    for name, linear in chosen.items():
-        if backend != "auto" or (name in tokens and is_semi_structured_faster(linear, tokens[name])):
-            to_semi_structured(linear)
+    if backend == "auto":
+        chosen = faster_layers(model, chosen, is_semi_structured_faster, example_inputs)
+    for linear in chosen.values():
+        to_semi_structured(linear)
     return model
 
 

@@ -69,17 +69,16 @@ def test_compressed_weights_are_half_as_large_and_save_as_dense(monkeypatch):
         assert torch.equal(found[name], tensor), name
 
 
-def test_auto_on_a_gpu_takes_what_is_measured_to_be_faster(monkeypatch):
+def test_what_is_faster_is_asked_with_the_tokens_of_each_layer():
+    """Whatever is asked: this is the choice of `auto` on CPUs and on GPUs."""
     model = make_model()
-    chosen = []
     linears = optimize.find_sparse_linears(model)
-    monkeypatch.setattr(optimize, "check_device", lambda device: None)
-    monkeypatch.setattr(optimize, "to_semi_structured", chosen.append)
-    monkeypatch.setattr(
-        optimize, "is_semi_structured_faster", lambda linear, tokens: linear.out_features == 128 and tokens == 5
+    found = optimize.faster_layers(
+        model, linears, lambda linear, tokens: linear.out_features == 128 and tokens == 5, None
     )
-    optimize.use_semi_structured(model, linears, "auto", None)
-    assert chosen == [layer.mlp.fc1 for layer in model.vit.layers]
+    assert list(found.values()) == [layer.mlp.fc1 for layer in model.vit.layers]
+    unreached = linears | {"nowhere": nn.Linear(4, 128)}
+    assert optimize.faster_layers(model, unreached, lambda linear, tokens: True, None) == linears
 
 
 def test_without_a_gpu_it_is_one_line():
