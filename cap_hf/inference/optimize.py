@@ -19,12 +19,12 @@ logger = logging.getLogger(__name__)
 
 BACKENDS = ("auto", "kernel", "csr", "semi_structured")
 
-M = TypeVar("M", bound=nn.Module)
+Model = TypeVar("Model", bound=nn.Module)
 
 
 def optimize_for_inference(
-    model: M, backend: str = "auto", example_inputs: Mapping[str, torch.Tensor] | None = None
-) -> M:
+    model: Model, backend: str = "auto", example_inputs: Mapping[str, torch.Tensor] | None = None
+) -> Model:
     """Replace the sparse Linear layers of a model, in place, by layers that multiply the non-zero weights only.
 
     Everything else of the model stays as it is: names, hooks, `pipeline`, `torch.compile`, `torch.export`. Its
@@ -194,11 +194,11 @@ def make_example(model: nn.Module, batch_size: int = 1) -> dict[str, torch.Tenso
 
 
 def use_semi_structured(
-    model: M,
+    model: Model,
     linears: Mapping[str, nn.Linear],
     backend: str,
     example_inputs: Mapping[str, torch.Tensor] | None,
-) -> M:
+) -> Model:
     """Compress the 2:4 weights of these layers, in place, for the GPU's sparse tensor cores.
 
     Raises:

@@ -101,7 +101,7 @@ class SparseTrainingArguments(TrainingArguments):
         """Return `output_dir`, which TrainingArguments fills in where none is given.
 
         Raises:
-            CAPError: somebody has taken it away.
+            CAPError: it was set to None since.
         """
         if self.output_dir is None:
             raise CAPError("output_dir is None: set it to the folder for the run's checkpoints")
