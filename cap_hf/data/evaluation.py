@@ -9,6 +9,9 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers.utils import logging as transformers_logging
 
+from cap_hf.errors import CAPError
+from cap_hf.outputs import logits_of
+
 
 class ImageClassificationMetric(evaluate.Metric):
     """Top-1 and top-5 accuracy and cross entropy from logits.
@@ -32,6 +35,12 @@ class ImageClassificationMetric(evaluate.Metric):
 
     def _compute(self, predictions: list, references: list) -> dict[str, float]:
         logits, labels = np.asarray(predictions, dtype=np.float64), np.asarray(references)
+        wrong = (labels < 0) | (labels >= logits.shape[1])
+        if wrong.any():
+            raise CAPError(
+                f"example {int(wrong.argmax())} has label {labels[wrong][0]}, the model has classes 0 to "
+                f"{logits.shape[1] - 1}: leave examples without a label out"
+            )
         own = np.take_along_axis(logits, labels[:, None], axis=1)
         # Equal logits rank in the order of their classes, as argmax has it; one that is not a number is never right.
         earlier = np.arange(logits.shape[1]) < labels[:, None]
@@ -57,6 +66,9 @@ def evaluate_model(
 
     Returns:
         What `ImageClassificationMetric` computes, on every process.
+
+    Raises:
+        CAPError: the model returns no logits, or a label is none of its classes.
     """
     metric = ImageClassificationMetric(keep_in_memory=True)
     model.to(accelerator.device)
@@ -65,7 +77,7 @@ def evaluate_model(
     disable = disable_tqdm or not accelerator.is_main_process
     with torch.inference_mode():
         for batch in transformers_logging.tqdm(dataloader, desc="Evaluating", delay=2, disable=disable):
-            logits = model(pixel_values=batch["pixel_values"].to(accelerator.device)).logits
+            logits = logits_of(model(pixel_values=batch["pixel_values"].to(accelerator.device)))
             logits, labels = accelerator.gather_for_metrics((logits.float(), batch["labels"].to(accelerator.device)))
             metric.add_batch(predictions=logits.cpu().numpy(), references=labels.cpu().numpy())
     model.train(training)

@@ -52,3 +52,21 @@ def test_evaluate_model_equals_a_plain_loop(tiny_vit, tiny_checkpoint):
     assert found["top1"] == (logits.argmax(dim=1) == labels).double().mean().item()
     np.testing.assert_allclose(found["loss"], F.cross_entropy(logits, labels).item(), rtol=1e-5)
     assert found["num_examples"] == 70
+
+
+@pytest.mark.parametrize("label", [-100, 10])
+def test_a_label_that_is_no_class_is_refused(label):
+    """-100 counted from the end of the logits, and was counted as an example."""
+    model = build("ViT")
+    batches = random_batches(model, 8)
+    batches[0]["labels"][2] = label
+    with pytest.raises(CAPError, match=rf"example 2 has label {label}, the model has classes 0 to 9"):
+        evaluate_model(model, batches, Accelerator(), disable_tqdm=True)
+
+
+def test_a_model_that_returns_tuples_is_measured_like_any():
+    model, other = build("ViT"), build("ViT")
+    plain = other.forward
+    other.forward = lambda *args, **kwargs: plain(*args, **kwargs).to_tuple()
+    expected = evaluate_model(model, random_batches(model, 8), Accelerator(), disable_tqdm=True)
+    assert evaluate_model(other, random_batches(model, 8), Accelerator(), disable_tqdm=True) == expected
