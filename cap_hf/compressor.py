@@ -188,9 +188,10 @@ class CAPCompressor:
         self.accelerator.wait_for_everyone()
 
     def discard_state(self) -> None:
-        """Remove what `collect` kept on the disk for a run that goes on: this one is over."""
-        if self.collection is not None:
+        """Remove what `collect` kept on the disk for a run that goes on: this one is over, and prunes no more."""
+        if self.collection is not None and self.collection.state is not None:
             self.collection.discard_state()
+            self.paths = None
 
     def _collected_paths(self) -> RemovalPaths:
         """Return what `collect` has left; a method that needs no examples collects now if it has not."""

@@ -1,7 +1,7 @@
 """Which weights may be pruned, and how a weight is cut into blocks."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -118,7 +118,7 @@ def find_targets(
     layers = weight_layers(model)
     base = getattr(model, "base_model", model)
     prefix = next((f"{name}." if name else "" for name, module in model.named_modules() if module is base), "")
-    sharing = {name: twins_of(model, module) for name, module in layers.items()}
+    sharing = twins_of(model, layers)
     candidates = {
         name: module
         for name, module in layers.items()
@@ -149,11 +149,16 @@ def find_targets(
     ]
 
 
-def twins_of(model: nn.Module, module: Layer) -> tuple[nn.Module, ...]:
-    """Return the other modules of a model whose `weight` is this module's."""
-    return tuple(
-        each for each in model.modules() if each is not module and getattr(each, "weight", None) is module.weight
-    )
+def twins_of(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, tuple[nn.Module, ...]]:
+    """Return for each of some layers of a model the other modules whose `weight` is its own."""
+    users: dict[int, list[nn.Module]] = {}
+    for module in model.modules():
+        # Not the attribute: some modules make their weight anew each time.
+        weight = dict(module.named_parameters(recurse=False)).get("weight")
+        users.setdefault(id(weight), []).append(module)
+    return {
+        name: tuple(each for each in users[id(layer.weight)] if each is not layer) for name, layer in layers.items()
+    }
 
 
 def fit_block_size(name: str, module: Layer, block_size: int | str, pattern: NMPattern | None = None) -> int:

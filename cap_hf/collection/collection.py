@@ -174,6 +174,8 @@ class Collection:
             spilled = SpilledSums(self._folder / "sums", self.targets, self.processes.device)
         means: dict[str, float] = {}
         count, finished = 0, [] if self.state is None else self.state.passes()
+        if self.state is not None and finished:
+            self.state.check_examples(examples, finished[-1]["digest"])
         for number, targets in enumerate(plan.passes):
             name = "collecting"
             if len(plan.passes) > 1:

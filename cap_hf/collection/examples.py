@@ -1,7 +1,7 @@
 """The examples a Fisher is estimated from: the same, in the same order, however often and by however many processes."""
 
 import random
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
 from itertools import chain, islice
 from typing import Any
@@ -65,9 +65,7 @@ class CalibrationExamples:
             loader, rank, world, size = self._share()
             seen = 0
             for index, batch in enumerate(loader):
-                missing = [name for name in self.needed if name not in batch]
-                if missing:
-                    raise CAPError(f"a batch has {sorted(batch)}; it needs {' and '.join(self.needed)}")
+                check_batch(batch, self.needed)
                 count = len(batch["pixel_values"])
                 full = size or count
                 if full % group:
@@ -110,6 +108,32 @@ class CalibrationExamples:
             rng_types=["generator"],
         )
         return shared, self.processes.rank, self.processes.world, size
+
+
+def check_batch(batch: object, needed: Sequence[str]) -> None:
+    """Raise a CAPError if a batch is not a dict of tensors that are equally long, with what is needed among them."""
+    if not isinstance(batch, Mapping):
+        raise CAPError(f"a batch is a {type(batch).__name__}: give dicts of tensors with {' and '.join(needed)}")
+    if any(name not in batch for name in needed):
+        raise CAPError(f"a batch has {sorted(map(str, batch))}; it needs {' and '.join(needed)}")
+    for name, value in batch.items():
+        if not isinstance(value, torch.Tensor) or not value.dim():
+            raise CAPError(f"{name!r} of a batch is a {type(value).__name__}: give tensors, one entry per example")
+        if len(value) != len(batch["pixel_values"]):
+            raise CAPError(
+                f"a batch has {len(batch['pixel_values'])} pixel_values and {len(value)} {name}: give as many"
+            )
+
+
+def whole_groups(batch_size: int, config: CAPConfig) -> int:
+    """Return a batch size that holds whole gradient samples, near the one asked for.
+
+    Raises:
+        CAPError: the one asked for is below 1.
+    """
+    if batch_size < 1:
+        raise CAPError(f"the batch size {batch_size} must be at least 1")
+    return max(1, batch_size // config.samples_per_grad) * config.samples_per_grad
 
 
 @contextmanager

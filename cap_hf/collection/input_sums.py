@@ -75,7 +75,7 @@ class InputSums:
         """
         for sums in self.sums.values():
             for strip in sums.strips:
-                strip.copy_(self.processes.sum(strip))
+                self.processes.sum(strip)
         check_finite(self.sums)
 
     def traces(self, target: Target) -> torch.Tensor:

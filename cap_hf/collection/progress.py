@@ -128,6 +128,7 @@ class Progress:
             self._fill(TICKS)
             self.bar.close()
             self.bar, self._shown = None, 0
+        self._done, self._spent = [], 0.0
 
 
 class Phase:

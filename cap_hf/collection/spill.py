@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from cap_hf.checkpoints.atomic import atomic_file
@@ -40,7 +41,11 @@ class DiskTensors(MutableMapping[str, torch.Tensor]):
     def __getitem__(self, name: str) -> torch.Tensor:
         if name not in self:
             raise KeyError(name)
-        return load_file(self._path(name), device=str(self.device))["tensor"]
+        try:
+            # By way of the CPU: safetensors knows no device such as cpu:0, and not every accelerator.
+            return load_file(self._path(name))["tensor"].to(self.device)
+        except (OSError, SafetensorError) as error:
+            raise CAPError(f"{self._path(name)} cannot be read: {reason(error)}") from error
 
     def __contains__(self, name: object) -> bool:
         return self._path(str(name)).is_file()

@@ -1,12 +1,13 @@
 """The state of a collection on the disk, from which a run that was killed goes on as if it had not been."""
 
+import fcntl
 import hashlib
 import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TextIO
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -71,17 +72,8 @@ class CollectionState:
         self.digest = hashlib.blake2b()
         self._steps, self._since = 0, 0
         described = self.folder / "run.json"
-        # Gathered once, and before anybody decides: all processes take the same way.
-        own = [int(described.is_file()), int(is_foreign(self.root))]
-        there, foreign = (sum(values) for values in zip(*processes.gather_ints(*own), strict=True))
-        if foreign:
-            raise CAPError(f"{self.root} holds something else than a collection's state: choose another --output_dir")
-        if there and not checkpointing.resume:
-            raise CAPError(f"{self.root} has the state of an interrupted run: go on with --resume, or remove it")
-        if 0 < there < processes.world:
-            raise CAPError(
-                f"{self.root} has the state of {there} of {processes.world} processes: remove it and begin anew"
-            )
+        self._lock: TextIO | None = None
+        there = self._look(described, checkpointing.resume)
         # JSON knows no tuples.
         facts, self.plan = json.loads(json.dumps([facts, plan]))
         if there:
@@ -94,9 +86,41 @@ class CollectionState:
                     raise
                 raise CAPError(f"{described} cannot be read: remove {self.root} and begin anew") from error
             return
-        write_json(self.root / MARK, {"about": "the state of a cap_hf collection; it goes when the run is over"})
         shutil.rmtree(self.folder, ignore_errors=True)
         write_json(described, {"facts": facts, "plan": self.plan})
+
+    def _look(self, described: Path, resume: bool) -> bool:
+        """Take the folder for this run; return whether it has the state of an interrupted one.
+
+        What each process sees is gathered before any of them decides: all of them take the same way.
+
+        Raises:
+            CAPError: the folder is somebody else's, another run uses it, or its state is not one to go on from.
+        """
+        if any(foreign for (foreign,) in self.processes.gather_ints(int(is_foreign(self.root)))):
+            raise CAPError(f"{self.root} holds something else than a collection's state: choose another --output_dir")
+        write_json(self.root / MARK, {"about": "the state of a cap_hf collection; it goes when the run is over"})
+        own = [int(self._is_locked()), int(described.is_file()), int(any(self.root.glob("rank-*/run.json")))]
+        busy, there, any_there = (sum(values) for values in zip(*self.processes.gather_ints(*own), strict=True))
+        if busy:
+            raise CAPError(f"another run is using {self.root}: wait for it, or choose another --output_dir")
+        if any_there and not resume:
+            raise CAPError(f"{self.root} has the state of an interrupted run: go on with --resume, or remove it")
+        if any_there and there < self.processes.world:
+            raise CAPError(
+                f"{self.root} has the state of {there} of {self.processes.world} processes, or of more: remove it and "
+                "begin anew, or go on with as many as there were"
+            )
+        return bool(there)
+
+    def _is_locked(self) -> bool:
+        """Return whether another run holds this process's part of the folder; hold it from now on if not."""
+        self._lock = (self.root / f"{self.folder.name}.lock").open("w")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        return False
 
     def _compare(self, before: dict[str, object], now: dict[str, object]) -> None:
         for name in {**before, **now}:
@@ -113,6 +137,24 @@ class CollectionState:
             finished += 1
         finished = min(each for (each,) in self.processes.gather_ints(finished))
         return [json.loads((self.folder / f"pass-{number}.json").read_text()) for number in range(finished)]
+
+    def check_examples(self, examples: Iterable[Item], expected: str) -> None:
+        """Go through the examples of a pass that is finished, without the model.
+
+        Raises:
+            CAPError: they are not those of the interrupted run.
+        """
+        self.digest = hashlib.blake2b()
+        for item in examples:
+            self._note(item)
+        self._compare_examples(expected)
+
+    def _compare_examples(self, expected: str) -> None:
+        if self.digest.hexdigest() != expected:
+            raise CAPError(
+                f"{self.root} has the state of another run, the examples differ: the dataset, its order, the batch "
+                "size or the image processor is another"
+            )
 
     def begin_pass(self, number: int, statistic: Statistic, examples: Iterable[Item]) -> Iterator[Item]:
         """Put the saved sums of a pass back; return the examples that are left of it.
@@ -142,11 +184,8 @@ class CollectionState:
             if item is None:
                 break
             self._note(item)
-        if expected is not None and self.digest.hexdigest() != expected:
-            raise CAPError(
-                f"{self.root} has the state of another run, the examples differ: the dataset, its order, the batch "
-                "size or the image processor is another"
-            )
+        if expected is not None:
+            self._compare_examples(expected)
         for item in stream:
             self._note(item)
             yield item
@@ -192,7 +231,7 @@ class CollectionState:
 
     def finish_pass(self, number: int, facts: dict) -> None:
         """Note that a pass is done and its sums are where the elimination reads them."""
-        write_json(self.folder / f"pass-{number}.json", facts)
+        write_json(self.folder / f"pass-{number}.json", facts | {"digest": self.digest.hexdigest()})
         self.processes.gather_ints(0)
         for path in self._saves():
             shutil.rmtree(path, ignore_errors=True)
@@ -204,6 +243,9 @@ class CollectionState:
         """Remove all that the run has left, and nothing else: it is over."""
         self.processes.gather_ints(0)
         shutil.rmtree(self.folder, ignore_errors=True)
+        if self._lock is not None:
+            Path(self._lock.name).unlink(missing_ok=True)
+            self._lock.close()
         self.processes.gather_ints(0)
         if self.processes.rank == 0:
             (self.root / MARK).unlink(missing_ok=True)

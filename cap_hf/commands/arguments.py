@@ -116,7 +116,9 @@ def arguments_from_file(path: str) -> list[str]:
 
 def check_output(directory: Path, overwrite: bool) -> None:
     """Raise a CAPError if a folder cannot be written, or holds something that may not be replaced."""
-    existing = next(path for path in (directory, *directory.absolute().parents) if path.exists())
+    # Where a link leads, also one to a folder that is not there yet.
+    directory = Path(os.path.realpath(directory))
+    existing = next(path for path in (directory, *directory.parents) if path.exists())
     if not existing.is_dir():
         raise CAPError(f"{existing} is a file: choose another --output_dir")
     if not os.access(existing, os.W_OK):

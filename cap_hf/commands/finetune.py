@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, make_dataclass, replace
@@ -195,6 +196,7 @@ def prepare_output(args: SparseTrainingArguments, overwrite: bool) -> str | None
     check_output(output, overwrite)
     if args.hub_model_id is None:
         args.hub_model_id = output.name
+    output = Path(os.path.abspath(output))
     args.output_dir = str(output.with_name(f"{output.name}-training"))
     # Pinning memory is for copies to an accelerator.
     args.dataloader_pin_memory = args.dataloader_pin_memory and torch.accelerator.is_available()

@@ -34,7 +34,8 @@ def run(command: str, argv: list[str]) -> int:
     try:
         importlib.import_module(f"cap_hf.commands.{command}").main(argv)
     except CAPError as error:
-        print(f"cap-hf {command}: {message(error)}", file=sys.stderr)
+        # In one piece: several processes may say something at the same time.
+        sys.stderr.write(f"cap-hf {command}: {message(error)}\n")
         return 1
     except KeyboardInterrupt:
         print(f"cap-hf {command}: interrupted; nothing half-written was left", file=sys.stderr)

@@ -1,5 +1,6 @@
 """`cap-hf prune`: one collection, several sparsities, each evaluated and saved."""
 
+import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -64,6 +65,7 @@ def prune(
 
     from cap_hf.checkpoints.atomic import write_json
     from cap_hf.checkpoints.saving import save_checkpoint
+    from cap_hf.collection.examples import whole_groups
     from cap_hf.collection.state import Checkpointing
     from cap_hf.commands.common import eval_dataset, load_all
     from cap_hf.compressor import CAPCompressor
@@ -74,7 +76,7 @@ def prune(
 
     if args.disable_tqdm:
         transformers_logging.disable_progress_bar()
-    output = Path(args.output_dir)
+    output = Path(os.path.realpath(args.output_dir))
     accelerator, phases = make_accelerator(), Phases()
     with phases("load"):
         model, image_processor, splits = load_all(
@@ -83,9 +85,7 @@ def prune(
         compressor = CAPCompressor(model, config, accelerator, args.disable_tqdm, resources, len(sparsities))
         examples = calibration_split(splits["train"], config.num_grads * config.samples_per_grad, config.seed)
         calibration = ImageDataset(examples, image_processor, model.config, data_args)
-        # Gradient samples do not straddle batches.
-        group = config.samples_per_grad
-        batch_size = max(1, args.per_device_batch_size // group) * group
+        batch_size = whole_groups(args.per_device_batch_size, config)
         train_loader = make_dataloader(calibration, batch_size, data_args.dataloader_num_workers)
         evaluation = eval_dataset(splits, image_processor, model, data_args) if args.do_eval else None
 
@@ -124,7 +124,8 @@ def prune(
 
 def state_folder(args: PruneArguments) -> Path:
     """Return where the state of a collection lies: beside the output, which is not there before the end."""
-    return Path(args.output_dir).with_name(f"{Path(args.output_dir).name}-collection")
+    output = Path(os.path.abspath(args.output_dir))
+    return output.with_name(f"{output.name}-collection")
 
 
 def check_state(args: PruneArguments) -> None:

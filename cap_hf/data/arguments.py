@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass, field
 
+from cap_hf.errors import CAPError
+
 
 @dataclass
 class DataArguments:
@@ -24,3 +26,7 @@ class DataArguments:
     max_train_samples: int | None = field(default=None, metadata={"help": "Use at most this many train examples."})
     max_eval_samples: int | None = field(default=None, metadata={"help": "Use at most this many eval examples."})
     dataloader_num_workers: int = field(default=0, metadata={"help": "Processes that load images."})
+
+    def __post_init__(self) -> None:
+        if self.dataloader_num_workers < 0:
+            raise CAPError(f"dataloader_num_workers={self.dataloader_num_workers} must be at least 0")

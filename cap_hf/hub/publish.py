@@ -1,7 +1,6 @@
 """Publish a checkpoint: the folder as it will be on the Hub, and one commit that holds all of it."""
 
 import os
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -19,6 +18,7 @@ from cap_hf.checkpoints.saving import compress_weights
 from cap_hf.checkpoints.weights import find_weight_files
 from cap_hf.compressor import CAPCompressor
 from cap_hf.config import CONFIG_NAME
+from cap_hf.distributed.temporary import TemporaryFolder
 from cap_hf.errors import CAPError, reason
 from cap_hf.hub.card import CARD_NAME, PICTURE_NAME, CardFacts, one_line
 from cap_hf.hub.picture import draw_sparsity
@@ -73,7 +73,7 @@ def push_to_hub(
         CAPError: the checkpoint is incomplete, or the Hub refuses; nothing was published then.
     """
     check_repo_id(repo_id)
-    with tempfile.TemporaryDirectory(prefix="cap_hf") as scratch:
+    with TemporaryFolder() as scratch:
         if isinstance(checkpoint, CAPCompressor):
             folder = Path(scratch) / "checkpoint"
             checkpoint.save_pretrained(folder, image_processor)

@@ -23,7 +23,7 @@ def cross_entropy(logits: torch.Tensor, labels: torch.Tensor | None, uniforms: t
         raise CAPError("a batch has no labels: add them, or use fisher_type='sampled', which needs none")
     else:
         check_labels(labels, logits.shape[-1])
-    return F.cross_entropy(logits.float(), labels, reduction="sum")
+    return F.cross_entropy(logits.float(), labels.long(), reduction="sum")
 
 
 def sample_labels(logits: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:

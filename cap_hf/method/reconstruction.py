@@ -2,7 +2,7 @@
 
 import torch
 
-from cap_hf.method.elimination import has_kernels, select_symmetric
+from cap_hf.method.elimination import NotInvertibleError, has_kernels, select_symmetric
 
 
 def reconstruct(weights: torch.Tensor, fisher: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
@@ -18,11 +18,14 @@ def reconstruct(weights: torch.Tensor, fisher: torch.Tensor, keep: torch.Tensor)
 
     Returns:
         `(n, B)` new weights, exactly 0 outside `keep`.
+
+    Raises:
+        NotInvertibleError: the survivors' Fisher of a block is not positive definite.
     """
     if has_kernels(weights):
         result, info = torch.ops.cap_hf.reconstruct(weights, fisher, keep)
         if info.any():
-            raise torch.linalg.LinAlgError("the survivors' Fisher is not positive definite")
+            raise NotInvertibleError(int(info.nonzero()[0, 0]), float(fisher.diagonal(dim1=-2, dim2=-1).max()) * 1e-10)
         return result
     counts = keep.sum(dim=1)
     width = int(counts.max()) if len(counts) else 0
@@ -36,7 +39,10 @@ def reconstruct(weights: torch.Tensor, fisher: torch.Tensor, keep: torch.Tensor)
     system.masked_fill_(~(real[:, :, None] & real[:, None, :]), 0.0)
     system.diagonal(dim1=-2, dim2=-1).masked_fill_(~real, 1.0)
     right = pull.gather(1, index).masked_fill_(~real, 0.0)[..., None]
-    moves = torch.cholesky_solve(right, torch.linalg.cholesky(system))[..., 0]
+    factor, info = torch.linalg.cholesky_ex(system)
+    if info.any():
+        raise NotInvertibleError(int(info.nonzero()[0, 0]), float(fisher.diagonal(dim1=-2, dim2=-1).max()) * 1e-10)
+    moves = torch.cholesky_solve(right, factor)[..., 0]
     return weights.masked_fill(~keep, 0.0).scatter_add(1, index, moves.masked_fill_(~real, 0.0))
 
 

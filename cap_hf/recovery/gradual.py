@@ -8,6 +8,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers import BaseImageProcessor, PreTrainedModel
 
+from cap_hf.collection.examples import whole_groups
 from cap_hf.collection.resources import Resources
 from cap_hf.compressor import CAPCompressor
 from cap_hf.config import CAPConfig
@@ -60,10 +61,9 @@ class GradualPruner:
             disable_tqdm: no progress bars.
             resources: memory and passes of a step.
         """
-        group = config.samples_per_grad
-        examples = calibration_split(split, config.num_grads * group, config.seed)
+        examples = calibration_split(split, config.num_grads * config.samples_per_grad, config.seed)
         dataset = ImageDataset(examples, image_processor, model.config, data_args)
-        loader = make_dataloader(dataset, max(1, batch_size // group) * group, data_args.dataloader_num_workers)
+        loader = make_dataloader(dataset, whole_groups(batch_size, config), data_args.dataloader_num_workers)
         return cls(loader, config, disable_tqdm, resources)
 
     def check(self, model: nn.Module, schedule: SparsitySchedule) -> None:

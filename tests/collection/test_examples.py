@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from cap_hf.collection.examples import CalibrationExamples
+from cap_hf.collection.examples import CalibrationExamples, whole_groups
 from cap_hf.config import CAPConfig
 from cap_hf.data.images import collate
 from cap_hf.distributed.processes import Processes
@@ -65,3 +65,24 @@ def test_a_generator_is_gone_through_once():
     assert len(list(examples.peek())) == 1
     assert len(seen(examples)) == 8
     assert seen(examples) == []
+
+
+@pytest.mark.parametrize(
+    ("batch", "message"),
+    [
+        ((torch.zeros(2, 1), torch.zeros(2)), "a batch is a tuple: give dicts of tensors"),
+        ({"pixel_values": torch.zeros(2, 1)}, "needs pixel_values and labels"),
+        ({"pixel_values": torch.zeros(2, 1), "labels": [0, 1]}, "'labels' of a batch is a list"),
+        ({"pixel_values": torch.zeros(2, 1), "labels": None}, "'labels' of a batch is a NoneType"),
+        ({"pixel_values": torch.zeros(2, 1), "labels": torch.tensor([0])}, "2 pixel_values and 1 labels: give as many"),
+    ],
+)
+def test_batches_that_are_none_are_one_line(batch, message):
+    with pytest.raises(CAPError, match=message):
+        list(CalibrationExamples([batch], CAPConfig(num_grads=2), Processes()))
+
+
+def test_a_batch_size_holds_whole_gradient_samples():
+    assert [whole_groups(size, CAPConfig(samples_per_grad=4)) for size in (1, 4, 7, 64)] == [4, 4, 4, 64]
+    with pytest.raises(CAPError, match="batch size 0 must be at least 1"):
+        whole_groups(0, CAPConfig())

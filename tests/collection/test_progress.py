@@ -134,3 +134,18 @@ def test_work_that_an_earlier_run_has_done_is_no_speed(bars):
 
 def test_seconds_are_readable():
     assert [format_seconds(each) for each in (0.4, 59.6, 125, 3725)] == ["0:00", "1:00", "2:05", "1:02:05"]
+
+
+def test_a_phase_that_nobody_foresaw_is_a_job_of_its_own(bars):
+    """Its bar began almost full: what the job before it had taken was counted as its own."""
+    clock = Clock()
+    progress = Progress(disable=False, clock=clock)
+    progress.start([Foreseen("collecting", 10.0)])
+    phase = progress.phase("collecting", "gradient", 10)
+    clock.now += 10
+    phase(10)
+    progress.end_phase()
+    again = progress.phase("reconstructing", "block", 100)
+    clock.now += 1
+    again(10)
+    assert 80 <= bars[1].n <= 120

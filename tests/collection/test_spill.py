@@ -54,3 +54,17 @@ def test_sums_come_back_one_target_at_a_time(tmp_path):
     held = spilled["b"]
     assert spilled["a"] is not held
     assert spilled["b"] is not held
+
+
+@pytest.mark.parametrize("device", ["cpu", "cpu:0"])
+def test_they_are_read_to_whatever_accelerate_calls_its_device(tmp_path, device):
+    """Several processes on CPUs compute on cpu:0, which safetensors takes for none."""
+    tensors = DiskTensors(tmp_path, torch.device(device))
+    tensors["layer"] = torch.ones(3)
+    assert torch.equal(tensors["layer"], torch.ones(3))
+
+
+def test_a_damaged_file_is_one_line(tmp_path):
+    (tmp_path / "layer.safetensors").write_bytes(b"no tensors")
+    with pytest.raises(CAPError, match="layer.safetensors cannot be read"):
+        DiskTensors(tmp_path, CPU)["layer"]

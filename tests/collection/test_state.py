@@ -1,5 +1,6 @@
 """A collection that is killed and goes on ends as if it had not been killed; a state of another run is refused."""
 
+import gc
 import os
 import signal
 import subprocess
@@ -191,7 +192,7 @@ class Several:
 
     def gather_ints(self, *values: int) -> list[list[int]]:
         self.gathered += 1
-        rows = [[other, *values[1:]] for other in self.others]
+        rows = [[0] if len(values) == 1 else [0, other, other] for other in self.others]
         return [*rows[: self.rank], list(values), *rows[self.rank :]]
 
 
@@ -200,14 +201,14 @@ def test_a_state_of_some_processes_is_refused_by_all(tmp_path, mine, others):
     """Everyone gathers once, whatever it has itself: another collective would meet this one otherwise."""
     folder = tmp_path / "state"
     if mine:
-        CollectionState(Checkpointing(folder, 8), Processes(), {}, {})
+        CollectionState(Checkpointing(folder, 8), Processes(), {}, {})._lock.close()
     else:
         (folder / "rank-9").mkdir(parents=True)
         (folder / state_module.MARK).write_text("{}")
     several = Several(0, others)
-    with pytest.raises(CAPError, match=r"has the state of \d of \d processes: remove it and begin anew"):
+    with pytest.raises(CAPError, match=r"has the state of \d of \d processes, or of more: remove it and begin anew"):
         CollectionState(Checkpointing(folder, 8, resume=True), several, {}, {})
-    assert several.gathered == 1
+    assert several.gathered == 2
 
 
 def test_a_folder_of_somebody_else_is_refused_and_stays(tmp_path):
@@ -230,10 +231,69 @@ def test_a_folder_of_somebody_else_is_refused_and_stays(tmp_path):
 @pytest.mark.parametrize("content", ["", "[]", "{}", "no JSON"])
 def test_a_damaged_state_is_one_line(tmp_path, content):
     folder = tmp_path / "state"
-    CollectionState(Checkpointing(folder, 8), Processes(), {}, {})
+    CollectionState(Checkpointing(folder, 8), Processes(), {}, {})._lock.close()
     (folder / "rank-0" / "run.json").write_text(content)
     with pytest.raises(CAPError, match=r"run.json cannot be read: remove .*state and begin anew"):
         CollectionState(Checkpointing(folder, 8, resume=True), Processes(), {}, {})
+
+
+def test_a_run_that_lives_keeps_its_folder(tmp_path):
+    folder = tmp_path / "state"
+    first = CollectionState(Checkpointing(folder, 8), Processes(), {}, {})
+    for resume in (False, True):
+        with pytest.raises(CAPError, match="another run is using .*state: wait for it"):
+            CollectionState(Checkpointing(folder, 8, resume), Processes(), {}, {})
+    first.remove()
+    assert not folder.exists()
+
+
+def test_a_state_of_more_processes_is_not_begun_over(tmp_path):
+    folder = tmp_path / "state"
+    CollectionState(Checkpointing(folder, 8), Processes(), {}, {})._lock.close()
+    (folder / "rank-0").rename(folder / "rank-1")
+    with pytest.raises(CAPError, match="go on with --resume, or remove it"):
+        CollectionState(Checkpointing(folder, 8), Processes(), {}, {})
+    with pytest.raises(CAPError, match="go on with as many as there were"):
+        CollectionState(Checkpointing(folder, 8, resume=True), Processes(), {}, {})
+
+
+def test_other_examples_are_refused_after_a_finished_pass_too(tmp_path, monkeypatch, restore):
+    """A finished pass was taken as it was, and the next one filled from other images."""
+    folder = tmp_path / "state"
+    squeeze(True)
+    with monkeypatch.context() as patch:
+        patch.setattr(SpilledSums, "write", interrupt_at(SpilledSums.write, 2))
+        with pytest.raises(KeyboardInterrupt):
+            prune(folder)
+    gc.collect()
+    with pytest.raises(CAPError, match="the examples differ"):
+        prune(folder, resume=True, seed=1)
+    resumed, passes = prune(folder, resume=True)
+    assert passes > 1
+    assert all(torch.equal(value, resumed[name]) for name, value in prune(None)[0].items())
+
+
+def interrupt_at(function, call: int):
+    """The function, but its n-th call is interrupted."""
+    calls = []
+
+    def interrupted_(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == call:
+            raise KeyboardInterrupt
+        return function(*args, **kwargs)
+
+    return interrupted_
+
+
+def test_after_the_state_is_gone_nothing_is_pruned(tmp_path):
+    model = build("ViT")
+    compressor = CAPCompressor(model, CAPConfig(num_grads=8), disable_tqdm=True)
+    compressor.collect(random_batches(model, 8), Checkpointing(tmp_path / "state", 4))
+    compressor.prune(0.5)
+    compressor.discard_state()
+    with pytest.raises(CAPError, match="call collect"):
+        compressor.prune(0.6)
 
 
 if __name__ == "__main__":

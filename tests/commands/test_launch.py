@@ -20,7 +20,9 @@ def checkpoint(tmp_path) -> str:
     return str(dense_checkpoint(tmp_path / "dense"))
 
 
-@pytest.mark.parametrize("extra", [[], ["--fisher_type", "sampled", "--samples_per_grad", "2"]])
+@pytest.mark.parametrize(
+    "extra", [["--checkpoint_every", "32"], ["--fisher_type", "sampled", "--samples_per_grad", "2"]]
+)
 def test_two_processes_give_the_result_of_one(checkpoint, tmp_path, extra):
     # 90 gradient samples in batches of 16: neither the batches nor the shares come out even.
     common = [

@@ -3,7 +3,10 @@
 import subprocess
 import sys
 
+import pytest
+
 from cap_hf.data.arguments import DataArguments
+from cap_hf.errors import CAPError
 
 
 def test_the_default_is_embedded():
@@ -14,3 +17,8 @@ def test_they_are_known_without_torch():
     code = "import sys, cap_hf.data.arguments; print(sorted({'torch', 'datasets', 'transformers'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_fewer_than_no_workers_are_refused():
+    with pytest.raises(CAPError, match="dataloader_num_workers=-1 must be at least 0"):
+        DataArguments(dataloader_num_workers=-1)

@@ -1,13 +1,16 @@
 """The metric against scikit-learn and plain torch."""
 
 import numpy as np
+import pytest
 import torch
 from accelerate import Accelerator
 from sklearn.metrics import top_k_accuracy_score
+from support.models import build, random_batches
 from torch.nn import functional as F
 
 from cap_hf.data.evaluation import ImageClassificationMetric, evaluate_model
 from cap_hf.data.images import DataArguments, ImageDataset, load_splits, make_dataloader
+from cap_hf.errors import CAPError
 
 
 def compute(logits, labels):

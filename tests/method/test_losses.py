@@ -20,6 +20,7 @@ def test_the_loss_is_the_sum_over_examples():
     labels = torch.tensor([0, 3, 1, 1, 2])
     one_by_one = sum(F.cross_entropy(logits[i : i + 1], labels[i : i + 1]) for i in range(5))
     torch.testing.assert_close(cross_entropy(logits, labels, None), one_by_one.float())
+    torch.testing.assert_close(cross_entropy(logits, labels.int(), None), one_by_one.float())
     uniforms = torch.rand(5)
     sampled = sample_labels(logits, uniforms)
     torch.testing.assert_close(cross_entropy(logits, None, uniforms), cross_entropy(logits, sampled, None))

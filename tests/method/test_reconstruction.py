@@ -1,11 +1,13 @@
 """The weights that stay against an optimality system with multipliers."""
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.quadratics import constrained_minimum, fisher_of
 
+from cap_hf.method.elimination import NotInvertibleError
 from cap_hf.method.reconstruction import independent_update, reconstruct
 
 
@@ -40,3 +42,12 @@ def test_independent_update_sums_the_single_steps():
     keep = torch.tensor([[True, False, True, False, True]])
     found = independent_update(torch.from_numpy(weights)[None], torch.from_numpy(inverse)[None], keep)
     np.testing.assert_allclose(found[0].numpy(), expected, rtol=1e-10, atol=1e-12)
+
+
+def test_survivors_that_cannot_be_solved_for_name_their_block():
+    fisher = torch.eye(4, dtype=torch.float64).repeat(3, 1, 1)
+    fisher[1, 0, 0] = -1
+    weights, keep = torch.ones(3, 4, dtype=torch.float64), torch.tensor([True, True, False, True]).expand(3, 4)
+    with pytest.raises(NotInvertibleError) as caught:
+        reconstruct(weights, fisher, keep)
+    assert caught.value.block == 1

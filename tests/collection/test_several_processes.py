@@ -1,0 +1,40 @@
+"""Several passes of several processes: what they spill and keep gives the result of one process in one pass."""
+
+import json
+
+import torch
+from safetensors.torch import load_file
+from support.launching import dense_checkpoint, launch
+
+from cap_hf.commands.main import main
+
+# What a launched process runs: the command with little memory.
+SCRIPT = """
+import cap_hf.collection.plan as plan
+import cap_hf.collection.solver as solver
+from cap_hf.commands.launch import launch
+
+plan.available_bytes = lambda *_: 190_000
+solver.BATCH_BYTES = 2**13
+launch("prune")
+"""
+
+
+def test_they_spill_and_keep_their_state(tmp_path):
+    dense = dense_checkpoint(tmp_path / "dense")
+    common = ["--model_name_or_path", str(dense), "--sparsity", "0.75", "--num_grads", "40", "--do_eval", "false"]
+    # Small enough to stay whole in little memory: split batches are rounded otherwise.
+    common += ["--per_device_batch_size", "4"]
+    assert main(["prune", *common, "--disable_tqdm", "true", "--output_dir", str(tmp_path / "one")]) == 0
+    (tmp_path / "script.py").write_text(SCRIPT)
+    expected = load_file(tmp_path / "one" / "sparsity-0.75" / "model.safetensors")
+    for number, extra in enumerate((["--spill_dir", str(tmp_path / "spill")], ["--checkpoint_every", "16"])):
+        output = tmp_path / f"two-{number}"
+        done = launch(2, *common, *extra, "--output_dir", str(output), script=tmp_path / "script.py")
+        assert "passes over the examples" in done.stderr, done.stderr
+        assert "one pass" not in done.stderr
+        assert json.loads((output / "report.json").read_text())["num_processes"] == 2
+        found = load_file(output / "sparsity-0.75" / "model.safetensors")
+        assert all(torch.equal(value, found[name]) for name, value in expected.items())
+        assert not output.with_name(f"{output.name}-collection").exists()
+    assert not any((tmp_path / "spill").iterdir())
