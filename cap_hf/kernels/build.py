@@ -8,6 +8,7 @@ import platform
 import sys
 import sysconfig
 import tempfile
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,6 +25,12 @@ SOURCES = Path(__file__).parent / "csrc"
 DISABLE_VARIABLE = "CAP_HF_DISABLE_EXTENSIONS"
 
 
+# An operator of each extension.
+OPERATORS = {"elimination": "eliminate", "sparse_linear": "sparse_linear"}
+# Threads that ask for the same extension at once get the same one.
+LOADING = threading.Lock()
+
+
 @functools.cache
 def load_extension(name: str) -> bool:
     """Load the operators of `csrc/<name>.cpp` as `torch.ops.cap_hf.*`, compiling them if they are not in the cache.
@@ -36,6 +43,17 @@ def load_extension(name: str) -> bool:
     """
     if os.environ.get(DISABLE_VARIABLE, "0") not in ("", "0"):
         return False
+    with LOADING:
+        return is_loaded(name) or load(name)
+
+
+def is_loaded(name: str) -> bool:
+    """Return whether the operators of an extension are there already: registered twice they end the process."""
+    return name in OPERATORS and hasattr(torch.ops.cap_hf, OPERATORS[name])
+
+
+def load(name: str) -> bool:
+    """Load an extension from the cache, or compile it; return whether that worked, with a warning if not."""
     try:
         kept = cache.cache_folder() / f"{name}-{fingerprint()}.so"
         content = cache.take(kept)

@@ -42,3 +42,26 @@ def test_a_compiled_kernel_is_used_again(tmp_path):
     made = library.stat().st_mtime_ns
     assert run(CAP_HF_CACHE=str(tmp_path), CXX="false")[0] == "True"
     assert library.stat().st_mtime_ns == made
+
+
+ASKED_AGAIN = """
+import threading
+from cap_hf.kernels import build
+found = []
+threads = [threading.Thread(target=lambda: found.append(build.load_extension("elimination"))) for _ in range(4)]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+build.load_extension.cache_clear()
+print([*found, build.load_extension("elimination")])
+"""
+
+
+def test_an_extension_is_loaded_once_per_process_whoever_asks():
+    """Operators that are registered a second time end the process."""
+    root = Path(__file__).parents[2]
+    done = subprocess.run(
+        [sys.executable, "-c", ASKED_AGAIN], env=os.environ | {"PYTHONPATH": str(root)}, capture_output=True, text=True
+    )
+    assert done.stdout.strip() == str([True] * 5), done.stderr
