@@ -177,7 +177,7 @@ class CAPCompressor:
         Args:
             save_directory: replaced as a whole if it exists.
             image_processor: saved beside the model if given.
-            compressed: store only what is not zero; then `import cap_hf` is needed before `from_pretrained`.
+            compressed: store only what is non-zero; then `import cap_hf` is needed before `from_pretrained`.
 
         Raises:
             CAPError: there is too little space, or the folder cannot be written.

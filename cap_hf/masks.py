@@ -17,7 +17,7 @@ KNOWN_PATTERNS = (NMPattern(1, 8), NMPattern(1, 4), NMPattern(2, 8), NMPattern(4
 
 
 def take_masks(targets: Sequence[Target]) -> Masks:
-    """Each target's mask, `weight.shape` bool: False where its weight is exactly 0."""
+    """Return each target's mask, `weight.shape` bool: False where its weight is exactly 0."""
     return {target.name: target.weight.detach() != 0 for target in targets}
 
 
@@ -38,7 +38,7 @@ def verify_masks(targets: Sequence[Target], masks: Mapping[str, torch.Tensor]) -
 
 
 def find_pattern(target: Target, mask: torch.Tensor) -> NMPattern | None:
-    """The known N:M pattern with the most zeros that a mask satisfies along the input channels, or None."""
+    """Return the known N:M pattern with the most zeros that a mask satisfies along the input channels, or None."""
     rows = target.to_blocks(mask).reshape(target.weight.shape[0], -1)
     channels = target.weight.shape[1]
     for pattern in sorted(KNOWN_PATTERNS, key=lambda each: (-each.sparsity, each.m)):
@@ -48,7 +48,7 @@ def find_pattern(target: Target, mask: torch.Tensor) -> NMPattern | None:
 
 
 def describe_masks(targets: Sequence[Target]) -> list[dict]:
-    """What reports and cards say of each target's mask: name, shape, numbers of weights and zeros, digest.
+    """Return what reports and cards say of each target's mask: name, shape, numbers of weights and zeros, digest.
 
     The digest, 128 bits of SHA-256 in hexadecimal digits, changes with the place of any zero.
     """
@@ -68,7 +68,7 @@ def describe_masks(targets: Sequence[Target]) -> list[dict]:
 
 
 def differing_layers(targets: Sequence[Target], report: Mapping) -> list[str] | None:
-    """The layers whose zeros are not those that a checkpoint's report says; None if it says nothing of layers.
+    """Return the layers whose zeros are not those that a checkpoint's report says; None if it says nothing of layers.
 
     A report without digests, of cap_hf before it wrote them, tells how many zeros there are and not where.
 

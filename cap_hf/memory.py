@@ -12,7 +12,7 @@ HUGE_PAGE = 2 * 2**20
 
 
 def zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """As `torch.zeros`, but large tensors on a CPU are in pages of 2 MiB where the system has them.
+    """Return what `torch.zeros` does, but large tensors on a CPU are in pages of 2 MiB where the system has them.
 
     The first touch of a small page takes longer than filling it: a tensor of them takes three times as long.
     """

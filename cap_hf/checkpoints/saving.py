@@ -50,7 +50,7 @@ def save_checkpoint(
         config: written as `cap_config.json`.
         report: written as `report.json`.
         image_processor: saved beside the model.
-        compressed: store only what is not zero; then `import cap_hf` is needed before `from_pretrained`.
+        compressed: store only what is non-zero; then `import cap_hf` is needed before `from_pretrained`.
 
     Raises:
         CAPError: there is too little space, the folder cannot be written, or the model cannot be compressed.

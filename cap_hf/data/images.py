@@ -102,7 +102,7 @@ def load_splits(
 
 
 def find_column(split: datasets.Dataset, name: str, kind: type, role: str) -> str:
-    """The column `name`, or the only one of the feature type `kind` where `name` is a default that is not there.
+    """Return the column `name`, or the only one of the feature type `kind` where `name` is a default that is not there.
 
     Raises:
         CAPError: there is no such column, or several.
@@ -118,7 +118,7 @@ def find_column(split: datasets.Dataset, name: str, kind: type, role: str) -> st
 
 
 def label_ids(split: datasets.Dataset, column: str, config: PretrainedConfig) -> np.ndarray:
-    """The labels of all examples as the model numbers them, `(n,)` int64.
+    """Return the labels of all examples as the model numbers them, `(n,)` int64.
 
     Class names that are the model's in another order are matched by name; other labels are taken as numbers.
 
@@ -198,7 +198,7 @@ class ImageDataset(Dataset):
         return len(self.labels)
 
     def image(self, index: int) -> Image.Image:
-        """The decoded image of an example."""
+        """Return the decoded image of an example."""
         return self._decode(index, self.images[index][self.image_column])
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:

@@ -68,7 +68,7 @@ class Backend:
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of all weights as this backend holds them."""
+        """Return the bytes of all weights as this backend holds them."""
         return resident_bytes(self.model)
 
 

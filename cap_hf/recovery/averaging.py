@@ -33,12 +33,12 @@ class WeightAverage:
 
     @property
     def model(self) -> nn.Module:
-        """The averaged model; its weights say something once `update` was called."""
+        """Return the averaged model; its weights say something once `update` was called."""
         return self.averaged.module
 
     @property
     def started(self) -> bool:
-        """Whether `update` was called since the average began."""
+        """Return whether `update` was called since the average began."""
         return int(self.averaged.n_averaged) > 0
 
     def update(self, model: nn.Module) -> None:

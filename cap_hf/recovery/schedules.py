@@ -62,7 +62,7 @@ class SparsitySchedule:
 
     @classmethod
     def parse(cls, text: str) -> "SparsitySchedule":
-        """A schedule from `start,end,steps,shape`, from `epoch:sparsity,...`, or from one sparsity (one-shot).
+        """Return a schedule from `start,end,steps,shape`, from `epoch:sparsity,...`, or from one sparsity (one-shot).
 
         Raises:
             CAPError: the text is none of these, or its numbers make no schedule.
@@ -91,7 +91,7 @@ class SparsitySchedule:
             )
 
     def at_steps(self, max_steps: int, num_train_epochs: float) -> dict[int, float]:
-        """The optimizer step before which each pruning step happens -> its sparsity.
+        """Return the optimizer step before which each pruning step happens, with its sparsity.
 
         Args:
             max_steps: optimizer steps of the whole run.
@@ -118,7 +118,7 @@ class SparsitySchedule:
 def cyclic_linear(
     starts: Sequence[int], num_training_steps: int, num_warmup_steps: int = 0, peak_decay: float = 1.0
 ) -> Callable[[int], float]:
-    """A linear decay to 0 that restarts at every pruning step (arXiv 2210.09223, learning-rate schedule).
+    """Return a linear decay to 0 that restarts at every pruning step (arXiv 2210.09223, learning-rate schedule).
 
     Args:
         starts: optimizer steps at which a cycle begins; 0 is one of them or is added.

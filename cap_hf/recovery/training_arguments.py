@@ -109,12 +109,12 @@ class SparseTrainingArguments(TrainingArguments):
 
     @property
     def schedule(self) -> SparsitySchedule | None:
-        """The parsed `sparsity_schedule`, or None."""
+        """Return the parsed `sparsity_schedule`, or None."""
         return None if self.sparsity_schedule is None else SparsitySchedule.parse(self.sparsity_schedule)
 
     @property
     def cyclic_lr(self) -> bool:
-        """Whether the learning rate restarts at pruning steps."""
+        """Return whether the learning rate restarts at pruning steps."""
         linear = self.lr_scheduler_type in (SchedulerType.LINEAR, SchedulerType.LINEAR.value)
         return self.schedule is not None and self.restart_lr and linear
 
