@@ -1,5 +1,6 @@
 """Fixtures that several rooms use."""
 
+import logging
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -8,6 +9,18 @@ import pytest
 import transformers
 from support.models import TINY_VIT
 from transformers import set_seed
+
+
+@pytest.fixture(autouse=True)
+def _leave_as_it_was():
+    """What a command or a script sets for its own process is not there for the next test."""
+    logger = logging.getLogger("cap_hf")
+    level, environment = logger.level, dict(os.environ)
+    yield
+    logger.setLevel(level)
+    for name in {**os.environ}:
+        if name.startswith(("ACCELERATE_", "FSDP_")) and name not in environment:
+            del os.environ[name]
 
 
 @pytest.fixture

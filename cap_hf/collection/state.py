@@ -23,6 +23,8 @@ from cap_hf.targets import Target
 Item = tuple[Batch, int, torch.Tensor | None]
 # Lies in a folder that holds the states of a run, and in no other.
 MARK = "cap_hf-collection.json"
+# What this process holds, for as long as it lives: a collection that was interrupted in it can go on in it.
+LOCKS: dict[Path, TextIO] = {}
 
 
 @dataclass
@@ -72,7 +74,6 @@ class CollectionState:
         self.digest = hashlib.blake2b()
         self._steps, self._since = 0, 0
         described = self.folder / "run.json"
-        self._lock: TextIO | None = None
         there = self._look(described, checkpointing.resume)
         # JSON knows no tuples.
         facts, self.plan = json.loads(json.dumps([facts, plan]))
@@ -114,13 +115,22 @@ class CollectionState:
         return bool(there)
 
     def _is_locked(self) -> bool:
-        """Return whether another run holds this process's part of the folder; hold it from now on if not."""
-        self._lock = (self.root / f"{self.folder.name}.lock").open("w")
+        """Return whether another process holds this one's part of the folder; hold it from now on if not."""
+        path = self._lock_path
+        if path in LOCKS:
+            return False
+        lock = path.open("w")
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
+            lock.close()
             return True
+        LOCKS[path] = lock
         return False
+
+    @property
+    def _lock_path(self) -> Path:
+        return (self.root / f"{self.folder.name}.lock").resolve()
 
     def _compare(self, before: dict[str, object], now: dict[str, object]) -> None:
         for name in {**before, **now}:
@@ -243,9 +253,9 @@ class CollectionState:
         """Remove all that the run has left, and nothing else: it is over."""
         self.processes.gather_ints(0)
         shutil.rmtree(self.folder, ignore_errors=True)
-        if self._lock is not None:
-            Path(self._lock.name).unlink(missing_ok=True)
-            self._lock.close()
+        self._lock_path.unlink(missing_ok=True)
+        if self._lock_path in LOCKS:
+            LOCKS.pop(self._lock_path).close()
         self.processes.gather_ints(0)
         if self.processes.rank == 0:
             (self.root / MARK).unlink(missing_ok=True)

@@ -201,7 +201,7 @@ def test_a_state_of_some_processes_is_refused_by_all(tmp_path, mine, others):
     """Everyone gathers once, whatever it has itself: another collective would meet this one otherwise."""
     folder = tmp_path / "state"
     if mine:
-        CollectionState(Checkpointing(folder, 8), Processes(), {}, {})._lock.close()
+        CollectionState(Checkpointing(folder, 8), Processes(), {}, {})
     else:
         (folder / "rank-9").mkdir(parents=True)
         (folder / state_module.MARK).write_text("{}")
@@ -231,25 +231,48 @@ def test_a_folder_of_somebody_else_is_refused_and_stays(tmp_path):
 @pytest.mark.parametrize("content", ["", "[]", "{}", "no JSON"])
 def test_a_damaged_state_is_one_line(tmp_path, content):
     folder = tmp_path / "state"
-    CollectionState(Checkpointing(folder, 8), Processes(), {}, {})._lock.close()
+    CollectionState(Checkpointing(folder, 8), Processes(), {}, {})
     (folder / "rank-0" / "run.json").write_text(content)
     with pytest.raises(CAPError, match=r"run.json cannot be read: remove .*state and begin anew"):
         CollectionState(Checkpointing(folder, 8, resume=True), Processes(), {}, {})
 
 
+LIVING = """
+import sys
+from pathlib import Path
+from cap_hf.collection.state import Checkpointing, CollectionState
+from cap_hf.distributed.processes import Processes
+
+state = CollectionState(Checkpointing(Path(sys.argv[1]), 8), Processes(), {}, {})
+print("there", flush=True)
+sys.stdin.read()
+state.remove()
+"""
+
+
 def test_a_run_that_lives_keeps_its_folder(tmp_path):
     folder = tmp_path / "state"
-    first = CollectionState(Checkpointing(folder, 8), Processes(), {}, {})
+    root = Path(__file__).parents[2]
+    other = subprocess.Popen(
+        [sys.executable, "-c", LIVING, str(folder)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(root)},
+    )
+    assert other.stdout.readline().strip() == "there"
     for resume in (False, True):
         with pytest.raises(CAPError, match="another run is using .*state: wait for it"):
             CollectionState(Checkpointing(folder, 8, resume), Processes(), {}, {})
-    first.remove()
+    other.communicate(timeout=60)
+    assert not folder.exists()
+    CollectionState(Checkpointing(folder, 8), Processes(), {}, {}).remove()
     assert not folder.exists()
 
 
 def test_a_state_of_more_processes_is_not_begun_over(tmp_path):
     folder = tmp_path / "state"
-    CollectionState(Checkpointing(folder, 8), Processes(), {}, {})._lock.close()
+    CollectionState(Checkpointing(folder, 8), Processes(), {}, {})
     (folder / "rank-0").rename(folder / "rank-1")
     with pytest.raises(CAPError, match="go on with --resume, or remove it"):
         CollectionState(Checkpointing(folder, 8), Processes(), {}, {})
