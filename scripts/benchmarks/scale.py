@@ -25,6 +25,7 @@ from results import Results
 from torch.nn import functional as F
 
 from cap_hf import CAPCompressor, CAPConfig
+from cap_hf.report import reset_peak_memory
 
 # (blocks, block size) of the measured eliminations; the first is the Fisher's too.
 SHAPES = ((2048, 192), (256, 768))
@@ -128,6 +129,8 @@ def print_memory(name: str) -> None:
     warm_up.inverse(slice(0, 1), DAMP)
     generator = torch.Generator().manual_seed(1)
     weights = torch.randn(num_blocks, size, generator=generator)
+    # What the imports took for a moment is no part of it.
+    reset_peak_memory()
     before = resident("VmRSS")
     if name == "published":
         fisher = published.WoodburyFisher(num_blocks, size, 16, DAMP)
