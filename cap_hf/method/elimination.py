@@ -57,13 +57,22 @@ def invert(fisher: torch.Tensor) -> torch.Tensor:
     else:
         factor, info = torch.linalg.cholesky_ex(fisher)
         inverse = None if info.any() else torch.cholesky_inverse(factor)
+    check_factors(fisher, info)
+    return inverse
+
+
+def check_factors(fisher: torch.Tensor, info: torch.Tensor) -> None:
+    """Raise a NotInvertibleError for the first block that could not be factorised, whole or without some entries.
+
+    Args:
+        fisher: `(n, B, B)`. What lifts the eigenvalues of a block lifts those of any part of it as well.
+        info: `(n,)`, 0 where the factorisation went well, as LAPACK gives it.
+    """
     if info.any():
         block = int(info.nonzero()[0, 0])
         eigenvalues = torch.linalg.eigvalsh(fisher[block])
         # Enough to lift the lowest eigenvalue well above what float64 loses.
-        damp = float(-2 * eigenvalues[0].clamp(max=0) + 1e-10 * eigenvalues[-1].abs())
-        raise NotInvertibleError(block, damp)
-    return inverse
+        raise NotInvertibleError(block, float(-2 * eigenvalues[0].clamp(max=0) + 1e-10 * eigenvalues[-1].abs()))
 
 
 def decouple(fisher: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:

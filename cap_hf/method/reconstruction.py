@@ -2,7 +2,7 @@
 
 import torch
 
-from cap_hf.method.elimination import NotInvertibleError, has_kernels, select_symmetric
+from cap_hf.method.elimination import check_factors, has_kernels, select_symmetric
 
 
 def reconstruct(weights: torch.Tensor, fisher: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
@@ -24,8 +24,7 @@ def reconstruct(weights: torch.Tensor, fisher: torch.Tensor, keep: torch.Tensor)
     """
     if has_kernels(weights):
         result, info = torch.ops.cap_hf.reconstruct(weights, fisher, keep)
-        if info.any():
-            raise NotInvertibleError(int(info.nonzero()[0, 0]), float(fisher.diagonal(dim1=-2, dim2=-1).max()) * 1e-10)
+        check_factors(fisher, info)
         return result
     counts = keep.sum(dim=1)
     width = int(counts.max()) if len(counts) else 0
@@ -40,8 +39,7 @@ def reconstruct(weights: torch.Tensor, fisher: torch.Tensor, keep: torch.Tensor)
     system.diagonal(dim1=-2, dim2=-1).masked_fill_(~real, 1.0)
     right = pull.gather(1, index).masked_fill_(~real, 0.0)[..., None]
     factor, info = torch.linalg.cholesky_ex(system)
-    if info.any():
-        raise NotInvertibleError(int(info.nonzero()[0, 0]), float(fisher.diagonal(dim1=-2, dim2=-1).max()) * 1e-10)
+    check_factors(fisher, info)
     moves = torch.cholesky_solve(right, factor)[..., 0]
     return weights.masked_fill(~keep, 0.0).scatter_add(1, index, moves.masked_fill_(~real, 0.0))
 

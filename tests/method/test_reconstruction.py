@@ -51,3 +51,5 @@ def test_survivors_that_cannot_be_solved_for_name_their_block():
     with pytest.raises(NotInvertibleError) as caught:
         reconstruct(weights, fisher, keep)
     assert caught.value.block == 1
+    damped = fisher + caught.value.damp * torch.eye(4, dtype=torch.float64)
+    assert reconstruct(weights, damped, keep).isfinite().all()
