@@ -1,10 +1,10 @@
 """Streams a part of a split: some examples from each of many places in it, so that few bytes show much of it.
 
-A dataset may lie in the order of its classes, and the first examples of a file are then all alike. A *place* is what can
-be begun in the middle of a dataset without what stands before it: a row group of a parquet file, else a shard (a tar, or
-a group of files). The seed fixes the order of the places. `PLACES` of them are open at a time and give an example each in
-turn; of a parquet file only the columns and pages that are read are fetched. What comes is a matter of the dataset
-and the seed alone, never of how fast the network is.
+A dataset may lie in the order of its classes, and the first examples of a file are then all alike. A *place* is what
+can be begun in the middle of a dataset without what stands before it: a row group of a parquet file, else a shard (a
+tar, or a group of files). The seed fixes the order of the places. `PLACES` of them are open at a time and give an
+example each in turn; of a parquet file only the columns and pages that are read are fetched. What comes is a matter of
+the dataset and the seed alone, never of how fast the network is.
 """
 
 from collections.abc import Callable, Generator, Iterator
@@ -29,7 +29,7 @@ PLACES = 32
 # A dataset of more shards than this (images that are files of their own) is cut into so many groups of shards.
 MAX_GROUPS = 1000
 # Bytes that are asked for at a time within a parquet file, whose pages have up to 1 MB; datasets asks for 5 MB.
-BLOCK_BYTES = 1 << 17
+BLOCK_BYTES = 1 << 16
 ROWS = 8
 
 
