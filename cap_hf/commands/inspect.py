@@ -27,7 +27,7 @@ def main(argv: list[str]) -> None:
     # Imported here, because the arguments are checked before these take their seconds.
     from cap_hf.checkpoints.atomic import write_json
     from cap_hf.checkpoints.folder import read_report
-    from cap_hf.checkpoints.loading import check_folder, load_classifier, local_folder
+    from cap_hf.checkpoints.loading import check_folder, load_checkpoint, local_folder
     from cap_hf.checkpoints.weights import measure
     from cap_hf.masks import describe_masks, differing_layers, find_pattern, take_masks
     from cap_hf.targets import find_targets, summarize
@@ -37,7 +37,7 @@ def main(argv: list[str]) -> None:
     )
     files, stated = check_folder(folder, model_args.trust_remote_code), read_report(folder)
     dense_bytes, compressed_bytes = measure(folder)
-    model = load_classifier(folder, model_args.trust_remote_code, "float32")
+    model = load_checkpoint(folder, model_args.trust_remote_code, "float32")
     targets = find_targets(model, config.fisher_block_size, args.include, args.exclude)
     masks = take_masks(targets)
     layers = describe_masks(targets)
