@@ -68,7 +68,7 @@ def image_shape(model: nn.Module) -> tuple[int, int, int]:
     return getattr(config, "num_channels", 0), height, width
 
 
-def see(model: nn.Module, batch: Mapping[str, torch.Tensor], **options: Any) -> Any:
+def see(model: nn.Module, batch: Mapping[str, torch.Tensor], through: nn.Module | None = None, **options: Any) -> Any:
     """Return what a model makes of images: its outputs, those of its vision tower where it also reads something else.
 
     What a tower pools is projected as its model does it (CLIP, arXiv 2103.00020, section 2.3). Models that were trained
@@ -77,6 +77,7 @@ def see(model: nn.Module, batch: Mapping[str, torch.Tensor], **options: Any) -> 
     Args:
         model: of transformers, or any module that takes `pixel_values`.
         batch: what it is called with, `pixel_values` and what else its image processor makes; labels are left out.
+        through: what is called in place of the tower, such as a wrapper of it that sums gradients over processes.
         options: further arguments, such as `output_hidden_states`.
 
     Raises:
@@ -87,7 +88,8 @@ def see(model: nn.Module, batch: Mapping[str, torch.Tensor], **options: Any) -> 
     with unmasked(tower) as noise:
         if noise is not None:
             inputs["noise"] = noise(inputs["pixel_values"])
-        outputs = tower(**inputs, **options)
+        call = tower if through is None else through
+        outputs = call(**inputs, **options)
     project = getattr(model, "visual_projection", None)
     if tower is not model and isinstance(project, nn.Linear) and getattr(outputs, "pooler_output", None) is not None:
         outputs["pooler_output"] = project(outputs["pooler_output"])

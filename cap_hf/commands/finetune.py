@@ -36,6 +36,7 @@ from cap_hf.recovery.trainer import SparseTrainer
 from cap_hf.recovery.training_arguments import SparseTrainingArguments
 from cap_hf.report import Phases, versions
 from cap_hf.targets import find_targets
+from cap_hf.towers import is_classifier
 
 logger = logging.getLogger(__name__)
 
@@ -79,7 +80,9 @@ def main(argv: list[str]) -> None:
                 training_args,
                 teacher=teacher,
                 prune=pruner,
-                train_dataset=ImageDataset(splits["train"], image_processor, model.config, data_args).need_labels(),
+                train_dataset=ImageDataset(
+                    splits["train"], image_processor, model.config, data_args, is_classifier(model)
+                ),
                 eval_dataset=evaluation,
                 data_collator=collate,
                 processing_class=image_processor,

@@ -58,7 +58,7 @@ class BatchAugmentation(nn.Module):
     Args:
         preset: how strong.
         image_processor: the model's: its mean and standard deviation, because kornia wants pixels in [0, 1].
-        num_labels: classes, for mixed labels.
+        num_labels: classes, for mixed labels; 0 of a model without a head.
     """
 
     mean: torch.Tensor
@@ -85,10 +85,12 @@ class BatchAugmentation(nn.Module):
         self.rand_augment: nn.Module | None = None
 
     @torch.no_grad()
-    def forward(self, pixel_values: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(
+        self, pixel_values: torch.Tensor, labels: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return augmented `pixel_values (b, channels, h, w)`, and `labels (b,)` as shares `(b, classes)`.
 
-        A label of -100 is none: its shares are 0.
+        A label of -100 is none: its shares are 0. Without labels, or classes, images are augmented alone, never mixed.
         """
         dtype = pixel_values.dtype
         images = (pixel_values.float() * self.std + self.mean).clamp(0, 1)
@@ -97,7 +99,9 @@ class BatchAugmentation(nn.Module):
         for augment in (self.crop, self.flip, self.rand_augment, self.erasing):
             if augment is not None:
                 images = augment(images)
-        images, targets = self._mix(images, labels)
+        targets = None
+        if labels is not None and self.num_labels:
+            images, targets = self._mix(images, labels)
         return ((images.clamp(0, 1) - self.mean) / self.std).to(dtype), targets
 
     def _make_spatial(self, images: torch.Tensor) -> None:
@@ -144,7 +148,7 @@ def make_augmentation(name: str, image_processor: Any, num_labels: int, flip: bo
     Args:
         name: one of `PRESETS`.
         image_processor: the model's.
-        num_labels: of the model.
+        num_labels: of the model; 0 where it has no head.
         flip: False where a mirrored image means something else, as with digits.
 
     Raises:

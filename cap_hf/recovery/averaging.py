@@ -27,8 +27,17 @@ class WeightAverage:
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
+        average = get_ema_multi_avg_fn(decay)
+
+        def update(averages: list[torch.Tensor], values: list[torch.Tensor], count: torch.Tensor | int) -> None:
+            # torch would round the average of whole numbers, such as the ids of positions, towards 0.
+            if averages[0].is_floating_point():
+                average(averages, values, count)
+            else:
+                torch._foreach_copy_(averages, values)
+
         # Running statistics of batch norms are averaged as well: they belong to the weights.
-        self.averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
+        self.averaged = AveragedModel(model, multi_avg_fn=update, use_buffers=True)
         self.averaged.requires_grad_(False)
 
     @property

@@ -19,6 +19,7 @@ from cap_hf.recovery.mask_holder import count_zeros
 from cap_hf.recovery.schedules import SparsitySchedule
 from cap_hf.report import PruneReport
 from cap_hf.targets import find_targets
+from cap_hf.towers import is_classifier, vision_config
 
 
 @dataclass
@@ -62,7 +63,11 @@ class GradualPruner:
             resources: memory and passes of a step.
         """
         examples = calibration_split(split, config.num_grads * config.samples_per_grad, config.seed)
-        dataset = ImageDataset(examples, image_processor, model.config, data_args).need_labels()
+        head = is_classifier(model)
+        shown = model.config if head else vision_config(model) or model.config
+        dataset = ImageDataset(examples, image_processor, shown, data_args, has_head=head)
+        if config.fisher_loss == "labels":
+            dataset.need_labels()
         loader = make_dataloader(dataset, whole_groups(batch_size, config), data_args.dataloader_num_workers)
         return cls(loader, config, disable_tqdm, resources)
 

@@ -1,6 +1,6 @@
-"""What a recovery learns from: the labels, a teacher's logits and its hidden states."""
+"""What a recovery learns from: the labels, a teacher's logits, its features and its hidden states."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch.nn import functional as F
@@ -55,6 +55,26 @@ def hidden_state_loss(student: Sequence[torch.Tensor], teacher: Sequence[torch.T
         F.mse_loss(own.float(), other) / other.square().mean().clamp_min(torch.finfo(torch.float32).tiny)
         for own, other in zip(student, teacher, strict=True)
     ]
+    return torch.stack(losses).mean()
+
+
+def feature_loss(student: Mapping[str, torch.Tensor], teacher: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """Return the share of a teacher's features that the student misses: `|s - t|^2 / |t - mean t|^2`, mean over parts.
+
+    The mean is each channel's, over the images and positions of the batch. What all images have in common tells none
+    from another and would only make the error look small; of a student that gives every image the same mean the loss
+    is 1. Channels are not scaled one by one, as those who compare features by distance or cosine do not scale them.
+
+    Args:
+        student: `(b, n, d)` of each part.
+        teacher: the same parts, or more. The variance is the unbiased one, so that the loss does not depend on the size
+            of the batch; where there is one image and one position, which has none, `|t|^2` takes its place.
+    """
+    losses = []
+    for name, part in student.items():
+        own, target = part.float().flatten(0, 1), teacher[name].float().flatten(0, 1)
+        spread = target.var(dim=0) if len(target) > 1 else target.square()
+        losses.append(F.mse_loss(own, target) / spread.mean().clamp_min(torch.finfo(torch.float32).tiny))
     return torch.stack(losses).mean()
 
 

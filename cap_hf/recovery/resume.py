@@ -1,5 +1,6 @@
 """The Trainer's own checkpoints, which a run that was killed goes on from."""
 
+import inspect
 import json
 import re
 import shutil
@@ -75,10 +76,14 @@ def load_weights(model: PreTrainedModel, checkpoint: str) -> None:
     Raises:
         CAPError: the checkpoint cannot be loaded, or is another model's.
     """
+    options = {}
+    # A backbone that was loaded without a pooler is saved without one.
+    if getattr(model, "pooler", True) is None and "add_pooling_layer" in inspect.signature(type(model)).parameters:
+        options["add_pooling_layer"] = False
     try:
         # A pair, which transformers' types do not tell of.
         pair: Any = type(model).from_pretrained(
-            checkpoint, dtype=model.dtype, use_safetensors=True, output_loading_info=True
+            checkpoint, dtype=model.dtype, use_safetensors=True, output_loading_info=True, **options
         )
         loaded, info = pair
         lost = sorted(map(str, (*info["missing_keys"], *info["mismatched_keys"])))

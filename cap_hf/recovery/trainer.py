@@ -1,12 +1,13 @@
 """Extend transformers' Trainer: keep zeros, prune on a schedule, learn from a teacher."""
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
-from transformers import PretrainedConfig, PreTrainedModel, Trainer
+from transformers import PreTrainedModel, Trainer
 from transformers.trainer_utils import EvalLoopOutput, SchedulerType, TrainOutput
 from transformers.training_args import OptimizerNames
 
@@ -15,10 +16,11 @@ from cap_hf.outputs import label_names
 from cap_hf.recovery.augmentation import PRESETS, make_augmentation
 from cap_hf.recovery.averaging import WeightAverage
 from cap_hf.recovery.callbacks import AveragingCallback, MaskCallback, PruneStep, PruningCallback
-from cap_hf.recovery.distillation import Teacher, check_labels, check_outputs, check_returns
+from cap_hf.recovery.distillation import check_returns
 from cap_hf.recovery.gradual import GradualPruner
-from cap_hf.recovery.losses import NO_LABEL, hidden_state_loss, label_loss, logit_loss, student_logits
+from cap_hf.recovery.losses import NO_LABEL
 from cap_hf.recovery.mask_holder import MaskHolder
+from cap_hf.recovery.objective import FeatureObjective, check_task, make_objective
 from cap_hf.recovery.precision import check_bfloat16
 from cap_hf.recovery.resume import choose_checkpoint, load_weights
 from cap_hf.recovery.schedules import cyclic_linear
@@ -32,12 +34,16 @@ class SparseTrainer(Trainer):
     Masks come from the model: a weight that is exactly 0 when training begins stays 0. They are verified whenever
     the model is saved. With `args.sparsity_schedule` the model is pruned further while it trains, with `teacher` it
     learns from a dense one, with `args.ema_decay` it ends as the average of its weights; everything else is the
-    Trainer's own. Examples labelled -100 have no label: with a teacher they learn from it alone.
+    Trainer's own. Examples without labels, or labelled -100, learn from the teacher alone.
+
+    A model without a head learns the teacher's features and hidden states, whatever labels there are. Of one that also
+    reads, such as CLIP, the vision tower alone is trained; the rest stays as it is, and the whole is saved.
 
     Args:
-        model: an image classifier, dense or sparse.
+        model: an image classifier, a backbone or a model with a vision tower, dense or sparse.
         args: SparseTrainingArguments.
-        teacher: a dense model with the same labels, another object than the model; frozen and never saved.
+        teacher: a dense model with the same labels or, for a model without a head, with features of the same shapes;
+            another object than the model, frozen and never saved.
         prune: what a pruning step of the schedule calls, such as `cap_hf.GradualPruner`.
         **kwargs: the Trainer's; `processing_class`, the image processor, is needed for augmentation.
 
@@ -65,10 +71,11 @@ class SparseTrainer(Trainer):
         if teacher is model:
             raise CAPError("the teacher is the model itself, and a teacher is frozen: load it a second time")
         check_returns(model, "model")
-        if not (args.distillation_weight or args.hidden_state_weight):
-            teacher = None
+        self.label_smoothing = args.label_smoothing_factor or PRESETS[args.augmentation].label_smoothing
+        self.objective = make_objective(model, teacher, args, self.label_smoothing)
+        self.teacher = self.objective.teacher
         if args.device.type == "cpu":
-            asked = {"--bf16": args.bf16, "--teacher_bf16": args.teacher_bf16 and teacher is not None}
+            asked = {"--bf16": args.bf16, "--teacher_bf16": args.teacher_bf16 and self.teacher is not None}
             if any(asked.values()):
                 check_bfloat16([name for name, value in asked.items() if value])
         super().__init__(model, args, **kwargs)
@@ -89,39 +96,38 @@ class SparseTrainer(Trainer):
                 PruningCallback(self.masks, args.schedule, prune, self.accelerator, self.average, self.log)
             )
 
-        self.augmentation = make_augmentation(
-            args.augmentation, self.processing_class, len(label_names(model.config)), args.random_flip
-        )
+        learns_features = isinstance(self.objective, FeatureObjective)
+        num_labels = 0 if learns_features else len(label_names(model.config))
+        self.augmentation = make_augmentation(args.augmentation, self.processing_class, num_labels, args.random_flip)
         if self.augmentation is not None:
             self.augmentation.to(args.device)
-        self.label_smoothing = args.label_smoothing_factor or PRESETS[args.augmentation].label_smoothing
-        self.teacher = None if teacher is None else self._make_teacher(teacher)
         # Classes with DeiT's distillation token take no labels and return no loss.
-        self.takes_labels = bool(self.label_names)
-        self.label_names = self.label_names or ["labels"]
+        self.takes_labels = bool(self.label_names) and not learns_features
+        self.label_names = [] if learns_features else self.label_names or ["labels"]
         self.own_loss = self.teacher is not None or self.augmentation is not None or not self.takes_labels
+        if self.teacher is not None:
+            self.can_return_loss = True
+            example = self._example()
+            if example is not None:
+                self.objective.check(example)
         if self.own_loss:
-            check_task(model.config)
+            if not learns_features:
+                check_task(model.config)
             if self.compute_loss_func is not None:
                 raise CAPError("compute_loss_func would replace what a teacher and augmentation add to the loss")
             # A mean over each batch, which the Trainer then divides by the accumulation steps.
             self.model_accepts_loss_kwargs = False
 
-    def _make_teacher(self, model: PreTrainedModel) -> Teacher:
-        args = self.args
-        check_returns(model, "teacher")
-        check_labels(self.model.config, model.config)
-        teacher = Teacher(model, args.device, args.teacher_bf16)
-        # A dataset that can only be iterated over is not begun for a check.
+    def _example(self) -> dict[str, torch.Tensor] | None:
+        """Return the inputs of one image to train on; None of a dataset that can only be iterated over, not begun."""
         dataset: Any = self.train_dataset
-        if hasattr(dataset, "__getitem__"):
-            example = dataset[0]
-            # Some datasets leave the pixels to the collator.
-            batch = example if "pixel_values" in example else self.data_collator([example])
-            pixels = torch.as_tensor(batch["pixel_values"])
-            pixels = pixels if pixels.dim() == 4 else pixels[None]
-            check_outputs(self.model, teacher, pixels, args.hidden_state_weight > 0)
-        return teacher
+        if not hasattr(dataset, "__getitem__"):
+            return None
+        example = dataset[0]
+        # Some datasets leave the pixels to the collator.
+        batch = example if "pixel_values" in example else self.data_collator([example])
+        pixels = torch.as_tensor(batch["pixel_values"])
+        return {"pixel_values": pixels if pixels.dim() == 4 else pixels[None]}
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
         """Train as the Trainer does; `resume_from_checkpoint=True` skips checkpoints that a crash left half written."""
@@ -130,7 +136,9 @@ class SparseTrainer(Trainer):
             self.average.restart()
             if resume_from_checkpoint:
                 self.average.load(resume_from_checkpoint)
-        outcome = super().train(resume_from_checkpoint, *args, **kwargs)
+        objective = self.objective
+        with objective.student.trained() if isinstance(objective, FeatureObjective) else nullcontext():
+            outcome = super().train(resume_from_checkpoint, *args, **kwargs)
         check_finite(self.model)
         return outcome
 
@@ -168,28 +176,26 @@ class SparseTrainer(Trainer):
         """Return the Trainer's loss; in training with a teacher or augmentation the weighted sum of its parts."""
         recovering = model.training and self.own_loss
         # The model's own loss of a batch without any label is 0 / 0.
-        unlabelled = bool((torch.as_tensor(inputs.get("labels", 0)) == NO_LABEL).all())
-        if self.takes_labels and not recovering and not unlabelled:
+        if self.takes_labels and not recovering and has_labels(inputs, self.label_names):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         inputs = dict(inputs)
-        labels = inputs.pop("labels")
+        labels = inputs.pop("labels", None)
         if recovering and self.augmentation is not None:
             inputs["pixel_values"], labels = self.augmentation(inputs["pixel_values"], labels)
-        matches_hidden = recovering and self.teacher is not None and self.args.hidden_state_weight > 0
-        outputs = model(**inputs, output_hidden_states=matches_hidden)
-        smoothing = self.label_smoothing if recovering else 0.0
-        if recovering and self.teacher is not None:
-            hard, soft = student_logits(outputs)
-            teacher_logits, teacher_states = self.teacher(inputs["pixel_values"], matches_hidden)
-            args = self.args
-            loss = args.hard_label_weight * label_loss(hard, labels, smoothing)
-            loss = loss + args.distillation_weight * logit_loss(soft, teacher_logits, args.distillation_temperature)
-            if matches_hidden:
-                states = hidden_state_loss(outputs["hidden_states"], teacher_states)
-                loss = loss + args.hidden_state_weight * states
-        else:
-            loss = label_loss(outputs["logits"], labels, smoothing)
-        return (loss, {"loss": loss, "logits": outputs["logits"]}) if return_outputs else loss
+        loss, outputs = self.objective(model, inputs, labels, recovering)
+        return (loss, {"loss": loss, **outputs}) if return_outputs else loss
+
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+        """Evaluate a batch as the Trainer does; of images alone the loss is the teacher's, where there is one."""
+        names = self.label_names
+        if not any(name in inputs for name in names):
+            self.label_names = []
+        try:
+            return super().prediction_step(model, inputs, *args, **kwargs)
+        finally:
+            self.label_names = names
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         """Evaluate as the Trainer does, the averaged weights where there are any."""
@@ -222,12 +228,10 @@ class SparseTrainer(Trainer):
             self.average.load(best)
 
 
-def check_task(config: PretrainedConfig) -> None:
-    """Raise a CAPError unless a model picks one label of several, which is what the losses of recovery are made for."""
-    num_labels = len(label_names(config))
-    if num_labels < 2 or config.problem_type not in (None, "single_label_classification"):
-        task = config.problem_type or f"a task of {num_labels} label"
-        raise CAPError(f"a teacher and augmentation are for models that pick one label of several, not for {task}")
+def has_labels(inputs: dict[str, Any], names: list[str]) -> bool:
+    """Return whether a batch has labels under any of the names; -100 is none."""
+    found = [torch.as_tensor(inputs[name]) for name in names if name in inputs and not isinstance(inputs[name], list)]
+    return any((each != NO_LABEL).any() for each in found) or any(isinstance(inputs.get(name), list) for name in names)
 
 
 def check_finite(model: nn.Module) -> None:

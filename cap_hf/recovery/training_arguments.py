@@ -44,8 +44,15 @@ class SparseTrainingArguments(TrainingArguments):
         default=1.0, metadata={"help": "Weight of the divergence from the teacher's logits, where there is a teacher."}
     )
     distillation_temperature: float = field(default=2.0, metadata={"help": "Temperature of that divergence."})
-    hidden_state_weight: float = field(
-        default=0.0, metadata={"help": "Weight of the normalised MSE to the teacher's hidden states."}
+    feature_weight: float = field(
+        default=1.0,
+        metadata={"help": "Weight of the error of the features to the teacher's, of a model without a head."},
+    )
+    hidden_state_weight: float | None = field(
+        default=None,
+        metadata={
+            "help": "Weight of the normalised MSE to the teacher's hidden states. Default: 0 with a head, 1 without."
+        },
     )
     teacher_bf16: bool = field(default=False, metadata={"help": "Run the teacher in bfloat16."})
     augmentation: str = field(
@@ -79,10 +86,12 @@ class SparseTrainingArguments(TrainingArguments):
             "weight_decay",
             "hard_label_weight",
             "distillation_weight",
+            "feature_weight",
             "hidden_state_weight",
         ):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise CAPError(f"{name}={getattr(self, name)} must be 0 or greater, and finite")
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < float("inf"):
+                raise CAPError(f"{name}={value} must be 0 or greater, and finite")
         if not 0 < self.distillation_temperature < float("inf"):
             raise CAPError(f"distillation_temperature={self.distillation_temperature} must be greater than 0")
         if not 0 < self.cycle_peak_decay <= 1:

@@ -1,7 +1,17 @@
 """Small models without a head, and one that also reads text."""
 
 import torch
-from transformers import CLIPConfig, CLIPModel, Dinov2Config, Dinov2Model, set_seed
+from transformers import (
+    CLIPConfig,
+    CLIPModel,
+    ConvNextConfig,
+    ConvNextModel,
+    Dinov2Config,
+    Dinov2Model,
+    ViTMAEConfig,
+    ViTMAEForPreTraining,
+    set_seed,
+)
 
 TINY = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
 IMAGE = {"image_size": 8, "patch_size": 4, "num_channels": 3}
@@ -29,3 +39,16 @@ def moved(model):
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
     return model.eval()
+
+
+def tiny_convnext() -> ConvNextModel:
+    """Return a convolutional backbone for images of 32 pixels, in eval mode."""
+    set_seed(0)
+    return moved(ConvNextModel(ConvNextConfig(depths=[1, 1], hidden_sizes=[8, 16], num_stages=2)))
+
+
+def tiny_mae() -> ViTMAEForPreTraining:
+    """Return a masked autoencoder with its decoder, in eval mode."""
+    set_seed(0)
+    sizes = {f"decoder_{name}": value for name, value in TINY.items()}
+    return moved(ViTMAEForPreTraining(ViTMAEConfig(**TINY, **IMAGE, **sizes)))

@@ -56,12 +56,7 @@ def tiny_vit(seed: int = 0, **changes):
 
 def sparse_vit(share: float = 0.6, seed: int = 0, **changes):
     """A ViT with the smallest weights of every target at 0."""
-    model = tiny_vit(seed, **changes)
-    with torch.no_grad():
-        for target in find_targets(model):
-            smallest = target.weight.abs().flatten().argsort()[: round(share * target.weight.numel())]
-            target.weight.view(-1)[smallest] = 0
-    return model
+    return sparse(tiny_vit(seed, **changes), share)
 
 
 def examples(count: int = 48, channels: int = 1, size: int = 8):
@@ -76,8 +71,22 @@ def examples(count: int = 48, channels: int = 1, size: int = 8):
     return [{"pixel_values": image, "labels": label} for image, label in zip(images, labels, strict=True)]
 
 
+def images(count: int = 48, size: int = 8):
+    """Images in colour, without labels."""
+    return [{"pixel_values": each["pixel_values"]} for each in examples(count, 3, size)]
+
+
 def image_processor():
     return ViTImageProcessorPil(size={"height": 8, "width": 8}, image_mean=[0.5], image_std=[0.5], do_convert_rgb=False)
+
+
+def sparse(model, share: float = 0.5):
+    """The model with the smallest weights of every target at 0."""
+    with torch.no_grad():
+        for target in find_targets(model):
+            smallest = target.weight.abs().flatten().argsort()[: round(share * target.weight.numel())]
+            target.weight.view(-1)[smallest] = 0
+    return model
 
 
 def zeros(model):
