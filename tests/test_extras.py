@@ -7,7 +7,7 @@ from support.inference import make_vit
 from support.recovery import image_processor
 
 from cap_hf import CAPError, export_onnx, quantize_int8
-from cap_hf.data.images import load_digits
+from cap_hf.data.splits import load_digits
 from cap_hf.extras import need
 from cap_hf.hub.picture import draw_sparsity
 from cap_hf.inference.plot import draw_benchmark

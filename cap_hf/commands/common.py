@@ -13,7 +13,8 @@ from transformers import AutoImageProcessor, PreTrainedModel
 from cap_hf.checkpoints.loading import load_checkpoint, only_errors
 from cap_hf.commands.arguments import ModelArguments
 from cap_hf.data.arguments import DataArguments
-from cap_hf.data.images import ImageDataset, load_splits
+from cap_hf.data.images import ImageDataset
+from cap_hf.data.splits import load_splits
 from cap_hf.errors import CAPError, reason
 
 logger = logging.getLogger(__name__)
@@ -49,7 +50,11 @@ def load_image_processor(args: ModelArguments) -> Any:
 
 
 def load_all(
-    model_args: ModelArguments, data_args: DataArguments, seed: int, needed: Sequence[str] = ("train", "eval")
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    seed: int,
+    needed: Sequence[str] = ("train", "eval"),
+    train_examples: int | None = None,
 ) -> tuple[PreTrainedModel, Any, dict[str, Any]]:
     """Return a model, its image processor and the splits of the data that are needed, unprocessed.
 
@@ -58,12 +63,17 @@ def load_all(
     """
     transformers.set_seed(seed)
     model = load_model(model_args)
-    return model, load_image_processor(model_args), load_splits(data_args, seed, model_args.token, needed)
+    splits = load_splits(data_args, seed, model_args.token, needed, train_examples)
+    return model, load_image_processor(model_args), splits
 
 
 def eval_dataset(splits: dict, image_processor: Any, model: PreTrainedModel, args: DataArguments) -> ImageDataset:
-    """Return the eval split as the model's inputs."""
-    return ImageDataset(splits["eval"], image_processor, model.config, args)
+    """Return the eval split as the model's inputs.
+
+    Raises:
+        CAPError: as `ImageDataset`, or it has no labels.
+    """
+    return ImageDataset(splits["eval"], image_processor, model.config, args).need_labels()
 
 
 def where_to_load(args: ModelArguments) -> dict[str, Any]:

@@ -46,7 +46,8 @@ def demo(args: DemoArguments) -> None:
     from cap_hf.commands.digits import check_loaded, recover, train_dense
     from cap_hf.compressor import CAPCompressor
     from cap_hf.data.evaluation import evaluate_model
-    from cap_hf.data.images import ImageDataset, calibration_split, load_splits, make_dataloader
+    from cap_hf.data.images import ImageDataset, calibration_split, make_dataloader
+    from cap_hf.data.splits import load_splits
     from cap_hf.distributed.accelerator import make_accelerator
     from cap_hf.report import Phases, versions
 

@@ -79,7 +79,7 @@ def main(argv: list[str]) -> None:
                 training_args,
                 teacher=teacher,
                 prune=pruner,
-                train_dataset=ImageDataset(splits["train"], image_processor, model.config, data_args),
+                train_dataset=ImageDataset(splits["train"], image_processor, model.config, data_args).need_labels(),
                 eval_dataset=evaluation,
                 data_collator=collate,
                 processing_class=image_processor,

@@ -80,11 +80,15 @@ def prune(
     accelerator, phases = make_accelerator(), Phases()
     with phases("load"):
         model, image_processor, splits = load_all(
-            model_args, data_args, config.seed, ["train", "eval"] if args.do_eval else ["train"]
+            model_args,
+            data_args,
+            config.seed,
+            ["train", "eval"] if args.do_eval else ["train"],
+            config.num_grads * config.samples_per_grad,
         )
         compressor = CAPCompressor(model, config, accelerator, args.disable_tqdm, resources, len(sparsities))
         examples = calibration_split(splits["train"], config.num_grads * config.samples_per_grad, config.seed)
-        calibration = ImageDataset(examples, image_processor, model.config, data_args)
+        calibration = ImageDataset(examples, image_processor, model.config, data_args).need_labels()
         batch_size = whole_groups(args.per_device_batch_size, config)
         train_loader = make_dataloader(calibration, batch_size, data_args.dataloader_num_workers)
         evaluation = eval_dataset(splits, image_processor, model, data_args) if args.do_eval else None

@@ -25,8 +25,23 @@ class DataArguments:
     label_column_name: str = field(default="label", metadata={"help": "Column of the labels."})
     max_train_samples: int | None = field(default=None, metadata={"help": "Use at most this many train examples."})
     max_eval_samples: int | None = field(default=None, metadata={"help": "Use at most this many eval examples."})
+    streaming: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Fetch only the examples that are needed and keep them. Default: for a dataset on the Hub, unless "
+            "its whole train split is needed."
+        },
+    )
+    shuffle_buffer_size: int = field(
+        default=0,
+        metadata={
+            "help": "Examples of a stream that the next one is drawn from: so many more are read. For datasets of few "
+            "files whose neighbours are alike."
+        },
+    )
     dataloader_num_workers: int = field(default=0, metadata={"help": "Processes that load images."})
 
     def __post_init__(self) -> None:
-        if self.dataloader_num_workers < 0:
-            raise CAPError(f"dataloader_num_workers={self.dataloader_num_workers} must be at least 0")
+        for name in ("dataloader_num_workers", "shuffle_buffer_size"):
+            if getattr(self, name) < 0:
+                raise CAPError(f"{name}={getattr(self, name)} must be at least 0")

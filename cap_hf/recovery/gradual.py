@@ -62,7 +62,7 @@ class GradualPruner:
             resources: memory and passes of a step.
         """
         examples = calibration_split(split, config.num_grads * config.samples_per_grad, config.seed)
-        dataset = ImageDataset(examples, image_processor, model.config, data_args)
+        dataset = ImageDataset(examples, image_processor, model.config, data_args).need_labels()
         loader = make_dataloader(dataset, whole_groups(batch_size, config), data_args.dataloader_num_workers)
         return cls(loader, config, disable_tqdm, resources)
 

@@ -8,7 +8,8 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification
 from cap_hf import CAPError
 from cap_hf.commands.digits import check_loaded, recover, train_dense
 from cap_hf.data.arguments import DataArguments
-from cap_hf.data.images import ImageDataset, load_splits, make_dataloader
+from cap_hf.data.images import ImageDataset, make_dataloader
+from cap_hf.data.splits import load_splits
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ from transformers import (
 from cap_hf.commands.main import main
 from cap_hf.config import CAPConfig
 from cap_hf.data.arguments import DataArguments
-from cap_hf.data.images import load_splits
+from cap_hf.data.splits import load_splits
 from cap_hf.masks import differing_layers
 from cap_hf.recovery.mask_holder import model_sparsity
 from cap_hf.recovery.resume import last_whole_checkpoint

@@ -19,6 +19,11 @@ def test_they_are_known_without_torch():
     assert done.stdout.strip() == "[]"
 
 
+def test_a_buffer_has_no_less_than_no_examples():
+    with pytest.raises(CAPError, match="shuffle_buffer_size=-1 must be at least 0"):
+        DataArguments(shuffle_buffer_size=-1)
+
+
 def test_fewer_than_no_workers_are_refused():
     with pytest.raises(CAPError, match="dataloader_num_workers=-1 must be at least 0"):
         DataArguments(dataloader_num_workers=-1)

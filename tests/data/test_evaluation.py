@@ -8,8 +8,10 @@ from sklearn.metrics import top_k_accuracy_score
 from support.models import build, random_batches
 from torch.nn import functional as F
 
+from cap_hf.data.arguments import DataArguments
 from cap_hf.data.evaluation import ImageClassificationMetric, evaluate_model
-from cap_hf.data.images import DataArguments, ImageDataset, load_splits, make_dataloader
+from cap_hf.data.images import ImageDataset, make_dataloader
+from cap_hf.data.splits import load_splits
 from cap_hf.errors import CAPError
 
 

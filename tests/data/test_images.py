@@ -7,15 +7,9 @@ import torch
 from PIL import Image
 from transformers import AutoImageProcessor, ViTConfig
 
-from cap_hf.data.images import (
-    DataArguments,
-    ImageDataset,
-    calibration_split,
-    collate,
-    label_ids,
-    load_splits,
-    make_dataloader,
-)
+from cap_hf.data.arguments import DataArguments
+from cap_hf.data.images import ImageDataset, calibration_split, collate, make_dataloader
+from cap_hf.data.splits import load_splits
 from cap_hf.errors import CAPError
 
 
@@ -68,34 +62,6 @@ def test_imagefolder_and_parquet(tmp_path, processor):
     assert torch.equal(batches[0]["pixel_values"], batches[1]["pixel_values"])
 
 
-def test_a_missing_split_is_named(tmp_path):
-    write_imagefolder(tmp_path, splits=("train",))
-    with pytest.raises(CAPError, match="no validation or test split, only train: .*--train_val_split"):
-        load_splits(DataArguments(dataset_name=str(tmp_path)))
-    splits = load_splits(DataArguments(dataset_name=str(tmp_path), train_val_split=0.5))
-    assert len(splits["train"]) == len(splits["eval"]) == 3
-    with pytest.raises(CAPError, match="train_val_split=2 is not between"):
-        load_splits(DataArguments(dataset_name=str(tmp_path), train_val_split=2))
-    with pytest.raises(CAPError, match="no split 'val'; it has train, test"):
-        load_splits(DataArguments(eval_split_name="val"))
-    with pytest.raises(CAPError, match="no split 'training'; it has train, test"):
-        load_splits(DataArguments(train_split_name="training"))
-
-
-def test_a_dataset_that_cannot_be_loaded_is_named(tmp_path):
-    with pytest.raises(CAPError, match="--dataset_name .*nowhere cannot be loaded"):
-        load_splits(DataArguments(dataset_name=str(tmp_path / "nowhere")))
-
-
-def test_limits_are_seeded_samples():
-    first = load_splits(DataArguments(max_eval_samples=20, max_train_samples=30), seed=1)
-    again = load_splits(DataArguments(max_eval_samples=20, max_train_samples=30), seed=1)
-    assert (len(first["train"]), len(first["eval"])) == (30, 20)
-    assert first["eval"]["label"][:] == again["eval"]["label"][:]
-    with pytest.raises(CAPError, match="max_eval_samples=0"):
-        load_splits(DataArguments(max_eval_samples=0))
-
-
 def test_columns_are_found_or_named(processor):
     split = load_splits(DataArguments())["eval"].rename_columns({"image": "img", "label": "digit"})
     config = config_of([str(d) for d in range(10)])
@@ -110,34 +76,39 @@ def test_columns_are_found_or_named(processor):
         ImageDataset(split, processor, config, DataArguments(image_column_name="digit"))
 
 
-def labelled(feature, values):
-    return datasets.Dataset.from_dict({"label": values}, features=datasets.Features(label=feature))
+def test_without_labels_there_are_only_pixels(processor):
+    split = load_splits(DataArguments())["eval"].remove_columns("label")
+    for has_head in (True, False):
+        dataset = ImageDataset(split, processor, config_of(["a", "b"]), DataArguments(), has_head)
+        assert not dataset.labelled
+        batch = next(iter(make_dataloader(dataset, 5)))
+        assert list(batch) == ["pixel_values"]
+        assert len(batch["pixel_values"]) == 5
+        with pytest.raises(CAPError, match="no column of labels among image: name one with --label_column_name"):
+            dataset.need_labels()
+    with pytest.raises(CAPError, match="there is no column 'digit': name one of image with --label_column_name"):
+        ImageDataset(split, processor, config_of(["a"]), DataArguments(label_column_name="digit"))
 
 
-def test_labels_that_are_not_the_models():
-    config = config_of(["a", "b", "c"])
-    names = datasets.ClassLabel(names=["c", "a", "b"])
-    assert label_ids(labelled(names, [0, 1, 2]), "label", config).tolist() == [2, 0, 1]
-    others = datasets.ClassLabel(names=["x", "y", "z"])
-    assert label_ids(labelled(others, [0, 1, 2]), "label", config).tolist() == [0, 1, 2]
-    with pytest.raises(CAPError, match=r"'label' has 2 classes \(a, b\), the model has 3: a, b, c"):
-        label_ids(labelled(datasets.ClassLabel(names=["a", "b"]), [0]), "label", config)
-    strings = datasets.Value("string")
-    assert label_ids(labelled(strings, ["b", "a"]), "label", config).tolist() == [1, 0]
-    with pytest.raises(CAPError, match=r"does not know \(q\), the model has 3"):
-        label_ids(labelled(strings, ["b", "q"]), "label", config)
-    config.label2id = {"a": "0", "b": "1", "c": "2"}  # as run_image_classification.py once wrote them
-    assert label_ids(labelled(names, [0, 1, 2]), "label", config).tolist() == [2, 0, 1]
-    assert label_ids(labelled(strings, ["b", "a"]), "label", config).tolist() == [1, 0]
-    integers = datasets.Value("int32")
-    assert label_ids(labelled(integers, [2, 0]), "label", config).tolist() == [2, 0]
-    for wrong in (3, -1):
-        with pytest.raises(CAPError, match=f"example 1 has label {wrong} in 'label', the model has 3"):
-            label_ids(labelled(integers, [0, wrong]), "label", config)
-    with pytest.raises(CAPError, match="example 1 has label -1"):
-        label_ids(labelled(names, [0, -1]), "label", config)
-    with pytest.raises(CAPError, match="not labels"):
-        label_ids(labelled(datasets.Value("float32"), [0.5]), "label", config)
+def test_a_backbones_config_says_nothing_about_labels(processor):
+    split = load_splits(DataArguments())["eval"]
+    config = config_of(["a", "b"])
+    with pytest.raises(CAPError, match="'label' has 10 classes"):
+        ImageDataset(split, processor, config, DataArguments())
+    dataset = ImageDataset(split, processor, config, DataArguments(), has_head=False)
+    assert dataset.labelled
+    assert dataset.need_labels() is dataset
+    assert next(iter(make_dataloader(dataset, 5)))["labels"].tolist() == split[:5]["label"]
+
+
+def test_a_wrong_label_is_named_with_its_example(processor):
+    """Also by a process that loads images, from which the error comes as text."""
+    split = load_splits(DataArguments())["eval"].select(range(20)).cast_column("label", datasets.Value("int64"))
+    dataset = ImageDataset(split, processor, config_of(["0", "1", "2"]), DataArguments())
+    first = next(index for index, label in enumerate(split["label"][:]) if label > 2)
+    for workers in (0, 1):
+        with pytest.raises(CAPError, match=f"example {first} has label {split['label'][first]} in 'label'"):
+            list(make_dataloader(dataset, 4, workers))
 
 
 def test_an_unreadable_image_is_named(tmp_path, processor):

@@ -36,19 +36,23 @@ class Repo:
 
 @dataclass
 class Fault:
-    """Goes wrong `times` times where method and path match: 'drop' closes the connection, a number is a status."""
+    """Goes wrong `times` times where method and path match: 'drop' closes the connection, a number is a status.
+
+    A dataset's file is read in several requests: `skip` of them go well before.
+    """
 
     method: str
     path: str
     kind: str | int
     times: int = 1
+    skip: int = 0
 
 
 class HubServer(ThreadingHTTPServer):
     daemon_threads = True
 
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
+    def __init__(self, handler: type | None = None) -> None:
+        super().__init__(("127.0.0.1", 0), handler or Handler)
         self.url = f"http://127.0.0.1:{self.server_address[1]}"
         self.repos: dict[str, Repo] = {}
         self.objects: dict[str, bytes] = {}

@@ -1,0 +1,197 @@
+"""The splits that a command reads, all through `datasets`: downloaded as a whole, or streamed in part."""
+
+import logging
+import os
+from collections.abc import Sequence
+from pathlib import Path, PurePosixPath
+
+import datasets
+import numpy as np
+from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
+from PIL import Image
+
+from cap_hf.data.arguments import DataArguments
+from cap_hf.data.keeping import kept_split
+from cap_hf.data.streaming import Streamer
+from cap_hf.errors import CAPError, reason
+from cap_hf.extras import need
+from cap_hf.targets import summarize
+
+logger = logging.getLogger(__name__)
+
+EVAL_SPLITS = ("validation", "test")
+
+
+def load_digits() -> datasets.DatasetDict:
+    """scikit-learn's 1,797 real 8x8 digits: 3 in 4 to train, the others, as many of each digit, to test."""
+    need("sklearn", "demo")
+    from sklearn.datasets import load_digits as load
+    from sklearn.model_selection import train_test_split
+
+    digits = load()
+    pixels = np.round(digits.images * (255 / 16)).astype(np.uint8)
+    features = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(names=[str(d) for d in range(10)]))
+    parts = train_test_split(pixels, digits.target, test_size=0.25, random_state=0, stratify=digits.target)
+    splits = {"train": (parts[0], parts[2]), "test": (parts[1], parts[3])}
+    return datasets.DatasetDict(
+        {
+            name: datasets.Dataset.from_dict(
+                {"image": [Image.fromarray(image) for image in images], "label": labels}, features=features
+            )
+            for name, (images, labels) in splits.items()
+        }
+    )
+
+
+def load_splits(
+    args: DataArguments,
+    seed: int = 42,
+    token: str | None = None,
+    needed: Sequence[str] = ("train", "eval"),
+    train_examples: int | None = None,
+) -> datasets.DatasetDict:
+    """Load the dataset and name its splits `train` and `eval`.
+
+    A dataset on the Hub is streamed, unless its whole train split is needed: only what is asked for is fetched, and
+    kept (see `kept_split`). Everything else is loaded as a whole, and limits are drawn from it.
+
+    Args:
+        args: which data.
+        seed: of a held-out split, and of the examples where there is a limit.
+        token: for a private Hub dataset.
+        needed: which of the two the caller uses; the other need not exist.
+        train_examples: how many train examples the caller needs; a split that is not streamed has all the same.
+
+    Raises:
+        CAPError: the dataset cannot be loaded, or a split is missing.
+    """
+    for name, limit in (("train", args.max_train_samples), ("eval", args.max_eval_samples)):
+        if name in needed and limit is not None and limit < 1:
+            raise CAPError(f"max_{name}_samples={limit} must be at least 1")
+    limits = [limit for limit in (args.max_train_samples, train_examples) if limit is not None]
+    train_limit = min(limits, default=None)
+    if is_embedded(args) or not is_streamed(args, "train" in needed and train_limit is None):
+        splits = whole_splits(args, seed, token, needed)
+    else:
+        splits = streamed_splits(args, seed, token, needed, {"train": train_limit, "eval": args.max_eval_samples})
+    for name, split in splits.items():
+        if not len(split):
+            raise CAPError(f"the {name} split of {args.dataset_name} is empty")
+    return datasets.DatasetDict(splits)
+
+
+def is_embedded(args: DataArguments) -> bool:
+    """Return whether the data are the digits that need no file."""
+    return args.dataset_name == "digits" and not Path("digits").is_dir()
+
+
+def is_streamed(args: DataArguments, all_needed: bool) -> bool:
+    """Return whether the dataset is streamed: as the user says, else where it is on the Hub and not all is needed."""
+    if args.streaming is not None:
+        return args.streaming
+    return not all_needed and not os.path.exists(args.dataset_name) and not datasets.config.HF_HUB_OFFLINE
+
+
+def whole_splits(
+    args: DataArguments, seed: int, token: str | None, needed: Sequence[str]
+) -> dict[str, datasets.Dataset]:
+    """Return the splits of a dataset that is loaded as a whole."""
+    loaded = load_digits() if is_embedded(args) else None
+    if loaded is None:
+        try:
+            builder = open_builder(args, token)
+            builder.download_and_prepare()
+            loaded = builder.as_dataset()
+        except Exception as error:  # whatever a builder, a file or the network raises
+            raise _cannot_load(args, error) from error
+    found = {name: loaded[split] for name, split in choose_splits(args, list(loaded), needed).items()}
+    if held_out := held_share(args, list(loaded), needed):
+        halves = found["train"].train_test_split(held_out, seed=seed)
+        found = {"train": halves["train"], "eval": halves["test"]}
+    for name, limit in (("train", args.max_train_samples), ("eval", args.max_eval_samples)):
+        if name in found and limit is not None and limit < len(found[name]):
+            found[name] = found[name].shuffle(seed=seed).select(range(limit))
+    return {name: split for name, split in found.items() if name in needed}
+
+
+def streamed_splits(
+    args: DataArguments, seed: int, token: str | None, needed: Sequence[str], limits: dict[str, int | None]
+) -> dict[str, datasets.Dataset]:
+    """Return what is needed of the splits of a dataset that is streamed."""
+    try:
+        streamer = Streamer(open_builder(args, token))
+    except Exception as error:  # whatever a builder, a file or the network raises
+        raise _cannot_load(args, error) from error
+    chosen = choose_splits(args, streamer.splits, needed)
+    share = held_share(args, streamer.splits, needed)
+    if share is not None:
+        chosen["eval"] = chosen["train"]
+    return {
+        name: kept_split(streamer, chosen[name], limits[name], args, seed, share, held_out=name == "eval")
+        for name in ("train", "eval")
+        if name in needed
+    }
+
+
+def open_builder(args: DataArguments, token: str | None) -> datasets.DatasetBuilder:
+    """Return what `datasets` reads the dataset with: its files are known then, and none is read.
+
+    Folders of images with one folder per split, such as train/ and test/, have no labels; `datasets` would take the
+    names of the splits for classes.
+    """
+    where = {"path": args.dataset_name, "name": args.dataset_config_name, "token": token}
+    builder = datasets.load_dataset_builder(**where)
+    if isinstance(builder, ImageFolder):
+        files = [[PurePosixPath(file) for file in files] for files in builder.config.data_files.values()]
+        # An archive has folders of its own.
+        images_alone = all(file.suffix.lower() in builder.EXTENSIONS for each in files for file in each)
+        if images_alone and all(len({file.parent for file in each}) == 1 for each in files):
+            return datasets.load_dataset_builder(**where, drop_labels=True)
+    return builder
+
+
+def choose_splits(args: DataArguments, names: Sequence[str], needed: Sequence[str]) -> dict[str, str]:
+    """Return the names in the dataset of the splits to read; of the train split alone where a share is held out.
+
+    Raises:
+        CAPError: a split is missing.
+    """
+    chosen = {}
+    eval_name = find_eval_split(args, names)
+    if "train" in needed or eval_name is None:
+        chosen["train"] = args.train_split_name
+    if "eval" in needed and eval_name is not None:
+        chosen["eval"] = eval_name
+    for name in chosen.values():
+        if name not in names:
+            raise CAPError(f"{args.dataset_name} has no split {name!r}; it has {summarize(list(names))}")
+    return chosen
+
+
+def find_eval_split(args: DataArguments, names: Sequence[str]) -> str | None:
+    """Return the split to evaluate on, or None where a share of the train split has to be held out."""
+    return args.eval_split_name or next(
+        (name for name in EVAL_SPLITS if name in names and name != args.train_split_name), None
+    )
+
+
+def held_share(args: DataArguments, names: Sequence[str], needed: Sequence[str]) -> float | None:
+    """Return the share of the train split to hold out, None where nothing is.
+
+    Raises:
+        CAPError: nothing says what to evaluate on, or the share is none.
+    """
+    if "eval" not in needed or find_eval_split(args, names) is not None:
+        return None
+    if args.train_val_split is None:
+        raise CAPError(
+            f"{args.dataset_name} has no validation or test split, only {summarize(list(names))}: name one with "
+            "--eval_split_name or hold a share out with --train_val_split 0.15"
+        )
+    if not 0 < args.train_val_split < 1:
+        raise CAPError(f"train_val_split={args.train_val_split} is not between 0 and 1")
+    return args.train_val_split
+
+
+def _cannot_load(args: DataArguments, error: Exception) -> CAPError:
+    return CAPError(f"--dataset_name {args.dataset_name} cannot be loaded: {reason(error)}")

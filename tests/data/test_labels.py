@@ -1,0 +1,107 @@
+"""Labels are numbered as the model has them, example by example; what contradicts is named in one line."""
+
+import datasets
+import numpy as np
+import pytest
+from PIL import Image
+from transformers import ViTConfig
+
+from cap_hf.data.arguments import DataArguments
+from cap_hf.data.labels import LabelNumbers, find_columns
+from cap_hf.errors import CAPError
+
+
+def config_of(names) -> ViTConfig:
+    return ViTConfig(
+        num_channels=1, id2label=dict(enumerate(names)), label2id={name: i for i, name in enumerate(names)}
+    )
+
+
+def numbers(feature, values, config):
+    split = datasets.Dataset.from_dict({"label": values}, features=datasets.Features(label=feature))
+    return LabelNumbers(split, "label", config)(split["label"][:], list(range(len(values)))).tolist()
+
+
+def test_labels_that_are_not_the_models():
+    config = config_of(["a", "b", "c"])
+    names = datasets.ClassLabel(names=["c", "a", "b"])
+    assert numbers(names, [0, 1, 2], config) == [2, 0, 1]
+    others = datasets.ClassLabel(names=["x", "y", "z"])
+    assert numbers(others, [0, 1, 2], config) == [0, 1, 2]
+    with pytest.raises(CAPError, match=r"'label' has 2 classes \(a, b\), the model has 3: a, b, c"):
+        numbers(datasets.ClassLabel(names=["a", "b"]), [0], config)
+    strings = datasets.Value("string")
+    assert numbers(strings, ["b", "a"], config) == [1, 0]
+    with pytest.raises(CAPError, match=r"example 1 has label q in 'label', the model has 3: a, b, c"):
+        numbers(strings, ["b", "q"], config)
+    config.label2id = {"a": "0", "b": "1", "c": "2"}  # as run_image_classification.py once wrote them
+    assert numbers(names, [0, 1, 2], config) == [2, 0, 1]
+    assert numbers(strings, ["b", "a"], config) == [1, 0]
+    integers = datasets.Value("int32")
+    assert numbers(integers, [2, 0], config) == [2, 0]
+    for wrong in (3, -1, None):
+        with pytest.raises(CAPError, match=f"example 1 has label {wrong} in 'label', the model has 3"):
+            numbers(integers, [0, wrong], config)
+    for wrong in (-1, None):
+        with pytest.raises(CAPError, match=f"example 1 has label {wrong}"):
+            numbers(names, [0, wrong], config)
+    with pytest.raises(CAPError, match="not labels"):
+        numbers(datasets.Value("float32"), [0.5], config)
+
+
+def test_some_names_that_are_the_models_are_a_warning(caplog):
+    names = datasets.ClassLabel(names=["a", "x"])
+    assert numbers(names, [0, 1], config_of(["b", "a"])) == [0, 1]
+    assert "Only some classes of 'label' have the model's names" in caplog.text
+
+
+def test_without_a_head_labels_are_the_datasets_own():
+    assert numbers(datasets.ClassLabel(names=["c", "a"]), [0, 1, 1], None) == [0, 1, 1]
+    assert numbers(datasets.Value("int64"), [7, 0], None) == [7, 0]
+    assert numbers(datasets.Value("string"), ["q", "b", "q", "a"], None) == [2, 1, 2, 0]
+    with pytest.raises(CAPError, match="example 1 has label None in 'label', the dataset has 1: b"):
+        numbers(datasets.Value("string"), ["b", None], None)
+    with pytest.raises(CAPError, match="example 0 has label -1 in 'label', the dataset has 2: c, a"):
+        numbers(datasets.ClassLabel(names=["c", "a"]), [-1], None)
+    with pytest.raises(CAPError, match="example 0 has label -3 in 'label', the dataset numbers its labels from 0"):
+        numbers(datasets.Value("int64"), [-3], None)
+
+
+class Forbidden(datasets.Image):
+    """Images that must not be decoded."""
+
+    def decode_example(self, value, token_per_repo_id=None):
+        raise AssertionError("an image was decoded")
+
+
+@pytest.mark.parametrize("config", [config_of(["a", "b"]), None])
+def test_no_image_is_read_for_the_labels(config, monkeypatch):
+    """`split[:][column]` of a shuffled split gathered every image of it into memory."""
+    image = Image.fromarray(np.zeros((4, 4, 3), np.uint8))
+    features = datasets.Features(image=datasets.Image(), label=datasets.Value("string"))
+    split = datasets.Dataset.from_dict({"image": [image] * 4, "label": ["b", "a", "b", "b"]}, features=features)
+    split = split.shuffle(seed=0)
+    monkeypatch.setattr(datasets.Image, "decode_example", Forbidden.decode_example)
+    read = []
+    query = datasets.Dataset._getitem
+    monkeypatch.setattr(
+        datasets.Dataset, "_getitem", lambda self, key: read.append((self.column_names, key)) or query(self, key)
+    )
+    LabelNumbers(split, "label", config)
+    assert all(columns == ["label"] for columns, _ in read)
+    assert bool(read) == (config is None)  # whose names only the column tells
+
+
+def test_columns_are_found_or_named():
+    image, names, text = datasets.Image(), datasets.ClassLabel(names=["a"]), datasets.Value("string")
+    found = find_columns(datasets.Features(picture=image, kind=names, text=text), DataArguments())
+    assert found == ("picture", "kind")
+    assert find_columns(datasets.Features(jpg=image, txt=text), DataArguments()) == ("jpg", None)
+    with pytest.raises(CAPError, match="no column 'class': name one of jpg, txt with --label_column_name"):
+        find_columns(datasets.Features(jpg=image, txt=text), DataArguments(label_column_name="class"))
+    with pytest.raises(CAPError, match="no column 'label': name one of fine, coarse with --label_column_name"):
+        find_columns(datasets.Features(jpg=image, fine=names, coarse=names), DataArguments())
+    with pytest.raises(CAPError, match="no column 'image': name one of left, right with --image_column_name"):
+        find_columns(datasets.Features(left=image, right=image), DataArguments())
+    with pytest.raises(CAPError, match="no column 'image': name one of kind, text with --image_column_name"):
+        find_columns(datasets.Features(kind=names, text=text), DataArguments())
