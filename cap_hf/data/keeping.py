@@ -34,10 +34,10 @@ def kept_split(
     share: float | None = None,
     held_out: bool = False,
 ) -> datasets.Dataset:
-    """Return examples of a split from the file that keeps them, in the cache of `datasets`; stream them before if needed.
+    """Return examples of a split from the file that keeps them; stream them first where there is none.
 
-    The first process of a machine streams and the others wait for the file: a lock of the system says whose turn it is,
-    and is free again as soon as its holder has ended, however that was.
+    The first process of a machine streams and the others wait for the file: a lock of the system says whose turn it
+    is, and is free again as soon as its holder has ended, however that was.
 
     Args:
         streamer: of the dataset.
@@ -52,7 +52,8 @@ def kept_split(
         The encoded images, and the labels if there are any; fewer examples where the split has no more.
 
     Raises:
-        CAPError: the network or a file fails on the way, the disk is full, or a column is missing; nothing is kept then.
+        CAPError: the network or a file fails on the way, the disk is full, or a column is missing; nothing is kept
+            then.
     """
     builder = streamer.builder
     # The cache folder of the builder names the dataset, its configuration and the revision, or state, of its files.

@@ -41,9 +41,8 @@ def find_column(features: datasets.Features, name: str, kind: type, role: str, o
         return fitting[0]
     if optional and name == role and not fitting:
         return None
-    raise CAPError(
-        f"there is no column {name!r}: name one of {summarize(fitting or list(features))} with {_flag(role)}"
-    )
+    choices = fitting if fitting and name == role else list(features)
+    raise CAPError(f"there is no column {name!r}: name one of {summarize(choices)} with {_flag(role)}")
 
 
 def find_columns(features: datasets.Features, args: DataArguments) -> tuple[str, str | None]:

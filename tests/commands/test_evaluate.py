@@ -24,3 +24,13 @@ def test_no_train_split_is_needed(tiny_checkpoint, tmp_path):
     arguments = ["--model_name_or_path", str(tiny_checkpoint), "--dataset_name", str(data)]
     assert main(["evaluate", *arguments, "--output_dir", str(tmp_path / "eval")]) == 0
     assert json.loads((tmp_path / "eval" / "eval_results.json").read_text())["metrics"]["num_examples"] == 10
+
+
+def test_images_without_labels_are_one_line(tiny_checkpoint, tmp_path, capsys):
+    data = image_folder(tmp_path / "data", ("train", "test"), ("",))
+    arguments = ["--model_name_or_path", str(tiny_checkpoint), "--dataset_name", str(data)]
+    assert main(["evaluate", *arguments, "--output_dir", str(tmp_path / "eval")]) == 1
+    expected = "cap-hf evaluate: there is no column of labels among image: name one with --label_column_name"
+    said = capsys.readouterr().err.splitlines()
+    assert sum(line.startswith(expected) for line in said) == 1
+    assert not (tmp_path / "eval").exists()

@@ -8,11 +8,10 @@ import time
 
 import datasets
 import pytest
-from safetensors.torch import load_file
 from support.checkpoints import PYTHON, clean_environment
 from support.dataset_hub import DatasetHub
 from support.image_files import write_parquet
-from support.launching import dense_checkpoint, launch
+from support.launching import launch
 
 from cap_hf.data.arguments import DataArguments
 from cap_hf.data.keeping import kept_split
@@ -116,30 +115,42 @@ def test_who_waits_goes_on_when_the_one_that_streams_is_killed(tmp_path):
     assert sorted(path.suffix for path in (tmp_path / "datasets" / "cap_hf").iterdir()) == [".arrow", ".lock"]
 
 
-def test_one_and_two_processes_prune_alike_on_streamed_examples(tmp_path):
-    """Two processes share one cache or have one each: the examples are the same, and with them the pruned weights."""
-    model = dense_checkpoint(tmp_path / "model")
+RANK = """
+import json, os, sys
+from pathlib import Path
+from accelerate import Accelerator
+accelerator = Accelerator(cpu=True)
+from cap_hf.data.arguments import DataArguments
+from cap_hf.data.images import calibration_split
+from cap_hf.data.splits import load_splits
+args = DataArguments(dataset_name="user/name", max_eval_samples=20)
+splits = load_splits(args, seed=1, train_examples=64)
+found = {"calibration": calibration_split(splits["train"], 64, 1)["label"][:], "eval": splits["eval"]["label"][:]}
+Path(sys.argv[1], f"{accelerator.num_processes}-{accelerator.process_index}.json").write_text(json.dumps(found))
+accelerator.end_training()
+"""
+
+
+def test_each_process_has_the_same_examples_and_one_fetches_them(tmp_path):
+    """Each example has a class of its own, which tells it from the others."""
+    script = tmp_path / "rank.py"
+    script.write_text(RANK)
+    sent = {}
     with DatasetHub() as hub:
-        hub.datasets["user/name"] = write_parquet(tmp_path / "d", shards=4, count=400, classes=10, old=True)
-        write_parquet(tmp_path / "d", shards=1, count=100, classes=10, old=True, split="test")
-        pruned, sent = {}, {}
+        folder = write_parquet(tmp_path / "d", shards=4, count=400, classes=400, old=True)
+        write_parquet(tmp_path / "d", shards=1, count=100, classes=400, old=True, split="test")
+        hub.datasets["user/name"] = folder
         for processes in (1, 2):
             hub.sent = 0
-            output = tmp_path / f"out-{processes}"
-            arguments = ["--model_name_or_path", str(model), "--dataset_name", "user/name", "--sparsity", "0.5"]
-            arguments += ["--num_grads", "32", "--max_eval_samples", "20", "--output_dir", str(output)]
-            environment = {
-                "HF_HOME": str(tmp_path / f"home-{processes}"),
-                "HF_ENDPOINT": hub.url,
-                "HF_HUB_OFFLINE": "0",
-            }
-            launch(processes, *arguments, "--disable_tqdm", HF_HUB_DISABLE_XET="1", **environment)
-            report = json.loads((output / "report.json").read_text())
-            assert report["num_processes"] == processes
-            assert report["dense"]["num_examples"] == 20
-            pruned[processes] = load_file(output / "sparsity-0.5" / "model.safetensors")
-            sent[processes] = hub.sent
-    # The second process has not fetched anything that the first one had.
-    assert sent[2] < 1.2 * sent[1]
-    for name, weight in pruned[1].items():
-        assert (weight == 0).equal(pruned[2][name] == 0), name
+            home = tmp_path / f"home-{processes}"
+            environment = clean_environment(home, HF_ENDPOINT=hub.url, HF_HUB_OFFLINE="0")
+            if processes == 1:
+                subprocess.run([PYTHON, str(script), str(tmp_path)], env=environment, check=True, timeout=120)
+            else:
+                launch(processes, str(tmp_path), script=script, **environment)
+            sent[processes] = hub.settled()
+    alone, first, second = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("1-0", "2-0", "2-1"))
+    assert alone == first == second
+    assert len(set(alone["calibration"])) == 64
+    assert len(set(alone["eval"])) == 20
+    assert 0 < sent[2] < 1.2 * sent[1]

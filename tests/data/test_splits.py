@@ -1,5 +1,6 @@
 """Datasets of every kind are loaded as a whole, or streamed; what is missing is named in one line."""
 
+import json
 import subprocess
 
 import datasets
@@ -225,20 +226,28 @@ def test_bad_streams_are_one_line_and_nothing_is_kept(tmp_path):
     assert [path.suffix for path in (tmp_path / "cache" / "cap_hf").iterdir() if path.suffix != ".lock"] == []
 
 
+# Streams what a line of its input asks for, since a process knows one Hub only, and takes seconds to begin.
 STREAM = """
-import sys
+import json, sys
+from pathlib import Path
+import datasets
 from cap_hf.data.arguments import DataArguments
 from cap_hf.data.splits import load_splits
 from cap_hf.errors import CAPError
-import datasets
-try:
-    args = DataArguments(dataset_name=sys.argv[1], label_column_name=sys.argv[2], max_train_samples=int(sys.argv[3]))
-    train = load_splits(args, seed=1, needed=["train"])["train"]
-except CAPError as error:
-    sys.exit(str(error))
-image = next(name for name, feature in train.features.items() if isinstance(feature, datasets.Image))
-rows = train.cast_column(image, datasets.Image(decode=False))[image][:]
-print(sorted(int.from_bytes(each["bytes"][-4:], "big") for each in rows))
+
+def stream(name, column, cache):
+    datasets.config.HF_DATASETS_CACHE = Path(cache)
+    args = DataArguments(dataset_name=name, label_column_name=column, max_train_samples=64)
+    try:
+        train = load_splits(args, seed=1, needed=["train"])["train"]
+    except CAPError as error:
+        return str(error)
+    image = next(name for name, feature in train.features.items() if isinstance(feature, datasets.Image))
+    rows = train.cast_column(image, datasets.Image(decode=False))[image][:]
+    return sorted(int.from_bytes(each["bytes"][-4:], "big") for each in rows)
+
+for line in sys.stdin:
+    print(json.dumps(stream(*json.loads(line))), flush=True)
 """
 
 
@@ -254,41 +263,53 @@ def hub(tmp_path_factory):
         yield running
 
 
-def stream(hub, home, name, column, count=64, expect=0):
-    """Stream in a process of its own, since a process knows one Hub only; return what it prints."""
-    done = subprocess.run(
-        [PYTHON, "-c", STREAM, name, column, str(count)],
-        env=clean_environment(home, HF_ENDPOINT=hub.url),
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == expect, done.stderr
-    return done.stderr if expect else done.stdout
+@pytest.fixture(scope="module")
+def stream(hub, tmp_path_factory):
+    """A function that streams in a process whose Hub is this one, and returns the examples or what was said."""
+    environment = clean_environment(tmp_path_factory.mktemp("home"), HF_ENDPOINT=hub.url)
+    with subprocess.Popen(
+        [PYTHON, "-c", STREAM], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+
+        def ask(name, column, cache):
+            process.stdin.write(json.dumps([name, column, str(cache)]) + "\n")
+            process.stdin.flush()
+            return json.loads(process.stdout.readline())
+
+        yield ask
+        process.stdin.close()
 
 
-# Of the bytes of the dataset, what 64 examples may cost: a page of up to 1 MB of each of 8 files, a row group of each of
-# 32 places. A tar is sent ahead of its reader into the buffers of both ends of the connection, a few MB on one machine.
+# Of the bytes of the dataset, what 64 examples may cost: pages of up to 1 MB of each of 8 files, a row group of each of
+# 32 places. A tar is sent ahead of its reader into the buffers of both ends of the connection, some MB on one machine.
 @pytest.mark.parametrize(
     ("name", "column", "most"), [("user/parquet", "label", 0.5), ("user/old", "label", 0.35), ("user/tars", "cls", 0.6)]
 )
-def test_only_a_part_of_a_hub_dataset_is_fetched_and_only_once(hub, name, column, most, tmp_path):
+def test_only_a_part_of_a_hub_dataset_is_fetched_and_only_once(hub, stream, name, column, most, tmp_path):
     hub.sent = 0
-    first = stream(hub, tmp_path, name, column)
-    assert 0 < hub.sent < most * hub.size(name)
+    first = stream(name, column, tmp_path / "cache")
+    assert len(set(first)) == 64
+    assert 0 < hub.settled() < most * hub.size(name)
     hub.sent = 0
-    assert stream(hub, tmp_path, name, column) == first
-    assert hub.sent == 0
+    assert stream(name, column, tmp_path / "cache") == first
+    assert hub.settled() == 0
     # Another machine has the same examples.
-    assert stream(hub, tmp_path / "other", name, column) == first
+    assert stream(name, column, tmp_path / "other") == first
+    assert hub.settled() > 0
 
 
-def test_a_network_that_fails_on_the_way_is_one_line_and_nothing_is_kept(hub, tmp_path):
+def test_a_network_that_fails_on_the_way_is_one_line_and_nothing_is_kept(hub, stream, tmp_path):
     hub.faults = [Fault("GET", "user/old/resolve/.*parquet", 403, times=1000, skip=20)]
-    said = stream(hub, tmp_path, "user/old", "label", expect=1)
+    said = stream("user/old", "label", tmp_path)
     hub.faults = []
-    assert "--dataset_name user/old cannot be streamed: " in said.splitlines()[-1]
-    assert "Traceback" not in said
-    kept = [path.suffix for path in (tmp_path / "datasets" / "cap_hf").iterdir()]
-    assert kept == [".lock"]
-    assert stream(hub, tmp_path, "user/old", "label")
+    assert said.startswith("--dataset_name user/old cannot be streamed: ")
+    assert "\n" not in said
+    assert [path.suffix for path in (tmp_path / "cap_hf").iterdir()] == [".lock"]
+    assert len(stream("user/old", "label", tmp_path)) == 64
+
+
+def test_a_new_commit_is_streamed_anew(hub, stream, tmp_path):
+    hub.datasets["user/new"] = write_parquet(tmp_path / "d", shards=1, count=100, classes=2, old=True)
+    first = stream("user/new", "label", tmp_path / "cache")
+    write_parquet(tmp_path / "d", shards=1, count=200, classes=2, old=True)
+    assert max(first) < 100 <= max(stream("user/new", "label", tmp_path / "cache"))

@@ -140,3 +140,12 @@ def test_models_are_those_of_their_papers():
     assert first["pixel_values"].shape == (2, 3, 8, 8)
     assert not torch.equal(first["pixel_values"], second["pixel_values"])
     assert torch.cat([first["labels"], second["labels"]]).max() < 3
+
+
+def test_streaming_counts_what_was_sent_and_the_classes_of_it(figures):
+    options = ("--datasets", "parquet-of-100", "--hows", "cap_hf")
+    found = figures("streaming", *options, "--images", 4000, "--shards", 4, "--classes", 8, "--side", 40, "--count", 64)
+    (row,) = found["results"]
+    assert row["examples"] == 64
+    assert row["classes"] >= 4
+    assert 0 < row["share"] == row["sent_bytes"] / row["dataset_bytes"] < 1
