@@ -11,11 +11,24 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, TypedDict, Union, cast, get_args, get_origin, get_type_hints, is_typeddict
 
+from cap_hf.checkpoints.metrics import Measured
 from cap_hf.config import CONFIG_NAME, CAPConfig
 from cap_hf.errors import CAPError, reason
 
 MODEL_CONFIG_NAME = "config.json"
 REPORT_NAME = "report.json"
+# What a text tower is used with, and the processor of several towers: they go wherever the weights go.
+COMPANIONS = (
+    "processor_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "spiece.model",
+)
 # More than any JSON of a checkpoint takes.
 JSON_BYTES = 100 * 2**20
 
@@ -32,15 +45,6 @@ class PruningFacts(TypedDict, total=False):
     """What a report says of the pruning."""
 
     layers: list[LayerFacts] | None
-
-
-class Measured(TypedDict, total=False):
-    """What `ImageClassificationMetric` computed."""
-
-    top1: float
-    top5: float
-    loss: float
-    num_examples: int
 
 
 class DataFacts(TypedDict, total=False):

@@ -20,9 +20,10 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
 from transformers.utils import logging as transformers_logging
+from transformers.utils.hub import cached_files
 
 from cap_hf.checkpoints.files import check_file
-from cap_hf.checkpoints.folder import check_model_config
+from cap_hf.checkpoints.folder import COMPANIONS, check_inside, check_model_config, read_json
 from cap_hf.checkpoints.location import check_location
 from cap_hf.checkpoints.weights import WeightFiles, find_weight_files
 from cap_hf.errors import CAPError, reason
@@ -48,11 +49,34 @@ def local_folder(
             revision=revision,
             cache_dir=cache_dir,
             token=token,
-            allow_patterns=["*.json", "*.safetensors", "*.py", "*.txt", "*.md", "*.png"],
+            allow_patterns=["*.json", "*.safetensors", "*.py", "*.txt", "*.model", "*.md", "*.png"],
         )
     except Exception as error:  # network, rights, a name that is none
         raise CAPError(f"{name_or_path} is no folder and cannot be downloaded: {reason(error)}") from error
     return Path(folder)
+
+
+def find_companions(name_or_path: str | Path, **source: Any) -> list[Path]:
+    """Return the files that belong to a checkpoint beside its weights and its image processor, such as a tokenizer's.
+
+    Args:
+        name_or_path: a Hub id, or a folder.
+        source: where `from_pretrained` finds it: `revision`, `cache_dir`, `token`, `local_files_only`.
+
+    Raises:
+        CAPError: the Hub does not give them, or one is a link out of its folder or is called JSON and is none.
+    """
+    try:
+        found = cached_files(name_or_path, list(COMPANIONS), _raise_exceptions_for_missing_entries=False, **source)
+    except Exception as error:  # network, rights
+        raise CAPError(f"{name_or_path} cannot be asked for its tokenizer: {reason(error)}") from error
+    paths = [Path(path) for path in found or ()]
+    # What could not be copied in the end is found before the work begins.
+    for path in paths:
+        check_inside(path, path.parent)
+        if path.suffix == ".json":
+            read_json(path)
+    return paths
 
 
 def check_folder(folder: str | Path, trust_remote_code: bool = False) -> WeightFiles:
@@ -138,8 +162,8 @@ def load_checkpoint(
     missing, mismatched = info["missing_keys"], {name for name, *_ in info["mismatched_keys"]}
     if missing:
         raise CAPError(
-            f"{name_or_path} has no weights for {summarize(sorted(missing), 3)} of a {type(model).__name__}: name the "
-            'class that its weights are of under "architectures" in its config.json, or train what is missing'
+            f"{name_or_path} has no weights for {summarize(sorted(missing), 3)} of a {type(model).__name__}: "
+            'name the class that its weights are of under "architectures" in its config.json, or train what is missing'
         )
     if mismatched:
         raise CAPError(

@@ -41,6 +41,7 @@ def save_checkpoint(
     report: dict | None = None,
     image_processor: BaseImageProcessor | None = None,
     compressed: bool = False,
+    companions: Sequence[Path] = (),
 ) -> None:
     """Save a model as safetensors with what belongs to it, atomically; an existing folder is replaced.
 
@@ -51,11 +52,15 @@ def save_checkpoint(
         report: written as `report.json`.
         image_processor: saved beside the model.
         compressed: store only what is non-zero; then `import cap_hf` is needed before `from_pretrained`.
+        companions: files to copy beside the model, such as its tokenizer's, see `find_companions`.
 
     Raises:
-        CAPError: there is too little space, the folder cannot be written, or the model cannot be compressed.
+        CAPError: there is too little space, the folder cannot be written, the model cannot be compressed, or a
+            companion is a link out of its folder or is called JSON and is none.
     """
     with atomic_directory(directory) as folder:
+        for path in companions:
+            copy_file(path, path.parent, folder)
         if compressed:
             save_compressed(model, folder)
         else:

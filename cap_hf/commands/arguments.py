@@ -33,7 +33,9 @@ class ModelArguments:
         CAPError: the name is a path, and nothing is there.
     """
 
-    model_name_or_path: str = field(metadata={"help": "A Hub id or a folder with a finetuned image classifier."})
+    model_name_or_path: str = field(
+        metadata={"help": "A Hub id or a folder with an image classifier, a backbone or a vision tower."}
+    )
     model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit on the Hub."})
     cache_dir: str | None = field(default=None, metadata={"help": "Where downloads are kept."})
     token: str | None = field(default=None, metadata={"help": "Hub token; default: the one you are logged in with."})
@@ -41,6 +43,27 @@ class ModelArguments:
 
     def __post_init__(self) -> None:
         check_location(self.model_name_or_path)
+
+
+@dataclass
+class ProbeArguments:
+    """How features are probed with labels, where a model has no head.
+
+    Raises:
+        CAPError: a size is negative.
+    """
+
+    knn_bank_size: int = field(
+        default=5000,
+        metadata={
+            "help": "Labelled train images that k-NN and the linear probe know, of a model without a head; 0 leaves "
+            "both out."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        if self.knn_bank_size < 0:
+            raise CAPError(f"knn_bank_size={self.knn_bank_size} must be at least 0")
 
 
 def make_parser(kinds: tuple[type, ...], program: str, description: str) -> "HfArgumentParser":

@@ -3,19 +3,23 @@
 import logging
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+import datasets
 import huggingface_hub
 import transformers
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 from transformers import AutoImageProcessor, PreTrainedModel
 
-from cap_hf.checkpoints.loading import load_checkpoint, only_errors
+from cap_hf.checkpoints.loading import find_companions, load_checkpoint, only_errors
 from cap_hf.commands.arguments import ModelArguments
 from cap_hf.data.arguments import DataArguments
 from cap_hf.data.images import ImageDataset
+from cap_hf.data.labels import find_columns
 from cap_hf.data.splits import load_splits
 from cap_hf.errors import CAPError, reason
+from cap_hf.towers import is_classifier, vision_config
 
 logger = logging.getLogger(__name__)
 
@@ -49,22 +53,75 @@ def load_image_processor(args: ModelArguments) -> Any:
         raise CAPError(f"{args.model_name_or_path} has no image processor: {reason(error)}") from error
 
 
+def load_companions(args: ModelArguments) -> list[Path]:
+    """Return the files of the checkpoint that go wherever its weights go; as `find_companions`, errors as there."""
+    return find_companions(args.model_name_or_path, **where_to_load(args))
+
+
 def load_all(
     model_args: ModelArguments,
     data_args: DataArguments,
     seed: int,
     needed: Sequence[str] = ("train", "eval"),
     train_examples: int | None = None,
+    bank_size: int = 0,
 ) -> tuple[PreTrainedModel, Any, dict[str, Any]]:
     """Return a model, its image processor and the splits of the data that are needed, unprocessed.
+
+    Args:
+        model_args: which model.
+        data_args: which data.
+        seed: of the splits.
+        needed: `train`, `eval` or both.
+        train_examples: how many of the train split are needed; None for all.
+        bank_size: where a model without a head is evaluated on labelled images, how many train images to take for the
+            split `bank`, see `bank_split`; 0 for no such split.
 
     Raises:
         CAPError: as `load_model`, `load_image_processor` and `load_splits`.
     """
     transformers.set_seed(seed)
     model = load_model(model_args)
-    splits = load_splits(data_args, seed, model_args.token, needed, train_examples)
-    return model, load_image_processor(model_args), splits
+    image_processor = load_image_processor(model_args)
+
+    def load(names: Sequence[str], count: int | None) -> dict[str, Any]:
+        return dict(load_splits(data_args, seed, model_args.token, names, count))
+
+    if bank_size < 1 or "eval" not in needed or is_classifier(model):
+        return model, image_processor, load(needed, train_examples)
+    # Whether there are labels says how much of the train split is needed.
+    splits = load(["eval"], None)
+    if find_columns(splits["eval"].features, data_args)[1] is None:
+        return model, image_processor, splits if "train" not in needed else load(needed, train_examples)
+    used = 0 if "train" not in needed else train_examples
+    try:
+        splits = load(["train", "eval"], None if used is None else used + bank_size)
+    except CAPError as error:
+        if "train" in needed:
+            raise
+        raise CAPError(
+            f"k-NN and the linear probe need labelled train images (leave them out with --knn_bank_size 0): {error}"
+        ) from error
+    splits["bank"] = bank_split(splits["train"], used or 0, bank_size, seed)
+    return model, image_processor, {name: split for name, split in splits.items() if name in (*needed, "bank")}
+
+
+def bank_split(split: datasets.Dataset, used: int, size: int, seed: int) -> datasets.Dataset:
+    """Return `size` examples of a train split, apart from the first `used` that `calibration_split` takes if possible.
+
+    These come in only where there are not enough others; a smaller split is taken whole.
+    """
+    count = len(split)
+    used = min(used, count)
+    return split.shuffle(seed=seed).select([*range(used, count), *range(used)][:size])
+
+
+def image_dataset(
+    split: datasets.Dataset, image_processor: Any, model: PreTrainedModel, args: DataArguments
+) -> ImageDataset:
+    """Return a split as the inputs of a model, or of its vision tower; errors as of `ImageDataset`."""
+    config = vision_config(model) or model.config
+    return ImageDataset(split, image_processor, config, args, has_head=is_classifier(model))
 
 
 def eval_dataset(splits: dict, image_processor: Any, model: PreTrainedModel, args: DataArguments) -> ImageDataset:
@@ -73,7 +130,7 @@ def eval_dataset(splits: dict, image_processor: Any, model: PreTrainedModel, arg
     Raises:
         CAPError: as `ImageDataset`, or it has no labels.
     """
-    return ImageDataset(splits["eval"], image_processor, model.config, args).need_labels()
+    return image_dataset(splits["eval"], image_processor, model, args).need_labels()
 
 
 def where_to_load(args: ModelArguments) -> dict[str, Any]:

@@ -1,58 +1,83 @@
-"""`cap-hf evaluate`: accuracy and loss of a checkpoint."""
+"""`cap-hf evaluate`: accuracy and loss of a classifier, features of a backbone."""
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-from cap_hf.commands.arguments import DEFAULT_OUTPUT_DIR, ModelArguments, parse
-from cap_hf.commands.tables import percent
+from cap_hf.checkpoints.location import check_location
+from cap_hf.commands.arguments import DEFAULT_OUTPUT_DIR, ModelArguments, ProbeArguments, parse
+from cap_hf.commands.tables import Row, results_table
 from cap_hf.data.arguments import DataArguments
 
 
 @dataclass
 class EvaluateArguments:
-    """How to evaluate."""
+    """How to evaluate.
 
+    Raises:
+        CAPError: the dense model's name is a path, and nothing is there.
+    """
+
+    dense_model_name_or_path: str | None = field(
+        default=None, metadata={"help": "A Hub id or a folder with the dense model, to compare with."}
+    )
     output_dir: str = field(default=DEFAULT_OUTPUT_DIR, metadata={"help": "Gets eval_results.json."})
     per_device_eval_batch_size: int = field(default=64, metadata={"help": "Examples per step."})
-    seed: int = field(default=42, metadata={"help": "Seed of a held-out split."})
+    seed: int = field(default=42, metadata={"help": "Seed of a held-out split, and of what is drawn from the data."})
     disable_tqdm: bool = field(default=False, metadata={"help": "No progress bar."})
+
+    def __post_init__(self) -> None:
+        if self.dense_model_name_or_path is not None:
+            check_location(self.dense_model_name_or_path)
 
 
 def main(argv: list[str]) -> None:
     """Run the command with these arguments."""
-    model_args, data_args, args = parse(
-        argv, "evaluate", "Measure an image classifier.", ModelArguments, DataArguments, EvaluateArguments
+    model_args, data_args, args, probe_args = parse(
+        argv, "evaluate", "Measure a vision model.", ModelArguments, DataArguments, EvaluateArguments, ProbeArguments
     )
-    evaluate(model_args, data_args, args)
+    evaluate(model_args, data_args, args, probe_args)
 
 
-def evaluate(model_args: ModelArguments, data_args: DataArguments, args: EvaluateArguments) -> None:
+def evaluate(
+    model_args: ModelArguments, data_args: DataArguments, args: EvaluateArguments, probe_args: ProbeArguments
+) -> None:
     """Do the work, once nothing is wrong with the arguments."""
     # Imported here, because the arguments are checked before these take their seconds.
     from cap_hf.checkpoints.atomic import write_json
-    from cap_hf.commands.common import eval_dataset, load_all
-    from cap_hf.data.evaluation import evaluate_model
-    from cap_hf.data.images import make_dataloader
+    from cap_hf.commands.common import load_all, load_model
+    from cap_hf.commands.evaluation import Evaluation
     from cap_hf.distributed.accelerator import make_accelerator
     from cap_hf.report import versions
 
     accelerator = make_accelerator()
-    model, image_processor, splits = load_all(model_args, data_args, args.seed, ["eval"])
-    dataset = eval_dataset(splits, image_processor, model, data_args)
-    loader = make_dataloader(dataset, args.per_device_eval_batch_size, data_args.dataloader_num_workers)
-    metrics = evaluate_model(model, accelerator.prepare(loader), accelerator, args.disable_tqdm)
+    model, image_processor, splits = load_all(
+        model_args, data_args, args.seed, ["eval"], bank_size=probe_args.knn_bank_size
+    )
+    evaluation = Evaluation(
+        model, splits, image_processor, data_args, args.per_device_eval_batch_size, accelerator, args.disable_tqdm
+    )
+    dense = None
+    if args.dense_model_name_or_path is None:
+        evaluation.check_alone()
+    else:
+        # A revision is one of the model that is measured.
+        where = replace(model_args, model_name_or_path=args.dense_model_name_or_path, model_revision="main")
+        dense = evaluation.measure_dense(load_model(where))
+    metrics = evaluation.measure(model)
     if accelerator.is_main_process:
         report = {
             "model_name_or_path": model_args.model_name_or_path,
+            "dense_model_name_or_path": args.dense_model_name_or_path,
             "data": asdict(data_args),
+            "dense": dense,
             "metrics": metrics,
             "versions": versions(),
         }
         path = Path(args.output_dir) / "eval_results.json"
         write_json(path, report)
-        print(
-            f"{model_args.model_name_or_path}: top-1 {percent(metrics['top1'])} %, "
-            f"top-5 {percent(metrics.get('top5'))} %, loss {metrics['loss']:.4f} "
-            f"on {metrics['num_examples']} examples ({path})"
-        )
+        rows: list[Row] = [(model_args.model_name_or_path, None, metrics)]
+        if dense is not None:
+            rows.insert(0, (f"{args.dense_model_name_or_path} (dense)", None, dense))
+        print(results_table(rows, dense))
+        print(f"\nMeasured on {metrics['num_examples']} examples ({path})")
     accelerator.end_training()

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cap_hf.collection.resources import Resources
-from cap_hf.commands.arguments import DEFAULT_OUTPUT_DIR, ModelArguments, check_output, parse
+from cap_hf.commands.arguments import DEFAULT_OUTPUT_DIR, ModelArguments, ProbeArguments, check_output, parse
 from cap_hf.commands.tables import results_table
 from cap_hf.config import CAPConfig
 from cap_hf.data.arguments import DataArguments
@@ -41,20 +41,21 @@ class PruneArguments:
 
 def main(argv: list[str]) -> None:
     """Run the command with these arguments."""
-    description = "Prune an image classifier with CAP, in one shot, to one or several sparsities."
-    model_args, data_args, args, config, resources = parse(
-        argv, "prune", description, ModelArguments, DataArguments, PruneArguments, CAPConfig, Resources
+    description = "Prune a vision model with CAP, in one shot, to one or several sparsities."
+    model_args, data_args, args, probe_args, config, resources = parse(
+        argv, "prune", description, ModelArguments, DataArguments, PruneArguments, ProbeArguments, CAPConfig, Resources
     )
     sparsities = check_sparsities(args.sparsity, config)
     check_state(args)
     check_output(Path(args.output_dir), args.overwrite_output_dir or args.resume)
-    prune(model_args, data_args, args, config, resources, sparsities)
+    prune(model_args, data_args, args, probe_args, config, resources, sparsities)
 
 
 def prune(
     model_args: ModelArguments,
     data_args: DataArguments,
     args: PruneArguments,
+    probe_args: ProbeArguments,
     config: CAPConfig,
     resources: Resources,
     sparsities: list[float],
@@ -67,10 +68,10 @@ def prune(
     from cap_hf.checkpoints.saving import save_checkpoint
     from cap_hf.collection.examples import whole_groups
     from cap_hf.collection.state import Checkpointing
-    from cap_hf.commands.common import eval_dataset, load_all
+    from cap_hf.commands.common import image_dataset, load_all, load_companions
+    from cap_hf.commands.evaluation import Evaluation
     from cap_hf.compressor import CAPCompressor
-    from cap_hf.data.evaluation import evaluate_model
-    from cap_hf.data.images import ImageDataset, calibration_split, make_dataloader
+    from cap_hf.data.images import calibration_split, make_dataloader
     from cap_hf.distributed.accelerator import make_accelerator
     from cap_hf.report import Phases
 
@@ -78,29 +79,40 @@ def prune(
         transformers_logging.disable_progress_bar()
     output = Path(os.path.realpath(args.output_dir))
     accelerator, phases = make_accelerator(), Phases()
+    num_examples = config.num_grads * config.samples_per_grad
     with phases("load"):
         model, image_processor, splits = load_all(
             model_args,
             data_args,
             config.seed,
             ["train", "eval"] if args.do_eval else ["train"],
-            config.num_grads * config.samples_per_grad,
+            num_examples,
+            probe_args.knn_bank_size,
         )
+        companions = load_companions(model_args)
         compressor = CAPCompressor(model, config, accelerator, args.disable_tqdm, resources, len(sparsities))
-        examples = calibration_split(splits["train"], config.num_grads * config.samples_per_grad, config.seed)
-        calibration = ImageDataset(examples, image_processor, model.config, data_args).need_labels()
+        examples = calibration_split(splits["train"], num_examples, config.seed)
+        calibration = image_dataset(examples, image_processor, model, data_args)
+        if config.fisher_loss == "labels":
+            calibration.need_labels()
         batch_size = whole_groups(args.per_device_batch_size, config)
         train_loader = make_dataloader(calibration, batch_size, data_args.dataloader_num_workers)
-        evaluation = eval_dataset(splits, image_processor, model, data_args) if args.do_eval else None
-
-    def evaluate(name: str) -> dict[str, float] | None:
-        if evaluation is None:
-            return None
-        loader = make_dataloader(evaluation, args.per_device_eval_batch_size, data_args.dataloader_num_workers)
-        with phases(name):
-            return evaluate_model(model, accelerator.prepare(loader), accelerator, args.disable_tqdm)
-
-    dense = evaluate("evaluate dense")
+        evaluation = None
+        if args.do_eval:
+            evaluation = Evaluation(
+                model,
+                splits,
+                image_processor,
+                data_args,
+                args.per_device_eval_batch_size,
+                accelerator,
+                args.disable_tqdm,
+            )
+    dense = None
+    if evaluation is not None:
+        # Before anything is pruned: the model that is compared with is this one.
+        with phases("evaluate dense"):
+            dense = evaluation.measure_dense(model)
     checkpointing = None
     if args.checkpoint_every is not None:
         checkpointing = Checkpointing(state_folder(args), args.checkpoint_every, args.resume)
@@ -111,11 +123,14 @@ def prune(
     for sparsity in sparsities:
         with phases(f"prune {sparsity:g}"):
             report = compressor.prune(sparsity)
-        metrics = evaluate(f"evaluate {sparsity:g}")
+        metrics = None
+        if evaluation is not None:
+            with phases(f"evaluate {sparsity:g}"):
+                metrics = evaluation.measure(model)
         folder = output / f"sparsity-{sparsity:.12g}"
         outcome = {"sparse": metrics, "pruning": report.to_dict()}
         if accelerator.is_main_process:
-            save_checkpoint(folder, model, config, facts | outcome, image_processor)
+            save_checkpoint(folder, model, config, facts | outcome, image_processor, companions=companions)
         results.append({"checkpoint": folder.name} | outcome)
     if accelerator.is_main_process:
         write_json(output / "report.json", facts | {"results": results, "phases": phases.records})

@@ -1,33 +1,33 @@
 """Plain text tables: what a command prints of its results."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
-# Name of a model, share of its target weights that are 0, what `evaluate_model` says of it.
-Row = tuple[str, float | None, Mapping[str, float] | None]
+from cap_hf.checkpoints.metrics import measured_in
+
+# Name of a model, share of its target weights that are 0, what was measured of it.
+Row = tuple[str, float | None, Mapping[str, Any] | None]
 
 
-def results_table(rows: Sequence[Row], dense: Mapping[str, float] | None) -> str:
-    """Return one line per model: sparsity, accuracy, loss, and the drop of top-1 against the dense model.
+def results_table(rows: Sequence[Row], dense: Mapping[str, Any] | None) -> str:
+    """Return one line per model: its sparsity, what was measured of any of them, and what it lost to the dense model.
 
     Args:
-        rows: in the order they are printed in; what was not measured is a dash.
+        rows: in the order they are printed in; what was not measured of one of them is a dash.
         dense: metrics of the dense model, or None where it was not evaluated; its own row has no drop.
     """
-    header = ["model", "sparsity %", "top-1 %", "top-5 %", "loss", "drop"]
-    lines = []
-    for name, sparsity, metrics in rows:
-        known = metrics or {}
-        drop = None if dense is None or metrics is None or metrics is dense else dense["top1"] - metrics["top1"]
-        lines.append(
-            [
-                name,
-                percent(sparsity),
-                percent(known.get("top1")),
-                percent(known.get("top5")),
-                f"{known['loss']:.4f}" if "loss" in known else "-",
-                percent(drop),
-            ]
-        )
+    header, lines = ["model"], [[name] for name, _, _ in rows]
+    if any(sparsity is not None for _, sparsity, _ in rows):
+        header.append("sparsity %")
+        lines = [[name, percent(sparsity)] for name, sparsity, _ in rows]
+    for metric in measured_in(measured for _, _, measured in rows):
+        header += [metric.heading, "drop"] if metric.drop and dense is not None else [metric.heading]
+        for line, (_, _, measured) in zip(lines, rows, strict=True):
+            value = (measured or {}).get(metric.key)
+            line.append(metric.show(value))
+            if metric.drop and dense is not None:
+                whole = None if measured is dense else dense.get(metric.key)
+                line.append(percent(None if whole is None or value is None else whole - value))
     return table(header, lines)
 
 

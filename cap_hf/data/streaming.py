@@ -28,8 +28,10 @@ Place = Callable[[], Examples]
 PLACES = 32
 # A dataset of more shards than this (images that are files of their own) is cut into so many groups of shards.
 MAX_GROUPS = 1000
-# Bytes that are asked for at a time within a parquet file, whose pages have up to 1 MB; datasets asks for 5 MB.
-BLOCK_BYTES = 1 << 16
+# Bytes of a column that are asked for at a time within a parquet file, whose pages have up to 1 MB; and what a remote
+# file reads ahead of each request, 5 MB by default: columns are read in turn, so what lies behind is of no use.
+BUFFER_BYTES = 1 << 16
+AHEAD_BYTES = 1 << 12
 ROWS = 8
 
 
@@ -102,7 +104,10 @@ class Streamer:
             with ThreadPoolExecutor() as pool:
                 footers = list(pool.map(self._footer, some))
             groups = [
-                [partial(self._rows, file, footer, group, columns) for group in rng.permutation(footer.num_row_groups)]
+                [
+                    partial(self._rows, file, footer, int(group), columns)
+                    for group in rng.permutation(footer.num_row_groups)
+                ]
                 for file, footer in zip(some, footers, strict=True)
             ]
             yield from filter(None, chain.from_iterable(zip_longest(*groups)))
@@ -117,7 +122,7 @@ class Streamer:
             yield partial(iter, stream.shard(count, int(index)))
 
     def _open(self, file: str) -> Any:
-        return xopen(file, "rb", block_size=BLOCK_BYTES, download_config=self.download)
+        return xopen(file, "rb", block_size=AHEAD_BYTES, download_config=self.download)
 
     def _footer(self, file: str) -> pq.FileMetaData:
         with self._open(file) as opened:
@@ -125,9 +130,9 @@ class Streamer:
 
     def _rows(self, file: str, footer: pq.FileMetaData, group: int, columns: list[str]) -> Examples:
         # Page by page as rows are asked for; with its default settings Arrow fetches the whole row group.
-        settings = {"pre_buffer": False, "buffer_size": BLOCK_BYTES}
+        settings = {"pre_buffer": False, "buffer_size": BUFFER_BYTES}
         with self._open(file) as opened, pq.ParquetFile(opened, metadata=footer, **settings) as parquet:
-            for batch in parquet.iter_batches(ROWS, [int(group)], columns):
+            for batch in parquet.iter_batches(ROWS, [group], columns):
                 yield from batch.to_pylist()
 
     def _with_bytes(self, example: Example) -> Example:

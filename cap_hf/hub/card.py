@@ -11,29 +11,25 @@ import re
 import shlex
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from cap_hf.checkpoints.folder import Measured, read_cap_config, read_report
+from cap_hf.checkpoints.folder import read_cap_config, read_report
 from cap_hf.checkpoints.loading import check_folder, load_checkpoint
+from cap_hf.checkpoints.metrics import Measured, measured_in
 from cap_hf.checkpoints.weights import measure
 from cap_hf.config import CAPConfig
 from cap_hf.errors import CAPError
+from cap_hf.hub.task import CLASSIFICATION, loader_name, pipeline_tag, purpose
 from cap_hf.masks import describe_masks, differing_layers, find_pattern, take_masks
 from cap_hf.outputs import label_names
 from cap_hf.targets import find_targets
 
 CARD_NAME, PICTURE_NAME = "README.md", "sparsity.png"
 MAX_LABELS = 12
-METRICS: tuple[tuple[Literal["top1", "top5", "loss"], str], ...] = (
-    ("top1", "top-1 accuracy %"),
-    ("top5", "top-5 accuracy %"),
-    ("loss", "cross entropy"),
-)
-ACCURACIES: tuple[tuple[Literal["top1", "top5"], str], ...] = (("top1", "Top-1 accuracy"), ("top5", "Top-5 accuracy"))
 METHOD_TEXTS = {
     "cap": "Pruned with CAP, the Correlation-Aware Pruner (arXiv 2210.09223), by cap_hf.",
     "obs": "Pruned by cap_hf with a block Fisher but without correlations between weights (as oBERT does).",
@@ -49,14 +45,19 @@ class CardFacts:
     Attributes:
         repo_id: the name to load the model by.
         sparsity: share of the targets' weights that are 0, in [0, 1].
+        pipeline_tag: of the Hub, by what the model is for.
+        loader: the class of transformers to load it with.
         pattern: N:M, if every target keeps to it.
         layers: of each target what `describe_masks` says.
-        dense, sparse: what `ImageClassificationMetric` computed, accuracies in [0, 1].
+        labels: the names of the classes that it tells apart, where it does.
+        dense, sparse: what was measured, accuracies in [0, 1].
         file_bytes: of the weight files; dense_bytes, compressed_bytes: of their tensors in either form.
     """
 
     repo_id: str
     architecture: str
+    pipeline_tag: str
+    loader: str
     num_parameters: int
     layers: list[dict]
     pattern: str | None
@@ -122,13 +123,17 @@ class CardFacts:
             )
         patterns = {str(find_pattern(target, masks[target.name]) or "") for target in targets}
         data = report.get("data") or {}
+        tag = pipeline_tag(model)
         return cls(
             repo_id=repo_id,
             architecture=type(model).__name__,
+            pipeline_tag=tag,
+            loader=loader_name(model),
             num_parameters=sum(parameter.numel() for parameter in model.parameters()),
             layers=describe_masks(targets),
             pattern=(patterns.pop() or None) if len(patterns) == 1 else None,
-            labels=list(label_names(model.config).values()),
+            # Without a head a config still has transformers' own names of two classes.
+            labels=list(label_names(model.config).values()) if tag == CLASSIFICATION else [],
             compressed=files.compressed,
             file_bytes=files.num_bytes,
             dense_bytes=dense_bytes,
@@ -155,22 +160,22 @@ class CardFacts:
         dataset, name = hub_id(self.dataset), short_name(self.dataset)
         results = [
             EvalResult(
-                task_type="image-classification",
+                task_type=self.pipeline_tag,
                 dataset_type=dataset or name,
                 dataset_name=name,
                 dataset_config=self.dataset_config and one_line(self.dataset_config),
                 dataset_split=self.dataset_split and one_line(self.dataset_split),
                 metric_type="accuracy",
-                metric_name=metric,
-                metric_value=self.sparse[key],
+                metric_name=metric.accuracy,
+                metric_value=self.sparse[metric.key],
             )
-            for key, metric in ACCURACIES
-            if name and key in self.sparse
+            for metric in measured_in([self.sparse])
+            if name and metric.accuracy
         ]
         base_model = hub_id(self.base_model)
         return ModelCardData(
             library_name="transformers",
-            pipeline_tag="image-classification",
+            pipeline_tag=self.pipeline_tag,
             base_model=base_model,
             base_model_relation="finetune" if base_model else None,
             datasets=[dataset] if dataset else None,
@@ -188,6 +193,7 @@ class CardFacts:
         facts: dict[str, Any] = {each.name: getattr(self, each.name) for each in fields(self)}
         method: str | None = self.config.get("method")
         base_model = hub_id(self.base_model)
+        metrics = measured_in([self.sparse])
         link = f"[{base_model}](https://huggingface.co/{base_model})" if base_model else None
         return ModelCard.from_template(
             self.metadata(),
@@ -203,10 +209,10 @@ class CardFacts:
                 "base_model_name": link or (self.base_model and text(short_name(self.base_model))),
                 "dataset_name": self.dataset and text(short_name(self.dataset)),
                 "dataset_split": self.dataset_split and text(self.dataset_split),
-                "metrics": [(key, name) for key, name in METRICS if key in self.sparse],
-                "dense": {key: self.dense[key] for key, _ in METRICS if key in self.dense}
-                if all(key in self.dense for key, _ in METRICS if key in self.sparse)
-                else {},
+                "purpose": purpose(self.pipeline_tag),
+                "is_classifier": self.pipeline_tag == CLASSIFICATION,
+                "metrics": metrics,
+                "dense": self.dense if all(metric.key in self.dense for metric in metrics) else {},
                 "method": method,
                 "method_text": METHOD_TEXTS.get(method or ""),
                 "command": code(self.command()),
@@ -214,7 +220,6 @@ class CardFacts:
                 "versions": [text(f"{name} {version}") for name, version in self.versions.items()],
                 "picture": PICTURE_NAME,
                 "percent": lambda value: f"{100 * value:.2f}",
-                "figure": lambda key, value: f"{value:.4f}" if key == "loss" else f"{100 * value:.2f}",
             },
         )
 

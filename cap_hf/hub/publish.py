@@ -13,7 +13,7 @@ from huggingface_hub.utils import validate_repo_id
 from transformers import BaseImageProcessor
 
 from cap_hf.checkpoints.atomic import atomic_directory
-from cap_hf.checkpoints.folder import MODEL_CONFIG_NAME, REPORT_NAME, copy_file, read_json
+from cap_hf.checkpoints.folder import COMPANIONS, MODEL_CONFIG_NAME, REPORT_NAME, copy_file, read_json
 from cap_hf.checkpoints.saving import compress_weights
 from cap_hf.checkpoints.weights import find_weight_files
 from cap_hf.compressor import CAPCompressor
@@ -25,7 +25,7 @@ from cap_hf.hub.picture import draw_sparsity
 
 PROCESSOR_NAME = "preprocessor_config.json"
 # What is published beside the weights, their index and the card.
-FILES = (MODEL_CONFIG_NAME, PROCESSOR_NAME, "processor_config.json", CONFIG_NAME, REPORT_NAME)
+FILES = (MODEL_CONFIG_NAME, PROCESSOR_NAME, *COMPANIONS, CONFIG_NAME, REPORT_NAME)
 WEIGHT_ENDINGS = (".safetensors", ".safetensors.index.json")
 # Seconds before each further attempt.
 WAITS = (1, 4)
@@ -130,7 +130,7 @@ def prepare_folder(
 
 
 def published_files(checkpoint: Path) -> list[Path]:
-    """Return what is published beside the weights and the card: JSON, and code if config.json names some.
+    """Return what is published beside the weights and the card: JSON, a tokenizer, and code if config.json names some.
 
     Raises:
         CAPError: config.json cannot be read, or something that is published has the name of a file and is none.

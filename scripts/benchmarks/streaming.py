@@ -86,7 +86,7 @@ def main() -> None:
                     environment = clean_environment(Path(home), HF_ENDPOINT=hub.url)
                     command = [sys.executable, "-c", STREAM, name, column, str(args.count), how]
                     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
-                found = {"dataset": dataset, "how": how, "sent_bytes": hub.sent, "dataset_bytes": hub.size(name)}
+                found = {"dataset": dataset, "how": how, "sent_bytes": hub.settled(), "dataset_bytes": hub.size(name)}
                 results.add(found | {"share": hub.sent / hub.size(name)} | json.loads(done.stdout))
                 results.advance()
 

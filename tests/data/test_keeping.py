@@ -148,7 +148,7 @@ def test_each_process_has_the_same_examples_and_one_fetches_them(tmp_path):
                 subprocess.run([PYTHON, str(script), str(tmp_path)], env=environment, check=True, timeout=120)
             else:
                 launch(processes, str(tmp_path), script=script, **environment)
-            sent[processes] = hub.sent
+            sent[processes] = hub.settled()
     alone, first, second = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("1-0", "2-0", "2-1"))
     assert alone == first == second
     assert len(set(alone["calibration"])) == 64

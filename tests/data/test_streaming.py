@@ -3,6 +3,7 @@
 import time
 from functools import partial
 from itertools import islice
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -99,6 +100,25 @@ def test_rows_come_from_row_groups_all_over_the_files(builder):
     assert sorted(number // 300 for number in found[:6]) == list(range(6))
     assert found[18:] == [number + 1 for number in found[:18]]
     assert numbers(streamer, 36, seed=1) != found == numbers(streamer, 36)
+
+
+def test_rows_of_parquet_are_whole(builder):
+    streamer = Streamer(builder(write_parquet, shards=2, count=60, classes=6))
+    plain = datasets.load_dataset(str(Path(streamer.builder.base_path)), split="train")
+    plain = plain.cast_column("image", datasets.Image(decode=False))
+    found = list(streamer.read("train", ["image", "label", "embedding"], 0))
+    order = [int.from_bytes(example["image"]["bytes"][-4:], "big") for example in found]
+    assert found == [plain[index] for index in order]
+    assert sorted(order) == list(range(60))
+
+
+def test_an_image_that_is_not_there_stays_so(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    features = datasets.Features(image=datasets.Image(), label=datasets.Value("int64"))
+    split = datasets.Dataset.from_dict({"image": [None, None], "label": [0, 1]}, features=features)
+    split.to_parquet(tmp_path / "train.parquet")
+    streamer = Streamer(datasets.load_dataset_builder(str(tmp_path)))
+    assert list(streamer.read("train", ["image", "label"], 0)) == [{"image": None, "label": n} for n in range(2)]
 
 
 def test_only_the_columns_asked_for_are_there(builder):

@@ -7,6 +7,7 @@ as when a tar is streamed, may have taken some bytes that nobody read.
 import hashlib
 import re
 import sys
+import time
 from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
 
@@ -22,6 +23,14 @@ class DatasetHub(HubServer):
         super().__init__(DatasetHandler)
         self.datasets: dict[str, Path] = {}
         self.sent = 0
+
+    def settled(self) -> int:
+        """Return how many bytes were sent, once nothing is sent any more: of a tar something is after its reader left."""
+        before = -1
+        while before != self.sent:
+            before = self.sent
+            time.sleep(0.3)
+        return before
 
     def handle_error(self, request: object, client_address: object) -> None:
         """Say nothing of a reader that hung up, as one does that has enough of a file."""

@@ -1,0 +1,82 @@
+"""What a command measures of a model: the accuracy of a classifier, or its features where there are no classes."""
+
+from typing import Any
+
+import datasets
+from accelerate import Accelerator
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel
+
+from cap_hf.commands.common import image_dataset
+from cap_hf.data.arguments import DataArguments
+from cap_hf.data.evaluation import evaluate_model
+from cap_hf.data.features import FeatureEvaluation
+from cap_hf.data.images import make_dataloader
+from cap_hf.errors import CAPError
+from cap_hf.towers import is_classifier
+
+
+class Evaluation:
+    """Measures a dense model and then others like it, on the same images.
+
+    A classifier is measured by its accuracy. Where there is no head, or no labels, it is the features (of a classifier
+    its logits) that are compared with the dense model's; and probed with labels where there are some.
+
+    Args:
+        model: one of those to measure.
+        splits: `eval`, and `bank` where features are to be probed with labels, see `load_all`.
+        image_processor: the model's.
+        data_args: which data it is.
+        batch_size: examples per step and process.
+        accelerator: from accelerate.
+        disable_tqdm: no progress bars.
+
+    Raises:
+        CAPError: as `ImageDataset`, or the bank is too small or has no labels.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        splits: dict[str, datasets.Dataset],
+        image_processor: Any,
+        data_args: DataArguments,
+        batch_size: int,
+        accelerator: Accelerator,
+        disable_tqdm: bool = False,
+    ) -> None:
+        self.accelerator, self.disable_tqdm = accelerator, disable_tqdm
+        self.dataset = image_dataset(splits["eval"], image_processor, model, data_args)
+        self.features: FeatureEvaluation | None = None
+
+        def loader(dataset: Any) -> DataLoader:
+            return make_dataloader(dataset, batch_size, data_args.dataloader_num_workers)
+
+        self.loader, bank = loader(self.dataset), None
+        if is_classifier(model) and self.dataset.labelled:
+            return
+        if "bank" in splits:
+            bank = loader(image_dataset(splits["bank"], image_processor, model, data_args).need_labels())
+        self.features = FeatureEvaluation(self.loader, bank, accelerator, disable_tqdm)
+
+    def check_alone(self) -> None:
+        """Raise a CAPError if nothing can be said of a model without a dense one to compare it with."""
+        if self.features is None or self.features.bank is not None:
+            return
+        if self.dataset.labelled:
+            raise CAPError(
+                "without a head there is nothing to measure but k-NN and the linear probe, which --knn_bank_size 0 "
+                "leaves out, and the distance to a dense model: --dense_model_name_or_path"
+            )
+        self.dataset.need_labels()
+
+    def measure_dense(self, model: PreTrainedModel) -> dict[str, float]:
+        """Return what is measured of the dense model, with which those measured afterwards are compared."""
+        return self.measure(model) if self.features is None else self.features.measure_dense(model)
+
+    def measure(self, model: PreTrainedModel) -> dict[str, float]:
+        """Return what is measured of a model: as `evaluate_model` or `FeatureEvaluation.measure`, errors as there."""
+        if self.features is not None:
+            return self.features.measure(model)
+        loader = self.accelerator.prepare_data_loader(self.loader)
+        return evaluate_model(model, loader, self.accelerator, self.disable_tqdm)
