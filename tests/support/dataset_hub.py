@@ -25,7 +25,7 @@ class DatasetHub(HubServer):
         self.sent = 0
 
     def settled(self) -> int:
-        """Return how many bytes were sent, once nothing is sent any more: of a tar something is after its reader left."""
+        """Return how many bytes were sent, once none are any more: of a tar some are after its reader has left."""
         before = -1
         while before != self.sent:
             before = self.sent
