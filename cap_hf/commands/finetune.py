@@ -16,17 +16,17 @@ from transformers.utils import logging as transformers_logging
 
 from cap_hf.checkpoints.saving import save_checkpoint
 from cap_hf.collection.resources import Resources
-from cap_hf.commands.arguments import ModelArguments, check_output, parse
-from cap_hf.commands.common import eval_dataset, load_all, load_image_processor, load_model
+from cap_hf.commands.arguments import ModelArguments, ProbeArguments, check_output, parse
+from cap_hf.commands.common import image_dataset, load_all, load_companions, load_image_processor, load_model
+from cap_hf.commands.evaluation import Evaluation
 from cap_hf.commands.tables import percent, results_table
 from cap_hf.config import CONFIG_NAME, CAPConfig
 from cap_hf.data.arguments import DataArguments
-from cap_hf.data.evaluation import evaluate_model
-from cap_hf.data.images import ImageDataset, collate, make_dataloader
+from cap_hf.data.images import collate
 from cap_hf.errors import CAPError, reason
 from cap_hf.masks import describe_masks
 from cap_hf.outputs import label_names
-from cap_hf.recovery.distillation import check_pixels
+from cap_hf.recovery.distillation import check_pixels, without_head
 from cap_hf.recovery.gradual import GradualPruner
 from cap_hf.recovery.mask_holder import model_sparsity
 from cap_hf.recovery.metrics import check_metric, compute_metrics, first_logits
@@ -53,7 +53,7 @@ class FinetuneArguments:
 
 def main(argv: list[str]) -> None:
     """Run the command with these arguments."""
-    model_args, data_args, args, training_args, config, resources = read_arguments(argv)
+    model_args, data_args, args, training_args, probe_args, config, resources = read_arguments(argv)
     output = training_args.folder
     resume = prepare_output(training_args, args.overwrite_output_dir)
     if training_args.disable_tqdm:
@@ -62,44 +62,67 @@ def main(argv: list[str]) -> None:
     phases = Phases()
     with phases("load"):
         needed = ["train", "eval"] if training_args.do_eval else ["train"]
-        model, image_processor, splits = load_all(model_args, data_args, training_args.seed, needed)
+        bank_size = probe_args.knn_bank_size if training_args.do_eval else 0
+        model, image_processor, splits = load_all(
+            model_args, data_args, training_args.seed, needed, bank_size=bank_size
+        )
+        companions = load_companions(model_args)
         # What a recovered checkpoint was pruned with is what the checkpoint that it is made from was pruned with.
         pruned_with = config if training_args.schedule else student_config(model_args)
         teacher = load_teacher(args.teacher_model_name_or_path, model_args, image_processor)
-        evaluation = eval_dataset(splits, image_processor, model, data_args) if training_args.do_eval else None
+        has_head = is_classifier(model)
+        if not has_head:
+            if teacher is None:
+                raise CAPError(
+                    f"{type(model).__name__} has no head to learn labels with: name the dense model, whose features it "
+                    "learns, with --teacher_model_name_or_path"
+                )
+            teacher = without_head(teacher)
+        train_dataset = image_dataset(splits["train"], image_processor, model, data_args)
+        eval_dataset = image_dataset(splits["eval"], image_processor, model, data_args) if "eval" in splits else None
+        if teacher is None:
+            train_dataset.need_labels()
+            _ = eval_dataset is None or eval_dataset.need_labels()
+        # Without labels there is the loss alone.
+        labelled = has_head and eval_dataset is not None and eval_dataset.labelled
+        check_metric(training_args.metric_for_best_model, len(label_names(model.config)) if labelled else 0)
         pruner = None
         if training_args.schedule:
             batch_size, quiet = training_args.per_device_train_batch_size, bool(training_args.disable_tqdm)
             pruner = GradualPruner.from_split(
                 splits["train"], image_processor, model, data_args, config, batch_size, quiet, resources
             )
-        check_metric(training_args.metric_for_best_model, len(label_names(model.config)))
         with one_line():
             trainer = SparseTrainer(
                 model,
                 training_args,
                 teacher=teacher,
                 prune=pruner,
-                train_dataset=ImageDataset(
-                    splits["train"], image_processor, model.config, data_args, is_classifier(model)
-                ),
-                eval_dataset=evaluation,
+                train_dataset=train_dataset,
+                eval_dataset=eval_dataset,
                 data_collator=collate,
                 processing_class=image_processor,
-                compute_metrics=compute_metrics,
+                compute_metrics=compute_metrics if labelled else None,
                 preprocess_logits_for_metrics=first_logits,
+            )
+        evaluation = None
+        if training_args.do_eval:
+            evaluation = Evaluation(
+                model,
+                splits,
+                image_processor,
+                data_args,
+                training_args.per_device_eval_batch_size,
+                trainer.accelerator,
+                bool(training_args.disable_tqdm),
             )
 
     def evaluate(name: str, measured: PreTrainedModel | None) -> dict[str, float] | None:
         if evaluation is None or measured is None:
             return None
-        loader = make_dataloader(
-            evaluation, training_args.per_device_eval_batch_size, training_args.dataloader_num_workers
-        )
         # As from_pretrained will load it, whatever precision it was trained in.
         with phases(name), full_precision(measured):
-            accelerator = trainer.accelerator
-            return evaluate_model(measured, accelerator.prepare(loader), accelerator, training_args.disable_tqdm)
+            return evaluation.measure_dense(measured) if measured is teacher else evaluation.measure(measured)
 
     dense = evaluate("evaluate dense", teacher)
     sparse, sparsity_before = evaluate("evaluate sparse", model), model_sparsity(model)
@@ -130,7 +153,7 @@ def main(argv: list[str]) -> None:
     }
     if trainer.is_world_process_zero():
         trainer.masks.verify()
-        save_checkpoint(output, model, pruned_with, report, image_processor)
+        save_checkpoint(output, model, pruned_with, report, image_processor, companions=companions)
         print(summary(report))
         print(f"\nThe recovered checkpoint and report.json are in {output}")
     trainer.accelerator.wait_for_everyone()
@@ -146,9 +169,9 @@ def read_arguments(argv: list[str]) -> tuple:
     Raises:
         CAPError: an argument is wrong, or says how to prune in a run that does not.
     """
-    description = "Finetune a sparse image classifier with its zeros held; with a schedule, prune it gradually."
+    description = "Finetune a sparse vision model with its zeros held; with a schedule, prune it gradually."
     with one_line():
-        model_args, data_args, args, training_args, config, resources = parse(
+        model_args, data_args, args, training_args, probe_args, config, resources = parse(
             argv,
             "finetune",
             description,
@@ -156,6 +179,7 @@ def read_arguments(argv: list[str]) -> tuple:
             without_fields(DataArguments, "dataloader_num_workers"),
             FinetuneArguments,
             SparseTrainingArguments,
+            ProbeArguments,
             without_fields(CAPConfig, "seed"),
             Resources,
         )
@@ -166,7 +190,7 @@ def read_arguments(argv: list[str]) -> tuple:
         unused = [f"--{name}" for name, value in config.to_dict().items() if value != usual[name]]
         if unused:
             raise CAPError(f"{', '.join(unused)} without --sparsity_schedule prunes nothing: give one, such as 0.9")
-    return model_args, data_args, args, training_args, config, resources
+    return model_args, data_args, args, training_args, probe_args, config, resources
 
 
 @contextmanager

@@ -63,9 +63,8 @@ class GradualPruner:
             resources: memory and passes of a step.
         """
         examples = calibration_split(split, config.num_grads * config.samples_per_grad, config.seed)
-        head = is_classifier(model)
-        shown = model.config if head else vision_config(model) or model.config
-        dataset = ImageDataset(examples, image_processor, shown, data_args, has_head=head)
+        shown = vision_config(model) or model.config
+        dataset = ImageDataset(examples, image_processor, shown, data_args, has_head=is_classifier(model))
         if config.fisher_loss == "labels":
             dataset.need_labels()
         loader = make_dataloader(dataset, whole_groups(batch_size, config), data_args.dataloader_num_workers)

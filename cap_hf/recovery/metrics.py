@@ -19,9 +19,9 @@ def check_metric(name: str | None, num_labels: int) -> None:
 
     Args:
         name: with `eval_` before it or without; None for no metric.
-        num_labels: classes of the model.
+        num_labels: classes of the model; 0 where there are none, or no labels, and only a loss is measured.
     """
-    measured = ["loss", "top1", *(["top5"] if num_labels >= 5 else [])]
+    measured = ["loss", *(["top1"] if num_labels else []), *(["top5"] if num_labels >= 5 else [])]
     if name is not None and name.removeprefix("eval_") not in measured:
         raise CAPError(f"--metric_for_best_model {name} is not one of {', '.join(measured)}")
 

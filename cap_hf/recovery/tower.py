@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import wraps
 from typing import Any
 
 import torch
@@ -53,8 +54,14 @@ class Tower:
         if self._entered or self.module is self.model:
             yield
             return
+
+        # The Trainer reads off the signature which inputs a model takes.
+        @wraps(self.module.forward)
+        def forward(*args: Any, **inputs: Any) -> Any:
+            return self.module(*args, **inputs)
+
         before, self._entered = self.model.__dict__.get("forward"), True
-        self.model.forward = self._forward
+        self.model.forward = forward
         try:
             yield
         finally:
@@ -76,6 +83,3 @@ class Tower:
         finally:
             for each in others:
                 each.requires_grad_(True)
-
-    def _forward(self, **inputs: Any) -> Any:
-        return self.module(**inputs)

@@ -98,3 +98,14 @@ def test_a_push_in_the_middle_of_a_run_saves_the_model_without_a_state_to_resume
     trainer.save_model(_internal_call=True)  # as Trainer.push_to_hub calls it
     assert (tmp_path / "model.safetensors").is_file()
     assert not (tmp_path / "ema.safetensors").exists()
+
+
+@pytest.mark.parametrize("decay", [0.9, 0.9999])
+def test_whole_numbers_are_taken_as_they_are(decay):
+    """An average of 3 and 3 that is 2.9999 would become 2, and a position another one."""
+    model = torch.nn.Linear(1, 1)
+    model.register_buffer("position_ids", torch.arange(600))
+    average = WeightAverage(model, decay)
+    for _ in range(3):
+        average.update(model)
+    assert torch.equal(average.model.position_ids, torch.arange(600))

@@ -1,5 +1,7 @@
 """Each loss against its definition, written out."""
 
+import statistics
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,6 +11,7 @@ from transformers.utils import ModelOutput
 
 from cap_hf.recovery.losses import (
     NO_LABEL,
+    feature_loss,
     hidden_state_loss,
     label_loss,
     label_shares,
@@ -86,3 +89,36 @@ def test_each_head_learns_from_its_own():
     own, taught = student_logits(heads)
     assert own is heads["cls_logits"]
     assert taught is heads["distillation_logits"]
+
+
+def test_the_feature_loss_is_the_share_of_the_teachers_variance_that_is_missed():
+    torch.manual_seed(0)
+    teacher = {"class": torch.randn(6, 1, 3), "patch": torch.randn(6, 4, 5) * 20}
+    student = {name: each + torch.randn(each.shape) for name, each in teacher.items()}
+    shares = []
+    for name, target in teacher.items():
+        rows, own = target.reshape(-1, target.shape[-1]), student[name].reshape(-1, target.shape[-1])
+        variance = sum(statistics.variance(rows[:, channel].tolist()) for channel in range(rows.shape[1]))
+        shares.append(float((own - rows).square().sum()) / len(rows) / variance)
+    assert float(feature_loss(student, teacher)) == pytest.approx(sum(shares) / 2, rel=1e-5)
+
+
+def test_what_all_images_have_in_common_does_not_make_an_error_look_small():
+    """Nor does a part that the teacher has and nobody learns."""
+    torch.manual_seed(0)
+    teacher = {"class": torch.randn(6, 1, 3)}
+    student = {"class": torch.randn(6, 1, 3)}
+    moved = [{"class": each["class"] + 1000} for each in (student, teacher)]
+    expected = float(feature_loss(student, teacher))
+    assert float(feature_loss(*moved)) == pytest.approx(expected, rel=1e-2)
+    assert float(feature_loss(student, teacher | {"pooled": torch.ones(6, 1, 9)})) == expected
+    # Who gives every image the same misses everything, but for the unbiased variance.
+    same = {"class": teacher["class"].mean(dim=0, keepdim=True).expand(6, 1, 3)}
+    assert float(feature_loss(same, teacher)) == pytest.approx(5 / 6, rel=1e-5)
+
+
+def test_one_image_or_the_same_image_is_no_division_by_zero():
+    student, teacher = torch.tensor([[[1.0, 2.0]]]), torch.tensor([[[1.0, 3.0]]])
+    assert float(feature_loss({"class": student}, {"class": teacher})) == pytest.approx(1 / 10)
+    twice = teacher.expand(2, 1, 2)
+    assert feature_loss({"class": twice}, {"class": twice}) == 0

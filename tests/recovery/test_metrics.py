@@ -34,3 +34,5 @@ def test_the_best_checkpoint_has_the_best_of_what_is_measured():
         check_metric("accuracy", 10)
     with pytest.raises(CAPError, match="top5 is not one of loss, top1$"):
         check_metric("top5", 4)
+    with pytest.raises(CAPError, match="top1 is not one of loss$"):
+        check_metric("top1", 0)

@@ -1,5 +1,7 @@
 """Calling a model while its tower is trained calls the tower; afterwards nothing is different."""
 
+import inspect
+
 import pytest
 import torch
 from support.backbones import tiny_clip, tiny_dinov2
@@ -33,6 +35,7 @@ def test_calling_a_model_calls_its_tower_and_then_the_model_again():
     tower = Tower(model)
     with torch.no_grad(), tower.called(), tower.called():
         inside = model(pixel_values=PIXELS).last_hidden_state
+        assert next(iter(inspect.signature(model.forward).parameters)) == "pixel_values"
         assert torch.equal(inside, model.vision_model(pixel_values=PIXELS).last_hidden_state)
     assert "forward" not in vars(model)
     assert model.forward.__func__ is CLIPModel.forward

@@ -21,6 +21,7 @@ from cap_hf.recovery.training_arguments import SparseTrainingArguments
         ({"cycle_peak_decay": 0.0}, r"not in \(0, 1\]"),
         ({"distillation_temperature": 0.0}, "greater than 0"),
         ({"hidden_state_weight": -1.0}, "0 or greater"),
+        ({"feature_weight": float("nan")}, "feature_weight=nan must be 0 or greater, and finite"),
         ({"max_steps": 0}, "max_steps=0 trains nothing: `cap-hf evaluate`"),
         ({"max_steps": -1, "num_train_epochs": 0}, "num_train_epochs=0 trains nothing"),
         ({"max_steps": -1, "num_train_epochs": float("nan")}, "num_train_epochs=nan trains nothing"),
