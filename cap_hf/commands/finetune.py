@@ -82,9 +82,10 @@ def main(argv: list[str]) -> None:
         eval_dataset = image_dataset(splits["eval"], image_processor, model, data_args) if "eval" in splits else None
         if teacher is None:
             train_dataset.need_labels()
-            _ = eval_dataset is None or eval_dataset.need_labels()
+            if eval_dataset is not None:
+                eval_dataset.need_labels()
         # Without labels there is the loss alone.
-        labelled = has_head and eval_dataset is not None and eval_dataset.labelled
+        labelled = has_head and (eval_dataset is None or eval_dataset.labelled)
         check_metric(training_args.metric_for_best_model, len(label_names(model.config)) if labelled else 0)
         pruner = None
         if training_args.schedule:

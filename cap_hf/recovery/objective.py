@@ -107,7 +107,7 @@ class LabelObjective:
                 labels = torch.full((len(pixels),), NO_LABEL, device=pixels.device)
             loss = args.hard_label_weight * label_loss(hard, labels, smoothing) + args.distillation_weight * loss
         if matches_hidden:
-            loss = loss + args.hidden_state_weight * hidden_state_loss(outputs["hidden_states"], states)
+            loss = loss + (args.hidden_state_weight or 0) * hidden_state_loss(outputs["hidden_states"], states)
         return loss, {"logits": outputs["logits"]}
 
 
