@@ -193,10 +193,9 @@ def computes_plainly(module: nn.Module) -> bool:
     Other subclasses may compute with something else than their weight and input: standardised weights, or an input
     that they pad themselves.
     """
-    kind = type(module)
-    if isinstance(module, nn.Conv2d):
-        return kind.forward is nn.Conv2d.forward and kind._conv_forward is nn.Conv2d._conv_forward
-    return isinstance(module, nn.Linear) and kind.forward is nn.Linear.forward
+    base = next((base for base in (nn.Linear, nn.Conv2d) if isinstance(module, base)), None)
+    names = ("forward", "_conv_forward") if base is nn.Conv2d else ("forward",)
+    return base is not None and all(getattr(type(module), name) is getattr(base, name) for name in names)
 
 
 def twins_of(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, tuple[nn.Module, ...]]:
