@@ -94,3 +94,15 @@ def test_batch_norm_with_activation_is_estimated_anew():
         values = model.timm_model.conv_stem(pixels).transpose(0, 1).flatten(1)
     torch.testing.assert_close(norm.running_mean, values.mean(1), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(norm.running_var, values.var(1), rtol=1e-4, atol=1e-5)
+
+
+def test_gradient_checkpointing_changes_nothing():
+    """timm's models compute again even in eval mode; then no gradient would reach the hooks."""
+    architecture, arguments, side, *_ = MODELS["ViT, fused qkv"]
+    plain, saving = (timm_models.build(architecture, **arguments) for _ in range(2))
+    saving.gradient_checkpointing_enable()
+    assert saving.timm_model.grad_checkpointing
+    for model in (plain, saving):
+        prune(model, batches(side), 0.6)
+    assert saving.timm_model.grad_checkpointing
+    assert all(torch.equal(value, saving.state_dict()[name]) for name, value in plain.state_dict().items())
