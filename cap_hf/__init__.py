@@ -18,7 +18,11 @@ if TYPE_CHECKING:
     from cap_hf.errors import CAPError
     from cap_hf.hub.publish import push_to_hub
     from cap_hf.inference.export import export_onnx
-    from cap_hf.inference.optimize import SparseModelForImageClassification, optimize_for_inference
+    from cap_hf.inference.optimize import (
+        SparseAutoModel,
+        SparseModelForImageClassification,
+        optimize_for_inference,
+    )
     from cap_hf.inference.quantization import quantize_int8
     from cap_hf.recovery.gradual import GradualPruner
     from cap_hf.recovery.schedules import SparsitySchedule
@@ -41,6 +45,7 @@ _HOMES = {
     "NMPattern": "cap_hf.config",
     "PruneReport": "cap_hf.report",
     "Resources": "cap_hf.collection.resources",
+    "SparseAutoModel": "cap_hf.inference.optimize",
     "SparseModelForImageClassification": "cap_hf.inference.optimize",
     "SparseTrainer": "cap_hf.recovery.trainer",
     "SparseTrainingArguments": "cap_hf.recovery.training_arguments",
@@ -64,6 +69,7 @@ __all__ = [
     "NMPattern",
     "PruneReport",
     "Resources",
+    "SparseAutoModel",
     "SparseModelForImageClassification",
     "SparseTrainer",
     "SparseTrainingArguments",

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Iterable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from transformers import BaseImageProcessor, PreTrainedModel
 from cap_hf.checkpoints.saving import save_checkpoint
 from cap_hf.collection.collection import Collection
 from cap_hf.collection.examples import CalibrationExamples
+from cap_hf.collection.objective import choose_loss
 from cap_hf.collection.plan import Plan
 from cap_hf.collection.progress import Progress
 from cap_hf.collection.removal_paths import RemovalPaths, with_changes
@@ -34,10 +36,11 @@ logger = logging.getLogger(__name__)
 
 
 class CAPCompressor:
-    """Prunes a transformers image classifier with the Correlation-Aware Pruner (arXiv 2210.09223).
+    """Prunes a transformers vision model with the Correlation-Aware Pruner (arXiv 2210.09223).
 
     Args:
-        model: in float32 or float64 (half precision loses the gradients of single examples).
+        model: an image classifier, a backbone without a head, or a model with a vision tower, which alone is pruned; in
+            float32 or float64 (half precision loses the gradients of single examples).
         config: how to prune; `CAPConfig()` if None.
         accelerator: from accelerate; with several processes each takes its share of the examples and of the blocks.
         disable_tqdm: no progress bar.
@@ -100,9 +103,9 @@ class CAPCompressor:
         a line says so.
 
         Args:
-            dataloader: batches of `pixel_values` and `labels` (not needed with `fisher_type="sampled"`). A DataLoader,
-                not prepared by accelerate, is shared out between the processes; any other iterable holds this
-                process's own share. The batch size must be a multiple of `samples_per_grad`.
+            dataloader: batches of `pixel_values`, and of `labels` for `fisher_loss="labels"`. A DataLoader, not
+                prepared by accelerate, is shared out between the processes; any other iterable holds this process's
+                own share. The batch size must be a multiple of `samples_per_grad`.
             checkpointing: keep the state on the disk so that a run that was killed can go on; what it leaves is
                 removed by `discard_state`.
 
@@ -119,10 +122,14 @@ class CAPCompressor:
             self.paths = RemovalPaths(self.targets, Solver(self.config, None), self.processes)
             return self
         check_precision(self.model, self.accelerator.device)
+        examples = CalibrationExamples(dataloader, self.config, self.processes)
+        if METHODS[self.config.method].statistic == "gradients":
+            chosen = choose_loss(self.config.fisher_loss, self.model, examples.first(), self.processes)
+            self.config = replace(self.config, fisher_loss=chosen)
         self.collection = Collection(
             self.model, self.config, self._find, self.processes, self.resources, self.progress, self.prunes
         )
-        fisher = self.collection.run(CalibrationExamples(dataloader, self.config, self.processes), checkpointing)
+        fisher = self.collection.run(examples, checkpointing)
         self.targets = self.collection.targets
         solver = Solver(self.config, fisher, self.collection.batch_bytes)
         self.paths = RemovalPaths(self.targets, solver, self.processes, self.collection.tensors)

@@ -10,7 +10,9 @@ from cap_hf.errors import CAPError
 CONFIG_NAME = "cap_config.json"
 METHODS = ("cap", "obs", "sparsegpt", "magnitude")
 SELECTIONS = ("marginal", "cumulative")
-FISHER_TYPES = ("empirical", "sampled")
+FISHER_LOSSES = ("labels", "sampled", "features")
+# What earlier versions called the first two, in checkpoints of theirs.
+FISHER_TYPES = {"empirical": "labels", "sampled": "sampled"}
 FISHER_DTYPES = ("float32", "bfloat16")
 WEIGHT_UPDATES = ("joint", "independent", "none")
 
@@ -76,10 +78,20 @@ class CAPConfig:
             "the memory and --max_passes allow, a row at most."
         },
     )
-    fisher_type: str = field(
-        default="empirical",
-        metadata={"help": "Labels of the gradients: the data's, or sampled from the model.", "choices": FISHER_TYPES},
+    fisher_loss: str | None = field(
+        default=None,
+        metadata={
+            "help": "The loss of the gradients: cross entropy with the data's labels, with labels sampled from the "
+            "model, or the squared error of its features. Default: the first of these that model and data allow.",
+            "choices": FISHER_LOSSES,
+        },
     )
+    feature_projections: int = field(
+        default=1, metadata={"help": "Gradient samples per example of fisher_loss=features."}
+    )
+    class_weight: float = field(default=1.0, metadata={"help": "Weight of the class token in fisher_loss=features."})
+    patch_weight: float = field(default=1.0, metadata={"help": "Weight of the patch tokens in fisher_loss=features."})
+    pooled_weight: float = field(default=1.0, metadata={"help": "Weight of the pooled output in it."})
     fisher_dtype: str = field(
         default="float32",
         metadata={
@@ -111,13 +123,13 @@ class CAPConfig:
         for name, choices in (
             ("method", METHODS),
             ("selection", SELECTIONS),
-            ("fisher_type", FISHER_TYPES),
+            ("fisher_loss", (None, *FISHER_LOSSES)),
             ("fisher_dtype", FISHER_DTYPES),
             ("weight_update", WEIGHT_UPDATES),
         ):
             if getattr(self, name) not in choices:
-                raise CAPError(f"{name}={getattr(self, name)!r} is not one of {', '.join(choices)}")
-        for name in ("num_grads", "samples_per_grad"):
+                raise CAPError(f"{name}={getattr(self, name)!r} is not one of {', '.join(map(str, choices))}")
+        for name in ("num_grads", "samples_per_grad", "feature_projections"):
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
                 raise CAPError(f"{name}={value!r} must be a whole number of at least 1")
@@ -134,6 +146,9 @@ class CAPConfig:
             raise CAPError(f"seed={self.seed!r} must be a whole number from 0 to 2^32 - 1")
         if self.damp is not None and not 0 < self.damp < float("inf"):
             raise CAPError(f"damp={self.damp!r} must be greater than 0 and finite")
+        weights = [getattr(self, f"{kind}_weight") for kind in ("class", "patch", "pooled")]
+        if min(weights) < 0 or not 0 < sum(weights) < float("inf"):
+            raise CAPError("class_weight, patch_weight and pooled_weight must be 0 or greater, and not all 0")
         for name in ("include", "exclude"):
             if isinstance(getattr(self, name), str):
                 object.__setattr__(self, name, [getattr(self, name)])
@@ -155,11 +170,14 @@ class CAPConfig:
 
     @classmethod
     def from_dict(cls, values: dict) -> "CAPConfig":
-        """Return a config from fields, as `to_dict` gave them.
+        """Return a config from fields, as `to_dict` gave them, now or in an earlier version.
 
         Raises:
             CAPError: a field is unknown, or its value is outside what it allows.
         """
+        values = dict(values)
+        if "fisher_type" in values:
+            values["fisher_loss"] = FISHER_TYPES.get(values.pop("fisher_type"))
         unknown = sorted(set(values) - {f.name for f in fields(cls)})
         if unknown:
             raise CAPError(f"CAPConfig has no field {', '.join(unknown)}")

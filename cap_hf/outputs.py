@@ -1,4 +1,4 @@
-"""What an image classifier gives back, however it packs that, and what its classes are called."""
+"""What an image model gives back, however it packs that: logits, features, and what its classes are called."""
 
 from typing import Any
 
@@ -6,6 +6,18 @@ import torch
 from transformers import PretrainedConfig
 
 from cap_hf.errors import CAPError
+
+# What a model that ends in something else than features gives, for every position or query of an image.
+DENSE_OUTPUTS = (
+    "predicted_depth",
+    "logits",
+    "pred_boxes",
+    "pred_masks",
+    "masks_queries_logits",
+    "class_queries_logits",
+)
+# The parts that features can have.
+FEATURE_KINDS = ("class", "patch", "pooled")
 
 
 def logits_of(outputs: Any) -> torch.Tensor:
@@ -23,6 +35,70 @@ def logits_of(outputs: Any) -> torch.Tensor:
             f"the model returns {type(outputs).__name__} without logits (b, classes): use an image classifier"
         )
     return logits
+
+
+def features_of(outputs: Any, prefix_tokens: int = 0) -> dict[str, torch.Tensor]:
+    """Return the features in a model's outputs, by part: `class`, `patch` and `pooled`, as far as it has them.
+
+    Of a backbone these are the class token, the tokens (or positions) of the image, and what the model pools them to.
+    A model that ends in something else (depth, segmentation, detection) has that for its `patch` features, a classifier
+    its logits for `pooled`. Register tokens, which nobody reads, are left out.
+
+    Args:
+        outputs: named outputs of a transformers model.
+        prefix_tokens: how many tokens stand before those of the image; the first is the class token.
+
+    Returns:
+        `(b, n, d)` of each part, n positions of d channels; several parts of one kind are `patch`, `patch 1`, ...
+
+    Raises:
+        CAPError: there are none.
+    """
+    found: dict[str, torch.Tensor] = {}
+    dense = [getattr(outputs, name, None) for name in DENSE_OUTPUTS]
+    for each in dense:
+        if isinstance(each, torch.Tensor):
+            if each.dim() == 2:
+                found["pooled"] = each[:, None]
+            else:
+                found[next_name("patch", found)] = positions_of(each)
+    if found:
+        return found
+    tokens = getattr(outputs, "last_hidden_state", None)
+    maps = getattr(outputs, "feature_maps", None)
+    for each in maps if maps is not None else [tokens]:
+        if not isinstance(each, torch.Tensor):
+            continue
+        positions = positions_of(each)
+        if each.dim() == 3 and prefix_tokens:
+            found.setdefault("class", positions[:, :1])
+            positions = positions[:, prefix_tokens:]
+        if positions.shape[1]:
+            found[next_name("patch", found)] = positions
+    for name in ("image_embeds", "pooler_output"):
+        pooled = getattr(outputs, name, None)
+        if isinstance(pooled, torch.Tensor):
+            found["pooled"] = pooled.flatten(1)[:, None]
+            break
+    if not found:
+        raise CAPError(f"the model returns {type(outputs).__name__}, in which nothing known is a feature of an image")
+    return found
+
+
+def next_name(kind: str, taken: dict[str, torch.Tensor]) -> str:
+    """Return the name of the next part of a kind: `patch`, `patch 1`, ..."""
+    number = sum(name.split()[0] == kind for name in taken)
+    return f"{kind} {number}" if number else kind
+
+
+def positions_of(tensor: torch.Tensor) -> torch.Tensor:
+    """Return features as `(b, n, d)`: `(b, n, d)` as it is, `(b, d, h, w)` with its positions in rows, `(b, d)` as one.
+
+    A map without channels, `(b, h, w)`, cannot be told from tokens: its rows are taken for these.
+    """
+    if tensor.dim() == 4:
+        return tensor.flatten(2).mT
+    return tensor if tensor.dim() == 3 else tensor.flatten(1)[:, None]
 
 
 def label_names(config: PretrainedConfig) -> dict[int, str]:

@@ -10,6 +10,7 @@ from torch import nn
 
 from cap_hf.config import NMPattern
 from cap_hf.errors import CAPError
+from cap_hf.towers import tower_of
 
 # What has weights that may be pruned.
 Layer = nn.Linear | nn.Conv2d
@@ -110,15 +111,16 @@ def find_targets(
     """Return the targets of a transformers model: Linear and Conv2d weights inside its encoder.
 
     Args:
-        model: a transformers model with a head (the head lies outside `model.base_model`).
+        model: a transformers model, with a head (which lies outside `base_model`) or without; of one that sees images
+            and reads text, the vision tower's weights are what may be pruned.
         block_size: 'row' or a number, fitted to each target by `fit_block_size`.
         include: fnmatch patterns on module names; only matches are kept.
         exclude: fnmatch patterns on module names; matches are left out.
         pattern: an N:M pattern that every target's rows must be divisible into.
 
     Raises:
-        CAPError: there is no target, a pattern matches nothing, N:M does not divide a row, the block size is no size,
-            or the model has adapters of PEFT, whose weights are no layers of their own.
+        CAPError: there is no target, the model takes no images, a pattern matches nothing, N:M does not divide a row,
+            the block size is no size, or the model has adapters of PEFT, whose weights are no layers of their own.
     """
     if any(hasattr(module, "base_layer") for module in model.modules()):
         raise CAPError(
@@ -162,9 +164,10 @@ def left_alone(model: nn.Module, targets: Sequence[Target]) -> dict[str, str]:
 
 def reasons_against(model: nn.Module, layers: Mapping[str, Layer]) -> dict[str, str]:
     """Return, by name, why some layers of a model cannot be targets; the others can."""
-    base = getattr(model, "base_model", model)
+    tower = tower_of(model)
+    base = getattr(tower, "base_model", tower)
     prefix = next((f"{name}." if name else "" for name, module in model.named_modules() if module is base), "")
-    channels = getattr(getattr(model, "config", None), "num_channels", None)
+    channels = getattr(getattr(tower, "config", None), "num_channels", None)
     sharing = twins_of(model, layers)
     reasons = {}
     for name, module in layers.items():

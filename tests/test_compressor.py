@@ -186,7 +186,7 @@ def test_samples_per_grad_and_sampled_labels():
         CAPCompressor(model, CAPConfig(num_grads=4, samples_per_grad=3)).collect(batches)
     sums = []
     for sizes in ((8, 8), (4, 4, 4, 4)):
-        config = CAPConfig(num_grads=16, fisher_type="sampled")
+        config = CAPConfig(num_grads=16, fisher_loss="sampled")
         pixels, labels = (torch.cat([batch[key] for batch in batches]) for key in ("pixel_values", "labels"))
         split = zip(pixels.split(sizes), labels.split(sizes), strict=True)
         parts = [{"pixel_values": p, "labels": label} for p, label in split]
@@ -231,7 +231,7 @@ def test_errors_leave_the_model_alone(monkeypatch):
     with pytest.raises(CAPError, match="call collect"):
         compressor.prune(0.5)
     with pytest.raises(CAPError, match="needs pixel_values and labels"):
-        compressor.collect([{"pixel_values": torch.zeros(1, 3, 8, 8)}])
+        CAPCompressor(model, CAPConfig(fisher_loss="labels")).collect([{"pixel_values": torch.zeros(1, 3, 8, 8)}])
     with pytest.raises(CAPError, match="dataloader is empty"):
         compressor.collect([])
     with pytest.raises(CAPError, match="contradicts 2:4"):

@@ -23,7 +23,7 @@ def test_round_trip(tmp_path):
         ("allocation", "4:2"),
         ("allocation", "2:"),
         ("allocation", "0:4"),
-        ("fisher_type", "exact"),
+        ("fisher_loss", "exact"),
         ("weight_update", "some"),
         ("num_grads", 0),
         ("num_grads", 1.5),

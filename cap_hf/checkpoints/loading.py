@@ -1,5 +1,6 @@
-"""A checkpoint as a model: the folder it lies in, and the classifier in it, whole or not at all."""
+"""A checkpoint as a model: the folder it lies in, and the model in it, whole or not at all."""
 
+import inspect
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,8 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from huggingface_hub import snapshot_download
-from transformers import AutoConfig, AutoModelForImageClassification, PreTrainedModel
+from transformers import (
+    AutoBackbone,
+    AutoConfig,
+    AutoModel,
+    AutoModelForImageClassification,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
 from transformers.utils import logging as transformers_logging
 
 from cap_hf.checkpoints.files import check_file
@@ -59,7 +69,11 @@ def check_folder(folder: str | Path, trust_remote_code: bool = False) -> WeightF
     try:
         with only_errors(), torch.device("meta"):
             config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-            model = AutoModelForImageClassification.from_config(config, trust_remote_code=trust_remote_code)
+            kind = model_class(config, trust_remote_code)
+            if issubclass(kind, PreTrainedModel):
+                model = kind._from_config(config)
+            else:
+                model = kind.from_config(config, trust_remote_code=trust_remote_code)
     except Exception as error:  # configuration, foreign code
         raise CAPError(_explain(folder, error)) from error
     asked, stored = model.num_parameters(), sum(each.num_entries for each in contents)
@@ -69,10 +83,31 @@ def check_folder(folder: str | Path, trust_remote_code: bool = False) -> WeightF
     return files
 
 
-def load_classifier(
+def model_class(config: PreTrainedConfig, trust_remote_code: bool = False) -> Any:
+    """Return what loads a checkpoint: the class that its config names, or an Auto class where it names none.
+
+    Args:
+        config: of the checkpoint.
+        trust_remote_code: whether a class may come from code that the checkpoint brings along.
+    """
+    own_code = getattr(config, "auto_map", None) or {}
+    for auto in (AutoModelForImageClassification, AutoModel, AutoBackbone):
+        if trust_remote_code and auto.__name__ in own_code:
+            return auto
+    for name in config.architectures or ():
+        found = getattr(transformers, name, None)
+        if isinstance(found, type) and issubclass(found, PreTrainedModel):
+            return found
+    return AutoModelForImageClassification if type(config) in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING else AutoModel
+
+
+def load_checkpoint(
     name_or_path: str | Path, trust_remote_code: bool = False, dtype: str = "auto", **source: Any
 ) -> PreTrainedModel:
-    """Return the image classifier of a checkpoint, whole: a weight that it lacks is an error, not a random one.
+    """Return the model of a checkpoint, whole: a weight that it lacks is an error, not a random one.
+
+    Its class is the one that the config names: an image classifier, a backbone, a model with a vision tower. A pooler
+    that the checkpoint has no weights for is left out, where the class does without.
 
     Args:
         name_or_path: a Hub id, or a folder; if it was received from somebody, one that `check_folder` has passed.
@@ -83,24 +118,28 @@ def load_classifier(
     Raises:
         CAPError: it cannot be loaded or lacks weights.
     """
+    arguments = source | {
+        "dtype": dtype,
+        "trust_remote_code": trust_remote_code,
+        "use_safetensors": True,
+        "ignore_mismatched_sizes": True,
+        "output_loading_info": True,
+    }
     try:
         with only_errors():
-            model, info = AutoModelForImageClassification.from_pretrained(
-                name_or_path,
-                **source,
-                dtype=dtype,
-                trust_remote_code=trust_remote_code,
-                use_safetensors=True,
-                ignore_mismatched_sizes=True,
-                output_loading_info=True,
-            )
+            config = AutoConfig.from_pretrained(name_or_path, **source, trust_remote_code=trust_remote_code)
+            kind = model_class(config, trust_remote_code)
+            model, info = kind.from_pretrained(name_or_path, **arguments)
+            unpooled = "add_pooling_layer" in inspect.signature(type(model)).parameters
+            if info["missing_keys"] and unpooled and all("pooler" in name for name in info["missing_keys"]):
+                model, info = kind.from_pretrained(name_or_path, **arguments, add_pooling_layer=False)
     except Exception as error:  # configuration, file format, foreign code
         raise CAPError(_explain(name_or_path, error)) from error
     missing, mismatched = info["missing_keys"], {name for name, *_ in info["mismatched_keys"]}
     if missing:
         raise CAPError(
-            f"{name_or_path} has no weights for {summarize(sorted(missing), 3)}: a checkpoint finetuned for image "
-            "classification is needed"
+            f"{name_or_path} has no weights for {summarize(sorted(missing), 3)} of a {type(model).__name__}: name the "
+            'class that its weights are of under "architectures" in its config.json, or train what is missing'
         )
     if mismatched:
         raise CAPError(

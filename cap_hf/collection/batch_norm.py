@@ -15,6 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from cap_hf.collection.running import Batch, frozen
 from cap_hf.distributed.processes import Processes
 from cap_hf.errors import CAPError
+from cap_hf.towers import see
 
 
 def batch_norms(model: nn.Module) -> dict[str, _BatchNorm]:
@@ -72,7 +73,7 @@ def recalibrate_batch_norm(model: nn.Module, batches: Iterable[Batch], processes
     ]
     try:
         with frozen(model), _unchanged_on_error(layers), torch.no_grad():
-            model(**inputs)
+            see(model, inputs)
     finally:
         for handle in handles:
             handle.remove()

@@ -12,6 +12,7 @@ from cap_hf.collection.examples import CalibrationExamples
 from cap_hf.collection.forecast import foresee
 from cap_hf.collection.gradient_sums import GradientSums
 from cap_hf.collection.input_sums import InputSums
+from cap_hf.collection.objective import make_loss, measure_deviations
 from cap_hf.collection.plan import Plan, make_plan
 from cap_hf.collection.progress import Progress
 from cap_hf.collection.removal_paths import Tensors
@@ -26,6 +27,7 @@ from cap_hf.distributed.processes import Processes
 from cap_hf.distributed.temporary import TemporaryFolder
 from cap_hf.errors import CAPError
 from cap_hf.method.fisher import BlockFisher, damps_of
+from cap_hf.method.losses import FeatureLoss, FisherLoss
 from cap_hf.method.methods import METHODS
 from cap_hf.targets import Target
 
@@ -90,11 +92,12 @@ class Collection:
             CAPError: there is too little memory, no data, a batch that does not fit, or a gradient that is not finite.
         """
         block_size = self.method.block_size(self.config)
-        costs = measure(self.model, examples.peek(), self.find("row" if block_size == "auto" else block_size))
+        loss = self._prepare_loss(examples)
+        costs = measure(self.model, examples.peek(), self.find("row" if block_size == "auto" else block_size), loss)
         self.plan = plan = self._make_plan(costs, examples, checkpointing)
         self.targets = [target for each in plan.passes for target in each]
         with frozen(self.model):
-            fisher = self._passes(plan, examples, self._shared_order(costs))
+            fisher = self._passes(plan, examples, self._shared_order(costs), loss)
         if fisher.count < self.config.num_grads:
             logger.warning(
                 "The data ended after %d of %d gradient samples; they are what the Fisher is estimated from.",
@@ -122,13 +125,22 @@ class Collection:
         if self._temporary is not None:
             self._temporary.cleanup()
 
+    def _prepare_loss(self, examples: CalibrationExamples) -> FisherLoss:
+        """Return the loss of the config, ready for its gradients, and have the examples bring what it needs."""
+        loss = make_loss(self.config, self.model)
+        if self.method.statistic == "gradients":
+            examples.use(loss)
+            if isinstance(loss, FeatureLoss):
+                if examples.once:
+                    raise CAPError(
+                        "fisher_loss='features' needs the examples twice: collect from a DataLoader or a list"
+                    )
+                measure_deviations(loss, self.model, examples, self.processes, self.progress.disable)
+        return loss
+
     def _shared_order(self, costs: Costs) -> list[str]:
         """Return the order in which a backward pass meets the targets, everywhere that of the first with examples."""
-        if self.processes.world == 1:
-            return costs.order
-        has_examples = [bool(samples) for (samples,) in self.processes.gather_ints(costs.samples)]
-        source = has_examples.index(True) if any(has_examples) else 0
-        return self.processes.share_object(costs.order, source)
+        return self.processes.share_first(costs.order)
 
     def _make_plan(self, costs: Costs, examples: CalibrationExamples, checkpointing: Checkpointing | None) -> Plan:
         block_size = self.method.block_size(self.config)
@@ -161,13 +173,15 @@ class Collection:
         self.progress.start(foreseen)
         return plan
 
-    def _statistic(self, plan: Plan, targets: list[Target], order: list[str]) -> GradientSums | InputSums:
+    def _statistic(
+        self, plan: Plan, targets: list[Target], order: list[str], loss: FisherLoss
+    ) -> GradientSums | InputSums:
         if self.method.statistic == "inputs":
             return InputSums(targets, self.processes)
         dtype = getattr(torch, self.config.fisher_dtype)
-        return GradientSums(targets, self.processes, dtype, plan.microbatch, order)
+        return GradientSums(targets, self.processes, dtype, plan.microbatch, order, loss)
 
-    def _passes(self, plan: Plan, examples: CalibrationExamples, order: list[str]) -> BlockFisher:
+    def _passes(self, plan: Plan, examples: CalibrationExamples, order: list[str], loss: FisherLoss) -> BlockFisher:
         """Return the Fisher of all targets, from as many passes over the examples as the plan has."""
         spilled = None
         if self._folder is not None:
@@ -186,7 +200,7 @@ class Collection:
                 count = finished[number]["count"]
                 advance.skip(count)
                 continue
-            statistic = self._statistic(plan, targets, order)
+            statistic = self._statistic(plan, targets, order, loss)
             if self.state is None:
                 fill(statistic, self.model, examples, advance)
             else:
@@ -226,7 +240,7 @@ def fill(
     Args:
         statistic: gets the sums.
         model: within `frozen`.
-        examples: of this process: (batch, number of gradient samples, uniforms for sampled labels or None). Processes
+        examples: of this process: (batch, number of gradient samples, what is random in their loss or None). Processes
             may have different numbers of them.
         on_step: told after each step (of all processes) the number of its gradient samples.
 
@@ -236,11 +250,11 @@ def fill(
     stream = iter(examples)
     with statistic.listening():
         while True:
-            batch, samples, uniforms = next(stream, (None, 0, None))
+            batch, samples, draws = next(stream, (None, 0, None))
             counts = [count for (count,) in statistic.processes.gather_ints(samples)]
             if not any(counts):
                 break
-            statistic.step(model, batch, uniforms, counts)
+            statistic.step(model, batch, draws, counts)
             statistic.count += sum(counts)
             on_step(sum(counts))
     statistic.finish()

@@ -12,6 +12,7 @@ from cap_hf.collection.exchange import made_in
 from cap_hf.collection.running import Batch, backward, frozen
 from cap_hf.collection.shares import row_chunks
 from cap_hf.method.gradients import GradientSamples, StepGradients
+from cap_hf.method.losses import FisherLoss
 from cap_hf.method.sums import SymmetricSums, sums_per_block
 from cap_hf.targets import Target
 
@@ -58,7 +59,10 @@ def products(target: Target) -> float:
 
 
 def measure(
-    model: nn.Module, examples: Iterable[tuple[Batch, int, torch.Tensor | None]], targets: Sequence[Target]
+    model: nn.Module,
+    examples: Iterable[tuple[Batch, int, torch.Tensor | None]],
+    targets: Sequence[Target],
+    loss: FisherLoss,
 ) -> Costs:
     """Take the first gradient samples through the model, forward and backward.
 
@@ -66,29 +70,36 @@ def measure(
         model: within `frozen` or not.
         examples: as `CalibrationExamples` yields them; none cost nothing.
         targets: whose gradients are made.
+        loss: whose gradients they are.
 
     Raises:
-        CAPError: a layer mixes examples, a label is none of the classes, or the model returns no logits.
+        CAPError: a layer mixes examples, a label is none of the classes, or the model does not return what the loss is
+            made from.
     """
-    batch, samples, uniforms = next(iter(examples), (None, 0, None))
+    batch, samples, draws = next(iter(examples), (None, 0, None))
     if batch is None:
         return Costs()
     count = min(MEASURED, samples)
     first = len(batch["pixel_values"]) // samples * count
     # Copies: a view's memory would count as that of the whole batch.
     batch = {name: value[:first].clone() for name, value in batch.items()}
-    uniforms = None if uniforms is None else uniforms[:first]
+    draws = None if draws is None else draws[:first]
     with frozen(model):
-        costs = measure_memory(model, batch, uniforms, targets, count)
+        costs = measure_memory(model, batch, loss, draws, targets, count)
         # Once more: the first time a device sets itself up.
-        costs.seconds = timed_step(model, batch, uniforms, targets, count) / count
+        costs.seconds = timed_step(model, batch, loss, draws, targets, count) / count
     costs.samples = samples
     costs.multiplications = summing_speed(max(targets, key=products))
     return costs
 
 
 def measure_memory(
-    model: nn.Module, batch: Batch, uniforms: torch.Tensor | None, targets: Sequence[Target], count: int
+    model: nn.Module,
+    batch: Batch,
+    loss: FisherLoss,
+    draws: torch.Tensor | None,
+    targets: Sequence[Target],
+    count: int,
 ) -> Costs:
     """Return what `count` gradient samples take in memory, each, and the order in which targets come."""
     costs = Costs()
@@ -117,7 +128,7 @@ def measure_memory(
     try:
         with GradientSamples(targets, note) as hooks, saved_tensors_hooks(hold, lambda saved: saved):
             hooks.start(count)
-            backward(model, batch, uniforms)
+            backward(model, batch, loss, draws)
     finally:
         for handle in handles:
             handle.remove()
@@ -128,14 +139,19 @@ def measure_memory(
 
 
 def timed_step(
-    model: nn.Module, batch: Batch, uniforms: torch.Tensor | None, targets: Sequence[Target], count: int
+    model: nn.Module,
+    batch: Batch,
+    loss: FisherLoss,
+    draws: torch.Tensor | None,
+    targets: Sequence[Target],
+    count: int,
 ) -> float:
     """Return the seconds of a forward and backward pass with hooks."""
     synchronize(targets[0].weight.device)
     start = time.perf_counter()
     with GradientSamples(targets, lambda target, gradients: None) as hooks:
         hooks.start(count)
-        backward(model, batch, uniforms)
+        backward(model, batch, loss, draws)
     synchronize(targets[0].weight.device)
     return time.perf_counter() - start
 

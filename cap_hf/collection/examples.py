@@ -15,6 +15,7 @@ from cap_hf.collection.running import Batch
 from cap_hf.config import CAPConfig
 from cap_hf.distributed.processes import Processes
 from cap_hf.errors import CAPError
+from cap_hf.method.losses import FisherLoss
 
 
 class CalibrationExamples:
@@ -25,7 +26,7 @@ class CalibrationExamples:
     Args:
         dataloader: batches of `pixel_values` and `labels`. A DataLoader, not prepared by accelerate, is shared out
             between the processes; any other iterable holds this process's own share.
-        config: for the number of examples, their grouping, their labels and the seed.
+        config: for the number of gradient samples, their grouping and the seed.
         processes: of the run.
 
     Attributes:
@@ -39,12 +40,26 @@ class CalibrationExamples:
         self.once = isinstance(dataloader, Iterator)
         self._first: list[Batch] = []
         self.wanted = config.num_grads * config.samples_per_grad
-        self.uniforms = None
-        self.needed: tuple[str, ...] = ("pixel_values", "labels")
-        if config.fisher_type == "sampled":
-            self.needed = ("pixel_values",)
-            # Drawn for all examples at once: an example gets the same label on whatever process it lands.
-            self.uniforms = torch.rand(self.wanted, generator=torch.Generator().manual_seed(config.seed))
+        self.needed: tuple[str, ...] = ("pixel_values",)
+        self.repeats = 1
+        self.draws: torch.Tensor | None = None
+
+    def use(self, loss: FisherLoss) -> None:
+        """Give what a loss needs with every example: labels, or what is random in it.
+
+        Raises:
+            CAPError: its gradient samples per example do not divide those that the config asks for.
+        """
+        self.needed = ("pixel_values", "labels") if loss.needs_labels else ("pixel_values",)
+        self.repeats = loss.repeats
+        if self.config.num_grads % loss.repeats:
+            raise CAPError(
+                f"num_grads={self.config.num_grads} is not a multiple of feature_projections={loss.repeats}: change one"
+            )
+        self.wanted = self.config.num_grads * self.config.samples_per_grad // loss.repeats
+        # For all examples at once: each gets the same on whatever process it lands.
+        drawn = loss.draws(self.wanted * loss.repeats, self.config.seed)
+        self.draws = None if drawn is None else drawn.view(loss.repeats, self.wanted)
 
     @property
     def size(self) -> int | None:
@@ -52,14 +67,43 @@ class CalibrationExamples:
         everything = getattr(self.dataloader, "dataset", self.dataloader)
         return len(everything) if isinstance(everything, Sized) else None
 
-    def peek(self) -> Iterator[tuple[Batch, int, torch.Tensor | None]]:
-        """Return the first batch alone, which the next iteration still has."""
-        if self.once:
+    def first(self) -> Batch | None:
+        """Return the first batch, which the next iteration still has; None where there is none."""
+        if self.once and not self._first:
             self._first = list(islice(self.dataloader, 1))
-            return iter(CalibrationExamples(self._first, self.config, self.processes))
-        return islice(self, 1)
+        if self.once:
+            return self._first[0] if self._first else None
+        return next((batch for batch, _ in islice(self.batches(), 1)), None)
+
+    def peek(self) -> Iterator[tuple[Batch, int, torch.Tensor | None]]:
+        """Return the first batch alone with its draws, which the next iteration still has."""
+        if not self.once:
+            return islice(self, 1)
+        self.first()
+        alone = CalibrationExamples(self._first, self.config, self.processes)
+        alone.needed, alone.repeats, alone.draws, alone.wanted = self.needed, self.repeats, self.draws, self.wanted
+        return iter(alone)
 
     def __iter__(self) -> Iterator[tuple[Batch, int, torch.Tensor | None]]:
+        """Yield the examples of a step, how many gradient samples they are, and what is random in these."""
+        group = self.config.samples_per_grad
+        for batch, start in self.batches():
+            length = len(batch["pixel_values"])
+            # Once over and again, not each example several times: those of a group are different ones.
+            batch = {name: torch.cat([value] * self.repeats) for name, value in batch.items()}
+            draws = None if self.draws is None else self.draws[:, start : start + length].flatten()
+            length *= self.repeats
+            step = length if self.limit is None else self.limit * group
+            for first in range(0, length, step):
+                part = slice(first, min(first + step, length))
+                yield (
+                    {name: value[part] for name, value in batch.items()},
+                    (part.stop - part.start) // group,
+                    None if draws is None else draws[part],
+                )
+
+    def batches(self) -> Iterator[tuple[Batch, int]]:
+        """Yield the batches of this process as they are, on its device, and where each begins among all examples."""
         group = self.config.samples_per_grad
         with seeded(self.dataloader, self.config.seed):
             loader, rank, world, size = self._share()
@@ -76,15 +120,7 @@ class CalibrationExamples:
                 length = min(count, self.wanted - start) // group * group
                 if length <= 0:
                     break
-                step = length if self.limit is None else self.limit * group
-                for first in range(0, length, step):
-                    part = slice(first, min(first + step, length))
-                    uniforms = None if self.uniforms is None else self.uniforms[start:][part]
-                    yield (
-                        {name: value[part].to(self.processes.device) for name, value in batch.items()},
-                        (part.stop - part.start) // group,
-                        uniforms,
-                    )
+                yield {name: value[:length].to(self.processes.device) for name, value in batch.items()}, start
 
     def _share(self) -> tuple[Iterable[Batch], int, int, int | None]:
         """Return what this process reads, its number among those that share it, how many these are, the batch size."""

@@ -13,6 +13,7 @@ from cap_hf.collection.shares import block_shares, own_blocks
 from cap_hf.distributed.processes import Processes
 from cap_hf.errors import CAPError
 from cap_hf.method.gradients import GradientSamples, StepGradients
+from cap_hf.method.losses import FisherLoss, LabelLoss
 from cap_hf.method.sums import SymmetricSums
 from cap_hf.targets import Target, summarize
 
@@ -30,6 +31,7 @@ class GradientSums:
             multiplies in tf32). Sums are float32 (float64 in a float64 model).
         microbatch: gradient samples that go through the model together; None for all of a step.
         order: names of the targets in the order in which a backward pass meets them; needed by several processes.
+        loss: whose gradients they are; None for the cross entropy with the data's labels.
 
     Attributes:
         sums: for each target's name those of the blocks that this process owns.
@@ -45,9 +47,10 @@ class GradientSums:
         dtype: torch.dtype = torch.float32,
         microbatch: int | None = None,
         order: Sequence[str] = (),
+        loss: FisherLoss | None = None,
     ) -> None:
         self.targets, self.processes = list(targets), processes or Processes()
-        self.dtype, self.microbatch = dtype, microbatch
+        self.dtype, self.microbatch, self.loss = dtype, microbatch, loss or LabelLoss()
         self.count = 0
         self.sums = {target.name: self._zeros(target) for target in self.targets}
         by_name = {target.name: target for target in self.targets}
@@ -71,13 +74,13 @@ class GradientSums:
         finally:
             self._exchange = Exchange(self.processes, self.dtype)  # without buffers
 
-    def step(self, model: nn.Module, batch: Batch | None, uniforms: torch.Tensor | None, counts: Sequence[int]) -> None:
+    def step(self, model: nn.Module, batch: Batch | None, draws: torch.Tensor | None, counts: Sequence[int]) -> None:
         """Add a step's gradient samples.
 
         Args:
             model: frozen.
             batch: this process's examples, None if it has none.
-            uniforms: as for `backward`.
+            draws: as for `backward`.
             counts: how many gradient samples each process has.
 
         Raises:
@@ -96,7 +99,7 @@ class GradientSums:
             self._hooks.start(last - first, last == samples)
             part = slice(first * group, last * group)
             examples = {name: value[part] for name, value in batch.items()}
-            loss = backward(model, examples, None if uniforms is None else uniforms[part], group)
+            loss = backward(model, examples, self.loss, None if draws is None else draws[part], group)
             is_finite = is_finite and bool(loss.isfinite())
         if self._waiting or (self.processes.world > 1 and self._next < len(self._order)):
             missing = [target.name for target in self._order[self._next :] if target.name not in self._waiting]

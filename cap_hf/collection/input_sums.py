@@ -8,11 +8,12 @@ from torch import nn
 
 from cap_hf.collection.exchange import made_in
 from cap_hf.collection.gradient_sums import check_finite
-from cap_hf.collection.running import Batch, forward
+from cap_hf.collection.running import Batch
 from cap_hf.distributed.processes import Processes
 from cap_hf.method.inputs import input_rows
 from cap_hf.method.sums import SymmetricSums
 from cap_hf.targets import Target
+from cap_hf.towers import see
 
 
 class InputSums:
@@ -57,15 +58,11 @@ class InputSums:
 
         return hook
 
-    def step(self, model: nn.Module, batch: Batch | None, uniforms: torch.Tensor | None, counts: Sequence[int]) -> None:
-        """Add a step's inputs; a process without examples has none.
-
-        Raises:
-            CAPError: the model returns no logits.
-        """
+    def step(self, model: nn.Module, batch: Batch | None, draws: torch.Tensor | None, counts: Sequence[int]) -> None:
+        """Add a step's inputs; a process without examples has none."""
         if batch is not None:
             with torch.no_grad():
-                forward(model, batch)
+                see(model, batch)
 
     def finish(self) -> None:
         """Add up what all processes have.

@@ -6,14 +6,14 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from cap_hf.method.losses import cross_entropy
-from cap_hf.outputs import logits_of
+from cap_hf.method.losses import FisherLoss
+from cap_hf.towers import see
 
 # What switches activations to being computed again in the backward pass: transformers' name for it, and timm's, whose
 # models do so in eval mode too.
 RECOMPUTES = ("gradient_checkpointing", "grad_checkpointing")
 
-# `pixel_values` and, unless they are sampled, `labels`; each `(b, ...)`.
+# `pixel_values` and what else the model is called with, and `labels` where there are some; each `(b, ...)`.
 Batch = dict[str, torch.Tensor]
 
 
@@ -43,29 +43,23 @@ def frozen(model: nn.Module) -> Iterator[None]:
             setattr(module, name, True)
 
 
-def forward(model: nn.Module, batch: Batch) -> torch.Tensor:
-    """Return the logits `(b, classes)` of a batch.
-
-    Raises:
-        CAPError: the model returns none.
-    """
-    return logits_of(model(**{name: value for name, value in batch.items() if name != "labels"}))
-
-
-def backward(model: nn.Module, batch: Batch, uniforms: torch.Tensor | None, group: int = 1) -> torch.Tensor:
+def backward(
+    model: nn.Module, batch: Batch, loss: FisherLoss, draws: torch.Tensor | None = None, group: int = 1
+) -> torch.Tensor:
     """Take a batch through a frozen model forward and backward; return the summed loss.
 
     Args:
         model: within `frozen`, with hooks on the layers whose gradients are wanted.
         batch: `b` examples.
-        uniforms: `(b,)` for labels that are sampled from the model, None for the batch's own.
+        loss: whose gradients they are.
+        draws: `(b,)`, what is random in the loss of each example; None where nothing is.
         group: how many examples a gradient sample is the mean over; the loss is divided by it.
 
     Raises:
-        CAPError: the model returns no logits, or a label is none of its classes.
+        CAPError: the model does not return what the loss is made from, or a label is none of its classes.
     """
     with torch.enable_grad():
-        loss = cross_entropy(forward(model, batch), batch.get("labels"), uniforms) / group
-    if loss.requires_grad:
-        loss.backward()
-    return loss.detach()
+        value = loss(see(model, batch), batch.get("labels"), draws) / group
+    if value.requires_grad:
+        value.backward()
+    return value.detach()

@@ -201,9 +201,9 @@ class CollectionState:
             yield item
 
     def _note(self, item: Item) -> None:
-        batch, samples, uniforms = item
+        batch, samples, draws = item
         self.digest.update(f"{samples}".encode())
-        for tensor in (*batch.values(), uniforms):
+        for tensor in (*batch.values(), draws):
             if tensor is not None:
                 self.digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
 

@@ -10,7 +10,7 @@ import transformers
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 from transformers import AutoImageProcessor, PreTrainedModel
 
-from cap_hf.checkpoints.loading import load_classifier, only_errors
+from cap_hf.checkpoints.loading import load_checkpoint, only_errors
 from cap_hf.commands.arguments import ModelArguments
 from cap_hf.data.arguments import DataArguments
 from cap_hf.data.images import ImageDataset, load_splits
@@ -28,7 +28,7 @@ def load_model(args: ModelArguments) -> PreTrainedModel:
     Raises:
         CAPError: the checkpoint cannot be loaded or lacks weights.
     """
-    return load_classifier(args.model_name_or_path, args.trust_remote_code, "float32", **where_to_load(args))
+    return load_checkpoint(args.model_name_or_path, args.trust_remote_code, "float32", **where_to_load(args))
 
 
 def load_image_processor(args: ModelArguments) -> Any:

@@ -73,6 +73,7 @@ def prune(
     from cap_hf.data.images import ImageDataset, calibration_split, make_dataloader
     from cap_hf.distributed.accelerator import make_accelerator
     from cap_hf.report import Phases
+    from cap_hf.targets import left_alone
 
     if args.disable_tqdm:
         transformers_logging.disable_progress_bar()
@@ -102,7 +103,8 @@ def prune(
         checkpointing = Checkpointing(state_folder(args), args.checkpoint_every, args.resume)
     with phases("collect"):
         compressor.collect(train_loader, checkpointing)
-    facts = describe(model_args, data_args, config, accelerator) | {"dense": dense}
+    facts = describe(model_args, data_args, config, accelerator)
+    facts |= {"dense": dense, "left_alone": left_alone(model, compressor.targets)}
     results = []
     for sparsity in sparsities:
         with phases(f"prune {sparsity:g}"):

@@ -100,6 +100,11 @@ class Processes:
         sent = encoded if self.rank == source else torch.empty(length, dtype=torch.uint8)
         return json.loads(bytes(self._broadcast(sent, source).tolist()))
 
+    def share_first(self, value: Any) -> Any:
+        """Return a small object of the first process on which it is not empty, on every process, as `share_object`."""
+        there = [bool(each) for (each,) in self.gather_ints(bool(value))]
+        return self.share_object(value, there.index(True) if any(there) else 0)
+
     def exchange(
         self, sent: torch.Tensor, parts: Sequence[int], received: torch.Tensor, sizes: Sequence[int]
     ) -> Callable[[], list[torch.Tensor]]:

@@ -18,7 +18,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from cap_hf.checkpoints.folder import Measured, read_cap_config, read_report
-from cap_hf.checkpoints.loading import check_folder, load_classifier
+from cap_hf.checkpoints.loading import check_folder, load_checkpoint
 from cap_hf.checkpoints.weights import measure
 from cap_hf.config import CAPConfig
 from cap_hf.errors import CAPError
@@ -111,7 +111,7 @@ class CardFacts:
         files = check_folder(folder, trust_remote_code)
         dense_bytes, compressed_bytes = measure(folder)
         config = settings.to_dict() if settings else {}
-        model = load_classifier(folder, trust_remote_code)
+        model = load_checkpoint(folder, trust_remote_code)
         targets = find_targets(model, "row", config.get("include"), config.get("exclude"))
         masks = take_masks(targets)
         wrong = differing_layers(find_targets(model), report)

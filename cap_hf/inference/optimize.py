@@ -7,13 +7,15 @@ from typing import Any, TypeVar
 
 import torch
 from torch import nn
-from transformers import AutoModelForImageClassification, PreTrainedModel
+from transformers import PreTrainedModel
 
+from cap_hf.checkpoints.loading import load_checkpoint
 from cap_hf.errors import CAPError
 from cap_hf.inference.choice import is_faster, is_semi_structured_faster
 from cap_hf.inference.linear import CSRLinear, SparseLinear, SparseWeightLinear, carry_hooks
 from cap_hf.inference.operators import has_kernel
 from cap_hf.inference.semi_structured import check_device, is_semi_structured, to_semi_structured
+from cap_hf.towers import image_shape, see
 
 logger = logging.getLogger(__name__)
 
@@ -87,24 +89,34 @@ def faster_layers(
     return {name: linear for name, linear in linears.items() if name in tokens and is_faster(linear, tokens[name])}
 
 
-class SparseModelForImageClassification:
-    """Loads a checkpoint, plain or compressed, as a model that is optimised for inference."""
+class SparseAutoModel:
+    """Loads a checkpoint, plain or compressed, of whatever class, as a model that is optimised for inference."""
 
     @classmethod
-    def from_pretrained(cls, model_name_or_path: str, backend: str = "auto", **kwargs: Any) -> PreTrainedModel:
-        """Return `optimize_for_inference` of what `AutoModelForImageClassification.from_pretrained` gives, in float32.
+    def from_pretrained(
+        cls,
+        model_name_or_path: str,
+        backend: str = "auto",
+        example_inputs: Mapping[str, torch.Tensor] | None = None,
+        **kwargs: Any,
+    ) -> PreTrainedModel:
+        """Return `optimize_for_inference` of a checkpoint, in float32: a model of the class that its config names.
 
         Args:
             model_name_or_path: a Hub id or a folder.
             backend: as of `optimize_for_inference`.
+            example_inputs: as of `optimize_for_inference`.
             kwargs: passed on to transformers, such as `revision`, `token` or another `dtype`.
 
         Raises:
-            CAPError: as of `optimize_for_inference`.
+            CAPError: the checkpoint cannot be loaded or lacks weights; as of `optimize_for_inference`.
         """
         kwargs.setdefault("dtype", "float32")
-        model = AutoModelForImageClassification.from_pretrained(model_name_or_path, **kwargs)
-        return optimize_for_inference(model, backend)
+        return optimize_for_inference(load_checkpoint(model_name_or_path, **kwargs), backend, example_inputs)
+
+
+class SparseModelForImageClassification(SparseAutoModel):
+    """Loads an image classifier as `SparseAutoModel` does; the name that cards of earlier versions tell."""
 
 
 def find_sparse_linears(model: nn.Module) -> dict[str, nn.Linear]:
@@ -167,7 +179,7 @@ def count_tokens(
     handles = [linear.register_forward_pre_hook(watch(name)) for name, linear in linears.items()]
     try:
         with torch.inference_mode():
-            model(**inputs)
+            see(model, inputs)
     finally:
         for handle in handles:
             handle.remove()
@@ -180,13 +192,9 @@ def make_example(model: nn.Module, batch_size: int = 1) -> dict[str, torch.Tenso
     Raises:
         CAPError: the config has no number of channels.
     """
-    config = getattr(model, "config", None)
-    size = getattr(config, "image_size", None)
-    channels = getattr(config, "num_channels", None)
-    if channels is None:
+    channels, height, width = image_shape(model)
+    if not channels:
         raise CAPError(f"the config of {type(model).__name__} has no num_channels: pass example_inputs")
-    # Fully convolutional models take any size, and most are used with 224.
-    height, width = size if isinstance(size, (list, tuple)) else (size or 224, size or 224)
     generator = torch.Generator().manual_seed(0)
     pixels = torch.randn(batch_size, channels, height, width, generator=generator)
     parameter = next(model.parameters())

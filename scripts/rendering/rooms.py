@@ -17,6 +17,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("data", "distributed"),
     ("masks",),
     ("targets", "kernels", "memory"),
+    ("towers",),
     ("config", "report", "extras", "outputs"),
     ("errors",),
 )

@@ -8,7 +8,7 @@ import torch
 from support.checkpoints import assert_same_weights, make_checkpoint, make_custom_checkpoint
 
 from cap_hf import CAPError
-from cap_hf.checkpoints.loading import check_folder, load_classifier, local_folder
+from cap_hf.checkpoints.loading import check_folder, load_checkpoint, local_folder
 
 
 @pytest.fixture(scope="module")
@@ -30,8 +30,8 @@ def change_config(folder, destination, **changes):
 def test_loads_in_the_dtype_asked_for(saved):
     folder, model = saved
     assert check_folder(folder).compressed
-    assert_same_weights(load_classifier(folder), model)
-    assert load_classifier(folder, dtype="bfloat16").dtype == torch.bfloat16
+    assert_same_weights(load_checkpoint(folder), model)
+    assert load_checkpoint(folder, dtype="bfloat16").dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize(
@@ -51,7 +51,7 @@ def test_loads_in_the_dtype_asked_for(saved):
 def test_a_config_that_asks_for_what_is_not_there_takes_no_memory(saved, changes, error, tmp_path, capfd):
     folder = change_config(saved[0], tmp_path / "m", **changes)
     with pytest.raises(CAPError, match=error) as raised:
-        load_classifier(folder) if check_folder(folder) else None
+        load_checkpoint(folder) if check_folder(folder) else None
     assert "\n" not in str(raised.value)
     assert capfd.readouterr().err == ""  # no report of many lines
 
@@ -59,10 +59,10 @@ def test_a_config_that_asks_for_what_is_not_there_takes_no_memory(saved, changes
 def test_weights_that_are_missing_or_of_another_shape_are_named(saved, tmp_path, capfd):
     folder = change_config(saved[0], tmp_path / "a", num_hidden_layers=3)
     with pytest.raises(CAPError, match=r"has no weights for vit\.layers\.2\.attention.* \.\.\. \(\d+ in all\)"):
-        load_classifier(folder)
+        load_checkpoint(folder)
     folder = change_config(saved[0], tmp_path / "b", patch_size=2)
     with pytest.raises(CAPError, match=r"of another shape than its config asks for: vit\.embeddings\.patch"):
-        load_classifier(folder)
+        load_checkpoint(folder)
     assert "REPORT" not in capfd.readouterr().err
 
 
@@ -73,11 +73,11 @@ def test_code_of_a_checkpoint_runs_only_if_it_is_trusted(tmp_path, monkeypatch):
         raise AssertionError("somebody was asked")
 
     monkeypatch.setattr(builtins, "input", asked)
-    for call in (check_folder, load_classifier):
+    for call in (check_folder, load_checkpoint):
         with pytest.raises(CAPError, match="brings code of its own along.* --trust_remote_code true"):
             call(tmp_path / "m")
     check_folder(tmp_path / "m", trust_remote_code=True)
-    assert type(load_classifier(tmp_path / "m", trust_remote_code=True)).__name__ == "OwnClassifier"
+    assert type(load_checkpoint(tmp_path / "m", trust_remote_code=True)).__name__ == "OwnClassifier"
 
 
 def test_a_folder_stays_and_a_name_that_cannot_be_downloaded_is_one_line(tmp_path):

@@ -9,12 +9,13 @@ from cap_hf.collection.costs import measure
 from cap_hf.collection.examples import CalibrationExamples
 from cap_hf.distributed.processes import Processes
 from cap_hf.method.gradients import GradientSamples
+from cap_hf.method.losses import LabelLoss
 from cap_hf.targets import find_targets
 
 
 def measured(model, side: int):
     examples = CalibrationExamples(random_batches(model, side), CAPConfig(), Processes())
-    return measure(model, examples.peek(), find_targets(model))
+    return measure(model, examples.peek(), find_targets(model), LabelLoss())
 
 
 def test_the_bytes_of_a_sample_are_those_of_what_autograd_keeps():

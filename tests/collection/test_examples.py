@@ -9,6 +9,7 @@ from cap_hf.config import CAPConfig
 from cap_hf.data.images import collate
 from cap_hf.distributed.processes import Processes
 from cap_hf.errors import CAPError
+from cap_hf.method.losses import FeatureLoss, LabelLoss, SampledLabelLoss
 
 
 def numbered(count: int) -> list[dict[str, torch.Tensor]]:
@@ -40,11 +41,13 @@ def test_as_many_as_were_asked_for_the_same_each_time(batch_size, shuffle):
 
 
 def test_an_example_has_its_uniform_number_in_whatever_batch_it_lies():
-    config = CAPConfig(num_grads=20, fisher_type="sampled")
+    config = CAPConfig(num_grads=20, fisher_loss="sampled")
     drawn = []
     for batch_size in (4, 7):
         loader = DataLoader(numbered(20), batch_size=batch_size, collate_fn=collate)
-        drawn.append(torch.cat([uniforms for _, _, uniforms in CalibrationExamples(loader, config, Processes())]))
+        examples = CalibrationExamples(loader, config, Processes())
+        examples.use(SampledLabelLoss())
+        drawn.append(torch.cat([draws for _, _, draws in examples]))
     assert torch.equal(*drawn)
 
 
@@ -79,10 +82,28 @@ def test_a_generator_is_gone_through_once():
 )
 def test_batches_that_are_none_are_one_line(batch, message):
     with pytest.raises(CAPError, match=message):
-        list(CalibrationExamples([batch], CAPConfig(num_grads=2), Processes()))
+        examples = CalibrationExamples([batch], CAPConfig(num_grads=2), Processes())
+        examples.use(LabelLoss())
+        list(examples)
 
 
 def test_a_batch_size_holds_whole_gradient_samples():
     assert [whole_groups(size, CAPConfig(samples_per_grad=4)) for size in (1, 4, 7, 64)] == [4, 4, 4, 64]
     with pytest.raises(CAPError, match="batch size 0 must be at least 1"):
         whole_groups(0, CAPConfig())
+
+
+def test_an_example_has_several_projections_each_its_own():
+    """Their order keeps the examples of a group apart, and a projection goes with its example in any batch."""
+    drawn = []
+    for batch_size in (4, 10):
+        loader = DataLoader(numbered(10), batch_size=batch_size, collate_fn=collate)
+        examples = CalibrationExamples(loader, CAPConfig(num_grads=30), Processes())
+        examples.use(FeatureLoss({}, repeats=3))
+        pairs = [(int(label), int(draw)) for batch, _, draws in examples for label, draw in zip(batch["labels"], draws)]
+        assert len(set(pairs)) == len({draw for _, draw in pairs}) == 30
+        drawn.append(sorted(pairs))
+    assert drawn[0] == drawn[1]
+    assert [label for label, _ in drawn[0]] == [number for number in range(10) for _ in range(3)]
+    with pytest.raises(CAPError, match="num_grads=32 is not a multiple of feature_projections=3"):
+        CalibrationExamples(loader, CAPConfig(num_grads=32), Processes()).use(FeatureLoss({}, repeats=3))

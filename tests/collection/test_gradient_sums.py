@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from cap_hf.collection.gradient_sums import GradientSums
 from cap_hf.errors import CAPError
+from cap_hf.method.losses import SampledLabelLoss
 from cap_hf.targets import find_targets
 
 
@@ -77,7 +78,11 @@ def test_parts_of_a_step_have_their_own_sampled_labels():
     uniforms = torch.rand(6, generator=torch.Generator().manual_seed(1))
     sums = []
     for at_a_time in (None, 2):
-        fisher = fill(GradientSums(find_targets(model), microbatch=at_a_time), model, [(batch, 6, uniforms)])
+        fisher = fill(
+            GradientSums(find_targets(model), microbatch=at_a_time, loss=SampledLabelLoss()),
+            model,
+            [(batch, 6, uniforms)],
+        )
         sums.append(fisher.sums)
     for name, whole in sums[0].items():
         torch.testing.assert_close(sums[1][name].full(), whole.full(), rtol=1e-10, atol=1e-14)

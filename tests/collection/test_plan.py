@@ -66,13 +66,13 @@ def loader(model, count: int = 30, **arguments) -> DataLoader:
 
 
 @pytest.mark.parametrize("shuffle", [False, True])
-@pytest.mark.parametrize("fisher_type", ["empirical", "sampled"])
-def test_several_passes_equal_one(monkeypatch, tmp_path, shuffle, fisher_type):
+@pytest.mark.parametrize("fisher_loss", ["labels", "sampled", "features"])
+def test_several_passes_equal_one(monkeypatch, tmp_path, shuffle, fisher_loss):
     results = []
     for fraction in (100.0, 0.7):
         model = build("ViT")
         squeeze(monkeypatch, fraction, block_size="row")
-        config = CAPConfig(num_grads=30, fisher_type=fisher_type)
+        config = CAPConfig(num_grads=30, fisher_loss=fisher_loss)
         compressor = CAPCompressor(model, config, resources=Resources(spill_dir=str(tmp_path)))
         compressor.collect(loader(model, batch_size=7, shuffle=shuffle))
         found = []

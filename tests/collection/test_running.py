@@ -7,8 +7,10 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from cap_hf import CAPCompressor, CAPConfig
-from cap_hf.collection.running import backward, forward, frozen
+from cap_hf.collection.running import backward, frozen
 from cap_hf.errors import CAPError
+from cap_hf.method.losses import LabelLoss
+from cap_hf.towers import see
 
 
 def test_each_part_of_the_model_is_put_back_as_it_was():
@@ -50,9 +52,9 @@ def test_nothing_is_computed_again_in_the_backward_pass(name):
 def test_the_loss_is_summed_over_examples_and_divided_by_the_group():
     model = build("ViT")
     batch = random_batches(model, 8)[0]
-    expected = F.cross_entropy(forward(model, batch), batch["labels"], reduction="sum") / 2
+    expected = F.cross_entropy(see(model, batch).logits, batch["labels"], reduction="sum") / 2
     with frozen(model):
-        torch.testing.assert_close(backward(model, batch, None, group=2), expected.detach())
+        torch.testing.assert_close(backward(model, batch, LabelLoss(), group=2), expected.detach())
 
 
 def test_a_model_that_returns_tuples_is_collected_like_any():
@@ -78,5 +80,5 @@ def test_labels_that_training_would_pass_over_are_refused():
     for batch in batches:
         del batch["labels"]
     with pytest.raises(CAPError, match="needs pixel_values and labels"):
-        CAPCompressor(model, CAPConfig(num_grads=8)).collect(batches)
-    CAPCompressor(model, CAPConfig(num_grads=8, fisher_type="sampled")).collect(batches).prune(0.5)
+        CAPCompressor(model, CAPConfig(num_grads=8, fisher_loss="labels")).collect(batches)
+    CAPCompressor(model, CAPConfig(num_grads=8, fisher_loss="sampled")).collect(batches).prune(0.5)

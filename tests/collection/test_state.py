@@ -24,7 +24,7 @@ from cap_hf.collection.state import Checkpointing, CollectionState
 from cap_hf.distributed.processes import Processes
 from cap_hf.targets import find_targets
 
-CONFIG = {"num_grads": 32, "fisher_type": "sampled"}
+CONFIG = {"num_grads": 32, "fisher_loss": "sampled"}
 
 
 def squeeze(passes: bool) -> None:

@@ -25,6 +25,7 @@ class Family:
         side: of its images.
         targets: how many there are.
         unpatterned: names (fnmatch) of the targets whose rows 2:4 does not divide.
+        include: names (fnmatch) of the targets that are meant, None for all.
         noise: on the weights; so large that gradients do not vanish in a deep one.
     """
 
@@ -33,6 +34,7 @@ class Family:
     side: int
     targets: int
     unpatterned: list[str] = field(default_factory=list)
+    include: list[str] | None = None
     noise: float = 0.2
 
     def build(self) -> transformers.PreTrainedModel:
@@ -149,6 +151,76 @@ CLASSIFIERS = {
     "ViT-MSN": Family("ViTMSNForImageClassification", VIT, 8, 12),
     "SigLIP": Family("SiglipForImageClassification", {"vision_config": VIT, "num_labels": 3}, 8, 12),
     "CLIP": Family("CLIPForImageClassification", {"vision_config": VIT, "num_labels": 3}, 8, 12),
+}
+
+
+HIERA = CLASSIFIERS["Hiera"].config
+TEXT = {
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "vocab_size": 30,
+    "max_position_embeddings": 8,
+}
+BACKBONES = {
+    "DINOv2": Family("Dinov2Model", VIT, 8, 12),
+    "DINOv2 with registers": Family("Dinov2WithRegistersModel", {**VIT, "num_register_tokens": 2}, 8, 12),
+    "DINOv3": Family("DINOv3ViTModel", {**VIT, "num_register_tokens": 2}, 8, 12),
+    "DINOv3 ConvNeXt": Family("DINOv3ConvNextModel", CONVNEXT, 32, 15, ["*.depthwise_conv"]),
+    "BEiT": Family("BeitModel", {**VIT, "out_indices": [1]}, 8, 12),
+    "ViT-MSN": Family("ViTMSNModel", VIT, 8, 12),
+    "ViT-MAE": Family("ViTMAEModel", VIT, 8, 12),
+    "ViT-MAE with its decoder": Family(
+        "ViTMAEForPreTraining",
+        {
+            **VIT,
+            "decoder_hidden_size": 16,
+            "decoder_num_hidden_layers": 1,
+            "decoder_num_attention_heads": 2,
+            "decoder_intermediate_size": 16,
+        },
+        8,
+        12,
+    ),
+    "Hiera": Family("HieraModel", HIERA, 32, 9),
+    "Swin": Family("SwinModel", SWIN, 16, 19),
+    "ResNet": Family("ResNetModel", {**RESNET, "layer_type": "basic"}, 16, 6),
+    "SigLIP tower": Family("SiglipVisionModel", VIT, 8, 12),
+    "SigLIP": Family("SiglipModel", {"vision_config": VIT, "text_config": TEXT}, 8, 12),
+    "CLIP tower": Family("CLIPVisionModel", VIT, 8, 12),
+    "CLIP tower with projection": Family("CLIPVisionModelWithProjection", {**VIT, "projection_dim": 8}, 8, 12),
+    "CLIP": Family("CLIPModel", {"vision_config": VIT, "text_config": TEXT, "projection_dim": 8}, 8, 12),
+    "DPT on DINOv2": Family(
+        "DPTForDepthEstimation",
+        {
+            "backbone_config": transformers.Dinov2Config(
+                **VIT, out_features=["stage1", "stage2"], reshape_hidden_states=False
+            ),
+            "neck_hidden_sizes": [8, 8],
+            "fusion_hidden_size": 8,
+            "reassemble_factors": [1, 1],
+        },
+        8,
+        12,
+        include=["backbone.*"],
+    ),
+    "UperNet on ConvNeXt": Family(
+        "UperNetForSemanticSegmentation",
+        {
+            "backbone_config": transformers.ConvNextConfig(
+                **CONVNEXT, out_features=["stage1", "stage2", "stage3", "stage4"]
+            ),
+            "hidden_size": 8,
+            "pool_scales": [1],
+            "auxiliary_channels": 8,
+            "auxiliary_in_channels": 8,
+        },
+        32,
+        15,
+        ["*.dwconv"],
+        include=["backbone.*"],
+    ),
 }
 
 

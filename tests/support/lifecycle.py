@@ -13,12 +13,15 @@ from cap_hf.collection.running import backward, frozen
 from cap_hf.commands.main import main
 from cap_hf.masks import take_masks
 from cap_hf.method.gradients import GradientSamples
+from cap_hf.outputs import features_of
+from cap_hf.targets import left_alone
+from cap_hf.towers import prefix_tokens, see
 
 
 def outputs(model, batch):
     """Every tensor that a model returns for a batch."""
     with torch.no_grad():
-        found = model(**{name: value for name, value in batch.items() if name != "labels"})
+        found = see(model, batch)
     return {name: value for name, value in found.items() if isinstance(value, torch.Tensor)}
 
 
@@ -31,11 +34,20 @@ def assert_same_outputs(model, other, batch, tolerance=1e-4):
         torch.testing.assert_close(second[name], value, rtol=tolerance, atol=tolerance)
 
 
-def assert_gradient_samples(model, batch, targets=None):
+def assert_gradient_samples(model, batch, include=None):
     """The hooks' gradient samples of a batch are autograd's gradients of single examples, for every target."""
     model = model.double()
     batch = {name: value.double() if value.is_floating_point() else value for name, value in batch.items()}
-    targets = targets or find_targets(model)
+    targets = find_targets(model, include=include)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        parts = features_of(see(model, batch), prefix_tokens(model))
+    weights = {name: torch.randn(part.shape[1:], generator=generator).double() for name, part in parts.items()}
+
+    def loss(outputs, labels, draws):
+        parts = features_of(outputs, prefix_tokens(model))
+        return sum((part * weights[name]).sum() for name, part in parts.items())
+
     found = {}
 
     def sink(target, gradients):
@@ -45,14 +57,14 @@ def assert_gradient_samples(model, batch, targets=None):
     size = len(batch["pixel_values"])
     with frozen(model), GradientSamples(targets, sink) as hooks:
         hooks.start(size)
-        backward(model, batch, None)
+        backward(model, batch, loss)
     assert sorted(found) == sorted(target.name for target in targets)
     for example in range(size):
         single = {name: value[example : example + 1] for name, value in batch.items()}
         with frozen(model):
             for target in targets:
                 target.weight.requires_grad_(True)
-            backward(model, single, None)
+            backward(model, single, loss)
         for target in targets:
             rows = found[target.name][example].view(target.num_blocks, target.block_size)
             torch.testing.assert_close(rows, target.to_blocks(target.weight.grad), rtol=1e-6, atol=1e-9)
@@ -70,11 +82,11 @@ def prune(model, data, sparsity, **config):
     return compressor
 
 
-def assert_two_four(model, data, exclude):
+def assert_two_four(model, data, exclude, include=None):
     """Every group of 4 input channels of every target has 2 zeros, and what was excluded has none."""
-    names = [target.name for target in find_targets(model)]
+    names = [target.name for target in find_targets(model, include=include)]
     left = {name for name in names if any(fnmatchcase(name, glob) for glob in exclude)}
-    compressor = prune(model, data, None, allocation="2:4", exclude=exclude or None)
+    compressor = prune(model, data, None, allocation="2:4", include=include, exclude=exclude or None)
     assert {target.name for target in compressor.targets} == set(names) - left
     for target in compressor.targets:
         rows = target.weight.movedim(1, -1).reshape(-1, 4)
@@ -98,7 +110,7 @@ def assert_survives_the_disk(compressor, batch, folder):
         assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
         # Convolutions round differently where their weights lie elsewhere in memory.
         assert_same_outputs(model, loaded, batch, 1e-5)
-        again = take_masks(find_targets(loaded))
+        again = take_masks(find_targets(loaded, include=compressor.config.include))
         assert list(again) == list(masks)
         assert all(torch.equal(mask, again[target]) for target, mask in masks.items())
     command = ["inspect", "--model_name_or_path", str(folder / "compressed"), "--output_dir", str(folder / "inspected")]
@@ -107,11 +119,16 @@ def assert_survives_the_disk(compressor, batch, folder):
     assert report["architecture"] == type(model).__name__
     assert report["num_zeros"] == sum(int((target.weight == 0).sum()) for target in compressor.targets)
     assert report["layers_unlike_report"] == []
+    assert report["left_alone"] == left_alone(model, find_targets(model))
 
 
 def assert_runs_sparse(model, batch):
     """With sparse layers it computes the same, where it has Linear layers with zeros."""
-    linears = [target.name for target in find_targets(model) if type(target.module) is nn.Linear]
+    linears = [
+        target.name
+        for target in find_targets(model)
+        if type(target.module) is nn.Linear and (target.weight == 0).any()
+    ]
     if not linears:
         return
     sparse = optimize_for_inference(copy.deepcopy(model), "csr")

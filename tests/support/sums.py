@@ -9,7 +9,7 @@ from cap_hf.collection.running import frozen
 
 
 def fill(statistic: object, model: nn.Module, examples: Iterable) -> object:
-    """Take (batch, gradient samples, uniforms) through a model as a collection does; return the statistic."""
+    """Take (batch, gradient samples, draws) through a model as a collection does; return the statistic."""
     with frozen(model):
         fill_sums(statistic, model, examples)
     return statistic

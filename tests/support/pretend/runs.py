@@ -24,7 +24,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "cap 2:4": ("Dinov2", {"allocation": "2:4"}),
     "cap convolutions": ("ConvNext", {"fisher_block_size": 8}),
     "cap small convolutions": ("ResNet", {}),
-    "cap sampled": ("DeiT", {"fisher_type": "sampled", "samples_per_grad": 2, "num_grads": 10}),
+    "cap sampled": ("DeiT", {"fisher_loss": "sampled", "samples_per_grad": 2, "num_grads": 10}),
     "cap bfloat16": ("ViT", {"fisher_dtype": "bfloat16"}),
     "cap independent": ("ViT", {"weight_update": "independent"}),
     "cap no update": ("ViT", {"weight_update": "none"}),

@@ -1,0 +1,134 @@
+"""What of a model sees images: the model itself, or the vision tower of a larger one."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+from cap_hf.errors import CAPError
+
+# Parameters that stand for one token before those of the image.
+PREFIX_PARAMETERS = ("cls_token", "class_embedding", "class_token", "distillation_token", "dist_token")
+
+
+def is_classifier(model: nn.Module) -> bool:
+    """Return whether a model is an image classifier, by the name of its class or of one that it inherits from."""
+    return any("ForImageClassification" in kind.__name__ for kind in type(model).__mro__)
+
+
+def tower_name(model: nn.Module) -> str:
+    """Return the name of the module in a model that sees images, such as `vision_model`; "" for the model itself.
+
+    Raises:
+        CAPError: no part of it takes images.
+    """
+    modalities = getattr(model, "input_modalities", "image")
+    modalities = (modalities,) if isinstance(modalities, str) else tuple(modalities)
+    # ("text",) is what transformers says of a class that says nothing of itself, such as RegNet's.
+    sees = modalities in (("image",), ("text",))
+    if not isinstance(model, PreTrainedModel) or (sees and takes_pixels(model)):
+        # Trained to fill in what was masked: what is used of it afterwards is the encoder, which sees everything.
+        base = getattr(model, "base_model_prefix", "")
+        pretraining = "ForPreTraining" in type(model).__name__ or "MaskedImageModeling" in type(model).__name__
+        return base if pretraining and hasattr(model, base) else ""
+    for name, module in model.named_modules():
+        if name and isinstance(module, PreTrainedModel) and takes_pixels(module):
+            return name
+    raise CAPError(f"{type(model).__name__} takes no images: a vision model is needed, or one that has a vision tower")
+
+
+def takes_pixels(model: PreTrainedModel) -> bool:
+    """Return whether a model is called with `pixel_values` alone."""
+    return model.main_input_name == "pixel_values"
+
+
+def tower_of(model: nn.Module) -> nn.Module:
+    """Return the module in a model that sees images; errors as of `tower_name`."""
+    return model.get_submodule(tower_name(model))
+
+
+def vision_config(model: nn.Module) -> PretrainedConfig | None:
+    """Return the config of the part that sees images, or None where a module has none."""
+    return getattr(tower_of(model), "config", None)
+
+
+def image_shape(model: nn.Module) -> tuple[int, int, int]:
+    """Return the channels, height and width of the images that a model's config tells of; 0 channels where it does not.
+
+    Fully convolutional models take any size, and most are used with 224.
+    """
+    config = vision_config(model)
+    timm = getattr(config, "pretrained_cfg", None) or {}
+    if "input_size" in timm:
+        channels, height, width = timm["input_size"]
+        return channels, height, width
+    size = getattr(config, "image_size", None) or 224
+    height, width = size if isinstance(size, (list, tuple)) else (size, size)
+    return getattr(config, "num_channels", 0), height, width
+
+
+def see(model: nn.Module, batch: Mapping[str, torch.Tensor], **options: Any) -> Any:
+    """Return what a model makes of images: its outputs, those of its vision tower where it also reads something else.
+
+    What a tower pools is projected as its model does it (CLIP, arXiv 2103.00020, section 2.3). Models that were trained
+    on masked images see all of each image, in the order of its patches (arXiv 2111.06377, section 3).
+
+    Args:
+        model: of transformers, or any module that takes `pixel_values`.
+        batch: what it is called with, `pixel_values` and what else its image processor makes; labels are left out.
+        options: further arguments, such as `output_hidden_states`.
+
+    Raises:
+        CAPError: no part of the model takes images.
+    """
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    tower = tower_of(model)
+    with unmasked(tower) as noise:
+        if noise is not None:
+            inputs["noise"] = noise(inputs["pixel_values"])
+        outputs = tower(**inputs, **options)
+    project = getattr(model, "visual_projection", None)
+    if tower is not model and isinstance(project, nn.Linear) and getattr(outputs, "pooler_output", None) is not None:
+        outputs["pooler_output"] = project(outputs["pooler_output"])
+    return outputs
+
+
+@contextmanager
+def unmasked(tower: nn.Module) -> Iterator[Any]:
+    """Have a masked autoencoder mask nothing; yield what makes the noise by which it sorts patches, or None."""
+    config = getattr(tower, "config", None)
+    ratio = getattr(config, "mask_ratio", None)
+    embeddings = getattr(tower, "embeddings", None)
+    masks = getattr(tower, "base_model_prefix", "") == "vit" and hasattr(embeddings, "random_masking")
+    if config is None or ratio is None:
+        yield None
+        return
+
+    def rising(pixels: torch.Tensor) -> torch.Tensor:
+        patch = config.patch_size
+        number = (pixels.shape[-2] // patch) * (pixels.shape[-1] // patch)
+        return torch.arange(number, device=pixels.device, dtype=torch.float32).expand(len(pixels), -1)
+
+    config.mask_ratio = 0.0
+    try:
+        yield rising if masks else None
+    finally:
+        config.mask_ratio = ratio
+
+
+def prefix_tokens(model: nn.Module) -> int:
+    """Return how many tokens a model puts before those of an image: class, distillation and register tokens.
+
+    Only transformers that keep them in their outputs count: those with a parameter for one.
+    """
+    tower = tower_of(model)
+    timm = getattr(tower, "timm_model", None)
+    if timm is not None:
+        return int(getattr(timm, "num_prefix_tokens", 0))
+    names = {name.rpartition(".")[2] for name, _ in tower.named_parameters()}
+    found = sum(name in names for name in PREFIX_PARAMETERS)
+    registers = getattr(getattr(tower, "config", None), "num_register_tokens", 0) or 0
+    return found + registers if found else 0
