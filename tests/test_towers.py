@@ -3,24 +3,14 @@
 import pytest
 import torch
 import transformers
+from support.backbones import IMAGE, TINY, tiny_clip
 from support.models import build
-from transformers import BertConfig, BertModel, CLIPConfig, CLIPModel, ViTMAEConfig, ViTMAEForPreTraining, set_seed
+from transformers import BertConfig, BertModel, ViTMAEConfig, ViTMAEForPreTraining, set_seed
 
 from cap_hf.errors import CAPError
 from cap_hf.outputs import features_of
 from cap_hf.targets import find_targets
 from cap_hf.towers import image_shape, is_classifier, prefix_tokens, see, tower_name
-
-TINY = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
-IMAGE = {"image_size": 8, "patch_size": 4, "num_channels": 3}
-
-
-def tiny_clip() -> CLIPModel:
-    """Return a whole CLIP: a vision and a text tower."""
-    set_seed(0)
-    text = TINY | {"vocab_size": 50, "max_position_embeddings": 8, "projection_dim": 8}
-    vision = TINY | IMAGE | {"projection_dim": 8}
-    return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)).eval()
 
 
 def test_a_classifier_is_its_own_tower():

@@ -5,10 +5,22 @@ import json
 
 import pytest
 import torch
-from support.checkpoints import assert_same_weights, make_checkpoint, make_custom_checkpoint
+from support.backbones import IMAGE, TINY, tiny_clip, tiny_dinov2
+from support.checkpoints import assert_same_weights, make_checkpoint, make_custom_checkpoint, make_processor
+from transformers import (
+    AutoModel,
+    AutoModelForImageClassification,
+    PreTrainedConfig,
+    ViTConfig,
+    ViTModel,
+    ViTMSNConfig,
+    pipeline,
+    set_seed,
+)
 
-from cap_hf import CAPError
-from cap_hf.checkpoints.loading import check_folder, load_checkpoint, local_folder
+from cap_hf import CAPCompressor, CAPConfig, CAPError, SparseAutoModel
+from cap_hf.checkpoints.loading import check_folder, load_checkpoint, local_folder, model_class
+from cap_hf.inference.linear import SparseWeightLinear
 
 
 @pytest.fixture(scope="module")
@@ -85,3 +97,70 @@ def test_a_folder_stays_and_a_name_that_cannot_be_downloaded_is_one_line(tmp_pat
     with pytest.raises(CAPError, match="no/where is no folder and cannot be downloaded") as error:
         local_folder("no/where")
     assert "\n" not in str(error.value)
+
+
+def test_the_config_says_which_class_is_loaded():
+    assert model_class(ViTConfig(architectures=["ViTModel"])) is ViTModel
+    assert model_class(ViTConfig(architectures=["DeiTForImageClassificationWithTeacher"])).__name__.endswith("Teacher")
+    assert model_class(ViTConfig()) is AutoModelForImageClassification
+    assert model_class(ViTConfig(architectures=["TFViTModel"])) is AutoModelForImageClassification
+    assert model_class(PreTrainedConfig()) is AutoModel
+    own = ViTMSNConfig(architectures=["Own"])
+    own.auto_map = {"AutoModel": "own.Own"}
+    assert model_class(own, trust_remote_code=True) is AutoModel
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+def test_a_backbone_comes_out_as_what_it_went_in(tmp_path, compressed):
+    model = tiny_dinov2()
+    compressor = CAPCompressor(model, CAPConfig(num_grads=8))
+    compressor.collect([{"pixel_values": torch.randn(8, 3, 8, 8)}]).prune(0.75)
+    compressor.save_pretrained(tmp_path / "pruned", compressed=compressed)
+    check_folder(tmp_path / "pruned")
+    pixels = torch.randn(2, 3, 8, 8)
+    with torch.inference_mode():
+        expected = model(pixel_values=pixels).last_hidden_state
+        for loaded in (load_checkpoint(tmp_path / "pruned"), AutoModel.from_pretrained(tmp_path / "pruned")):
+            assert type(loaded) is type(model)
+            assert torch.equal(loaded(pixel_values=pixels).last_hidden_state, expected)
+        sparse = SparseAutoModel.from_pretrained(tmp_path / "pruned", backend="csr")
+        assert any(isinstance(module, SparseWeightLinear) for module in sparse.modules())
+        torch.testing.assert_close(sparse(pixel_values=pixels).last_hidden_state, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_pipeline_extracts_the_features_of_a_pruned_backbone(tmp_path):
+    from PIL import Image
+
+    model, processor = tiny_dinov2(image_size=32, patch_size=8), make_processor()
+    compressor = CAPCompressor(model, CAPConfig(method="magnitude"))
+    compressor.prune(0.5)
+    compressor.save_pretrained(tmp_path / "m", processor)
+    extract = pipeline("image-feature-extraction", model=str(tmp_path / "m"))
+    image = Image.new("RGB", (32, 32), "red")
+    pixels = extract.image_processor(image, return_tensors="pt")["pixel_values"]
+    with torch.inference_mode():
+        expected = model(pixel_values=pixels).last_hidden_state
+    torch.testing.assert_close(torch.tensor(extract(image)), expected)
+
+
+def test_a_pooler_without_weights_is_left_out_not_made_up(tmp_path):
+    set_seed(0)
+    model = ViTModel(ViTConfig(**TINY, **IMAGE), add_pooling_layer=False)
+    model.save_pretrained(tmp_path / "m")
+    loaded = load_checkpoint(tmp_path / "m")
+    assert loaded.pooler is None
+    assert_same_weights(loaded, model)
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+def test_the_text_tower_is_unchanged_bit_for_bit(tmp_path, compressed):
+    model = tiny_clip()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    compressor = CAPCompressor(model, CAPConfig(num_grads=8))
+    report = compressor.collect([{"pixel_values": torch.randn(8, 3, 8, 8)}]).prune(0.5)
+    compressor.save_pretrained(tmp_path / "m", compressed=compressed)
+    after = load_checkpoint(tmp_path / "m").state_dict()
+    pruned = {f"{layer.name}.weight" for layer in report.layers}
+    assert all(name.startswith("vision_model.") for name in pruned)
+    for name, value in before.items():
+        assert torch.equal(after[name], value) == (name not in pruned), name

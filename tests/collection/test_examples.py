@@ -100,7 +100,11 @@ def test_an_example_has_several_projections_each_its_own():
         loader = DataLoader(numbered(10), batch_size=batch_size, collate_fn=collate)
         examples = CalibrationExamples(loader, CAPConfig(num_grads=30), Processes())
         examples.use(FeatureLoss({}, repeats=3))
-        pairs = [(int(label), int(draw)) for batch, _, draws in examples for label, draw in zip(batch["labels"], draws)]
+        pairs = [
+            (int(label), int(draw))
+            for batch, _, draws in examples
+            for label, draw in zip(batch["labels"], draws, strict=True)
+        ]
         assert len(set(pairs)) == len({draw for _, draw in pairs}) == 30
         drawn.append(sorted(pairs))
     assert drawn[0] == drawn[1]

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from support.models import TINY_VIT, build, random_batches
-from transformers import Dinov2Config, Dinov2Model, set_seed
+from support.backbones import tiny_dinov2
+from support.models import build, random_batches
 
 from cap_hf import CAPCompressor, CAPConfig, CAPError
 from cap_hf.collection.examples import CalibrationExamples
@@ -13,15 +13,9 @@ from cap_hf.distributed.processes import Processes
 BATCH = {"pixel_values": torch.randn(2, 3, 8, 8)}
 
 
-def backbone() -> Dinov2Model:
-    """Return a tiny DINOv2 without a head."""
-    set_seed(0)
-    return Dinov2Model(Dinov2Config(**(TINY_VIT | {"num_channels": 3}))).eval()
-
-
 def test_the_loss_is_the_first_that_model_and_data_allow():
     labels = {"labels": torch.tensor([0, 1])}
-    model, headless = build("ViT"), backbone()
+    model, headless = build("ViT"), tiny_dinov2()
     assert has_logits(model, BATCH)
     assert not has_logits(headless, BATCH)
     chosen = [
@@ -38,7 +32,7 @@ def test_the_loss_is_the_first_that_model_and_data_allow():
 
 
 def test_the_config_says_afterwards_what_was_chosen():
-    compressor = CAPCompressor(backbone(), CAPConfig(num_grads=4)).collect([BATCH, BATCH])
+    compressor = CAPCompressor(tiny_dinov2(), CAPConfig(num_grads=4)).collect([BATCH, BATCH])
     assert compressor.config.fisher_loss == "features"
     report = compressor.prune(0.5)
     assert report.num_zeros == round(0.5 * report.num_weights)
@@ -46,7 +40,7 @@ def test_the_config_says_afterwards_what_was_chosen():
 
 
 def test_deviations_are_measured_over_exactly_the_examples_of_the_gradients():
-    model, config = backbone(), CAPConfig(num_grads=6, fisher_loss="features")
+    model, config = tiny_dinov2(), CAPConfig(num_grads=6, fisher_loss="features")
     batches = [{"pixel_values": torch.randn(n, 3, 8, 8)} for n in (4, 4)]
     loss = make_loss(config, model)
     measure_deviations(loss, model, CalibrationExamples(batches, config, Processes()), Processes(), True)
@@ -60,13 +54,13 @@ def test_deviations_are_measured_over_exactly_the_examples_of_the_gradients():
 def test_what_cannot_be_gone_over_twice_or_is_not_finite_is_refused():
     config = CAPConfig(num_grads=4)
     with pytest.raises(CAPError, match="needs the examples twice: collect from a DataLoader or a list"):
-        CAPCompressor(backbone(), config).collect(iter([BATCH, BATCH]))
+        CAPCompressor(tiny_dinov2(), config).collect(iter([BATCH, BATCH]))
     with pytest.raises(CAPError, match="class features are NaN or infinite"):
-        CAPCompressor(backbone(), config).collect([{"pixel_values": torch.full((2, 3, 8, 8), torch.nan)}])
+        CAPCompressor(tiny_dinov2(), config).collect([{"pixel_values": torch.full((2, 3, 8, 8), torch.nan)}])
     with pytest.raises(CAPError, match="without logits"):
-        CAPCompressor(backbone(), CAPConfig(num_grads=4, fisher_loss="sampled")).collect([BATCH, BATCH])
+        CAPCompressor(tiny_dinov2(), CAPConfig(num_grads=4, fisher_loss="sampled")).collect([BATCH, BATCH])
     with pytest.raises(CAPError, match="dataloader is empty"):
-        CAPCompressor(backbone(), CAPConfig(num_grads=4, fisher_loss="features")).collect([])
+        CAPCompressor(tiny_dinov2(), CAPConfig(num_grads=4, fisher_loss="features")).collect([])
 
 
 def test_features_of_a_classifier_are_its_logits():

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
+from support.backbones import tiny_dinov2
 from support.sums import fill
 from torch.func import functional_call, jacrev
 from torch.nn import functional as F
-from transformers import Dinov2Config, Dinov2Model, set_seed
 from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClassifierOutput
 
 from cap_hf.collection.gradient_sums import GradientSums
@@ -86,20 +86,9 @@ def test_a_channel_that_does_not_vary_does_not_count_and_one_that_hardly_does_co
     assert inverse(torch.zeros(2)).tolist() == [0.0, 0.0]
 
 
-def tiny_dinov2():
-    """A backbone small enough for its whole Jacobian, in float64."""
-    set_seed(0)
-    sizes = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "mlp_ratio": 2}
-    model = Dinov2Model(Dinov2Config(**sizes, image_size=4, patch_size=2, num_channels=1)).eval().double()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.2 * torch.randn_like(parameter))
-    return model
-
-
 def test_the_fisher_of_the_features_is_their_gauss_newton_matrix():
     """Against `J^T D J` of the Jacobian J computed in full: of many projections the mean comes as near as it must."""
-    model = tiny_dinov2()
+    model = tiny_dinov2(hidden_size=8, image_size=4, patch_size=2, num_channels=1).double()
     pixels = torch.randn(3, 1, 4, 4, dtype=torch.float64)
     weights = {"class": 2.0, "patch": 1.0, "pooled": 0.5}
     loss = FeatureLoss(weights, prefix_tokens=1)
