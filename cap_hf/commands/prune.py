@@ -36,6 +36,10 @@ class PruneArguments:
         metadata={"help": "Gradient samples between two saves of the collection's state, in OUTPUT_DIR-collection."},
     )
     resume: bool = field(default=False, metadata={"help": "Go on from the state that a killed run has left."})
+    recalibrate_batch_norm: bool | None = field(
+        default=None,
+        metadata={"help": "Estimate batch norm anew after pruning, from 256 examples; default: where there is any."},
+    )
     disable_tqdm: bool = field(default=False, metadata={"help": "No progress bars."})
 
 
@@ -65,6 +69,7 @@ def prune(
 
     from cap_hf.checkpoints.atomic import write_json
     from cap_hf.checkpoints.saving import save_checkpoint
+    from cap_hf.collection.batch_norm import batch_norms
     from cap_hf.collection.examples import whole_groups
     from cap_hf.collection.state import Checkpointing
     from cap_hf.commands.common import eval_dataset, load_all
@@ -97,6 +102,10 @@ def prune(
         with phases(name):
             return evaluate_model(model, accelerator.prepare(loader), accelerator, args.disable_tqdm)
 
+    norms = batch_norms(model)
+    if args.recalibrate_batch_norm and not norms:
+        raise CAPError(f"{type(model).__name__} has no batch norm: leave --recalibrate_batch_norm out")
+    recalibrate = bool(norms) if args.recalibrate_batch_norm is None else args.recalibrate_batch_norm
     dense = evaluate("evaluate dense")
     checkpointing = None
     if args.checkpoint_every is not None:
@@ -109,9 +118,13 @@ def prune(
     for sparsity in sparsities:
         with phases(f"prune {sparsity:g}"):
             report = compressor.prune(sparsity)
+        layers = []
+        if recalibrate:
+            with phases(f"batch norm {sparsity:g}"):
+                layers = compressor.recalibrate_batch_norm(train_loader)
         metrics = evaluate(f"evaluate {sparsity:g}")
         folder = output / f"sparsity-{sparsity:.12g}"
-        outcome = {"sparse": metrics, "pruning": report.to_dict()}
+        outcome = {"sparse": metrics, "pruning": report.to_dict(), "recalibrated_batch_norm": layers}
         if accelerator.is_main_process:
             save_checkpoint(folder, model, config, facts | outcome, image_processor)
         results.append({"checkpoint": folder.name} | outcome)

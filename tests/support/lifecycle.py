@@ -125,9 +125,7 @@ def assert_survives_the_disk(compressor, batch, folder):
 def assert_runs_sparse(model, batch):
     """With sparse layers it computes the same, where it has Linear layers with zeros."""
     linears = [
-        target.name
-        for target in find_targets(model)
-        if type(target.module) is nn.Linear and (target.weight == 0).any()
+        target.name for target in find_targets(model) if type(target.module) is nn.Linear and (target.weight == 0).any()
     ]
     if not linears:
         return
