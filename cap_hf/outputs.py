@@ -85,6 +85,21 @@ def features_of(outputs: Any, prefix_tokens: int = 0) -> dict[str, torch.Tensor]
     return found
 
 
+def main_output(outputs: Any) -> tuple[str, torch.Tensor]:
+    """Return what a model is called for, and its name: logits, what it predicts, else its tokens or features.
+
+    Raises:
+        CAPError: there is nothing of the kind.
+    """
+    for name in (*DENSE_OUTPUTS, "last_hidden_state", "feature_maps", "image_embeds", "pooler_output"):
+        found = getattr(outputs, name, None)
+        if name == "feature_maps" and found is not None:
+            found = found[-1]
+        if isinstance(found, torch.Tensor):
+            return name, found
+    raise CAPError(f"the model returns {type(outputs).__name__}, with neither logits nor features in it")
+
+
 def next_name(kind: str, taken: dict[str, torch.Tensor]) -> str:
     """Return the name of the next part of a kind: `patch`, `patch 1`, ..."""
     number = sum(name.split()[0] == kind for name in taken)

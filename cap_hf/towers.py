@@ -9,6 +9,7 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from cap_hf.errors import CAPError
+from cap_hf.outputs import main_output
 
 # Parameters that stand for one token before those of the image.
 PREFIX_PARAMETERS = ("cls_token", "class_embedding", "class_token", "distillation_token", "dist_token")
@@ -94,6 +95,21 @@ def see(model: nn.Module, batch: Mapping[str, torch.Tensor], **options: Any) -> 
     if tower is not model and isinstance(project, nn.Linear) and getattr(outputs, "pooler_output", None) is not None:
         outputs["pooler_output"] = project(outputs["pooler_output"])
     return outputs
+
+
+class MainOutput(nn.Module):
+    """A model as a function of one tensor: pixels in, logits or what else it is called for out."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        # Compilers follow a plain call more easily.
+        self.plain = tower_of(model) is model and getattr(vision_config(model), "mask_ratio", None) is None
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Return `(b, ...)` of pixels `(b, channels, height, width)`; errors as of `see` and `main_output`."""
+        batch = {"pixel_values": pixel_values}
+        return main_output(self.model(**batch) if self.plain else see(self.model, batch))[1]
 
 
 @contextmanager

@@ -138,8 +138,8 @@ def load_checkpoint(
     missing, mismatched = info["missing_keys"], {name for name, *_ in info["mismatched_keys"]}
     if missing:
         raise CAPError(
-            f"{name_or_path} has no weights for {summarize(sorted(missing), 3)} of a {type(model).__name__}: name the "
-            'class that its weights are of under "architectures" in its config.json, or train what is missing'
+            f"{name_or_path} has no weights for {summarize(sorted(missing), 3)} of a {type(model).__name__}: "
+            'name the class that its weights are of under "architectures" in its config.json, or train what is missing'
         )
     if mismatched:
         raise CAPError(

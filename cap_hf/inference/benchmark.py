@@ -18,10 +18,11 @@ from cap_hf.extras import need
 from cap_hf.inference.choice import time_in_turns
 from cap_hf.inference.export import ONNX_NAME, export_onnx
 from cap_hf.inference.optimize import make_example, optimize_for_inference, resident_bytes
+from cap_hf.towers import MainOutput
 
 # Seconds before each run: threads of the runtime that ran before may still spin, and would take a core.
 PAUSE = 0.02
-# From pixels `(batch, channels, height, width)` to logits `(batch, labels)`.
+# From pixels `(batch, channels, height, width)` to logits `(batch, labels)`, or what else the model is called for.
 Call = Callable[[torch.Tensor], Any]
 
 
@@ -32,7 +33,7 @@ class Measurement:
     Attributes:
         seconds, low_seconds, high_seconds: per batch: median and quartiles.
         weight_bytes: of all weights as the backend holds them; an ONNX runtime may repack what is in the file.
-        max_difference: largest difference of its logits from the dense model's, relative to the largest logit.
+        max_difference: largest difference of its output from the dense model's, relative to the largest entry of that.
         speedup: over the backend `dense` at the same batch size and threads.
     """
 
@@ -60,11 +61,7 @@ class Backend:
 
     def start(self, threads: int) -> Call:
         """Return the call to measure; the caller has set PyTorch's number of threads."""
-
-        def call(pixels: torch.Tensor) -> torch.Tensor:
-            return self.model(pixel_values=pixels).logits
-
-        return call
+        return MainOutput(self.model)
 
     @property
     def weight_bytes(self) -> int:
@@ -80,8 +77,7 @@ class DenseCompiled(Backend):
     """The model through torch.compile."""
 
     def start(self, threads: int) -> Call:
-        compiled = torch.compile(self.model, dynamic=False)
-        return lambda pixels: compiled(pixel_values=pixels).logits
+        return torch.compile(MainOutput(self.model), dynamic=False)
 
 
 class DenseBFloat16(Backend):
@@ -220,20 +216,20 @@ def measure(
 ) -> list[Measurement]:
     """Measure one batch size and number of threads; a backend that fails goes to `missing` with the reason."""
     calls: dict[str, Call] = {}
-    logits: dict[str, torch.Tensor] = {}
+    outputs: dict[str, torch.Tensor] = {}
     for name, backend in ready.items():
         if name in missing:
             continue
         try:
             call = backend.start(threads)
-            logits[name] = call(pixels)
+            outputs[name] = call(pixels)
         except Exception as error:  # whatever a compiler or another runtime may do
             missing[name] = f"failed: {reason(error)}"
             continue
         calls[name] = call
     times = time_in_turns([partial(call, pixels) for call in calls.values()], runs, seconds, pause=PAUSE)
     medians = {name: statistics.median(taken) for name, taken in zip(calls, times, strict=True)}
-    largest = logits["dense"].abs().max().item()
+    largest = outputs["dense"].abs().max().item()
     found = []
     for name, taken in zip(calls, times, strict=True):
         low, _, high = statistics.quantiles(taken, n=4)
@@ -247,7 +243,7 @@ def measure(
                 high_seconds=high,
                 images_per_second=len(pixels) / medians[name],
                 weight_bytes=ready[name].weight_bytes,
-                max_difference=(logits[name] - logits["dense"]).abs().max().item() / largest,
+                max_difference=(outputs[name] - outputs["dense"]).abs().max().item() / largest,
                 speedup=medians["dense"] / medians[name],
             )
         )

@@ -1,4 +1,4 @@
-"""Write image classifiers to ONNX files, with their zeros, and check these in ONNX Runtime."""
+"""Write vision models to ONNX files, with their zeros, and check these in ONNX Runtime."""
 
 import contextlib
 import io
@@ -9,7 +9,6 @@ from pathlib import Path
 from types import ModuleType
 
 import torch
-from torch import nn
 from transformers import BaseImageProcessor, PreTrainedModel
 
 from cap_hf.checkpoints.atomic import atomic_directory
@@ -17,21 +16,12 @@ from cap_hf.errors import CAPError, reason
 from cap_hf.extras import need
 from cap_hf.inference.linear import SparseWeightLinear
 from cap_hf.inference.optimize import make_example
+from cap_hf.outputs import main_output
+from cap_hf.towers import MainOutput, see
 
 ONNX_NAME = "model.onnx"
-# Of the largest logit: what float32 sums in another order may differ by at the end of a model.
+# Of the largest output: what float32 sums in another order may differ by at the end of a model.
 TOLERANCE = 1e-3
-
-
-class Logits(nn.Module):
-    """A classifier as a function of one tensor: pixels in, logits out."""
-
-    def __init__(self, model: PreTrainedModel) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        return self.model(pixel_values=pixel_values).logits
 
 
 def export_onnx(
@@ -39,11 +29,11 @@ def export_onnx(
 ) -> Path:
     """Write `model.onnx`, the config and the image processor to a folder; batches may have any size.
 
-    The folder is what Optimum's ORTModelForImageClassification loads. The file is run in ONNX Runtime and compared
-    with the model before the folder takes its name.
+    Of a classifier the file gives `logits`, of a backbone `last_hidden_state`: the folder is what Optimum's classes for
+    these tasks load. The file is run in ONNX Runtime and compared with the model before the folder takes its name.
 
     Args:
-        model: an image classifier, dense or pruned, in float32; not one that was optimised for inference.
+        model: a vision model, dense or pruned, in float32; not one that was optimised for inference.
         output_dir: replaced if it exists.
         image_processor: written to the folder if given.
 
@@ -73,15 +63,17 @@ def export_onnx(
 
 def write_onnx(model: PreTrainedModel, example: torch.Tensor, path: Path) -> None:
     """Export with a batch dimension of any size; `example` has at least two images, as 1 would be taken for fixed."""
+    with torch.inference_mode():
+        name, _ = main_output(see(model, {"pixel_values": example}))
     with quiet_exporter(), eager_attention(model):
         torch.onnx.export(
-            Logits(model),
+            MainOutput(model),
             (example,),
             path,
             dynamo=True,
             verbose=False,
             input_names=["pixel_values"],
-            output_names=["logits"],
+            output_names=[name],
             dynamic_shapes={"pixel_values": {0: torch.export.Dim("batch_size")}},
         )
 
@@ -118,9 +110,9 @@ def check_onnx(runtime: ModuleType, model: PreTrainedModel, path: Path, example:
     """Raise a CAPError if ONNX Runtime and the model differ, on a batch of the example's size or another."""
     session = runtime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     for batch in (example, example[:1], torch.cat([example, -example[:1]])):
-        (logits,) = session.run(["logits"], {"pixel_values": batch.numpy()})
+        (found,) = session.run(None, {"pixel_values": batch.numpy()})
         with torch.inference_mode():
-            expected = Logits(model)(batch)
-        difference = (torch.from_numpy(logits) - expected).abs().max().item()
+            expected = MainOutput(model)(batch)
+        difference = (torch.from_numpy(found) - expected).abs().max().item()
         if not difference <= TOLERANCE * max(1.0, expected.abs().max().item()):
-            raise CAPError(f"ONNX Runtime's logits differ by {difference:.3g} on a batch of {len(batch)}: not written")
+            raise CAPError(f"ONNX Runtime's results differ by {difference:.3g} on a batch of {len(batch)}: not written")

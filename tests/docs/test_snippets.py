@@ -34,6 +34,7 @@ RUN, WRITTEN, READ = ("bash", "python"), ("yaml", "json"), ("text",)
 
 # The names that stand for checkpoints and datasets on the pages.
 DENSE = ("facebook/deit-small-patch16-224", "M", "vit-fashion")
+BACKBONE = "facebook/dinov2-small"
 SPARSE = {"O/sparsity-0.75": 0.75, "O/sparsity-0.9": 0.9, "user/name": 0.9, "pruned/sparsity-0.9": 0.9}
 DATASETS = ("imagenet-1k", "D", "fashion-mnist")
 
@@ -82,6 +83,9 @@ def names(tmp_path_factory) -> Path:
         compressor = CAPCompressor(model, CAPConfig(method="magnitude"), disable_tqdm=True)
         report = {"model_name_or_path": "M", "pruning": compressor.prune(sparsity).to_dict()}
         save_checkpoint(folder / name, model, compressor.config, report, processor)
+    transformers.set_seed(0)
+    backbone = transformers.Dinov2Model(transformers.Dinov2Config(**TINY_VIT, mlp_ratio=2))
+    save_checkpoint(folder / BACKBONE, backbone, image_processor=processor)
     for name in DATASETS:
         make_dataset(folder / name, labels)
     return folder

@@ -5,11 +5,13 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from support.backbones import tiny_clip, tiny_dinov2
 from support.inference import prune
 from support.models import ARCHITECTURES, build, random_batches
 
 from cap_hf import CAPError, export_onnx, find_targets, optimize_for_inference
 from cap_hf.inference import export
+from cap_hf.towers import see
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +78,7 @@ def test_a_file_that_computes_something_else_is_not_written(tmp_path, monkeypatc
 
     write = export.write_onnx
     monkeypatch.setattr(export, "write_onnx", write_another)
-    with pytest.raises(CAPError, match="logits differ by 1 on a batch of 2: not written"):
+    with pytest.raises(CAPError, match="results differ by 1 on a batch of 2: not written"):
         export_onnx(build("ViT"), tmp_path / "onnx")
     assert not (tmp_path / "onnx").exists()
 
@@ -87,3 +89,14 @@ def test_what_cannot_be_exported_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(CAPError, match=r"onnxruntime is not installed: pip install 'cap_hf\[export\]'"):
         export_onnx(build("ViT"), tmp_path / "onnx")
+
+
+@pytest.mark.parametrize(("make", "output"), [(tiny_dinov2, "last_hidden_state"), (tiny_clip, "last_hidden_state")])
+def test_a_backbone_gives_its_tokens(make, output, tmp_path):
+    model = prune(make(), 0.8)
+    session = onnxruntime.InferenceSession(export_onnx(model, tmp_path / "m"), providers=["CPUExecutionProvider"])
+    x = torch.randn(3, 3, 8, 8)
+    with torch.inference_mode():
+        expected = see(model, {"pixel_values": x}).last_hidden_state
+    (found,) = session.run([output], {"pixel_values": x.numpy()})
+    torch.testing.assert_close(torch.from_numpy(found), expected, rtol=1e-4, atol=1e-4)
