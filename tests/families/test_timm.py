@@ -4,6 +4,7 @@ import pytest
 import torch
 from support.lifecycle import (
     assert_gradient_samples,
+    assert_recovers,
     assert_runs_sparse,
     assert_survives_the_disk,
     assert_two_four,
@@ -67,6 +68,23 @@ def test_pruned_saved_compressed_and_run(name, tmp_path):
     compressor = prune(timm_models.build(architecture, **arguments), data, 0.6)
     assert_survives_the_disk(compressor, data[0], tmp_path)
     assert_runs_sparse(compressor.model, data[0])
+
+
+@models
+def test_without_a_head_it_is_pruned_by_its_features(name, tmp_path):
+    architecture, arguments, side, *_ = MODELS[name]
+    data = [{"pixel_values": batch["pixel_values"]} for batch in batches(side)]
+    assert_gradient_samples(timm_models.build(architecture, head=False, **arguments), data[0])
+    compressor = prune(timm_models.build(architecture, head=False, **arguments), data, 0.6)
+    assert compressor.config.fisher_loss == "features"
+    assert_survives_the_disk(compressor, data[0], tmp_path)
+
+
+@models
+def test_a_step_of_recovery_holds_the_zeros(name, tmp_path):
+    architecture, arguments, side, *_ = MODELS[name]
+    data = batches(side)
+    assert_recovers(prune(timm_models.build(architecture, **arguments), data, 0.6, method="magnitude"), data, tmp_path)
 
 
 @models

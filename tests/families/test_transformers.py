@@ -5,6 +5,7 @@ import torch
 from support.families import BACKBONES, CLASSIFIERS, batches
 from support.lifecycle import (
     assert_gradient_samples,
+    assert_recovers,
     assert_runs_sparse,
     assert_survives_the_disk,
     assert_two_four,
@@ -33,6 +34,13 @@ def test_pruned_saved_compressed_and_run(name, tmp_path):
     compressor = prune(family.build(), data, 0.6, include=family.include)
     assert_survives_the_disk(compressor, data[0], tmp_path)
     assert_runs_sparse(compressor.model, data[0])
+
+
+@pytest.mark.parametrize("name", CLASSIFIERS)
+def test_a_step_of_recovery_holds_the_zeros(name, tmp_path):
+    family = CLASSIFIERS[name]
+    data = batches(family)
+    assert_recovers(prune(family.build(), data, 0.6, method="magnitude"), data, tmp_path)
 
 
 @families

@@ -16,6 +16,7 @@ from cap_hf.method.gradients import GradientSamples
 from cap_hf.outputs import features_of
 from cap_hf.targets import left_alone
 from cap_hf.towers import prefix_tokens, see
+from support.recovery import make_trainer
 
 
 def outputs(model, batch):
@@ -120,6 +121,21 @@ def assert_survives_the_disk(compressor, batch, folder):
     assert report["num_zeros"] == sum(int((target.weight == 0).sum()) for target in compressor.targets)
     assert report["layers_unlike_report"] == []
     assert report["left_alone"] == left_alone(model, find_targets(model))
+
+
+def assert_recovers(compressor, data, folder):
+    """A step of training moves what is left of every target that has a gradient, and not one zero."""
+    model, masks = compressor.model, take_masks(compressor.targets)
+    before = {target.name: target.weight.detach().clone() for target in compressor.targets}
+    rows = [
+        {name: value[index] for name, value in batch.items()}
+        for batch in data
+        for index in range(len(batch["pixel_values"]))
+    ]
+    make_trainer(folder, model, data=rows, max_steps=1, save_strategy="no", learning_rate=1e-3).train()
+    after = take_masks(find_targets(model, include=compressor.config.include))
+    assert all(torch.equal(mask, after[name]) for name, mask in masks.items())
+    assert any(not torch.equal(target.weight, before[target.name]) for target in compressor.targets)
 
 
 def assert_runs_sparse(model, batch):
