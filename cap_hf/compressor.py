@@ -35,7 +35,8 @@ from cap_hf.targets import Target, find_targets, summarize
 
 logger = logging.getLogger(__name__)
 
-# So many give batch norm as good statistics as all do (docs/results.md), and their activations fit into memory.
+# So many give batch norm nearly as good statistics as four times as many (docs/results.md), and fit into memory: all of
+# them go through the model at once.
 BATCH_NORM_EXAMPLES = 256
 
 
