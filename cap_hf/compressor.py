@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 from transformers import BaseImageProcessor, PreTrainedModel
 
 from cap_hf.checkpoints.saving import save_checkpoint
+from cap_hf.collection.batch_norm import recalibrate_batch_norm
 from cap_hf.collection.collection import Collection
 from cap_hf.collection.examples import CalibrationExamples
 from cap_hf.collection.objective import choose_loss
@@ -33,6 +34,10 @@ from cap_hf.report import LayerReport, PruneReport
 from cap_hf.targets import Target, find_targets, summarize
 
 logger = logging.getLogger(__name__)
+
+# So many give batch norm nearly as good statistics as four times as many (docs/results.md), and fit into memory: all of
+# them go through the model at once.
+BATCH_NORM_EXAMPLES = 256
 
 
 class CAPCompressor:
@@ -117,6 +122,7 @@ class CAPCompressor:
                 finite.
         """
         self._forget()
+        check_placement(self.model)
         self.model.to(self.accelerator.device)
         if METHODS[self.config.method].statistic is None:
             self.paths = RemovalPaths(self.targets, Solver(self.config, None), self.processes)
@@ -176,6 +182,29 @@ class CAPCompressor:
         self.progress.end_phase()
         return report
 
+    def recalibrate_batch_norm(
+        self, dataloader: DataLoader | Iterable[Batch], num_examples: int = BATCH_NORM_EXAMPLES
+    ) -> list[str]:
+        """Estimate the statistics of all batch norm layers anew, for the weights as they are after `prune`.
+
+        Args:
+            dataloader: as `collect` takes it; labels are not needed.
+            num_examples: from its beginning, or a batch per process if that is more; all in memory at once.
+
+        Returns:
+            The names of the layers.
+
+        Raises:
+            CAPError: the model has no batch norm, there are too few examples, or what reaches a layer is not finite.
+        """
+        check_placement(self.model)
+        self.model.to(self.accelerator.device)
+        batch_size = getattr(getattr(dataloader, "batch_sampler", None), "batch_size", None) or 1
+        wanted = max(num_examples, self.processes.world * batch_size)
+        config = replace(self.config, num_grads=wanted, samples_per_grad=1)
+        examples = CalibrationExamples(dataloader, config, self.processes)
+        return recalibrate_batch_norm(self.model, (batch for batch, _ in examples.batches()), self.processes)
+
     def save_pretrained(
         self, save_directory: str | Path, image_processor: BaseImageProcessor | None = None, compressed: bool = False
     ) -> None:
@@ -213,6 +242,16 @@ class CAPCompressor:
         if self.collection is not None:
             self.collection.close()
         self.collection, self.paths = None, None
+
+
+def check_placement(model: PreTrainedModel) -> None:
+    """Raise a CAPError if a `device_map` has spread a model over devices, or left a part of it on the disk."""
+    places = sorted({str(place) for place in (getattr(model, "hf_device_map", None) or {}).values()})
+    if len(places) > 1 or any(parameter.is_meta for parameter in model.parameters()):
+        raise CAPError(
+            f"device_map has put parts of the model on {', '.join(places) or 'no device'}: load it without device_map; "
+            "several GPUs share the work under accelerate launch"
+        )
 
 
 def check_precision(model: PreTrainedModel, device: torch.device) -> None:

@@ -16,9 +16,14 @@ from cap_hf.towers import tower_of
 Layer = nn.Linear | nn.Conv2d
 
 # Parts of a base model that are not its encoder, whatever the architecture calls them: patch and position
-# embeddings (Swin v2 computes its position bias with an MLP), poolers, and heads (some classifiers are their own
-# base model; Siglip pools with a `head`).
-NOT_ENCODER = re.compile(r"(^|\.)([^.]*(embed|position|pooler|classifier)[^.]*|head)(\.|$)|^fc$")
+# embeddings (Swin v2 computes its position bias with an MLP), stems (what convolutional networks have in the place of
+# an embedding; timm's ResNet calls it `conv1`), poolers, and heads (some classifiers are their own base model, as are
+# all of timm's and what has a backbone inside; Siglip pools with a `head`, timm's DeiT and LeViT have a `head_dist`
+# too; timm's `conv_head` is the encoder's last convolution).
+NOT_ENCODER = re.compile(
+    r"(^|\.)([^.]*(embed|position|pooler|classifier)[^.]*|(conv_)?stem|attn_pool|(?!conv_)([^.]*_)?head(_dist)?)(\.|$)"
+    r"|^(fc|conv1)(\.|$)"
+)
 
 
 @dataclass(frozen=True)
@@ -115,25 +120,22 @@ def find_targets(
 
     Raises:
         CAPError: there is no target, the model takes no images, a pattern matches nothing, N:M does not divide a row,
-            or the block size is no size.
+            the block size is no size, or the model has adapters of PEFT, whose weights are no layers of their own.
     """
+    if any(hasattr(module, "base_layer") for module in model.modules()):
+        raise CAPError(
+            f"{type(model).__name__} has adapters (PEFT): merge them into its weights first, with merge_and_unload()"
+        )
     layers = weight_layers(model)
-    tower = tower_of(model)
-    base = getattr(tower, "base_model", tower)
-    prefix = next((f"{name}." if name else "" for name, module in model.named_modules() if module is base), "")
-    sharing = twins_of(model, layers)
-    candidates = {
-        name: module
-        for name, module in layers.items()
-        if name.startswith(prefix)
-        and not NOT_ENCODER.search(name.removeprefix(prefix))
-        # Subclasses may compute with something else than their weight (weight standardisation, attention's own
-        # projection that nobody calls), and so may other kinds of modules that share it.
-        and type(module) in (nn.Linear, nn.Conv2d)
-        and all(type(twin) is type(module) for twin in sharing[name])
-    }
+    unfit = reasons_against(model, layers)
+    candidates = {name: module for name, module in layers.items() if name not in unfit}
     if not candidates:
-        raise CAPError(f"{type(model).__name__} has no Linear or Conv2d weight inside an encoder: nothing to prune")
+        # One layer of each kind says what is meant.
+        why = {reason: f"{name}: {reason}" for name, reason in unfit.items()}
+        raise CAPError(
+            f"{type(model).__name__} has no Linear or Conv2d weight inside an encoder: nothing to prune"
+            + (f" ({summarize(list(why.values()))})" if why else "")
+        )
     for option, patterns in (("include", include), ("exclude", exclude)):
         for glob in patterns or ():
             if not any(fnmatchcase(name, glob) for name in candidates):
@@ -146,22 +148,77 @@ def find_targets(
     }
     if not chosen:
         raise CAPError(f"--include and --exclude leave no target of {summarize(list(candidates))}")
+    sharing = twins_of(model, chosen)
     return [
         Target(name, module, fit_block_size(name, module, block_size, pattern), index, sharing[name])
         for index, (name, module) in enumerate(chosen.items())
     ]
 
 
+def left_alone(model: nn.Module, targets: Sequence[Target]) -> dict[str, str]:
+    """Return, by name, why each Linear and Conv2d of a model that is no target is none."""
+    layers = weight_layers(model)
+    unfit, pruned = reasons_against(model, layers), {target.name for target in targets}
+    return {name: unfit.get(name, "not chosen by include and exclude") for name in layers if name not in pruned}
+
+
+def reasons_against(model: nn.Module, layers: Mapping[str, Layer]) -> dict[str, str]:
+    """Return, by name, why some layers of a model cannot be targets; the others can."""
+    tower = tower_of(model)
+    base = getattr(tower, "base_model", tower)
+    prefix = next((f"{name}." if name else "" for name, module in model.named_modules() if module is base), "")
+    channels = getattr(getattr(tower, "config", None), "num_channels", None)
+    sharing = twins_of(model, layers)
+    reasons = {}
+    for name, module in layers.items():
+        parent = model.get_submodule(name.rpartition(".")[0])
+        others = sorted({type(twin).__name__ for twin in sharing[name] if not computes_plainly(twin)})
+        if not name.startswith(prefix):
+            reasons[name] = f"outside the encoder, {prefix.removesuffix('.')}"
+        elif NOT_ENCODER.search(name.removeprefix(prefix)):
+            reasons[name] = "an embedding, a pooler or a head"
+        elif isinstance(module, nn.Conv2d) and module.in_channels == channels:
+            reasons[name] = "it reads the pixels: an embedding"
+        elif own_weight(module) is None:
+            reasons[name] = "its weight is computed from other parameters"
+        elif not computes_plainly(module):
+            reasons[name] = f"{type(module).__name__} does not compute as its base class does"
+        elif isinstance(parent, nn.MultiheadAttention):
+            reasons[name] = "MultiheadAttention uses its weight without calling it"
+        elif others:
+            reasons[name] = f"it shares its weight with a module of another kind: {', '.join(others)}"
+    return reasons
+
+
+def computes_plainly(module: nn.Module) -> bool:
+    """Return whether a module computes as nn.Linear or nn.Conv2d does: it is one, or a subclass with its forward.
+
+    Other subclasses may compute with something else than their weight and input: standardised weights, or an input
+    that they pad themselves.
+    """
+    base = next((base for base in (nn.Linear, nn.Conv2d) if isinstance(module, base)), None)
+    names = ("forward", "_conv_forward") if base is nn.Conv2d else ("forward",)
+    return base is not None and all(getattr(type(module), name) is getattr(base, name) for name in names)
+
+
 def twins_of(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, tuple[nn.Module, ...]]:
     """Return for each of some layers of a model the other modules whose `weight` is its own."""
-    users: dict[int, list[nn.Module]] = {}
+    users: dict[nn.Parameter, list[nn.Module]] = {}
     for module in model.modules():
-        # Not the attribute: some modules make their weight anew each time.
-        weight = dict(module.named_parameters(recurse=False)).get("weight")
-        users.setdefault(id(weight), []).append(module)
+        weight = own_weight(module)
+        if weight is not None:
+            users.setdefault(weight, []).append(module)
+    # What makes its weight anew each time shares it with nobody.
+    weights = {name: own_weight(layer) for name, layer in layers.items()}
     return {
-        name: tuple(each for each in users[id(layer.weight)] if each is not layer) for name, layer in layers.items()
+        name: () if weight is None else tuple(each for each in users[weight] if each is not layers[name])
+        for name, weight in weights.items()
     }
+
+
+def own_weight(module: nn.Module) -> nn.Parameter | None:
+    """Return the parameter that is a module's `weight`; None of those that compute it from something else."""
+    return module._parameters.get("weight")
 
 
 def fit_block_size(name: str, module: Layer, block_size: int | str, pattern: NMPattern | None = None) -> int:

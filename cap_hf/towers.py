@@ -28,7 +28,9 @@ def tower_name(model: nn.Module) -> str:
     """
     modalities = getattr(model, "input_modalities", "image")
     modalities = (modalities,) if isinstance(modalities, str) else tuple(modalities)
-    if not isinstance(model, PreTrainedModel) or (modalities == ("image",) and takes_pixels(model)):
+    # ("text",) is what transformers says of a class that says nothing of itself, such as RegNet's.
+    sees = modalities in (("image",), ("text",))
+    if not isinstance(model, PreTrainedModel) or (sees and takes_pixels(model)):
         # Trained to fill in what was masked: what is used of it afterwards is the encoder, which sees everything.
         base = getattr(model, "base_model_prefix", "")
         pretraining = "ForPreTraining" in type(model).__name__ or "MaskedImageModeling" in type(model).__name__

@@ -6,6 +6,7 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
+import support.torchvision_operators  # noqa: F401  # before transformers, which imports torchvision where there is one
 import transformers
 from support.models import TINY_VIT
 from transformers import set_seed

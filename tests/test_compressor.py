@@ -307,3 +307,32 @@ def test_training_mode_and_hooks_are_put_back():
     collected(model)
     assert model.training
     assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_batch_norm_is_estimated_anew_from_the_first_examples():
+    """All that a dataloader has is more than is needed: so many as are asked for, whatever the batch size."""
+    model = build("ResNet")
+    (batch,) = random_batches(model, 16, (24,))
+    rows = [{name: value[index] for name, value in batch.items()} for index in range(24)]
+    compressor = CAPCompressor(model, CAPConfig(num_grads=24)).collect(DataLoader(rows, batch_size=8))
+    compressor.prune(0.5)
+    names = compressor.recalibrate_batch_norm(DataLoader(rows, batch_size=8), num_examples=12)
+    assert names == [name for name, module in model.named_modules() if isinstance(module, torch.nn.BatchNorm2d)]
+    stem = model.resnet.embedder.embedder
+    with torch.no_grad():
+        values = stem.convolution(batch["pixel_values"][:12]).transpose(0, 1).flatten(1)
+    torch.testing.assert_close(stem.normalization.running_mean, values.mean(1))
+    torch.testing.assert_close(stem.normalization.running_var, values.var(1))
+
+
+def test_a_model_that_device_map_has_spread_is_refused(tmp_path):
+    build("ViT").save_pretrained(tmp_path / "dense")
+    kind, parts = type(build("ViT")), ("vit.embeddings", "vit.layers.0", "vit.layernorm", "classifier")
+    places = dict.fromkeys(parts, "cpu") | {"vit.layers.1": "disk"}
+    spread = kind.from_pretrained(tmp_path / "dense", device_map=places, offload_folder=tmp_path / "offload")
+    with pytest.raises(
+        CAPError, match="device_map has put parts of the model on cpu, disk: load it without device_map"
+    ):
+        collected(spread)
+    whole = kind.from_pretrained(tmp_path / "dense", device_map="cpu")
+    assert zeros_of(collected(whole)) == 0

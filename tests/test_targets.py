@@ -7,10 +7,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.models import ARCHITECTURES, build
 from torch import nn
+from torch.nn.utils import prune
 
 from cap_hf.config import NMPattern
 from cap_hf.errors import CAPError
-from cap_hf.targets import Target, find_targets, fit_block_size, weight_layers
+from cap_hf.targets import Target, find_targets, fit_block_size, left_alone, weight_layers
 
 EXPECTED = {"ViT": 12, "DeiT": 12, "Dinov2": 14, "Swin": 19, "ConvNext": 15, "ResNet": 6}
 
@@ -111,12 +112,111 @@ def test_the_head_is_no_target_where_the_classifier_is_its_own_base_model(name):
     assert all(".encoder.layers.0." in each for each in names)
 
 
-def test_subclasses_that_compute_with_another_weight_are_no_targets():
-    class Standardised(nn.Conv2d):
-        pass
+class Standardised(nn.Conv2d):
+    """Computes with another weight than its own."""
 
-    model = nn.Sequential(nn.Linear(4, 4), Standardised(4, 4, 1))
-    assert [target.name for target in find_targets(model)] == ["0"]
+    def forward(self, inputs):
+        return self._conv_forward(inputs, self.weight - self.weight.mean(), self.bias)
+
+
+class Padding(nn.Conv2d):
+    """Computes with another input than it was given."""
+
+    def _conv_forward(self, inputs, weight, bias):
+        return super()._conv_forward(nn.functional.pad(inputs, (0, 1, 0, 1)), weight, bias)
+
+
+class Named(nn.Linear):
+    """Differs from a Linear in how it is made alone."""
+
+
+def test_every_layer_that_is_no_target_has_its_reason():
+    model = nn.ModuleDict(
+        {
+            "plain": nn.Linear(4, 4),
+            "named": Named(4, 4),
+            "standardised": Standardised(4, 4, 1),
+            "padding": Padding(4, 4, 1),
+            "attention": nn.MultiheadAttention(4, 2),
+            "normed": nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)),
+            "masked": prune.l1_unstructured(nn.Linear(4, 4), "weight", 2),
+            "tied": nn.Linear(4, 8, bias=False),
+            "words": nn.Embedding(8, 4),
+            "position_mlp": nn.Linear(4, 4),
+            "pixels": nn.Conv2d(3, 4, 2),
+            "unwanted": nn.Linear(4, 4),
+        }
+    )
+    model["words"].weight = model["tied"].weight
+    model.config = transformers.ViTConfig(num_channels=3)
+    targets = find_targets(model, exclude=["unwanted"])
+    assert [target.name for target in targets] == ["plain", "named"]
+    assert left_alone(model, targets) == {
+        "standardised": "Standardised does not compute as its base class does",
+        "padding": "Padding does not compute as its base class does",
+        "attention.out_proj": "MultiheadAttention uses its weight without calling it",
+        "normed": "its weight is computed from other parameters",
+        "masked": "its weight is computed from other parameters",
+        "tied": "it shares its weight with a module of another kind: Embedding",
+        "position_mlp": "an embedding, a pooler or a head",
+        "pixels": "it reads the pixels: an embedding",
+        "unwanted": "not chosen by include and exclude",
+    }
+
+
+def test_targets_and_what_is_left_alone_are_all_weight_layers():
+    model = build("Swin")
+    targets = find_targets(model, include=["*.mlp.*"])
+    left = left_alone(model, targets)
+    assert sorted([*left, *(target.name for target in targets)]) == sorted(weight_layers(model))
+    assert left["classifier"] == "outside the encoder, swin"
+
+
+@pytest.mark.parametrize(
+    ("name", "targets"),
+    [
+        ("blocks.0.mlp.fc1", True),
+        ("conv_head", True),
+        ("layer1.0.conv1", True),
+        ("multihead.q", True),
+        *(
+            (name, False)
+            for name in ("head", "head.fc", "head_dist", "dist_head", "decode_head.convs.0", "fc", "conv1")
+        ),
+        *(
+            (name, False)
+            for name in ("conv1.0", "stem.0", "conv_stem", "attn_pool.q", "patch_embed.proj", "classifier")
+        ),
+    ],
+)
+def test_what_is_an_encoder_in_other_libraries_names(name, targets):
+    model = nn.Sequential()
+    model.add_module("kept", nn.Linear(2, 2))
+    place = model
+    *parents, last = name.split(".")
+    for parent in parents:
+        place.add_module(parent, nn.Module())
+        place = getattr(place, parent)
+    place.add_module(last, nn.Linear(2, 2))
+    assert (name in {target.name for target in find_targets(model)}) == targets
+
+
+def test_what_cannot_be_pruned_at_all_is_said_with_the_reason():
+    model = transformers.BitForImageClassification(
+        transformers.BitConfig(depths=[1, 1], hidden_sizes=[8, 16], embedding_size=8, num_groups=4)
+    )
+    with pytest.raises(
+        CAPError, match="nothing to prune .*WeightStandardizedConv2d does not compute as its base class"
+    ):
+        find_targets(model)
+
+
+def test_adapters_are_to_be_merged_first():
+    model = build("ViT")
+    layer = model.vit.layers[0].mlp.fc1
+    layer.base_layer = nn.Linear(2, 2)
+    with pytest.raises(CAPError, match=r"ViTForImageClassification has adapters \(PEFT\): merge them"):
+        find_targets(model)
 
 
 def test_nothing_to_prune():

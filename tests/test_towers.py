@@ -21,6 +21,13 @@ def test_a_classifier_is_its_own_tower():
     assert torch.equal(see(model, batch).logits, model(pixel_values=pixels).logits)
 
 
+def test_so_is_a_class_that_does_not_say_what_it_takes():
+    """transformers then says "text" of it: RegNet's classifier was taken for a backbone."""
+    config = transformers.RegNetConfig(depths=[1], hidden_sizes=[8], embedding_size=4, groups_width=4)
+    model = transformers.RegNetForImageClassification(config)
+    assert tower_name(model) == ""
+
+
 def test_the_vision_tower_of_a_whole_clip_sees_images_and_alone_is_pruned():
     model = tiny_clip()
     assert (tower_name(model), is_classifier(model), prefix_tokens(model)) == ("vision_model", False, 1)

@@ -9,6 +9,10 @@ from torch import nn
 from cap_hf.method.losses import FisherLoss
 from cap_hf.towers import see
 
+# What switches activations to being computed again in the backward pass: transformers' name for it, and timm's, whose
+# models do so in eval mode too.
+RECOMPUTES = ("gradient_checkpointing", "grad_checkpointing")
+
 # `pixel_values` and what else the model is called with, and `labels` where there are some; each `(b, ...)`.
 Batch = dict[str, torch.Tensor]
 
@@ -17,11 +21,17 @@ Batch = dict[str, torch.Tensor]
 def frozen(model: nn.Module) -> Iterator[None]:
     """Have a model in eval mode, with parameters that need no gradient, and put both back afterwards.
 
-    Gradients of activations alone are needed, and `.grad` of the parameters is nobody's business here.
+    Gradients of activations alone are needed, and `.grad` of the parameters is nobody's business here. Nothing is
+    computed again in the backward pass: hooks would meet it twice, or, where no parameter needs a gradient, not at all.
     """
     training = {module: module.training for module in model.modules()}
     required = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    recomputing = [
+        (module, name) for module in model.modules() for name in RECOMPUTES if getattr(module, name, False) is True
+    ]
     model.eval().requires_grad_(False)
+    for module, name in recomputing:
+        setattr(module, name, False)
     try:
         yield
     finally:
@@ -29,6 +39,8 @@ def frozen(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(requires_grad)
         for module, mode in training.items():
             module.training = mode
+        for module, name in recomputing:
+            setattr(module, name, True)
 
 
 def backward(

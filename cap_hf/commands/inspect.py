@@ -30,7 +30,7 @@ def main(argv: list[str]) -> None:
     from cap_hf.checkpoints.loading import check_folder, load_checkpoint, local_folder
     from cap_hf.checkpoints.weights import measure
     from cap_hf.masks import describe_masks, differing_layers, find_pattern, take_masks
-    from cap_hf.targets import find_targets, summarize
+    from cap_hf.targets import find_targets, left_alone, summarize
 
     folder = local_folder(
         model_args.model_name_or_path, model_args.model_revision, model_args.cache_dir, model_args.token
@@ -39,6 +39,7 @@ def main(argv: list[str]) -> None:
     dense_bytes, compressed_bytes = measure(folder)
     model = load_checkpoint(folder, model_args.trust_remote_code, "float32")
     targets = find_targets(model, config.fisher_block_size, args.include, args.exclude)
+    left = left_alone(model, targets)
     masks = take_masks(targets)
     layers = describe_masks(targets)
     for layer, target in zip(layers, targets, strict=True):
@@ -61,6 +62,7 @@ def main(argv: list[str]) -> None:
         "digests_checked": files.have_digests,
         "layers_unlike_report": differing,
         "layers": layers,
+        "left_alone": left,
     }
     write_json(Path(args.output_dir) / "inspect.json", report)
     rows = [
@@ -78,6 +80,8 @@ def main(argv: list[str]) -> None:
         f"\n{type(model).__name__}: {len(layers)} targets with {weights:,} of {parameters:,} parameters, "
         f"{percent(zeros / weights)} % of them 0"
     )
+    for reason in dict.fromkeys(left.values()):
+        print(f"Left alone: {summarize([name for name in left if left[name] == reason], 3)} ({reason})")
     print(
         f"Weights take {files.num_bytes:,} bytes, {'compressed' if files.compressed else 'plain'}: "
         f"{dense_bytes:,} dense, {compressed_bytes:,} compressed ({percent(compressed_bytes / dense_bytes)} %)"

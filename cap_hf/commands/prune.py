@@ -36,6 +36,10 @@ class PruneArguments:
         metadata={"help": "Gradient samples between two saves of the collection's state, in OUTPUT_DIR-collection."},
     )
     resume: bool = field(default=False, metadata={"help": "Go on from the state that a killed run has left."})
+    recalibrate_batch_norm: bool | None = field(
+        default=None,
+        metadata={"help": "Estimate batch norm anew after pruning, from 256 examples; default: where there is any."},
+    )
     disable_tqdm: bool = field(default=False, metadata={"help": "No progress bars."})
 
 
@@ -66,6 +70,7 @@ def prune(
 
     from cap_hf.checkpoints.atomic import write_json
     from cap_hf.checkpoints.saving import save_checkpoint
+    from cap_hf.collection.batch_norm import batch_norms
     from cap_hf.collection.examples import whole_groups
     from cap_hf.collection.state import Checkpointing
     from cap_hf.commands.common import image_dataset, load_all, load_companions
@@ -74,6 +79,7 @@ def prune(
     from cap_hf.data.images import calibration_split, make_dataloader
     from cap_hf.distributed.accelerator import make_accelerator
     from cap_hf.report import Phases
+    from cap_hf.targets import left_alone
 
     if args.disable_tqdm:
         transformers_logging.disable_progress_bar()
@@ -108,6 +114,10 @@ def prune(
                 accelerator,
                 args.disable_tqdm,
             )
+        norms = batch_norms(model)
+        if args.recalibrate_batch_norm and not norms:
+            raise CAPError(f"{type(model).__name__} has no batch norm: leave --recalibrate_batch_norm out")
+        recalibrate = bool(norms) if args.recalibrate_batch_norm is None else args.recalibrate_batch_norm
     dense = None
     if evaluation is not None:
         # Before anything is pruned: the model that is compared with is this one.
@@ -118,17 +128,22 @@ def prune(
         checkpointing = Checkpointing(state_folder(args), args.checkpoint_every, args.resume)
     with phases("collect"):
         compressor.collect(train_loader, checkpointing)
-    facts = describe(model_args, data_args, config, accelerator) | {"dense": dense}
+    facts = describe(model_args, data_args, config, accelerator)
+    facts |= {"dense": dense, "left_alone": left_alone(model, compressor.targets)}
     results = []
     for sparsity in sparsities:
         with phases(f"prune {sparsity:g}"):
             report = compressor.prune(sparsity)
+        layers = []
+        if recalibrate:
+            with phases(f"batch norm {sparsity:g}"):
+                layers = compressor.recalibrate_batch_norm(train_loader)
         metrics = None
         if evaluation is not None:
             with phases(f"evaluate {sparsity:g}"):
                 metrics = evaluation.measure(model)
         folder = output / f"sparsity-{sparsity:.12g}"
-        outcome = {"sparse": metrics, "pruning": report.to_dict()}
+        outcome = {"sparse": metrics, "pruning": report.to_dict(), "recalibrated_batch_norm": layers}
         if accelerator.is_main_process:
             save_checkpoint(folder, model, config, facts | outcome, image_processor, companions=companions)
         results.append({"checkpoint": folder.name} | outcome)

@@ -4,6 +4,7 @@ import pytest
 import torch
 from support.models import build, random_batches
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from cap_hf import CAPCompressor, CAPConfig
 from cap_hf.collection.running import backward, frozen
@@ -24,6 +25,28 @@ def test_each_part_of_the_model_is_put_back_as_it_was():
         raise KeyboardInterrupt
     assert {name: module.training for name, module in model.named_modules()} == modes
     assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == needed
+
+
+@pytest.mark.parametrize("name", ["gradient_checkpointing", "grad_checkpointing"])
+def test_nothing_is_computed_again_in_the_backward_pass(name):
+    """The hooks got no gradient at all, and the weights were removed as if they did not matter."""
+
+    class Recomputing(torch.nn.Sequential):
+        def forward(self, *inputs):
+            if getattr(self, name):
+                return checkpoint(super().forward, *inputs, use_reentrant=True)
+            return super().forward(*inputs)
+
+    sums = []
+    for recomputes in (False, True):
+        model = build("ViT")
+        block = Recomputing(model.vit.layers[0].mlp.fc1)
+        setattr(block, name, recomputes)
+        model.vit.layers[0].mlp.fc1 = block
+        compressor = CAPCompressor(model, CAPConfig(num_grads=8)).collect(random_batches(model, 8))
+        assert getattr(block, name) == recomputes
+        sums.append(compressor.fisher.sums)
+    assert all(torch.equal(sums[0][name].full(), sums[1][name].full()) for name in sums[0])
 
 
 def test_the_loss_is_summed_over_examples_and_divided_by_the_group():

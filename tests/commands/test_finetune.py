@@ -307,7 +307,16 @@ def backbones(request, tmp_path_factory):
 def test_a_backbone_is_recovered_without_labels(tmp_path, backbones, capsys):
     student, teacher, data = backbones
     output = tmp_path / "recovered"
-    arguments = ("--teacher_model_name_or_path", str(teacher), "--dataset_name", str(data), "--max_steps", "20")
+    arguments = (
+        "--teacher_model_name_or_path",
+        str(teacher),
+        "--dataset_name",
+        str(data),
+        "--max_steps",
+        "20",
+        "--learning_rate",
+        "2e-3",
+    )
     evaluation = ("--eval_strategy", "steps", "--eval_steps", "10", "--save_steps", "10")
     best = ("--load_best_model_at_end", "True", "--weight_decay", "0.1")
     assert finetune(student, output, *arguments, *evaluation, *best) == 0

@@ -3,8 +3,11 @@
 import json
 
 import pytest
+import torch
 import yaml
 from support.commands import DIGITS, image_folder, prune
+from support.models import build
+from torch import nn
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from cap_hf import CAPConfig, find_targets
@@ -170,3 +173,26 @@ def test_labels_of_another_dataset_are_one_line(tiny_checkpoint, tmp_path, capsy
     data = ["--sparsity", "0.5", "--dataset_name", str(tmp_path / "data")]
     assert prune(tiny_checkpoint, tmp_path / "out", *data) == 1
     assert "'label' has 2 classes (cat, dog), the model has 10: LABEL_0" in capsys.readouterr().err
+
+
+def test_batch_norm_is_estimated_anew_where_there_is_any(tiny_checkpoint, tmp_path, capsys):
+    model = build("ResNet", num_channels=1)
+    model.save_pretrained(tmp_path / "resnet")
+    AutoImageProcessor.from_pretrained(tiny_checkpoint).save_pretrained(tmp_path / "resnet")
+    statistics, norms = {}, sum(isinstance(module, nn.BatchNorm2d) for module in model.modules())
+    for wish in (None, "false"):
+        output = tmp_path / str(wish)
+        options = [] if wish is None else ["--recalibrate_batch_norm", wish]
+        assert prune(tmp_path / "resnet", output, "--sparsity", "0.5", "--do_eval", "false", *options) == 0
+        report = json.loads((output / "report.json").read_text())
+        assert len(report["results"][0]["recalibrated_batch_norm"]) == (norms if wish is None else 0)
+        assert report["left_alone"]["classifier.1"] == "outside the encoder, resnet"
+        assert ("batch norm 0.5" in {phase["phase"] for phase in report["phases"]}) == (wish is None)
+        state = AutoModelForImageClassification.from_pretrained(output / "sparsity-0.5").state_dict()
+        statistics[wish] = {name: value for name, value in state.items() if "running" in name}
+    before = model.state_dict()
+    assert all(torch.equal(value, before[name]) for name, value in statistics["false"].items())
+    assert not any(torch.equal(value, before[name]) for name, value in statistics[None].items())
+    assert prune(tiny_checkpoint, tmp_path / "vit", "--sparsity", "0.5", "--recalibrate_batch_norm", "true") == 1
+    assert "ViTForImageClassification has no batch norm: leave --recalibrate_batch_norm out" in capsys.readouterr().err
+    assert not (tmp_path / "vit").exists()

@@ -44,6 +44,7 @@ NOT_RUN = {
     "bash scripts/demo.sh": "installs packages and trains for minutes; tests/commands run the demo",
     "bash scripts/test.sh": "is the test suite",
     "bash scripts/setup.sh": "installs packages",
+    "bash scripts/timm.sh": "installs packages",
     "python scripts/benchmarks/": "takes minutes to hours",
     "python scripts/recipes/": "needs torch-pruning; tests/inference run it",
     "cap-hf demo": "trains for minutes; tests/commands run it",

@@ -2,8 +2,11 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
+from datasets import Dataset
+from PIL import Image
 from support.models import build
 from support.scripts import load_script, run_script
 from transformers import ViTConfig
@@ -149,3 +152,21 @@ def test_streaming_counts_what_was_sent_and_the_classes_of_it(figures):
     assert row["examples"] == 64
     assert row["classes"] >= 4
     assert 0 < row["share"] == row["sent_bytes"] / row["dataset_bytes"] < 1
+
+
+def test_batch_norm_compares_old_statistics_with_new_ones(figures, tmp_path, capsys):
+    generator = np.random.default_rng(0)
+    for split, count in (("train", 32), ("test", 10)):
+        images = [Image.fromarray(each) for each in generator.integers(0, 256, (count, 16, 16, 3), dtype=np.uint8)]
+        rows = Dataset.from_dict({"image": images, "label": [index % 2 for index in range(count)]})
+        rows.to_parquet(tmp_path / "images" / f"{split}-00000-of-00001.parquet")
+    sizes = ("--epochs", 1, "--seeds", 1, "--threads", 1, "--num_grads", 16, "--examples", 8, 16)
+    chosen = ("--sparsity", 0.5, "--methods", "cap", "magnitude")
+    found = figures("batch_norm", *("--dataset_name", tmp_path / "images"), *sizes, *chosen, WIDTHS=[4, 8], BATCH=8)
+    assert [(row["method"], row["sparsity"]) for row in found["results"]] == [
+        ("dense", 0),
+        ("cap", 0.5),
+        ("magnitude", 0.5),
+    ]
+    assert all(0 <= row[way] <= 100 for row in found["results"] for way in ("old", "averages", "new, 8", "new, 16"))
+    assert "| magnitude | 50% |" in capsys.readouterr().out
