@@ -1,7 +1,19 @@
 """Small models without a head, and one that also reads text."""
 
+from pathlib import Path
+
 import torch
-from transformers import CLIPConfig, CLIPModel, Dinov2Config, Dinov2Model, set_seed
+from transformers import (
+    CLIPConfig,
+    CLIPModel,
+    CLIPProcessor,
+    CLIPTokenizer,
+    Dinov2Config,
+    Dinov2Model,
+    PreTrainedModel,
+    ViTImageProcessorPil,
+    set_seed,
+)
 
 TINY = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
 IMAGE = {"image_size": 8, "patch_size": 4, "num_channels": 3}
@@ -29,3 +41,24 @@ def moved(model):
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
     return model.eval()
+
+
+def backbone_checkpoint(folder: Path, model: PreTrainedModel | None = None) -> Path:
+    """Save a model, by default a DINOv2 for the digits, and an image processor for its 8x8 images."""
+    model = tiny_dinov2(num_channels=1, patch_size=2) if model is None else model
+    model.save_pretrained(folder)
+    mean = [0.5] * getattr(model.config, "num_channels", 3)
+    ViTImageProcessorPil(
+        size={"height": 8, "width": 8}, image_mean=mean, image_std=mean, do_convert_rgb=False
+    ).save_pretrained(folder)
+    return folder
+
+
+def clip_checkpoint(folder: Path) -> CLIPModel:
+    """Save a whole CLIP with its image processor and its tokenizer, as they come from the Hub; return the model."""
+    model = tiny_clip()
+    backbone_checkpoint(folder, model)
+    letters = {"<|startoftext|>": 48, "<|endoftext|>": 49, "a</w>": 0, "b</w>": 1}
+    tokenizer = CLIPTokenizer(vocab=letters, merges=[])
+    CLIPProcessor(ViTImageProcessorPil.from_pretrained(folder), tokenizer).save_pretrained(folder)
+    return model
