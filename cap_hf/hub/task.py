@@ -4,15 +4,20 @@ import transformers
 from transformers import AutoModel, PreTrainedModel
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION_MAPPING_NAMES,
+    MODEL_FOR_ZERO_SHOT_OBJECT_DETECTION_MAPPING_NAMES,
     MODEL_MAPPING,
 )
 
 from cap_hf.towers import is_classifier, tower_name
 
 CLASSIFICATION, FEATURES = "image-classification", "image-feature-extraction"
-# The end of a class's name says what its head is for.
+# Of classes that do with words what others do with a head of classes: their names, as transformers has them.
+ZERO_SHOT = {
+    "zero-shot-image-classification": MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION_MAPPING_NAMES,
+    "zero-shot-object-detection": MODEL_FOR_ZERO_SHOT_OBJECT_DETECTION_MAPPING_NAMES,
+}
+# Of the others the end of the name says what the head is for.
 HEADS = {
-    "ForZeroShotObjectDetection": "zero-shot-object-detection",
     "ForObjectDetection": "object-detection",
     "ForDepthEstimation": "depth-estimation",
     "ForSemanticSegmentation": "image-segmentation",
@@ -20,7 +25,6 @@ HEADS = {
     "ForUniversalSegmentation": "image-segmentation",
     "ForImageSegmentation": "image-segmentation",
 }
-ZERO_SHOT = "zero-shot-image-classification"
 
 
 def pipeline_tag(model: PreTrainedModel) -> str:
@@ -28,9 +32,9 @@ def pipeline_tag(model: PreTrainedModel) -> str:
     if is_classifier(model):
         return CLASSIFICATION
     name = type(model).__name__
-    if name in MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION_MAPPING_NAMES.values():
-        return ZERO_SHOT
-    return next((tag for end, tag in HEADS.items() if name.endswith(end)), FEATURES)
+    known = [tag for tag, names in ZERO_SHOT.items() if name in names.values()]
+    known += [tag for end, tag in HEADS.items() if name.endswith(end)]
+    return known[0] if known else FEATURES
 
 
 def loader_name(model: PreTrainedModel) -> str:

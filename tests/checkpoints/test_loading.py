@@ -19,7 +19,9 @@ from transformers import (
 )
 
 from cap_hf import CAPCompressor, CAPConfig, CAPError, SparseAutoModel
-from cap_hf.checkpoints.loading import check_folder, load_checkpoint, local_folder, model_class
+from cap_hf.checkpoints import loading
+from cap_hf.checkpoints.loading import check_folder, find_companions, load_checkpoint, local_folder, model_class
+from cap_hf.checkpoints.saving import save_checkpoint
 from cap_hf.inference.linear import SparseWeightLinear
 
 
@@ -164,3 +166,35 @@ def test_the_text_tower_is_unchanged_bit_for_bit(tmp_path, compressed):
     assert all(name.startswith("vision_model.") for name in pruned)
     for name, value in before.items():
         assert torch.equal(after[name], value) == (name not in pruned), name
+
+
+def test_what_belongs_to_a_checkpoint_is_found_and_checked(tmp_path):
+    assert find_companions(tmp_path) == []
+    (tmp_path / "m").mkdir()
+    for name in ("tokenizer.json", "vocab.txt", "config.json", "notes.txt", "model.bin"):
+        (tmp_path / "m" / name).write_text("{}")
+    assert [path.name for path in find_companions(tmp_path / "m")] == ["tokenizer.json", "vocab.txt"]
+    save_checkpoint(tmp_path / "out", tiny_dinov2(), companions=find_companions(tmp_path / "m"))
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "vocab.txt",
+    }
+    (tmp_path / "m" / "tokenizer.json").write_text("ssh-rsa AAAA")
+    with pytest.raises(CAPError, match=r"tokenizer\.json cannot be read"):
+        find_companions(tmp_path / "m")
+    (tmp_path / "secret").write_text("{}")
+    (tmp_path / "m" / "tokenizer.json").unlink()
+    (tmp_path / "m" / "tokenizer.json").symlink_to("../secret")
+    with pytest.raises(CAPError, match=r"tokenizer\.json is a link out of its folder"):
+        find_companions(tmp_path / "m")
+
+
+def test_a_hub_that_fails_when_it_is_asked_for_a_tokenizer_is_one_line(monkeypatch):
+    def fail(*args, **kwargs):
+        raise OSError("no\nroute")
+
+    monkeypatch.setattr(loading, "cached_files", fail)
+    with pytest.raises(CAPError, match="^user/m cannot be asked for its tokenizer: no route$"):
+        find_companions("user/m")

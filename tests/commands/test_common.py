@@ -4,14 +4,20 @@ import socket
 import subprocess
 import threading
 
+import datasets
 import torch
 from safetensors.torch import load_file, save_file
+from support.backbones import backbone_checkpoint
 from support.checkpoints import PYTHON, clean_environment, make_checkpoint
-from support.commands import prune
+from support.commands import image_folder, prune
 from support.hub_server import HubServer, Repo
 from transformers import ViTConfig, ViTModel
 
+from cap_hf.commands.arguments import ModelArguments
+from cap_hf.commands.common import bank_split, image_dataset, load_all
 from cap_hf.commands.main import main
+from cap_hf.data.arguments import DataArguments
+from cap_hf.data.images import calibration_split
 
 
 def test_a_model_that_does_not_fit_is_one_line(tiny_checkpoint, tmp_path, capsys):
@@ -87,11 +93,13 @@ def test_what_is_cached_is_used_where_the_hub_does_not_answer(tmp_path):
     home.mkdir()
     load = """
 from cap_hf.commands.arguments import ModelArguments
-from cap_hf.commands.common import load_image_processor, load_model
+from cap_hf.commands.common import load_companions, load_image_processor, load_model
 print(load_model(ModelArguments("user/m")).num_parameters(), load_image_processor(ModelArguments("user/m")).size)
+print([path.name for path in load_companions(ModelArguments("user/m"))])
 """
     with HubServer() as server:
         files = {path.name: path.read_bytes() for path in (tmp_path / "m").iterdir()}
+        files |= {"tokenizer.json": b"{}", "merges.txt": b"#version: 0.2"}
         server.repos["user/m"] = Repo(branches={"main": files})
         environment = clean_environment(home, HF_ENDPOINT=server.url)
         done = subprocess.run([PYTHON, "-c", load], env=environment, capture_output=True, text=True, cwd=home)
@@ -99,5 +107,35 @@ print(load_model(ModelArguments("user/m")).num_parameters(), load_image_processo
     again = subprocess.run([PYTHON, "-c", load], env=environment, capture_output=True, text=True, cwd=home)
     assert again.returncode == 0, again.stderr[-2000:]
     assert again.stdout == done.stdout
+    assert done.stdout.splitlines()[-1] == "['tokenizer.json', 'merges.txt']"
     assert "Retrying" not in again.stderr
     assert "The Hub cannot be reached" in again.stderr
+
+
+def test_the_bank_is_apart_from_the_calibration_where_there_is_enough():
+    split = datasets.Dataset.from_dict({"number": list(range(100))})
+    used = set(calibration_split(split, 30, seed=1)["number"])
+    for size in (50, 70):
+        bank = bank_split(split, 30, size, seed=1)["number"]
+        assert len(set(bank)) == size
+        assert not used & set(bank)
+    assert bank_split(split, 30, 50, seed=1)["number"][:] == bank_split(split, 30, 70, seed=1)["number"][:50]
+    assert len(used & set(bank_split(split, 30, 80, seed=1)["number"])) == 10
+    assert len(bank_split(split, 300, 80, seed=1)) == 80
+    assert len(bank_split(split, 30, 5000, seed=1)) == 100
+
+
+def test_a_bank_is_loaded_where_there_is_no_head_but_labels(tiny_checkpoint, tmp_path):
+    backbone = ModelArguments(str(backbone_checkpoint(tmp_path / "backbone")))
+    labelled, plain = DataArguments(), image_folder(tmp_path / "plain", ("train", "test"), ("",))
+    for model_args, data_args, bank_size, names in (
+        (backbone, labelled, 60, {"train", "eval", "bank"}),
+        (backbone, labelled, 0, {"train", "eval"}),
+        (backbone, DataArguments(str(plain)), 60, {"train", "eval"}),
+        (ModelArguments(str(tiny_checkpoint)), labelled, 60, {"train", "eval"}),
+    ):
+        model, processor, splits = load_all(model_args, data_args, 1, train_examples=32, bank_size=bank_size)
+        assert splits.keys() == names
+        assert len(splits.get("bank", ())) == (60 if "bank" in names else 0)
+    assert image_dataset(splits["eval"], processor, model, labelled).labelled
+    assert load_all(backbone, labelled, 1, ["eval"], bank_size=60)[2].keys() == {"eval", "bank"}

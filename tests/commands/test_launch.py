@@ -8,6 +8,7 @@ import time
 import pytest
 import torch
 from safetensors.torch import load_file
+from support.backbones import backbone_checkpoint
 from support.launching import dense_checkpoint, launch
 
 import cap_hf.commands.evaluate as evaluate
@@ -59,6 +60,23 @@ def test_two_processes_give_the_result_of_one(checkpoint, tmp_path, extra):
     assert second["top1"] == pytest.approx(first["top1"])
     assert second["loss"] == pytest.approx(first["loss"], rel=1e-4)
     assert reports[0]["dense"]["loss"] == pytest.approx(reports[1]["dense"]["loss"], rel=1e-6)
+
+
+def test_two_processes_measure_the_features_that_one_does(tmp_path):
+    """75 and 90 images in batches of 16: the processes get images twice, which must not count."""
+    dense = str(backbone_checkpoint(tmp_path / "dense"))
+    common = ["--model_name_or_path", dense, "--sparsity", "0.75", "--method", "magnitude", "--disable_tqdm"]
+    common += ["--max_eval_samples", "75", "--per_device_eval_batch_size", "16", "--knn_bank_size", "90"]
+    assert main(["prune", *common, "--output_dir", str(tmp_path / "1")]) == 0
+    launch(2, *common, "--output_dir", str(tmp_path / "2"))
+    first, second = (json.loads((tmp_path / name / "report.json").read_text()) for name in ("1", "2"))
+    assert second["num_processes"] == 2
+    for one, two in (
+        (first["dense"], second["dense"]),
+        (first["results"][0]["sparse"], second["results"][0]["sparse"]),
+    ):
+        assert (two["num_examples"], two["bank_examples"]) == (75, 90)
+        assert two == pytest.approx(one, rel=1e-4)
 
 
 def test_one_launched_process_works(checkpoint, tmp_path):

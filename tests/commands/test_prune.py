@@ -5,13 +5,24 @@ import json
 import pytest
 import torch
 import yaml
+from support.backbones import backbone_checkpoint, clip_checkpoint, tiny_dinov2
+from support.checkpoints import assert_same_weights
 from support.commands import DIGITS, image_folder, prune
 from support.models import build
 from torch import nn
-from transformers import AutoImageProcessor, AutoModelForImageClassification
+from transformers import (
+    AutoImageProcessor,
+    AutoModelForImageClassification,
+    AutoTokenizer,
+    CLIPModel,
+    CLIPProcessor,
+    Dinov2Model,
+)
 
 from cap_hf import CAPConfig, find_targets
+from cap_hf.checkpoints.folder import COMPANIONS
 from cap_hf.commands.main import main
+from cap_hf.hub.publish import prepare_folder
 
 
 def test_prune_writes_checkpoints_and_a_report(tiny_checkpoint, tmp_path, capsys):
@@ -196,3 +207,83 @@ def test_batch_norm_is_estimated_anew_where_there_is_any(tiny_checkpoint, tmp_pa
     assert prune(tiny_checkpoint, tmp_path / "vit", "--sparsity", "0.5", "--recalibrate_batch_norm", "true") == 1
     assert "ViTForImageClassification has no batch norm: leave --recalibrate_batch_norm out" in capsys.readouterr().err
     assert not (tmp_path / "vit").exists()
+
+
+def test_a_backbone_is_pruned_and_measured_by_its_features(tmp_path, capsys):
+    dense, output = backbone_checkpoint(tmp_path / "dense"), tmp_path / "out"
+    assert prune(dense, output, "--sparsity", "0.5", "0.9", "--knn_bank_size", "100") == 0
+    lines = capsys.readouterr().out.splitlines()
+    header = "model sparsity % k-NN % drop linear % cosine 5th pct patch error"
+    assert lines[0].split() == header.split()
+    assert all(len(line) <= 80 for line in lines[:5])
+    report = json.loads((output / "report.json").read_text())
+    assert report["dense"]["cosine"] == 1
+    half, most = (result["sparse"] for result in report["results"])
+    for measured in (report["dense"], half, most):
+        assert (measured["num_examples"], measured["bank_examples"]) == (50, 100)
+        assert all(0.15 < measured[probe] < 1 for probe in ("knn_top1", "linear_top1"))
+    assert most["cosine_p5"] <= most["cosine"] < half["cosine"] < 1
+    assert 0 < half["patch_error"] < most["patch_error"]
+    assert {"knn_top1_se", "knn_top1_drop_se", "linear_top1_drop_se"} < half.keys()
+    loaded = Dinov2Model.from_pretrained(output / "sparsity-0.5")
+    total = sum(target.weight.numel() for target in find_targets(loaded))
+    assert sum(int((target.weight == 0).sum()) for target in find_targets(loaded)) == round(total / 2)
+    assert json.loads((output / "sparsity-0.9" / "report.json").read_text())["sparse"] == most
+
+
+def test_images_without_labels_are_enough_for_a_backbone_and_for_a_classifier(tiny_checkpoint, tmp_path, capsys):
+    data = image_folder(tmp_path / "data", ("train", "test"), ("",))
+    backbone = backbone_checkpoint(tmp_path / "backbone")
+    for model, patches in ((backbone, {"patch_error"}), (tiny_checkpoint, set())):
+        output = tmp_path / f"out-{model.name}"
+        assert prune(model, output, "--sparsity", "0.5", "--dataset_name", str(data)) == 0
+        (result,) = json.loads((output / "report.json").read_text())["results"]
+        assert result["sparse"].keys() == {"cosine", "cosine_p5", "num_examples"} | patches
+        assert "k-NN" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--label_column_name", "kind"], "there is no column 'kind'"),
+        (["--knn_bank_size", "19"], "the bank has 19 labelled train images, and k-NN asks the nearest 20: raise"),
+        (["--knn_bank_size", "-1"], "knn_bank_size=-1 must be at least 0"),
+        (["--fisher_loss", "labels"], "without logits (b, classes): use an image classifier"),
+    ],
+)
+def test_a_mistake_about_a_backbones_labels_is_one_line(tmp_path, capsys, arguments, message):
+    dense = backbone_checkpoint(tmp_path / "dense")
+    assert prune(dense, tmp_path / "out", "--sparsity", "0.5", *arguments) == 1
+    error = capsys.readouterr().err.strip().splitlines()
+    assert len(error) == 1
+    assert message in error[0]
+    assert not (tmp_path / "out").exists()
+
+
+def test_broken_features_are_one_line(tmp_path, capsys):
+    model = tiny_dinov2(num_channels=1)
+    with torch.no_grad():
+        model.layernorm.bias[0] = float("inf")
+    assert prune(backbone_checkpoint(tmp_path / "dense", model), tmp_path / "out", "--sparsity", "0.5") == 1
+    assert "the features of image 0 are NaN or infinite: check the model's weights" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_whole_clip_keeps_its_tokenizer_all_the_way_to_the_hub(tmp_path):
+    dense = clip_checkpoint(tmp_path / "dense")
+    there = {path.name for path in (tmp_path / "dense").iterdir()} & set(COMPANIONS)
+    assert {"tokenizer.json", "tokenizer_config.json", "processor_config.json"} <= there
+    data = image_folder(tmp_path / "data", ("train", "test"), ("",))
+    assert prune(tmp_path / "dense", tmp_path / "out", "--sparsity", "0.5", "--dataset_name", str(data)) == 0
+    pruned = tmp_path / "out" / "sparsity-0.5"
+    small, ready = tmp_path / "small", tmp_path / "ready"
+    assert main(["compress", "--model_name_or_path", str(pruned), "--output_dir", str(small)]) == 0
+    assert prepare_folder(small, ready, "user/clip").pipeline_tag == "zero-shot-image-classification"
+    for folder in (pruned, small, ready):
+        for name in there:
+            assert (folder / name).read_bytes() == (tmp_path / "dense" / name).read_bytes()
+        assert AutoTokenizer.from_pretrained(folder)("a b")["input_ids"] == [48, 0, 1, 49]
+        assert isinstance(CLIPProcessor.from_pretrained(folder), CLIPProcessor)
+        model = CLIPModel.from_pretrained(folder)
+        assert_same_weights(model.text_model, dense.text_model)
+        assert int((model.vision_model.encoder.layers[0].mlp.fc1.weight == 0).sum()) > 0

@@ -5,12 +5,15 @@ import json
 import re
 
 import pytest
+import transformers
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.repocard_data import model_index_to_eval_results
-from support.checkpoints import make_checkpoint, make_custom_checkpoint
+from support.backbones import clip_checkpoint, tiny_dinov2
+from support.checkpoints import make_checkpoint, make_custom_checkpoint, make_processor
 
-from cap_hf import CAPError
+from cap_hf import CAPCompressor, CAPConfig, CAPError
+from cap_hf.checkpoints.saving import save_checkpoint
 from cap_hf.hub.card import CardFacts, base_license, code, hub_id, text
 
 NASTY = 'it\'s "x": {{ 1337 * 1337 }} {% if %} <script>alert(1)</script> | `a` [b](c)\n---\nlicense: evil\n\u2028# head'
@@ -160,3 +163,70 @@ def test_names_of_folders_and_of_repositories():
         assert hub_id(name) is None
     assert text("a_b*c <i>") == "a\\_b\\*c &lt;i&gt;"
     assert code("a`b") == "a'b"
+
+
+FEATURES = {"knn_top1": 0.75, "knn_top1_drop_se": 0.004, "cosine": 0.98765, "bank_examples": 5000, "num_examples": 100}
+
+
+def backbone(folder, compressed=False):
+    model = tiny_dinov2()
+    compressor = CAPCompressor(model, CAPConfig(method="magnitude"), disable_tqdm=True)
+    report = {
+        "model_name_or_path": "someone/dinov2",
+        "data": {"dataset_name": "someone/pictures", "eval_split_name": "test"},
+        "dense": {"knn_top1": 0.8, "cosine": 1.0, "num_examples": 100},
+        "sparse": FEATURES,
+        "pruning": compressor.prune(0.5).to_dict(),
+    }
+    save_checkpoint(folder, model, compressor.config, report, make_processor(), compressed)
+
+
+def run_python(content, cut):
+    """Run a code block of a card on the folder that its name stands for."""
+    names: dict = {}
+    for block in re.findall(r"```python\n(.*?)```", content, flags=re.DOTALL):
+        if cut in block:
+            exec(block, names)
+    return names
+
+
+def test_a_backbone_is_no_classifier(tmp_path):
+    backbone(tmp_path / "m")
+    card = render(tmp_path / "m", str(tmp_path / "m"))
+    data = card.data.to_dict()
+    assert data["pipeline_tag"] == "image-feature-extraction"
+    _, results = model_index_to_eval_results(data["model-index"])
+    assert [(each.task_type, each.metric_name, each.metric_value) for each in results] == [
+        ("image-feature-extraction", "k-NN top-1 accuracy", 0.75)
+    ]
+    content = card.content
+    for said in (
+        "Dinov2Model, a vision backbone, pruned from [someone/dinov2]",
+        "## What was measured",
+        "| k-NN top-1 accuracy % | 80.00 | 75.00 |",
+        "| cosine of an image's feature to the dense model's, mean | 1.0000 | 0.9877 |",
+        "know 5,000 labelled images of the train split; the standard error of what k-NN lost is 0.40 points.",
+        'pipeline("image-feature-extraction", model=',
+        "from cap_hf import SparseAutoModel",
+    ):
+        assert said in content
+    for wrong in ("classes apart", "LABEL_0", "ForImageClassification", "classification", "None"):
+        assert wrong not in content
+    names = run_python(content, "AutoImageProcessor")
+    assert type(names["model"]) is transformers.Dinov2Model
+
+
+def test_what_the_card_of_a_compressed_backbone_says_loads_it(tmp_path):
+    backbone(tmp_path / "m", compressed=True)
+    content = render(tmp_path / "m", str(tmp_path / "m")).content
+    assert type(run_python(content, "AutoImageProcessor")["model"]) is transformers.Dinov2Model
+    assert int((run_python(content, "SparseAutoModel")["model"].layernorm.weight == 0).sum()) == 0
+
+
+def test_a_model_with_a_text_tower_is_loaded_by_its_own_class(tmp_path):
+    clip_checkpoint(tmp_path / "m")
+    card = render(tmp_path / "m", str(tmp_path / "m"))
+    assert card.data.to_dict()["pipeline_tag"] == "zero-shot-image-classification"
+    assert "CLIPModel for zero-shot image classification: 0.00 % of" in card.content
+    assert type(run_python(card.content, "AutoImageProcessor")["model"]) is transformers.CLIPModel
+    assert "How close this model is to the dense one was not recorded." in card.content

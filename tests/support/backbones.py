@@ -1,13 +1,19 @@
 """Small models without a head, and one that also reads text."""
 
+from pathlib import Path
+
 import torch
 from transformers import (
     CLIPConfig,
     CLIPModel,
+    CLIPProcessor,
+    CLIPTokenizer,
     ConvNextConfig,
     ConvNextModel,
     Dinov2Config,
     Dinov2Model,
+    PreTrainedModel,
+    ViTImageProcessorPil,
     ViTMAEConfig,
     ViTMAEForPreTraining,
     set_seed,
@@ -52,3 +58,24 @@ def tiny_mae() -> ViTMAEForPreTraining:
     set_seed(0)
     sizes = {f"decoder_{name}": value for name, value in TINY.items()}
     return moved(ViTMAEForPreTraining(ViTMAEConfig(**TINY, **IMAGE, **sizes)))
+
+
+def backbone_checkpoint(folder: Path, model: PreTrainedModel | None = None) -> Path:
+    """Save a model, by default a DINOv2 for the digits, and an image processor for its 8x8 images."""
+    model = tiny_dinov2(num_channels=1, patch_size=2) if model is None else model
+    model.save_pretrained(folder)
+    mean = [0.5] * getattr(model.config, "num_channels", 3)
+    ViTImageProcessorPil(
+        size={"height": 8, "width": 8}, image_mean=mean, image_std=mean, do_convert_rgb=False
+    ).save_pretrained(folder)
+    return folder
+
+
+def clip_checkpoint(folder: Path) -> CLIPModel:
+    """Save a whole CLIP with its image processor and its tokenizer, as they come from the Hub; return the model."""
+    model = tiny_clip()
+    backbone_checkpoint(folder, model)
+    letters = {"<|startoftext|>": 48, "<|endoftext|>": 49, "a</w>": 0, "b</w>": 1}
+    tokenizer = CLIPTokenizer(vocab=letters, merges=[])
+    CLIPProcessor(ViTImageProcessorPil.from_pretrained(folder), tokenizer).save_pretrained(folder)
+    return model

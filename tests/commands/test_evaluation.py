@@ -1,0 +1,42 @@
+"""What is measured of a model is chosen by its head and by the labels of the images."""
+
+import pytest
+from accelerate import Accelerator
+from support.backbones import backbone_checkpoint
+from support.commands import image_folder
+
+from cap_hf.commands.arguments import ModelArguments
+from cap_hf.commands.common import load_all
+from cap_hf.commands.evaluation import Evaluation
+from cap_hf.data.arguments import DataArguments
+from cap_hf.errors import CAPError
+
+
+def make(folder, data_args, bank_size):
+    model, processor, splits = load_all(ModelArguments(str(folder)), data_args, 1, ["eval"], bank_size=bank_size)
+    return model, Evaluation(model, splits, processor, data_args, 32, Accelerator(), True)
+
+
+def test_what_is_measured(tiny_checkpoint, tmp_path):
+    few = DataArguments(max_eval_samples=20)
+    plain = DataArguments(str(image_folder(tmp_path / "plain", ("train", "test"), ("",))))
+    backbone = backbone_checkpoint(tmp_path / "backbone")
+    accuracy, features = {"top1", "top5", "loss"}, {"cosine", "cosine_p5"}
+    probes = {f"{probe}{end}" for probe in ("knn_top1", "linear_top1") for end in ("", "_se")} | {"bank_examples"}
+    for folder, data_args, bank_size, alone, compared in (
+        (tiny_checkpoint, few, 40, accuracy, accuracy),
+        (tiny_checkpoint, plain, 40, None, features),
+        (backbone, few, 40, probes, probes | features | {"patch_error"}),
+        (backbone, few, 0, None, features | {"patch_error"}),
+        (backbone, plain, 40, None, features | {"patch_error"}),
+    ):
+        model, evaluation = make(folder, data_args, bank_size)
+        if alone is None:
+            with pytest.raises(CAPError, match="--dense_model_name_or_path|there is no column of labels"):
+                evaluation.check_alone()
+        else:
+            evaluation.check_alone()
+            assert evaluation.measure(model).keys() == alone | {"num_examples"}
+        assert evaluation.measure_dense(model).keys() == compared | {"num_examples"}
+        drops = {"knn_top1_drop_se", "linear_top1_drop_se"} if probes <= compared else set()
+        assert evaluation.measure(model).keys() == compared | drops | {"num_examples"}
