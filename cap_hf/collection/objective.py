@@ -32,14 +32,28 @@ def choose_loss(wish: str | None, model: nn.Module, batch: Batch | None, process
         model: on its device.
         batch: of this process, None if it has none.
         processes: of the run.
+
+    Raises:
+        CAPError: the loss that is wished for is one of labels, and the model tells no classes apart.
     """
     if wish is not None:
+        if batch is not None:
+            check_loss(wish, model, batch)
         return wish
     own = -1
     if batch is not None:
         own = LOSSES.index("features" if not has_logits(model, batch) else "labels" if "labels" in batch else "sampled")
     known = [each for (each,) in processes.gather_ints(own) if each >= 0]
     return LOSSES[max(known, default=0)]
+
+
+def check_loss(wish: str, model: nn.Module, batch: Batch) -> None:
+    """Raise a CAPError if a loss of labels is wished for, and what a model makes of a batch is no logits."""
+    if wish != "features" and not has_logits(model, batch):
+        raise CAPError(
+            f"fisher_loss={wish!r} is for models that tell classes apart, and {type(model).__name__} has no such head: "
+            "leave it out, or use 'features'"
+        )
 
 
 def has_logits(model: nn.Module, batch: Batch) -> bool:

@@ -72,11 +72,12 @@ def prune(
     from cap_hf.checkpoints.saving import save_checkpoint
     from cap_hf.collection.batch_norm import batch_norms
     from cap_hf.collection.examples import whole_groups
+    from cap_hf.collection.objective import check_loss
     from cap_hf.collection.state import Checkpointing
     from cap_hf.commands.common import image_dataset, load_all, load_companions
     from cap_hf.commands.evaluation import Evaluation
     from cap_hf.compressor import CAPCompressor
-    from cap_hf.data.images import calibration_split, make_dataloader
+    from cap_hf.data.images import calibration_split, collate, make_dataloader
     from cap_hf.distributed.accelerator import make_accelerator
     from cap_hf.report import Phases
     from cap_hf.targets import left_alone
@@ -101,6 +102,8 @@ def prune(
         calibration = image_dataset(examples, image_processor, model, data_args)
         if config.fisher_loss == "labels":
             calibration.need_labels()
+        if config.fisher_loss is not None:
+            check_loss(config.fisher_loss, model, collate([calibration[0]]))
         batch_size = whole_groups(args.per_device_batch_size, config)
         train_loader = make_dataloader(calibration, batch_size, data_args.dataloader_num_workers)
         evaluation = None
@@ -128,6 +131,8 @@ def prune(
         checkpointing = Checkpointing(state_folder(args), args.checkpoint_every, args.resume)
     with phases("collect"):
         compressor.collect(train_loader, checkpointing)
+    # Now it also says which loss the Fisher is made from.
+    config = compressor.config
     facts = describe(model_args, data_args, config, accelerator)
     facts |= {"dense": dense, "left_alone": left_alone(model, compressor.targets)}
     results = []

@@ -248,7 +248,10 @@ def test_images_without_labels_are_enough_for_a_backbone_and_for_a_classifier(ti
         (["--label_column_name", "kind"], "there is no column 'kind'"),
         (["--knn_bank_size", "19"], "the bank has 19 labelled train images, and k-NN asks the nearest 20: raise"),
         (["--knn_bank_size", "-1"], "knn_bank_size=-1 must be at least 0"),
-        (["--fisher_loss", "labels"], "without logits (b, classes): use an image classifier"),
+        (
+            ["--fisher_loss", "labels"],
+            "fisher_loss='labels' is for models that tell classes apart, and Dinov2Model has",
+        ),
     ],
 )
 def test_a_mistake_about_a_backbones_labels_is_one_line(tmp_path, capsys, arguments, message):
