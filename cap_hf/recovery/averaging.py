@@ -14,6 +14,9 @@ from cap_hf.errors import CAPError, reason
 
 AVERAGE_NAME = "ema.safetensors"
 
+# How torch hands over what is averaged together.
+Tensors = tuple[torch.Tensor, ...] | list[torch.Tensor]
+
 
 class WeightAverage:
     """torch's `AveragedModel` over one cycle of training.
@@ -29,12 +32,12 @@ class WeightAverage:
     def __init__(self, model: nn.Module, decay: float) -> None:
         average = get_ema_multi_avg_fn(decay)
 
-        def update(averages: list[torch.Tensor], values: list[torch.Tensor], count: torch.Tensor | int) -> None:
+        def update(averages: Tensors, values: Tensors, count: torch.Tensor | int) -> None:
             # torch would round the average of whole numbers, such as the ids of positions, towards 0.
             if averages[0].is_floating_point():
                 average(averages, values, count)
             else:
-                torch._foreach_copy_(averages, values)
+                torch._foreach_copy_(list(averages), list(values))
 
         # Running statistics of batch norms are averaged as well: they belong to the weights.
         self.averaged = AveragedModel(model, multi_avg_fn=update, use_buffers=True)

@@ -98,6 +98,7 @@ class LabelObjective:
         outputs = model(**inputs, output_hidden_states=matches_hidden)
         smoothing = self.label_smoothing if recovering else 0.0
         if teacher is None or not (recovering or labels is None):
+            assert labels is not None  # without a teacher there are some
             return label_loss(outputs["logits"], labels, smoothing), {"logits": outputs["logits"]}
         hard, soft = student_logits(outputs)
         targets, states = teacher(pixels, matches_hidden)

@@ -76,7 +76,7 @@ def load_weights(model: PreTrainedModel, checkpoint: str) -> None:
     Raises:
         CAPError: the checkpoint cannot be loaded, or is another model's.
     """
-    options = {}
+    options: dict[str, Any] = {}
     # A backbone that was loaded without a pooler is saved without one.
     if getattr(model, "pooler", True) is None and "add_pooling_layer" in inspect.signature(type(model)).parameters:
         options["add_pooling_layer"] = False

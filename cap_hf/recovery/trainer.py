@@ -20,7 +20,7 @@ from cap_hf.recovery.distillation import check_returns
 from cap_hf.recovery.gradual import GradualPruner
 from cap_hf.recovery.losses import NO_LABEL
 from cap_hf.recovery.mask_holder import MaskHolder
-from cap_hf.recovery.objective import FeatureObjective, check_task, make_objective
+from cap_hf.recovery.objective import FeatureObjective, LabelObjective, check_task, make_objective
 from cap_hf.recovery.precision import check_bfloat16
 from cap_hf.recovery.resume import choose_checkpoint, load_weights
 from cap_hf.recovery.schedules import cyclic_linear
@@ -72,7 +72,7 @@ class SparseTrainer(Trainer):
             raise CAPError("the teacher is the model itself, and a teacher is frozen: load it a second time")
         check_returns(model, "model")
         self.label_smoothing = args.label_smoothing_factor or PRESETS[args.augmentation].label_smoothing
-        self.objective = make_objective(model, teacher, args, self.label_smoothing)
+        self.objective: LabelObjective | FeatureObjective = make_objective(model, teacher, args, self.label_smoothing)
         self.teacher = self.objective.teacher
         if args.device.type == "cpu":
             asked = {"--bf16": args.bf16, "--teacher_bf16": args.teacher_bf16 and self.teacher is not None}
