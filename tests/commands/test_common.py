@@ -1,5 +1,6 @@
 """What commands load: whole checkpoints as safetensors, with their image processor; from the Hub if it answers."""
 
+import json
 import socket
 import subprocess
 import threading
@@ -23,9 +24,12 @@ from cap_hf.data.images import calibration_split
 def test_a_model_that_does_not_fit_is_one_line(tiny_checkpoint, tmp_path, capsys):
     assert prune(tmp_path / "nowhere", tmp_path / "out", "--sparsity", "0.5") == 1
     assert "there is no folder" in capsys.readouterr().err
-    # A backbone has no classifier: it must not come up with a random one.
+    # The weights of a backbone under the name of a classifier: it must not come up with a random head.
     backbone = ViTModel(ViTConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16))
     backbone.save_pretrained(tmp_path / "backbone")
+    config = json.loads((tmp_path / "backbone" / "config.json").read_text())
+    config["architectures"] = ["ViTForImageClassification"]
+    (tmp_path / "backbone" / "config.json").write_text(json.dumps(config))
     assert prune(tmp_path / "backbone", tmp_path / "out", "--sparsity", "0.5") == 1
     error = capsys.readouterr().err
     # transformers' table of what was loaded does not come before it.
