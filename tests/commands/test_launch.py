@@ -22,7 +22,12 @@ def checkpoint(tmp_path) -> str:
 
 
 @pytest.mark.parametrize(
-    "extra", [["--checkpoint_every", "32"], ["--fisher_loss", "sampled", "--samples_per_grad", "2"]]
+    "extra",
+    [
+        ["--checkpoint_every", "32"],
+        ["--fisher_loss", "sampled", "--samples_per_grad", "2"],
+        ["--fisher_loss", "features", "--feature_projections", "2"],
+    ],
 )
 def test_two_processes_give_the_result_of_one(checkpoint, tmp_path, extra):
     # 90 gradient samples in batches of 16: neither the batches nor the shares come out even.

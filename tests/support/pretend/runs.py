@@ -25,6 +25,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "cap convolutions": ("ConvNext", {"fisher_block_size": 8}),
     "cap small convolutions": ("ResNet", {}),
     "cap sampled": ("DeiT", {"fisher_loss": "sampled", "samples_per_grad": 2, "num_grads": 10}),
+    "cap features": ("Dinov2", {"fisher_loss": "features", "feature_projections": 2}),
     "cap bfloat16": ("ViT", {"fisher_dtype": "bfloat16"}),
     "cap independent": ("ViT", {"weight_update": "independent"}),
     "cap no update": ("ViT", {"weight_update": "none"}),
@@ -37,7 +38,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 # Of them, whose collection is also interrupted.
-INTERRUPTED = ("cap", "cap bfloat16", "sparsegpt")
+INTERRUPTED = ("cap", "cap bfloat16", "cap features", "sparsegpt")
 
 
 def accelerator_on(device: str) -> Accelerator:
