@@ -155,6 +155,12 @@ class CAPConfig:
         _ = self.pattern
 
     @property
+    def num_examples(self) -> int:
+        """Return how many calibration examples the gradient samples are made from, at most."""
+        projections = self.feature_projections if self.fisher_loss == "features" else 1
+        return self.num_grads * self.samples_per_grad // projections
+
+    @property
     def pattern(self) -> NMPattern | None:
         """Return the N:M pattern of `allocation`, or None for global and uniform."""
         if self.allocation in ("global", "uniform"):

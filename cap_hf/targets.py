@@ -19,9 +19,10 @@ Layer = nn.Linear | nn.Conv2d
 # embeddings (Swin v2 computes its position bias with an MLP), stems (what convolutional networks have in the place of
 # an embedding; timm's ResNet calls it `conv1`), poolers, and heads (some classifiers are their own base model, as are
 # all of timm's and what has a backbone inside; Siglip pools with a `head`, timm's DeiT and LeViT have a `head_dist`
-# too; timm's `conv_head` is the encoder's last convolution).
+# too; timm's `conv_head` is the encoder's last convolution). A
+# detector's decoder is a part of its base model too.
 NOT_ENCODER = re.compile(
-    r"(^|\.)([^.]*(embed|position|pooler|classifier)[^.]*|(conv_)?stem|attn_pool|(?!conv_)([^.]*_)?head(_dist)?)(\.|$)"
+    r"(^|\.)([^.]*(embed|position|pooler|classifier)[^.]*|(conv_)?stem|attn_pool|decoder|(?!conv_)([^.]*_)?head(_dist)?)(\.|$)"
     r"|^(fc|conv1)(\.|$)"
 )
 
@@ -176,7 +177,7 @@ def reasons_against(model: nn.Module, layers: Mapping[str, Layer]) -> dict[str, 
         if not name.startswith(prefix):
             reasons[name] = f"outside the encoder, {prefix.removesuffix('.')}"
         elif NOT_ENCODER.search(name.removeprefix(prefix)):
-            reasons[name] = "an embedding, a pooler or a head"
+            reasons[name] = "an embedding, a pooler, a decoder or a head"
         elif isinstance(module, nn.Conv2d) and module.in_channels == channels:
             reasons[name] = "it reads the pixels: an embedding"
         elif own_weight(module) is None:

@@ -1,5 +1,6 @@
 """What of a model sees images: the model itself, or the vision tower of a larger one."""
 
+import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -86,17 +87,38 @@ def see(model: nn.Module, batch: Mapping[str, torch.Tensor], through: nn.Module 
     Raises:
         CAPError: no part of the model takes images.
     """
-    inputs = {name: value for name, value in batch.items() if name != "labels"}
     tower = tower_of(model)
+    # An image processor may make more than its model takes.
+    taken = inspect.signature(tower.forward).parameters
+    inputs = {name: value for name, value in batch.items() if name == "pixel_values" or name in taken}
+    inputs.pop("labels", None)
     with unmasked(tower) as noise:
         if noise is not None:
             inputs["noise"] = noise(inputs["pixel_values"])
         call = tower if through is None else through
         outputs = call(**inputs, **options)
+    tokens = getattr(outputs, "last_hidden_state", None)
+    if isinstance(tokens, torch.Tensor) and is_channels_last(tower, tokens):
+        outputs["last_hidden_state"] = tokens.permute(0, 3, 1, 2)
+    mask = batch.get("pixel_attention_mask")
+    if mask is not None and isinstance(tokens, torch.Tensor) and tokens.shape[:2] == mask.shape:
+        # What stands where an image was filled up says nothing.
+        outputs["last_hidden_state"] = tokens * mask[..., None].to(tokens.dtype)
     project = getattr(model, "visual_projection", None)
     if tower is not model and isinstance(project, nn.Linear) and getattr(outputs, "pooler_output", None) is not None:
         outputs["pooler_output"] = project(outputs["pooler_output"])
     return outputs
+
+
+def is_channels_last(tower: nn.Module, tokens: torch.Tensor) -> bool:
+    """Return whether a map of features is `(b, h, w, d)`, as of timm's Swin and some Hieras, not `(b, d, h, w)`."""
+    if tokens.dim() != 4:
+        return False
+    timm = getattr(tower, "timm_model", None)
+    if timm is not None:
+        return "NHWC" in str(getattr(timm, "output_fmt", ""))
+    width = getattr(getattr(tower, "config", None), "hidden_size", None)
+    return width is not None and tokens.shape[-1] == width != tokens.shape[1]
 
 
 class MainOutput(nn.Module):
@@ -118,23 +140,28 @@ class MainOutput(nn.Module):
 def unmasked(tower: nn.Module) -> Iterator[Any]:
     """Have a masked autoencoder mask nothing; yield what makes the noise by which it sorts patches, or None."""
     config = getattr(tower, "config", None)
-    ratio = getattr(config, "mask_ratio", None)
-    embeddings = getattr(tower, "embeddings", None)
-    masks = getattr(tower, "base_model_prefix", "") == "vit" and hasattr(embeddings, "random_masking")
-    if config is None or ratio is None:
+    # Some modules have a copy of the config's ratio.
+    holders: list[Any] = [each for each in (config, *tower.modules()) if "mask_ratio" in getattr(each, "__dict__", {})]
+    before = [each.mask_ratio for each in holders]
+    sorts = "noise" in inspect.signature(tower.forward).parameters and hasattr(
+        getattr(tower, "embeddings", None), "random_masking"
+    )
+    if config is None or not holders:
         yield None
         return
 
     def rising(pixels: torch.Tensor) -> torch.Tensor:
         patch = config.patch_size
         number = (pixels.shape[-2] // patch) * (pixels.shape[-1] // patch)
-        return torch.arange(number, device=pixels.device, dtype=torch.float32).expand(len(pixels), -1)
+        return torch.arange(number, device=pixels.device, dtype=torch.float32).expand(pixels.shape[0], -1)
 
-    config.mask_ratio = 0.0
+    for each in holders:
+        each.mask_ratio = 0.0
     try:
-        yield rising if masks else None
+        yield rising if sorts else None
     finally:
-        config.mask_ratio = ratio
+        for each, ratio in zip(holders, before, strict=True):
+            each.mask_ratio = ratio
 
 
 def prefix_tokens(model: nn.Module) -> int:
@@ -146,6 +173,8 @@ def prefix_tokens(model: nn.Module) -> int:
     timm = getattr(tower, "timm_model", None)
     if timm is not None:
         return int(getattr(timm, "num_prefix_tokens", 0))
+    if getattr(getattr(tower, "config", None), "model_type", None) == "dinov3_convnext":
+        return 1  # the mean of its positions, which it puts before them
     names = {name.rpartition(".")[2] for name, _ in tower.named_parameters()}
     found = sum(name in names for name in PREFIX_PARAMETERS)
     registers = getattr(getattr(tower, "config", None), "num_register_tokens", 0) or 0

@@ -3,14 +3,37 @@
 import pytest
 import torch
 import transformers
+from PIL import Image
 from support.backbones import IMAGE, TINY, tiny_clip
+from support.families import HIERA, Family
 from support.models import build
-from transformers import BertConfig, BertModel, ViTMAEConfig, ViTMAEForPreTraining, set_seed
+from transformers import (
+    BertConfig,
+    BertModel,
+    DetrConfig,
+    DetrForObjectDetection,
+    DINOv3ConvNextConfig,
+    DINOv3ConvNextModel,
+    HieraModel,
+    PreTrainedConfig,
+    PreTrainedModel,
+    ResNetConfig,
+    Siglip2ImageProcessorPil,
+    Siglip2VisionConfig,
+    Siglip2VisionModel,
+    ViTMAEConfig,
+    ViTMAEForPreTraining,
+    set_seed,
+)
+from transformers.modeling_outputs import BaseModelOutput
 
 from cap_hf.errors import CAPError
 from cap_hf.outputs import features_of
 from cap_hf.targets import find_targets
 from cap_hf.towers import image_shape, is_classifier, prefix_tokens, see, tower_name
+
+# What DETR counts of each of its parts.
+PARTS = ("layers", "ffn_dim", "attention_heads")
 
 
 def test_a_classifier_is_its_own_tower():
@@ -87,3 +110,73 @@ def test_the_features_of_a_backbone(name, config, prefix, parts):
     if "class" in parts:
         assert torch.equal(features["class"][:, 0], outputs.last_hidden_state[:, 0])
     assert torch.equal(features["patch"], outputs.last_hidden_state[:, prefix:])
+
+
+def test_hiera_for_pretraining_sees_the_whole_image_too():
+    """Its embeddings have a copy of the config's ratio."""
+    model = Family(
+        "HieraForPreTraining", {**HIERA, "decoder_hidden_size": 8, "decoder_depth": 1, "decoder_num_heads": 2}, 32, 0
+    ).build()
+    whole = HieraModel(model.config, add_pooling_layer=False).eval()
+    whole.load_state_dict(model.hiera.state_dict())
+    pixels = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        found = see(model, {"pixel_values": pixels}).last_hidden_state
+        assert torch.equal(found, whole(pixel_values=pixels).last_hidden_state)
+        assert model.hiera.embeddings.patch_embeddings.mask_ratio == model.config.mask_ratio > 0
+
+
+def test_the_mean_that_dinov3_convnext_puts_first_is_no_patch():
+    set_seed(0)
+    config = DINOv3ConvNextConfig(hidden_sizes=[4, 4, 8, 8], depths=[1, 1, 1, 1], image_size=64)
+    model = DINOv3ConvNextModel(config).eval()
+    with torch.no_grad():
+        outputs = see(model, {"pixel_values": torch.randn(2, 3, 64, 64)})
+    features = features_of(outputs, prefix_tokens(model))
+    assert torch.equal(features["class"], features["pooled"])
+    assert features["patch"].shape == (2, 4, 8)
+    assert torch.equal(features["patch"], outputs.last_hidden_state[:, 1:])
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_channels_are_found_where_they_are(last):
+    class Maps(PreTrainedModel):
+        config_class = PreTrainedConfig
+        main_input_name = "pixel_values"
+
+        def forward(self, pixel_values):
+            return BaseModelOutput(last_hidden_state=pixel_values)
+
+    maps = torch.randn(2, 3, 5, 16) if last else torch.randn(2, 16, 3, 5)
+    model = Maps(PreTrainedConfig(hidden_size=16))
+    (features,) = features_of(see(model, {"pixel_values": maps})).values()
+    expected = maps.flatten(1, 2) if last else maps.flatten(2).mT
+    assert torch.equal(features, expected)
+
+
+def test_places_where_an_image_was_filled_up_say_nothing():
+    """SigLIP 2 takes images of any shape as rows of patches, with a mask of those that are filled up."""
+    set_seed(0)
+    config = Siglip2VisionConfig(**TINY, patch_size=4, num_patches=16, num_channels=3)
+    model = Siglip2VisionModel(config).eval()
+    made = Siglip2ImageProcessorPil(patch_size=4, max_num_patches=16)(
+        images=[Image.new("RGB", size, "red") for size in ((30, 20), (12, 12))], return_tensors="pt"
+    )
+    with torch.no_grad():
+        features = features_of(see(model, {"labels": torch.zeros(2), **made}), prefix_tokens(model))
+    mask = made["pixel_attention_mask"].bool()
+    assert not mask.all()
+    assert not features["patch"][~mask].any()
+    assert features["patch"][mask].any(dim=1).all()
+
+
+def test_a_decoder_is_no_part_of_the_encoder():
+    set_seed(0)
+    sizes = {"d_model": 16, "num_queries": 4, "use_pretrained_backbone": False, "use_timm_backbone": False}
+    layers = {f"{part}_{name}": 16 if name == "ffn_dim" else 2 for part in ("encoder", "decoder") for name in PARTS}
+    backbone = ResNetConfig(embedding_size=4, hidden_sizes=[8, 8, 8, 8], depths=[1, 1, 1, 1], out_features=["stage4"])
+    model = DetrForObjectDetection(DetrConfig(**sizes, **layers, backbone_config=backbone, backbone=None))
+    names = [target.name for target in find_targets(model)]
+    assert any("encoder.layers" in name for name in names)
+    assert any("backbone" in name for name in names)
+    assert not any("decoder" in name for name in names)

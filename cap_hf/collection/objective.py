@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from cap_hf.collection.running import Batch, frozen
-from cap_hf.config import CAPConfig
+from cap_hf.config import FISHER_LOSSES, CAPConfig
 from cap_hf.distributed.processes import Processes
 from cap_hf.errors import CAPError
 from cap_hf.method.losses import Deviations, FeatureLoss, FisherLoss, LabelLoss, SampledLabelLoss
@@ -20,8 +20,6 @@ if TYPE_CHECKING:
     from cap_hf.collection.examples import CalibrationExamples
 
 logger = logging.getLogger(__name__)
-
-LOSSES = ("labels", "sampled", "features")
 
 
 def choose_loss(wish: str | None, model: nn.Module, batch: Batch | None, processes: Processes) -> str:
@@ -42,9 +40,11 @@ def choose_loss(wish: str | None, model: nn.Module, batch: Batch | None, process
         return wish
     own = -1
     if batch is not None:
-        own = LOSSES.index("features" if not has_logits(model, batch) else "labels" if "labels" in batch else "sampled")
+        own = FISHER_LOSSES.index(
+            "features" if not has_logits(model, batch) else "labels" if "labels" in batch else "sampled"
+        )
     known = [each for (each,) in processes.gather_ints(own) if each >= 0]
-    return LOSSES[max(known, default=0)]
+    return FISHER_LOSSES[max(known, default=0)]
 
 
 def check_loss(wish: str, model: nn.Module, batch: Batch) -> None:

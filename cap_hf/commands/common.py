@@ -124,15 +124,6 @@ def image_dataset(
     return ImageDataset(split, image_processor, config, args, has_head=is_classifier(model))
 
 
-def eval_dataset(splits: dict, image_processor: Any, model: PreTrainedModel, args: DataArguments) -> ImageDataset:
-    """Return the eval split as the model's inputs.
-
-    Raises:
-        CAPError: as `ImageDataset`, or it has no labels.
-    """
-    return image_dataset(splits["eval"], image_processor, model, args).need_labels()
-
-
 def where_to_load(args: ModelArguments) -> dict[str, Any]:
     """Return the arguments of `from_pretrained` that say where a checkpoint comes from.
 

@@ -56,7 +56,12 @@ class Evaluation:
         if is_classifier(model) and self.dataset.labelled:
             return
         if "bank" in splits:
-            bank = loader(image_dataset(splits["bank"], image_processor, model, data_args).need_labels())
+            neighbours = image_dataset(splits["bank"], image_processor, model, data_args)
+            if not neighbours.labelled:
+                raise CAPError(
+                    "k-NN and the linear probe need labelled train images: --knn_bank_size 0 leaves them out"
+                )
+            bank = loader(neighbours)
         self.features = FeatureEvaluation(self.loader, bank, accelerator, disable_tqdm)
 
     def check_alone(self) -> None:
@@ -68,7 +73,10 @@ class Evaluation:
                 "without a head there is nothing to measure but k-NN and the linear probe, which --knn_bank_size 0 "
                 "leaves out, and the distance to a dense model: --dense_model_name_or_path"
             )
-        self.dataset.need_labels()
+        raise CAPError(
+            "the images have no labels: name their column with --label_column_name, or a dense model to compare with, "
+            "--dense_model_name_or_path"
+        )
 
     def measure_dense(self, model: PreTrainedModel) -> dict[str, float]:
         """Return what is measured of the dense model, with which those measured afterwards are compared."""

@@ -86,7 +86,7 @@ def prune(
         transformers_logging.disable_progress_bar()
     output = Path(os.path.realpath(args.output_dir))
     accelerator, phases = make_accelerator(), Phases()
-    num_examples = config.num_grads * config.samples_per_grad
+    num_examples = config.num_examples
     with phases("load"):
         model, image_processor, splits = load_all(
             model_args,

@@ -11,6 +11,7 @@ from transformers.utils import logging as transformers_logging
 
 from cap_hf.errors import CAPError
 from cap_hf.outputs import logits_of
+from cap_hf.towers import see
 
 
 class ImageClassificationMetric(evaluate.Metric):
@@ -77,8 +78,9 @@ def evaluate_model(
     disable = disable_tqdm or not accelerator.is_main_process
     with torch.inference_mode():
         for batch in transformers_logging.tqdm(dataloader, desc="Evaluating", delay=2, disable=disable):
-            logits = logits_of(model(pixel_values=batch["pixel_values"].to(accelerator.device)))
-            logits, labels = accelerator.gather_for_metrics((logits.float(), batch["labels"].to(accelerator.device)))
+            batch = {name: value.to(accelerator.device) for name, value in batch.items()}
+            logits = logits_of(see(model, batch))
+            logits, labels = accelerator.gather_for_metrics((logits.float(), batch["labels"]))
             metric.add_batch(predictions=logits.cpu().numpy(), references=labels.cpu().numpy())
     model.train(training)
     return metric.compute()

@@ -85,7 +85,10 @@ class ImageDataset(Dataset):
         indices = list(indices)
         rows = self.rows[indices]
         images = [self._decode(index, value) for index, value in zip(indices, rows[self.image_column], strict=True)]
-        examples = {"pixel_values": self.image_processor(images=images, return_tensors="pt")["pixel_values"]}
+        made = self.image_processor(images=images, return_tensors="pt")
+        # Masks and sizes, which some models take beside the pixels.
+        tensors = {name: value for name, value in made.items() if isinstance(value, torch.Tensor)}
+        examples = {name: value for name, value in tensors.items() if value.dim() and len(value) == len(images)}
         if self.numbers is not None:
             examples["labels"] = torch.from_numpy(self.numbers(rows[self.label_column], indices))
         return [dict(zip(examples, values, strict=True)) for values in zip(*examples.values(), strict=True)]

@@ -1,5 +1,6 @@
 """Labels as numbers: the model's own numbers of its classes, or the dataset's where the model has none."""
 
+import hashlib
 import logging
 from collections.abc import Mapping
 from typing import Any
@@ -64,8 +65,8 @@ class LabelNumbers:
     """Maps the values of a label column to numbers, example by example: the column is never read as a whole.
 
     Class names that are the model's in another order are matched by name; other labels are taken as numbers. Without a
-    model's classes the labels are the dataset's own numbers, and strings are numbered in the order of their names: for
-    that one case the column, and nothing else of the split, is read.
+    model's classes the labels are the dataset's own numbers, and strings have a number each that is made from them
+    alone: the same in every split, whichever names occur in it.
 
     Args:
         split: with the column.
@@ -81,6 +82,7 @@ class LabelNumbers:
         self.column = column
         # What a stored value means; None where it is the number itself.
         self.ids: Mapping[Any, int] | None = None
+        self.by_digest = False
         self.classes: int | None = None
         self.known = "the dataset numbers its labels from 0"
         feature = split.features[column]
@@ -89,10 +91,9 @@ class LabelNumbers:
         if not (is_string or is_integer or isinstance(feature, datasets.ClassLabel)):
             raise CAPError(f"{column!r} holds {feature}, not labels: name one with {_flag('label')}")
         if config is None:
-            if is_string:
-                self.ids = {name: number for number, name in enumerate(_names_in(split, column))}
-            if not is_integer:
-                self._set_classes(feature.names if self.ids is None else list(map(str, self.ids)), "the dataset")
+            self.by_digest = is_string
+            if isinstance(feature, datasets.ClassLabel):
+                self._set_classes(feature.names, "the dataset")
             return
         names = label_names(config)
         self._set_classes(list(names.values()), "the model")
@@ -124,7 +125,11 @@ class LabelNumbers:
         self.known = f"{owner} has {len(names)}: {summarize(names)}"
 
     def _number(self, value: object, index: int) -> int:
-        number = value if self.ids is None else self.ids.get(value)
+        number: object
+        if self.by_digest:
+            number = digest_of(value) if isinstance(value, str) else None
+        else:
+            number = value if self.ids is None else self.ids.get(value)
         if not isinstance(number, int) or number < 0 or (self.classes is not None and number >= self.classes):
             raise CAPError(f"example {index} has label {value} in {self.column!r}, {self.known}")
         return number
@@ -134,9 +139,6 @@ def _flag(role: str) -> str:
     return f"--{role}_column_name"
 
 
-def _names_in(split: datasets.Dataset, column: str) -> list[str]:
-    """Return the distinct strings of a column, sorted, reading that column alone and a part of it at a time."""
-    found: set = set()
-    for part in split.select_columns(column).with_format("arrow").iter(batch_size=10_000):
-        found.update(part[column].unique().to_pylist())
-    return sorted(found - {None})
+def digest_of(name: str) -> int:
+    """Return a number of 63 bits that stands for a name."""
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") >> 1

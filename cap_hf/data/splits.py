@@ -106,7 +106,13 @@ def whole_splits(
             raise _cannot_load(args, error) from error
     found = {name: loaded[split] for name, split in choose_splits(args, list(loaded), needed).items()}
     if held_out := held_share(args, list(loaded), needed):
-        halves = found["train"].train_test_split(held_out, seed=seed)
+        try:
+            halves = found["train"].train_test_split(held_out, seed=seed)
+        except ValueError as error:
+            raise CAPError(
+                f"{len(found['train'])} train images are too few to hold {held_out:g} of them out: give more of them "
+                "or another --train_val_split"
+            ) from error
         found = {"train": halves["train"], "eval": halves["test"]}
     for name, limit in (("train", args.max_train_samples), ("eval", args.max_eval_samples)):
         if name in found and limit is not None and limit < len(found[name]):

@@ -108,9 +108,12 @@ def quiet_exporter() -> Iterator[None]:
 
 def check_onnx(runtime: ModuleType, model: PreTrainedModel, path: Path, example: torch.Tensor) -> None:
     """Raise a CAPError if ONNX Runtime and the model differ, on a batch of the example's size or another."""
-    session = runtime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     for batch in (example, example[:1], torch.cat([example, -example[:1]])):
-        (found,) = session.run(None, {"pixel_values": batch.numpy()})
+        try:
+            session = runtime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+            (found,) = session.run(None, {"pixel_values": batch.numpy()})
+        except Exception as error:  # the runtime has classes of its own
+            raise CAPError(f"ONNX Runtime cannot run a batch of {len(batch)}: {reason(error)}") from error
         with torch.inference_mode():
             expected = MainOutput(model)(batch)
         difference = (torch.from_numpy(found) - expected).abs().max().item()

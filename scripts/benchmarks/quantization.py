@@ -17,7 +17,7 @@ from results import Results
 from transformers import PreTrainedModel
 
 from cap_hf.commands.arguments import ModelArguments
-from cap_hf.commands.common import eval_dataset, load_all
+from cap_hf.commands.common import image_dataset, load_all
 from cap_hf.commands.tables import percent, table
 from cap_hf.data.arguments import DataArguments
 from cap_hf.data.evaluation import evaluate_model
@@ -45,7 +45,9 @@ def main() -> None:
     with Results(args, len(args.model_name_or_path) * len(forms)) as results:
         for name in args.model_name_or_path:
             model, image_processor, splits = load_all(ModelArguments(name), data, 42, ["eval"])
-            loader = make_dataloader(eval_dataset(splits, image_processor, model, data), args.batch_size, 0)
+            loader = make_dataloader(
+                image_dataset(splits["eval"], image_processor, model, data).need_labels(), args.batch_size, 0
+            )
             for form, make in forms.items():
                 results.measuring(f"{name}, {form}")
                 made = make(model)

@@ -32,7 +32,7 @@ def test_images_without_labels_are_one_line(tiny_checkpoint, tmp_path, capsys):
     data = image_folder(tmp_path / "data", ("train", "test"), ("",))
     arguments = ["--model_name_or_path", str(tiny_checkpoint), "--dataset_name", str(data)]
     assert main(["evaluate", *arguments, "--output_dir", str(tmp_path / "eval")]) == 1
-    expected = "cap-hf evaluate: there is no column of labels among image: name one with --label_column_name"
+    expected = "cap-hf evaluate: the images have no labels: name their column with --label_column_name"
     said = capsys.readouterr().err.splitlines()
     assert sum(line.startswith(expected) for line in said) == 1
     assert not (tmp_path / "eval").exists()
@@ -84,7 +84,7 @@ def test_a_backbone_that_cannot_be_measured_is_one_line(pruned, tmp_path, capsys
     other = backbone_checkpoint(tmp_path / "other", tiny_dinov2(num_channels=1, patch_size=4))
     for arguments, message in (
         (["--knn_bank_size", "0"], "nothing to measure but k-NN and the linear probe, which --knn_bank_size 0 leaves"),
-        (["--dataset_name", str(unlabelled)], "there is no column of labels among image"),
+        (["--dataset_name", str(unlabelled)], "the images have no labels: name their column"),
         (["--dataset_name", str(test_alone)], "(leave them out with --knn_bank_size 0): "),
         (["--dense_model_name_or_path", "./nowhere"], "there is no folder './nowhere'"),
         (["--dense_model_name_or_path", str(other)], "compare models of one architecture"),

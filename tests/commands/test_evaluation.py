@@ -1,7 +1,10 @@
 """What is measured of a model is chosen by its head and by the labels of the images."""
 
+import datasets
+import numpy as np
 import pytest
 from accelerate import Accelerator
+from PIL import Image
 from support.backbones import backbone_checkpoint
 from support.commands import image_folder
 
@@ -32,7 +35,7 @@ def test_what_is_measured(tiny_checkpoint, tmp_path):
     ):
         model, evaluation = make(folder, data_args, bank_size)
         if alone is None:
-            with pytest.raises(CAPError, match="--dense_model_name_or_path|there is no column of labels"):
+            with pytest.raises(CAPError, match="--dense_model_name_or_path"):
                 evaluation.check_alone()
         else:
             evaluation.check_alone()
@@ -40,3 +43,18 @@ def test_what_is_measured(tiny_checkpoint, tmp_path):
         assert evaluation.measure_dense(model).keys() == compared | {"num_examples"}
         drops = {"knn_top1_drop_se", "linear_top1_drop_se"} if probes <= compared else set()
         assert evaluation.measure(model).keys() == compared | drops | {"num_examples"}
+
+
+def test_names_of_classes_are_the_same_in_the_bank_and_in_what_is_asked(tmp_path):
+    """A class that the evaluated images lack moved the numbers of those after it, and k-NN found nothing."""
+    shades, features = (
+        {"a": 0, "b": 128, "c": 255},
+        datasets.Features(image=datasets.Image(), label=datasets.Value("string")),
+    )
+    for split, names in (("train", "abc" * 10), ("test", "bc" * 8)):
+        images = [Image.fromarray(np.full((8, 8), shades[name], np.uint8)) for name in names]
+        rows = datasets.Dataset.from_dict({"image": images, "label": list(names)}, features=features)
+        rows.to_parquet(tmp_path / "data" / f"{split}-00000-of-00001.parquet")
+    model, evaluation = make(backbone_checkpoint(tmp_path / "m"), DataArguments(str(tmp_path / "data")), 30)
+    found = evaluation.measure(model)
+    assert (found["knn_top1"], found["linear_top1"]) == (1, 1)

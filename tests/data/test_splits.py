@@ -52,6 +52,9 @@ def test_a_missing_split_is_named(tmp_path):
             load_splits(DataArguments(**args, train_split_name="training"), needed=["train"])
     splits = load_splits(DataArguments(dataset_name=root, train_val_split=0.5))
     assert len(splits["train"]) == len(splits["eval"]) == 3
+    alone = images(tmp_path / "alone", "train/cat.png")
+    with pytest.raises(CAPError, match="1 train images are too few to hold 0.3 of them out"):
+        load_splits(DataArguments(dataset_name=alone, train_val_split=0.3))
 
 
 def test_a_dataset_that_cannot_be_loaded_is_named(tmp_path):

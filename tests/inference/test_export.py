@@ -5,7 +5,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from support.backbones import tiny_clip, tiny_dinov2
+from support.backbones import tiny_clip, tiny_dinov2, tiny_mae
 from support.inference import prune
 from support.models import ARCHITECTURES, build, random_batches
 
@@ -91,12 +91,18 @@ def test_what_cannot_be_exported_is_one_line(tmp_path, monkeypatch):
         export_onnx(build("ViT"), tmp_path / "onnx")
 
 
-@pytest.mark.parametrize(("make", "output"), [(tiny_dinov2, "last_hidden_state"), (tiny_clip, "last_hidden_state")])
-def test_a_backbone_gives_its_tokens(make, output, tmp_path):
+@pytest.mark.parametrize("make", [tiny_dinov2, tiny_clip, tiny_mae])
+def test_a_backbone_gives_its_tokens_for_any_batch(make, tmp_path):
     model = prune(make(), 0.8)
     session = onnxruntime.InferenceSession(export_onnx(model, tmp_path / "m"), providers=["CPUExecutionProvider"])
     x = torch.randn(3, 3, 8, 8)
     with torch.inference_mode():
         expected = see(model, {"pixel_values": x}).last_hidden_state
-    (found,) = session.run([output], {"pixel_values": x.numpy()})
+    (found,) = session.run(["last_hidden_state"], {"pixel_values": x.numpy()})
     torch.testing.assert_close(torch.from_numpy(found), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_file_that_the_runtime_refuses_is_one_line(tmp_path):
+    (tmp_path / "broken.onnx").write_bytes(b"no model")
+    with pytest.raises(CAPError, match="ONNX Runtime cannot run a batch of 2: .*"):
+        export.check_onnx(onnxruntime, build("ViT"), tmp_path / "broken.onnx", torch.zeros(2, 3, 8, 8))
