@@ -130,8 +130,9 @@ def test_an_unreadable_image_is_one_line(tiny_checkpoint, tmp_path, capsys, work
 
 def test_ctrl_c_leaves_nothing_half_written(tiny_checkpoint, tmp_path):
     output = tmp_path / "out"
-    # Thousands of batches of one example: there is plenty of time to interrupt them.
-    arguments = ["--num_grads", "100000", "--per_device_batch_size", "1", "--sparsity", "0.5"]
+    # Many batches of one example with many gradients each: there is plenty of time to interrupt them.
+    arguments = ["--num_grads", "128000", "--per_device_batch_size", "1", "--sparsity", "0.5"]
+    arguments += ["--fisher_loss", "features", "--feature_projections", "128"]
     arguments += ["--model_name_or_path", str(tiny_checkpoint), "--output_dir", str(output), "--no_do_eval"]
     command = [sys.executable, "-m", "cap_hf.commands.main", "prune", *arguments]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
