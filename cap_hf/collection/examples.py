@@ -68,11 +68,17 @@ class CalibrationExamples:
         return len(everything) if isinstance(everything, Sized) else None
 
     def first(self) -> Batch | None:
-        """Return the first batch, which the next iteration still has; None where there is none."""
-        if self.once and not self._first:
-            self._first = list(islice(self.dataloader, 1))
+        """Return the first batch, which the next iteration still has; None where there is none.
+
+        Raises:
+            CAPError: it is no batch, see `check_batch`.
+        """
         if self.once:
-            return self._first[0] if self._first else None
+            self._first = self._first or list(islice(self.dataloader, 1))
+            for batch in self._first:
+                check_batch(batch, self.needed)
+                return batch
+            return None
         return next((batch for batch, _ in islice(self.batches(), 1)), None)
 
     def peek(self) -> Iterator[tuple[Batch, int, torch.Tensor | None]]:

@@ -40,9 +40,8 @@ def choose_loss(wish: str | None, model: nn.Module, batch: Batch | None, process
         return wish
     own = -1
     if batch is not None:
-        own = FISHER_LOSSES.index(
-            "features" if not has_logits(model, batch) else "labels" if "labels" in batch else "sampled"
-        )
+        possible = "labels" if "labels" in batch else "sampled"
+        own = FISHER_LOSSES.index(possible if has_logits(model, batch) else "features")
     known = [each for (each,) in processes.gather_ints(own) if each >= 0]
     return FISHER_LOSSES[max(known, default=0)]
 

@@ -70,3 +70,11 @@ def test_features_of_a_classifier_are_its_logits():
     compressor = CAPCompressor(model, CAPConfig(num_grads=8, fisher_loss="features"))
     compressor.collect(random_batches(model, 8)).prune(0.5)
     assert compressor.report.loss > 0
+
+
+@pytest.mark.parametrize("once", [False, True])
+def test_what_is_no_batch_is_named_before_a_loss_is_chosen(once):
+    batches = [(torch.zeros(2, 3, 8, 8), torch.zeros(2))]
+    for model in (tiny_dinov2(), build("ViT")):
+        with pytest.raises(CAPError, match="a batch is a tuple: give dicts of tensors"):
+            CAPCompressor(model, CAPConfig(num_grads=2)).collect(iter(batches) if once else batches)
