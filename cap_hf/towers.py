@@ -1,7 +1,8 @@
 """What of a model sees images: the model itself, or the vision tower of a larger one."""
 
 import inspect
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -57,19 +58,47 @@ def vision_config(model: nn.Module) -> PretrainedConfig | None:
     return getattr(tower_of(model), "config", None)
 
 
-def image_shape(model: nn.Module) -> tuple[int, int, int]:
-    """Return the channels, height and width of the images that a model's config tells of; 0 channels where it does not.
+def vision_configs(model: nn.Module) -> list[Any]:
+    """Return the configs that tell of the images of a model: its backbone's, its tower's, those of parts of the tower.
 
-    Fully convolutional models take any size, and most are used with 224.
+    A composite model, such as SigLIP's classifier, has what there is to know in the config of its vision part.
     """
-    config = vision_config(model)
-    timm = getattr(config, "pretrained_cfg", None) or {}
+    tower = tower_of(model)
+    configs = [getattr(module, "config", None) for module in tower.modules()]
+    configs = [getattr(configs[0], "backbone_config", None), *configs]
+    return [*{id(config): config for config in configs if config is not None}.values()]
+
+
+def image_shape(model: nn.Module) -> tuple[int, int, int]:
+    """Return the channels, height and width of the images that a model's configs tell of; 0 channels where none does.
+
+    Fully convolutional models take any size, and most are used with 224. Where no config has the number of channels,
+    the first convolution shows it.
+    """
+    configs = vision_configs(model)
+    timm = next((config.pretrained_cfg for config in configs if getattr(config, "pretrained_cfg", None)), {})
     if "input_size" in timm:
         channels, height, width = timm["input_size"]
         return channels, height, width
-    size = getattr(config, "image_size", None) or 224
+    size = first_of(configs, "image_size")
+    if size is None:
+        patches, side = first_of(configs, "num_patches"), patch_size(model)
+        size = math.isqrt(patches) * side if patches and side else 224
     height, width = size if isinstance(size, (list, tuple)) else (size, size)
-    return getattr(config, "num_channels", 0), height, width
+    convolution = next((module for module in tower_of(model).modules() if isinstance(module, nn.Conv2d)), None)
+    shown = convolution.in_channels if convolution is not None else 0
+    return first_of(configs, "num_channels") or shown, height, width
+
+
+def patch_size(model: nn.Module) -> int:
+    """Return the side of a patch, in pixels, of a model whose config has one."""
+    size = first_of(vision_configs(model), "patch_size")
+    return size[0] if isinstance(size, (list, tuple)) else size
+
+
+def first_of(configs: Iterable[Any], name: str) -> Any:
+    """Return the first value that is not None or 0 of those that some configs have by a name; None if none has."""
+    return next((getattr(config, name) for config in configs if getattr(config, name, None)), None)
 
 
 def see(model: nn.Module, batch: Mapping[str, torch.Tensor], through: nn.Module | None = None, **options: Any) -> Any:
@@ -122,7 +151,7 @@ def is_channels_last(tower: nn.Module, tokens: torch.Tensor) -> bool:
 
 
 class MainOutput(nn.Module):
-    """A model as a function of one tensor: pixels in, logits or what else it is called for out."""
+    """A model as a function: pixels in, and what it takes to know them; logits or what else it is called for out."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -130,9 +159,9 @@ class MainOutput(nn.Module):
         # Compilers follow a plain call more easily.
         self.plain = tower_of(model) is model and getattr(vision_config(model), "mask_ratio", None) is None
 
-    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+    def forward(self, pixel_values: torch.Tensor, **others: torch.Tensor) -> torch.Tensor:
         """Return `(b, ...)` of pixels `(b, channels, height, width)`; errors as of `see` and `main_output`."""
-        batch = {"pixel_values": pixel_values}
+        batch = {"pixel_values": pixel_values, **others}
         return main_output(self.model(**batch) if self.plain else see(self.model, batch))[1]
 
 

@@ -21,6 +21,13 @@ class BenchmarkArguments:
     """What to measure."""
 
     batch_sizes: list[int] = field(default_factory=lambda: [1, 8], metadata={"help": "Images per batch."})
+    image_size: list[int] = field(
+        default_factory=list,
+        metadata={
+            "help": "Height and width of the images, or one number for both. Default: what the image processor makes, "
+            "or else what the config says."
+        },
+    )
     threads: list[int] = field(default_factory=list, metadata={"help": "Numbers of threads. Default: PyTorch's."})
     backends: list[str] = field(
         default_factory=lambda: list(BACKENDS),
@@ -40,6 +47,8 @@ def main(argv: list[str]) -> None:
     for name, values in (("batch_sizes", args.batch_sizes), ("threads", args.threads), ("runs", [args.runs])):
         if any(value < 1 for value in values):
             raise CAPError(f"--{name} must be at least 1")
+    if len(args.image_size) > 2 or any(value < 1 for value in args.image_size):
+        raise CAPError("--image_size takes one number, or two, height and width, of at least 1")
     measure(model_args, args)
 
 
@@ -52,7 +61,9 @@ def measure(model_args: ModelArguments, args: BenchmarkArguments) -> None:
     from tqdm import tqdm
 
     from cap_hf.checkpoints.atomic import write_json
-    from cap_hf.commands.common import load_model
+    from cap_hf.checkpoints.processors import find_image_processor
+    from cap_hf.checkpoints.quantized import refuse_quantized
+    from cap_hf.commands.common import load_model, where_to_load
     from cap_hf.inference.benchmark import benchmark, losses
     from cap_hf.inference.plot import draw_benchmark
     from cap_hf.report import versions
@@ -60,19 +71,35 @@ def measure(model_args: ModelArguments, args: BenchmarkArguments) -> None:
 
     threads = args.threads or [torch.get_num_threads()]
     model = load_model(model_args).eval()
+    refuse_quantized(model, "what is compared are models in floats: name the checkpoint that it was made from")
+    image_processor = None
+    if not args.image_size:
+        image_processor = find_image_processor(
+            model_args.model_name_or_path, model_args.trust_remote_code, **where_to_load(model_args)
+        )
     targets = find_targets(model)
     zeros = sum(int((target.weight == 0).sum()) for target in targets)
     sparsity = zeros / sum(target.weight.numel() for target in targets)
     with tqdm(desc="Benchmark", bar_format="{desc}: {postfix} [{elapsed}]", disable=args.disable_tqdm) as bar:
         found, missing = benchmark(
-            model, args.backends, args.batch_sizes, threads, max(args.runs, 3), args.max_seconds, bar.set_postfix_str
+            model,
+            args.backends,
+            args.batch_sizes,
+            threads,
+            max(args.runs, 3),
+            args.max_seconds,
+            bar.set_postfix_str,
+            image_processor=image_processor,
+            image_size=args.image_size or None,
         )
+    height, width = found[0].image_size
     lost = losses(found)
     folder = Path(args.output_dir)
     report = {
         "model_name_or_path": model_args.model_name_or_path,
         "architecture": type(model).__name__,
         "sparsity": sparsity,
+        "image_size": [height, width],
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "measurements": [each.to_dict() for each in found],
         "not_measured": missing,
@@ -80,7 +107,7 @@ def measure(model_args: ModelArguments, args: BenchmarkArguments) -> None:
         "versions": versions(),
     }
     write_json(folder / "benchmark.json", report)
-    title = f"{model_args.model_name_or_path}, {percent(sparsity, 1)} % sparse"
+    title = f"{model_args.model_name_or_path}, {percent(sparsity, 1)} % sparse, images of {height} x {width}"
     draw_benchmark(found, title, folder / "benchmark.png")
     print(format_table(found))
     for name, reason in missing.items():

@@ -3,7 +3,7 @@
 import copy
 import statistics
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -11,19 +11,21 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import PreTrainedModel
+from transformers import BaseImageProcessor, PreTrainedModel
 
+from cap_hf.checkpoints.quantized import refuse_quantized
 from cap_hf.errors import CAPError, reason
 from cap_hf.extras import need
 from cap_hf.inference.choice import time_in_turns
-from cap_hf.inference.export import ONNX_NAME, export_onnx
-from cap_hf.inference.optimize import make_example, optimize_for_inference, resident_bytes
+from cap_hf.inference.example import Inputs, explained, make_example, size_of
+from cap_hf.inference.export import ONNX_NAME, prepare, write_checked
+from cap_hf.inference.optimize import optimize_for_inference, resident_bytes
 from cap_hf.towers import MainOutput
 
 # Seconds before each run: threads of the runtime that ran before may still spin, and would take a core.
 PAUSE = 0.02
-# From pixels `(batch, channels, height, width)` to logits `(batch, labels)`, or what else the model is called for.
-Call = Callable[[torch.Tensor], Any]
+# From what the model takes to logits `(batch, labels)`, or what else it is called for.
+Call = Callable[[Inputs], torch.Tensor]
 
 
 @dataclass
@@ -34,6 +36,7 @@ class Measurement:
         seconds, low_seconds, high_seconds: per batch: median and quartiles.
         weight_bytes: of all weights as the backend holds them; an ONNX runtime may repack what is in the file.
         max_difference: largest difference of its output from the dense model's, relative to the largest entry of that.
+        image_size: height and width of the images, in pixels.
         speedup: over the backend `dense` at the same batch size and threads.
     """
 
@@ -47,6 +50,7 @@ class Measurement:
     weight_bytes: int
     max_difference: float
     speedup: float
+    image_size: tuple[int, int]
 
     def to_dict(self) -> dict[str, Any]:
         """Return all attributes, for a JSON file."""
@@ -54,14 +58,20 @@ class Measurement:
 
 
 class Backend:
-    """A model that is made ready in one way; `start` is called for every batch size and number of threads."""
+    """A model that is made ready in one way; `start` is called for every batch size and number of threads.
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    Args:
+        model: left as it is.
+        example: two images, as the model takes them.
+    """
+
+    def __init__(self, model: PreTrainedModel, example: Inputs) -> None:
         self.model = model
 
     def start(self, threads: int) -> Call:
         """Return the call to measure; the caller has set PyTorch's number of threads."""
-        return MainOutput(self.model)
+        output = MainOutput(self.model)
+        return lambda inputs: output(**inputs)
 
     @property
     def weight_bytes(self) -> int:
@@ -77,25 +87,27 @@ class DenseCompiled(Backend):
     """The model through torch.compile."""
 
     def start(self, threads: int) -> Call:
-        return torch.compile(MainOutput(self.model), dynamic=False)
+        compiled = torch.compile(MainOutput(self.model), dynamic=False)
+        return lambda inputs: compiled(**inputs)
 
 
 class DenseBFloat16(Backend):
     """The model in PyTorch with weights and activations in bfloat16."""
 
-    def __init__(self, model: PreTrainedModel) -> None:
-        super().__init__(copy.deepcopy(model).bfloat16())
+    def __init__(self, model: PreTrainedModel, example: Inputs) -> None:
+        super().__init__(copy.deepcopy(model).bfloat16(), example)
 
     def start(self, threads: int) -> Call:
         call = super().start(threads)
-        return lambda pixels: call(pixels.to(torch.bfloat16)).float()
+        return lambda inputs: call(inputs | {"pixel_values": inputs["pixel_values"].to(torch.bfloat16)}).float()
 
 
 class Sparse(Backend):
-    """The model after `optimize_for_inference`."""
+    """The model after `optimize_for_inference`, which chooses layers for images of the size that is measured."""
 
-    def __init__(self, model: PreTrainedModel) -> None:
-        super().__init__(optimize_for_inference(copy.deepcopy(model)))
+    def __init__(self, model: PreTrainedModel, example: Inputs) -> None:
+        single = {name: value[:1] for name, value in example.items()}
+        super().__init__(optimize_for_inference(copy.deepcopy(model), example_inputs=single), example)
 
 
 class SparseCompiled(Sparse):
@@ -105,13 +117,14 @@ class SparseCompiled(Sparse):
 
 
 class ONNXRuntime(Backend):
-    """ONNX Runtime on the exported dense model, float32."""
+    """ONNX Runtime on the exported dense model, float32, for images of one size."""
 
-    def __init__(self, model: PreTrainedModel) -> None:
-        super().__init__(model)
-        self.runtime = need("onnxruntime", "export")
+    def __init__(self, model: PreTrainedModel, example: Inputs) -> None:
+        super().__init__(model, example)
+        self.runtime = prepare(model)
         self.folder = tempfile.TemporaryDirectory(prefix="cap_hf-")
-        self.path = export_onnx(model, Path(self.folder.name) / "onnx")
+        self.path = Path(self.folder.name) / ONNX_NAME
+        write_checked(self.runtime, model, example, self.path)
 
     def start(self, threads: int) -> Call:
         options = self.runtime.SessionOptions()
@@ -119,7 +132,7 @@ class ONNXRuntime(Backend):
         # Between two calls its threads would spin on, and take a core from what is measured next.
         options.add_session_config_entry("session.force_spinning_stop", "1")
         session = self.runtime.InferenceSession(str(self.path), options, providers=["CPUExecutionProvider"])
-        return lambda pixels: torch.from_numpy(session.run(None, {"pixel_values": pixels.numpy()})[0])
+        return lambda inputs: torch.from_numpy(session.run(None, {"pixel_values": inputs["pixel_values"].numpy()})[0])
 
     @property
     def weight_bytes(self) -> int:
@@ -129,14 +142,14 @@ class ONNXRuntime(Backend):
 class OpenVINO(ONNXRuntime):
     """OpenVINO on the same ONNX file, float32."""
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, example: Inputs) -> None:
         self.openvino = need("openvino", "export")
-        super().__init__(model)
+        super().__init__(model, example)
 
     def start(self, threads: int) -> Call:
         settings = {"INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
         compiled = self.openvino.Core().compile_model(str(self.path), "CPU", settings)
-        return lambda pixels: torch.from_numpy(np.array(compiled([pixels.numpy()])[0]))
+        return lambda inputs: torch.from_numpy(np.array(compiled([inputs["pixel_values"].numpy()])[0]))
 
 
 BACKENDS: dict[str, type[Backend]] = {
@@ -159,8 +172,10 @@ def benchmark(
     seconds: float = float("inf"),
     progress: Callable[[str], object] = lambda text: None,
     measured: Callable[[list[Measurement]], object] = lambda found: None,
+    image_processor: BaseImageProcessor | None = None,
+    image_size: int | Sequence[int] | None = None,
 ) -> tuple[list[Measurement], dict[str, str]]:
-    """Measure backends in turns on random images of the size in the model's config, on the CPU.
+    """Measure backends in turns on random images of the size that the model is used with, on the CPU.
 
     Args:
         model: dense or pruned, in float32; left as it is.
@@ -170,25 +185,39 @@ def benchmark(
         seconds: end a setting earlier after this long, with three turns at least.
         progress: told what is done next.
         measured: told what was measured in a setting, as soon as it is.
+        image_processor: that decides the size of the images; default: the one beside the checkpoint that the model was
+            loaded from, if it is on this machine.
+        image_size: height and width, or one number for both, in the place of what the image processor says. Where there
+            is neither, the config says it.
 
     Returns:
         What was measured, and the reason why each of the other backends was not, by name.
 
     Raises:
-        CAPError: there is no backend of some name.
+        CAPError: there is no backend of some name, the model has quantised weights or is not on the CPU, or it refuses
+            images of this size or gives no finite numbers for them.
     """
     names = list(dict.fromkeys(["dense", *backends]))
     unknown = [name for name in names if name not in BACKENDS]
     if unknown:
         raise CAPError(f"backend {unknown[0]!r} is none of {', '.join(BACKENDS)}")
+    refuse_quantized(model, "what is compared are models in floats: name the checkpoint that it was made from")
+    if any(parameter.device.type != "cpu" for parameter in model.parameters()):
+        raise CAPError(f"{type(model).__name__} is not on the CPU, where it would be measured: model.cpu()")
+    example = make_example(model, 2, image_processor, image_size)
+    with torch.inference_mode(), explained(model, example):
+        if not Dense(model, example).start(0)(example).isfinite().all():
+            raise CAPError("it gives numbers that are not finite")
     ready: dict[str, Backend] = {}
     missing: dict[str, str] = {}
     for name in names:
         progress(f"preparing {name}")
         try:
-            ready[name] = BACKENDS[name](model)
+            ready[name] = BACKENDS[name](model, example)
         except CAPError as error:
-            missing[name] = str(error)
+            missing[name] = reason(error)
+        except Exception as error:  # whatever an exporter may do, or a full disk
+            missing[name] = f"failed: {reason(error)}"
     found: list[Measurement] = []
     before = torch.get_num_threads()
     try:
@@ -196,8 +225,8 @@ def benchmark(
             torch.set_num_threads(count)
             for size in batch_sizes:
                 progress(f"batch {size}, {count} threads")
-                pixels = make_example(model, size)["pixel_values"]
-                setting = measure(ready, missing, pixels, count, runs, seconds)
+                inputs = make_example(model, size, image_processor, image_size)
+                setting = measure(ready, missing, inputs, count, runs, seconds)
                 measured(setting)
                 found += setting
     finally:
@@ -209,7 +238,7 @@ def benchmark(
 def measure(
     ready: dict[str, Backend],
     missing: dict[str, str],
-    pixels: torch.Tensor,
+    inputs: Inputs,
     threads: int,
     runs: int,
     seconds: float,
@@ -222,29 +251,34 @@ def measure(
             continue
         try:
             call = backend.start(threads)
-            outputs[name] = call(pixels)
+            outputs[name] = call(inputs)
+            if not outputs[name].isfinite().all():
+                raise CAPError("it gives numbers that are not finite")
         except Exception as error:  # whatever a compiler or another runtime may do
             missing[name] = f"failed: {reason(error)}"
             continue
         calls[name] = call
-    times = time_in_turns([partial(call, pixels) for call in calls.values()], runs, seconds, pause=PAUSE)
+    times = time_in_turns([partial(call, inputs) for call in calls.values()], runs, seconds, pause=PAUSE)
     medians = {name: statistics.median(taken) for name, taken in zip(calls, times, strict=True)}
-    largest = outputs["dense"].abs().max().item()
+    # Of outputs that are all 0 there is no relative difference.
+    largest = outputs["dense"].abs().max().item() or 1.0
+    batch_size, size = len(inputs["pixel_values"]), size_of(ready["dense"].model, inputs)
     found = []
     for name, taken in zip(calls, times, strict=True):
         low, _, high = statistics.quantiles(taken, n=4)
         found.append(
             Measurement(
                 backend=name,
-                batch_size=len(pixels),
+                batch_size=batch_size,
                 threads=threads,
                 seconds=medians[name],
                 low_seconds=low,
                 high_seconds=high,
-                images_per_second=len(pixels) / medians[name],
+                images_per_second=batch_size / medians[name],
                 weight_bytes=ready[name].weight_bytes,
                 max_difference=(outputs[name] - outputs["dense"]).abs().max().item() / largest,
                 speedup=medians["dense"] / medians[name],
+                image_size=size,
             )
         )
     return found

@@ -2,20 +2,23 @@
 
 import functools
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import BaseImageProcessor, PreTrainedModel
 
 from cap_hf.checkpoints.loading import load_checkpoint
+from cap_hf.checkpoints.processors import SOURCE, find_image_processor
+from cap_hf.checkpoints.quantized import refuse_quantized
 from cap_hf.errors import CAPError
 from cap_hf.inference.choice import is_faster, is_semi_structured_faster
+from cap_hf.inference.example import explained, make_example
 from cap_hf.inference.linear import CSRLinear, SparseLinear, SparseWeightLinear, carry_hooks
 from cap_hf.inference.operators import has_kernel
 from cap_hf.inference.semi_structured import check_device, is_semi_structured, to_semi_structured
-from cap_hf.towers import image_shape, see
+from cap_hf.towers import see
 
 logger = logging.getLogger(__name__)
 
@@ -25,7 +28,11 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 def optimize_for_inference(
-    model: Model, backend: str = "auto", example_inputs: Mapping[str, torch.Tensor] | None = None
+    model: Model,
+    backend: str = "auto",
+    example_inputs: Mapping[str, torch.Tensor] | None = None,
+    image_processor: BaseImageProcessor | None = None,
+    image_size: int | Sequence[int] | None = None,
 ) -> Model:
     """Replace the sparse Linear layers of a model, in place, by layers that multiply the non-zero weights only.
 
@@ -38,25 +45,35 @@ def optimize_for_inference(
         backend: 'auto' replaces a layer where that is measured to be faster, and leaves the others dense. On the CPU
             it takes the C++ kernel, or PyTorch's CSR product where there is no compiler; on a GPU the 2:4 product.
             'kernel', 'csr' and 'semi_structured' name one of these, which replaces all layers it can, faster or not.
-        example_inputs: what the model is called with once, to see how many tokens each layer gets; default: one image
-            of the size in the config.
+        example_inputs: what the model is called with once, to see how many tokens each layer gets; default: one image.
+        image_processor: that decides the size of this image; default: the one beside the checkpoint that the model was
+            loaded from, if it is on this machine.
+        image_size: height and width of this image, or one number for both, in the place of what the image processor
+            says. Where there is neither, the config says it.
 
     Returns:
         The model, in eval mode.
 
     Raises:
-        CAPError: there is no such backend or it cannot run here, the model has no sparse Linear layer for it, or its
-            config does not say how large an image is.
+        CAPError: there is no such backend or it cannot run here, the model has no sparse Linear layer for it, its
+            weights are quantised, or it refuses the example.
     """
     if backend not in BACKENDS:
         raise CAPError(f"backend {backend!r} is none of {', '.join(BACKENDS)}")
+    refuse_quantized(model, "sparse layers take weights in floats: load the checkpoint that it was made from")
     model.eval()
     linears = find_sparse_linears(model)
     if not linears:
         raise CAPError(f"{type(model).__name__} has no Linear layer with zeros: prune it first")
     devices = {linear.weight.device.type for linear in linears.values()}
     if backend == "semi_structured" or (backend == "auto" and devices == {"cuda"}):
-        return use_semi_structured(model, linears, backend, example_inputs)
+        chosen = find_semi_structured(linears)
+        if backend == "auto":
+            example = example_inputs or make_example(model, 1, image_processor, image_size)
+            chosen = faster_layers(model, chosen, is_semi_structured_faster, example)
+        for linear in chosen.values():
+            to_semi_structured(linear)
+        return model
     if devices != {"cpu"}:
         raise CAPError(f"the sparse layers run on the CPU and the model is on {', '.join(sorted(devices))}: move it")
     kind = choose_kind(backend)
@@ -64,7 +81,8 @@ def optimize_for_inference(
     if not linears:
         raise CAPError("the sparse layers compute in float32: load the model with dtype='float32'")
     if backend == "auto":
-        linears = faster_layers(model, linears, functools.partial(is_faster, kind), example_inputs)
+        example = example_inputs or make_example(model, 1, image_processor, image_size)
+        linears = faster_layers(model, linears, functools.partial(is_faster, kind), example)
     for name, linear in linears.items():
         replace(model, name, kind(linear))
     return model
@@ -74,7 +92,7 @@ def faster_layers(
     model: nn.Module,
     linears: Mapping[str, nn.Linear],
     is_faster: Callable[[nn.Linear, int], bool],
-    example_inputs: Mapping[str, torch.Tensor] | None,
+    example_inputs: Mapping[str, torch.Tensor],
 ) -> dict[str, nn.Linear]:
     """Return those of some layers that are faster once they are sparse.
 
@@ -82,7 +100,7 @@ def faster_layers(
         model: whose layers they are.
         linears: by name.
         is_faster: asked with each layer and how many tokens it gets.
-        example_inputs: what the model is called with; None for one image of the config's size.
+        example_inputs: what the model is called with.
     """
     tokens = count_tokens(model, linears, example_inputs)
     # A layer that the example does not reach is never slower for being left alone.
@@ -98,6 +116,7 @@ class SparseAutoModel:
         model_name_or_path: str,
         backend: str = "auto",
         example_inputs: Mapping[str, torch.Tensor] | None = None,
+        image_size: int | Sequence[int] | None = None,
         **kwargs: Any,
     ) -> PreTrainedModel:
         """Return `optimize_for_inference` of a checkpoint, in float32: a model of the class that its config names.
@@ -105,14 +124,25 @@ class SparseAutoModel:
         Args:
             model_name_or_path: a Hub id or a folder.
             backend: as of `optimize_for_inference`.
-            example_inputs: as of `optimize_for_inference`.
+            example_inputs: as of `optimize_for_inference`; default: one image of the size that the checkpoint's image
+                processor gives.
+            image_size: as of `optimize_for_inference`.
             kwargs: passed on to transformers, such as `revision`, `token` or another `dtype`.
 
         Raises:
             CAPError: the checkpoint cannot be loaded or lacks weights; as of `optimize_for_inference`.
         """
         kwargs.setdefault("dtype", "float32")
-        return optimize_for_inference(load_checkpoint(model_name_or_path, **kwargs), backend, example_inputs)
+        model = load_checkpoint(model_name_or_path, **kwargs)
+        image_processor = None
+        if backend == "auto" and example_inputs is None and image_size is None:
+            source = {name: kwargs[name] for name in ("trust_remote_code", *SOURCE) if name in kwargs}
+            try:
+                image_processor = find_image_processor(model_name_or_path, **source)
+            except CAPError as error:
+                # It need not be loaded to call the model.
+                logger.warning("%s: layers are chosen for images as large as the config says", error)
+        return optimize_for_inference(model, backend, example_inputs, image_processor, image_size)
 
 
 class SparseModelForImageClassification(SparseAutoModel):
@@ -164,7 +194,7 @@ def warn_without_kernel() -> None:
 
 
 def count_tokens(
-    model: nn.Module, linears: Mapping[str, nn.Linear], example_inputs: Mapping[str, torch.Tensor] | None
+    model: nn.Module, linears: Mapping[str, nn.Linear], example_inputs: Mapping[str, torch.Tensor]
 ) -> dict[str, int]:
     """Return how many rows of input each layer gets in one forward pass; the most, if it is called several times."""
     tokens: dict[str, int] = {}
@@ -175,39 +205,18 @@ def count_tokens(
 
         return hook
 
-    inputs = make_example(model) if example_inputs is None else example_inputs
     handles = [linear.register_forward_pre_hook(watch(name)) for name, linear in linears.items()]
     try:
-        with torch.inference_mode():
-            see(model, inputs)
+        with torch.inference_mode(), explained(model, example_inputs):
+            see(model, example_inputs)
     finally:
         for handle in handles:
             handle.remove()
     return tokens
 
 
-def make_example(model: nn.Module, batch_size: int = 1) -> dict[str, torch.Tensor]:
-    """Return `pixel_values` `(batch, channels, height, width)`, random and of the size in a model's config.
-
-    Raises:
-        CAPError: the config has no number of channels.
-    """
-    channels, height, width = image_shape(model)
-    if not channels:
-        raise CAPError(f"the config of {type(model).__name__} has no num_channels: pass example_inputs")
-    generator = torch.Generator().manual_seed(0)
-    pixels = torch.randn(batch_size, channels, height, width, generator=generator)
-    parameter = next(model.parameters())
-    return {"pixel_values": pixels.to(device=parameter.device, dtype=parameter.dtype)}
-
-
-def use_semi_structured(
-    model: Model,
-    linears: Mapping[str, nn.Linear],
-    backend: str,
-    example_inputs: Mapping[str, torch.Tensor] | None,
-) -> Model:
-    """Compress the 2:4 weights of these layers, in place, for the GPU's sparse tensor cores.
+def find_semi_structured(linears: Mapping[str, nn.Linear]) -> dict[str, nn.Linear]:
+    """Return those of some layers whose 2:4 weights the sparse tensor cores of their GPU take.
 
     Raises:
         CAPError: the device has no sparse tensor cores, or no weight is 2:4.
@@ -220,11 +229,7 @@ def use_semi_structured(
         )
     for linear in chosen.values():
         check_device(linear.weight.device)
-    if backend == "auto":
-        chosen = faster_layers(model, chosen, is_semi_structured_faster, example_inputs)
-    for linear in chosen.values():
-        to_semi_structured(linear)
-    return model
+    return chosen
 
 
 def replace(model: nn.Module, name: str, new: SparseWeightLinear) -> None:
