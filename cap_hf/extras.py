@@ -4,16 +4,21 @@ import importlib
 import importlib.util
 from types import ModuleType
 
-from cap_hf.errors import CAPError
+from cap_hf.errors import CAPError, reason
 
 
 def need(package: str, extra: str) -> ModuleType:
     """Import a package that an extra of cap_hf installs; `package` may name a submodule.
 
     Raises:
-        CAPError: the package is not installed.
+        CAPError: the package is not installed, or does not go with the others that are.
     """
     root = package.partition(".")[0]
     if importlib.util.find_spec(root) is None:
         raise CAPError(f"{root} is not installed: pip install 'cap_hf[{extra}]'")
-    return importlib.import_module(package)
+    try:
+        return importlib.import_module(package)
+    except Exception as error:  # a library that is not there, a version of another package
+        raise CAPError(
+            f"{root} is installed and cannot be imported ({reason(error)}): pip install --upgrade 'cap_hf[{extra}]'"
+        ) from error

@@ -76,7 +76,7 @@ def image_shape(model: nn.Module) -> tuple[int, int, int]:
     the first convolution shows it.
     """
     configs = vision_configs(model)
-    timm = next((config.pretrained_cfg for config in configs if getattr(config, "pretrained_cfg", None)), {})
+    timm = first_of(configs, "pretrained_cfg") or {}
     if "input_size" in timm:
         channels, height, width = timm["input_size"]
         return channels, height, width

@@ -25,7 +25,7 @@ from transformers.utils.hub import cached_files
 from cap_hf.checkpoints.files import check_file
 from cap_hf.checkpoints.folder import COMPANIONS, check_inside, check_model_config, read_json
 from cap_hf.checkpoints.location import check_location
-from cap_hf.checkpoints.quantized import check_quantization, check_stored
+from cap_hf.checkpoints.quantized import check_stored, quantization_fault
 from cap_hf.checkpoints.weights import WeightFiles, find_weight_files
 from cap_hf.errors import CAPError, reason
 from cap_hf.targets import summarize
@@ -94,17 +94,14 @@ def check_folder(folder: str | Path, trust_remote_code: bool = False) -> WeightF
     try:
         with only_errors(), torch.device("meta"):
             config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-            check_quantization(config, folder)
             kind = model_class(config, trust_remote_code)
             # Not in the config's dtype, of which there may be no random numbers.
             if issubclass(kind, PreTrainedModel):
                 model = kind._from_config(config, dtype=torch.float32)
             else:
                 model = kind.from_config(config, dtype=torch.float32, trust_remote_code=trust_remote_code)
-    except CAPError:
-        raise
     except Exception as error:  # configuration, foreign code
-        raise CAPError(_explain(folder, error)) from error
+        raise CAPError(quantization_fault(folder) or _explain(folder, error)) from error
     asked, stored = model.num_parameters(), sum(each.num_entries for each in contents)
     # What is lacking in part is named when the model is loaded.
     if asked > 2 * stored:
@@ -157,7 +154,6 @@ def load_checkpoint(
     try:
         with only_errors():
             config = AutoConfig.from_pretrained(name_or_path, **source, trust_remote_code=trust_remote_code)
-            check_quantization(config, name_or_path)
             kind = model_class(config, trust_remote_code)
             model, info = kind.from_pretrained(name_or_path, **arguments)
             unpooled = "add_pooling_layer" in inspect.signature(type(model)).parameters
@@ -167,7 +163,7 @@ def load_checkpoint(
     except CAPError:
         raise
     except Exception as error:  # configuration, file format, foreign code
-        raise CAPError(_explain(name_or_path, error)) from error
+        raise CAPError(quantization_fault(name_or_path, **source) or _explain(name_or_path, error)) from error
     missing, mismatched = info["missing_keys"], {name for name, *_ in info["mismatched_keys"]}
     if missing:
         raise CAPError(

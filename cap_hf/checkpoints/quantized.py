@@ -9,10 +9,9 @@ from torch.distributed.tensor import DTensor
 from torch.sparse import SparseSemiStructuredTensor
 from transformers import PreTrainedConfig
 from transformers.utils.hub import cached_file
-from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from cap_hf.checkpoints.files import open_safetensors
-from cap_hf.checkpoints.folder import MODEL_CONFIG_NAME, shorten
+from cap_hf.checkpoints.folder import MODEL_CONFIG_NAME
 from cap_hf.checkpoints.weights import find_weight_files
 from cap_hf.errors import CAPError, reason
 from cap_hf.extras import need
@@ -85,25 +84,35 @@ def dequantize(model: nn.Module) -> str | None:
     return method
 
 
-def check_quantization(config: PreTrainedConfig, name_or_path: str | Path) -> None:
-    """Check what a config says of quantised weights, before transformers acts on it.
+def quantization_fault(name_or_path: str | Path, **source: Any) -> str | None:
+    """Return what is wrong with what a checkpoint's config.json says of quantised weights; None if nothing is.
 
-    Raises:
-        CAPError: that is no JSON object, or torchao is named and not installed.
+    Args:
+        name_or_path: a Hub id, or a folder.
+        source: where `from_pretrained` finds it.
     """
-    stated: Any = getattr(config, "quantization_config", None)
+    try:
+        config, _ = PreTrainedConfig.get_config_dict(name_or_path, **source)
+    except Exception:  # there is no config to read, which is another fault
+        return None
+    stated = config.get("quantization_config")
     if stated is None:
-        return
-    if not isinstance(stated, (dict, QuantizationConfigMixin)):
-        raise CAPError(
-            f"{name_or_path} has the quantization_config {shorten(repr(stated))} in its config.json, which is no object"
+        return None
+    if not isinstance(stated, dict) or "quant_method" not in stated:
+        return (
+            f"{name_or_path} has a quantization_config without a quant_method in its config.json: remove it, if the "
+            "weights are floats"
         )
-    if stated_method(config) == "torchao":
-        need("torchao", "quantization")
+    if stated["quant_method"] == "torchao":
+        try:
+            need("torchao", "quantization")
+        except CAPError as error:
+            return f"{name_or_path} is quantised with torchao: {error}"
+    return None
 
 
 def check_stored(config: PreTrainedConfig, name_or_path: str | Path, **source: Any) -> None:
-    """Raise a CAPError if the weights of a checkpoint are integers of which its config does not say what they stand for.
+    """Raise a CAPError if weights are stored as integers, and the config does not say what these stand for.
 
     transformers takes such numbers for the weights themselves.
 
@@ -115,7 +124,7 @@ def check_stored(config: PreTrainedConfig, name_or_path: str | Path, **source: A
     if getattr(config, "quantization_config", None) is not None:
         return
     try:
-        paths = find_weight_files(Path(cached_file(name_or_path, MODEL_CONFIG_NAME, **source)).parent).paths
+        paths = find_weight_files(Path(cached_file(name_or_path, MODEL_CONFIG_NAME, **source) or "").parent).paths
     except Exception:  # the weights have a name of their own, which from_pretrained knows
         return
     for path in paths:
@@ -124,6 +133,6 @@ def check_stored(config: PreTrainedConfig, name_or_path: str | Path, **source: A
                 view = file.get_slice(name)
                 if name.endswith(".weight") and len(view.get_shape()) > 1 and view.get_dtype() in NOT_REAL:
                     raise CAPError(
-                        f"{path} has {name} in the dtype {view.get_dtype()}, and config.json has no quantization_config "
-                        "that says what these numbers stand for: save the model in floats"
+                        f"{path} has {name} in the dtype {view.get_dtype()}, and config.json has no "
+                        "quantization_config that says what these numbers stand for: save the model in floats"
                     )

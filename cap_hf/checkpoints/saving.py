@@ -101,6 +101,7 @@ def save_compressed(model: PreTrainedModel, folder: Path, max_shard_size: int | 
         [(names, lambda name: state[name].detach().cpu()) for names in split.filename_to_tensors.values()],
         read_json(folder / MODEL_CONFIG_NAME),
         folder,
+        type(model).__name__,
     )
 
 
@@ -143,10 +144,10 @@ def compress_weights(source: Path, destination: Path) -> None:
         check_file(path)
     with ExitStack() as stack:
         opened = [stack.enter_context(open_safetensors(path)) for path in files.paths]
-        write_compressed([(list(file.keys()), file.get_tensor) for file in opened], config, destination)
+        write_compressed([(list(file.keys()), file.get_tensor) for file in opened], config, destination, source)
 
 
-def write_compressed(shards: Sequence[Shard], config: dict, folder: Path) -> None:
+def write_compressed(shards: Sequence[Shard], config: dict, folder: Path, name: str | Path) -> None:
     """Write compressed weights and the config.json that makes `from_pretrained` load them.
 
     Tensors that would not become smaller stay dense.
@@ -155,13 +156,17 @@ def write_compressed(shards: Sequence[Shard], config: dict, folder: Path) -> Non
         shards: of the weights, one for each file.
         config: what config.json holds of a plain checkpoint.
         folder: that exists.
+        name: of what is compressed, for the error.
 
     Raises:
-        CAPError: the weights are quantized.
+        CAPError: the weights are quantised.
     """
     if quantization := config.get("quantization_config"):
         method = quantization.get("quant_method") if isinstance(quantization, dict) else None
-        raise CAPError(f"{folder.name} is quantized with {method}: only a plain checkpoint can be compressed")
+        raise CAPError(
+            f"{name} is quantised{f' with {method}' if method else ''}: compress the checkpoint in floats that it was "
+            "made from"
+        )
     stem = COMPRESSED_NAME.removesuffix(".safetensors")
     weight_map, total = {}, 0
     for number, (names, read) in enumerate(shards, 1):

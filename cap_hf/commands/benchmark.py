@@ -12,7 +12,7 @@ from cap_hf.extras import need
 if TYPE_CHECKING:
     from cap_hf.inference.benchmark import Measurement
 
-# The names in cap_hf.inference.benchmark.BACKENDS, whose classes need torch.
+# The names in cap_hf.inference.backends.BACKENDS, whose classes need torch.
 BACKENDS = ("dense", "dense_compile", "dense_bf16", "sparse", "sparse_compile", "onnxruntime", "openvino")
 
 

@@ -10,9 +10,10 @@ import datasets
 import huggingface_hub
 import transformers
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
-from transformers import AutoImageProcessor, PreTrainedModel
+from transformers import PreTrainedModel
 
-from cap_hf.checkpoints.loading import find_companions, load_checkpoint, only_errors
+from cap_hf.checkpoints.loading import find_companions, load_checkpoint
+from cap_hf.checkpoints.processors import find_image_processor
 from cap_hf.commands.arguments import ModelArguments
 from cap_hf.data.arguments import DataArguments
 from cap_hf.data.images import ImageDataset
@@ -40,17 +41,15 @@ def load_image_processor(args: ModelArguments) -> Any:
     """Return the checkpoint's own image processor.
 
     Raises:
-        CAPError: it has none.
+        CAPError: it has none, or one that cannot be loaded.
     """
-    source = where_to_load(args)
-    try:
-        # Without torchvision the processor falls back to PIL and says so in a warning of several lines.
-        with only_errors():
-            return AutoImageProcessor.from_pretrained(
-                args.model_name_or_path, trust_remote_code=args.trust_remote_code, **source
-            )
-    except Exception as error:  # configuration, network
-        raise CAPError(f"{args.model_name_or_path} has no image processor: {reason(error)}") from error
+    found = find_image_processor(args.model_name_or_path, args.trust_remote_code, **where_to_load(args))
+    if found is None:
+        raise CAPError(
+            f"{args.model_name_or_path} has no image processor: save one beside its weights, with save_pretrained of "
+            "the one that it was trained with"
+        )
+    return found
 
 
 def load_companions(args: ModelArguments) -> list[Path]:

@@ -46,7 +46,9 @@ def evaluate(
     from cap_hf.checkpoints.atomic import write_json
     from cap_hf.commands.common import load_all, load_model
     from cap_hf.commands.evaluation import Evaluation
+    from cap_hf.data.images import collate
     from cap_hf.distributed.accelerator import make_accelerator
+    from cap_hf.inference.example import size_of
     from cap_hf.report import versions
 
     accelerator = make_accelerator()
@@ -69,6 +71,7 @@ def evaluate(
             "model_name_or_path": model_args.model_name_or_path,
             "dense_model_name_or_path": args.dense_model_name_or_path,
             "data": asdict(data_args),
+            "image_size": size_of(model, collate([evaluation.dataset[0]])),
             "dense": dense,
             "metrics": metrics,
             "versions": versions(),

@@ -24,6 +24,7 @@ from cap_hf.config import CONFIG_NAME, CAPConfig
 from cap_hf.data.arguments import DataArguments
 from cap_hf.data.images import collate
 from cap_hf.errors import CAPError, reason
+from cap_hf.inference.example import size_of
 from cap_hf.masks import describe_masks
 from cap_hf.outputs import label_names
 from cap_hf.recovery.distillation import check_pixels, without_head
@@ -136,6 +137,7 @@ def main(argv: list[str]) -> None:
         "model_name_or_path": model_args.model_name_or_path,
         "teacher_model_name_or_path": args.teacher_model_name_or_path,
         "data": asdict(data_args),
+        "image_size": size_of(model, collate([train_dataset[0]])),
         "config": config.to_dict() if training_args.schedule else None,
         "training_arguments": training_args.changed(),
         "num_processes": trainer.accelerator.num_processes,

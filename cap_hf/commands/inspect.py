@@ -28,6 +28,7 @@ def main(argv: list[str]) -> None:
     from cap_hf.checkpoints.atomic import write_json
     from cap_hf.checkpoints.folder import read_report
     from cap_hf.checkpoints.loading import check_folder, load_checkpoint, local_folder
+    from cap_hf.checkpoints.quantized import dequantize
     from cap_hf.checkpoints.weights import measure
     from cap_hf.masks import describe_masks, differing_layers, find_pattern, take_masks
     from cap_hf.targets import find_targets, left_alone, summarize
@@ -38,6 +39,7 @@ def main(argv: list[str]) -> None:
     files, stated = check_folder(folder, model_args.trust_remote_code), read_report(folder)
     dense_bytes, compressed_bytes = measure(folder)
     model = load_checkpoint(folder, model_args.trust_remote_code, "float32")
+    quantization = dequantize(model)
     targets = find_targets(model, config.fisher_block_size, args.include, args.exclude)
     left = left_alone(model, targets)
     masks = take_masks(targets)
@@ -55,6 +57,7 @@ def main(argv: list[str]) -> None:
         "num_weights": weights,
         "num_zeros": zeros,
         "sparsity": zeros / weights,
+        "quantization": quantization,
         "compressed": files.compressed,
         "file_bytes": files.num_bytes,
         "dense_bytes": dense_bytes,
@@ -82,6 +85,8 @@ def main(argv: list[str]) -> None:
     )
     for reason in dict.fromkeys(left.values()):
         print(f"Left alone: {summarize([name for name in left if left[name] == reason], 3)} ({reason})")
+    if quantization:
+        print(f"Its weights are quantised with {quantization}; what is 0 is what they stand for")
     print(
         f"Weights take {files.num_bytes:,} bytes, {'compressed' if files.compressed else 'plain'}: "
         f"{dense_bytes:,} dense, {compressed_bytes:,} compressed ({percent(compressed_bytes / dense_bytes)} %)"

@@ -79,6 +79,7 @@ def prune(
     from cap_hf.compressor import CAPCompressor
     from cap_hf.data.images import calibration_split, collate, make_dataloader
     from cap_hf.distributed.accelerator import make_accelerator
+    from cap_hf.inference.example import size_of
     from cap_hf.report import Phases
     from cap_hf.targets import left_alone
 
@@ -135,6 +136,7 @@ def prune(
     config = compressor.config
     facts = describe(model_args, data_args, config, accelerator)
     facts |= {"dense": dense, "left_alone": left_alone(model, compressor.targets)}
+    facts["image_size"] = size_of(model, collate([calibration[0]]))
     results = []
     for sparsity in sparsities:
         with phases(f"prune {sparsity:g}"):

@@ -20,6 +20,7 @@ from huggingface_hub.utils import validate_repo_id
 from cap_hf.checkpoints.folder import read_cap_config, read_report
 from cap_hf.checkpoints.loading import check_folder, load_checkpoint
 from cap_hf.checkpoints.metrics import Measured, measured_in
+from cap_hf.checkpoints.quantized import dequantize
 from cap_hf.checkpoints.weights import measure
 from cap_hf.config import CAPConfig
 from cap_hf.errors import CAPError
@@ -50,7 +51,7 @@ class CardFacts:
         pattern: N:M, if every target keeps to it.
         layers: of each target what `describe_masks` says.
         labels: the names of the classes that it tells apart, where it does.
-        dense, sparse: what was measured, accuracies in [0, 1].
+        dense, sparse: what was measured, accuracies in [0, 1]; quantization: of the weights, where they are no floats.
         file_bytes: of the weight files; dense_bytes, compressed_bytes: of their tensors in either form.
     """
 
@@ -66,6 +67,7 @@ class CardFacts:
     file_bytes: int
     dense_bytes: int
     compressed_bytes: int
+    quantization: str | None = None
     base_model: str | None = None
     license: dict[str, str] = field(default_factory=dict)
     dataset: str | None = None
@@ -112,7 +114,8 @@ class CardFacts:
         files = check_folder(folder, trust_remote_code)
         dense_bytes, compressed_bytes = measure(folder)
         config = settings.to_dict() if settings else {}
-        model = load_checkpoint(folder, trust_remote_code)
+        model = load_checkpoint(folder, trust_remote_code, "float32")
+        quantization = dequantize(model)
         targets = find_targets(model, "row", config.get("include"), config.get("exclude"))
         masks = take_masks(targets)
         wrong = differing_layers(find_targets(model), report)
@@ -138,6 +141,7 @@ class CardFacts:
             file_bytes=files.num_bytes,
             dense_bytes=dense_bytes,
             compressed_bytes=compressed_bytes,
+            quantization=quantization,
             base_model=base_model or report.get("model_name_or_path"),
             license={"license": license} if license else base_license(base_model or report.get("model_name_or_path")),
             dataset=data.get("dataset_name"),

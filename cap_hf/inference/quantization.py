@@ -1,11 +1,11 @@
 """int8 on top of sparsity, with torchao through transformers: zeros stay zeros."""
 
-import tempfile
-
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TorchAoConfig
 
-from cap_hf.errors import CAPError
+from cap_hf.checkpoints.quantized import refuse_quantized
+from cap_hf.distributed.temporary import TemporaryFolder
+from cap_hf.errors import CAPError, reason
 from cap_hf.extras import need
 from cap_hf.inference.linear import SparseWeightLinear
 from cap_hf.targets import find_targets
@@ -22,24 +22,29 @@ def quantize_int8(model: PreTrainedModel, activations: bool = False) -> PreTrain
         activations: also quantise what goes into these layers, one scale per token, found for each input anew.
 
     Raises:
-        CAPError: torchao is not installed, or the model was optimised for inference.
+        CAPError: torchao is not installed, the model was optimised for inference, is quantised already, or has no
+            Linear layer among its targets, or torchao fails.
     """
-    need("torchao", "quantization")
+    torchao = need("torchao.quantization", "quantization")
+    if not isinstance(model, PreTrainedModel):
+        raise CAPError(f"{type(model).__name__} is no model of transformers: quantise the one that it was made from")
     if any(isinstance(module, SparseWeightLinear) for module in model.modules()):
         raise CAPError("a model that was optimised for inference cannot be quantised: load it anew")
-    # Imported here: they are slow, and few need them.
-    from torchao.quantization import Int8DynamicActivationInt8WeightConfig, Int8WeightOnlyConfig
-    from transformers import TorchAoConfig
-
+    refuse_quantized(model, "there is nothing left to quantise")
     chosen = {target.name for target in find_targets(model) if not target.is_conv}
+    if not chosen:
+        raise CAPError(f"{type(model).__name__} has no Linear layer to quantise: its targets are convolutions")
     others = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and name not in chosen]
-    kind = Int8DynamicActivationInt8WeightConfig if activations else Int8WeightOnlyConfig
+    kind = torchao.Int8DynamicActivationInt8WeightConfig if activations else torchao.Int8WeightOnlyConfig
     # By way of a folder, because transformers quantises when it loads, and then knows how to save it again.
-    with tempfile.TemporaryDirectory(prefix="cap_hf-") as folder:
-        model.save_pretrained(folder)
-        quantized = type(model).from_pretrained(
-            folder,
-            dtype=model.dtype,
-            quantization_config=TorchAoConfig(kind(), modules_to_not_convert=others),
-        )
+    with TemporaryFolder() as folder:
+        try:
+            model.save_pretrained(folder)
+            quantized = type(model).from_pretrained(
+                folder,
+                dtype=model.dtype,
+                quantization_config=TorchAoConfig(kind(), modules_to_not_convert=others),
+            )
+        except Exception as error:  # torchao, transformers, or a disk that is full
+            raise CAPError(f"{type(model).__name__} cannot be quantised by way of {folder}: {reason(error)}") from error
     return quantized.eval()

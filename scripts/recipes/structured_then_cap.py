@@ -21,7 +21,7 @@ from cap_hf import CAPError
 from cap_hf.commands import prune as prune_command
 from cap_hf.commands.arguments import ModelArguments
 from cap_hf.commands.common import load_image_processor, load_model
-from cap_hf.inference.optimize import make_example
+from cap_hf.inference.example import make_example
 
 
 def find_mlps(model: PreTrainedModel) -> list[tuple[nn.Linear, nn.Linear]]:

@@ -55,4 +55,5 @@ def make_weight(rows, cols, sparsity, seed=0):
 def measurement(backend, seconds, batch_size=1, threads=2, low=None, high=None, speedup=1.0):
     """What a benchmark would say of a backend that takes so long."""
     rate = batch_size / seconds
-    return Measurement(backend, batch_size, threads, seconds, low or seconds, high or seconds, rate, 1, 0.0, speedup)
+    low, high = low or seconds, high or seconds
+    return Measurement(backend, batch_size, threads, seconds, low, high, rate, 1, 0.0, speedup, (32, 32))
