@@ -5,8 +5,9 @@ import torch
 import transformers
 from PIL import Image
 from support.backbones import IMAGE, TINY, tiny_clip
-from support.families import HIERA, Family
+from support.families import BACKBONES, CLASSIFIERS, HIERA, Family
 from support.models import build
+from torch import nn
 from transformers import (
     BertConfig,
     BertModel,
@@ -64,6 +65,34 @@ def test_the_vision_tower_of_a_whole_clip_sees_images_and_alone_is_pruned():
     names = [target.name for target in find_targets(model)]
     assert len(names) == 6
     assert all(name.startswith("vision_model.encoder.") for name in names)
+
+
+@pytest.mark.parametrize(
+    ("family", "shape"),
+    [
+        (CLASSIFIERS["SigLIP"], (3, 8, 8)),
+        (CLASSIFIERS["CLIP"], (3, 8, 8)),
+        (CLASSIFIERS["Hiera"], (3, 32, 32)),
+        (BACKBONES["SigLIP"], (3, 8, 8)),
+        (BACKBONES["DPT on DINOv2"], (3, 8, 8)),
+        (BACKBONES["UperNet on ConvNeXt"], (3, 224, 224)),
+    ],
+)
+def test_the_shape_of_images_is_found_in_the_vision_part_of_a_composite_config(family, shape):
+    assert image_shape(family.build()) == shape
+
+
+def test_where_no_config_has_the_number_of_channels_the_first_convolution_shows_it():
+    class Own(PreTrainedModel):
+        config_class = PreTrainedConfig
+        main_input_name = "pixel_values"
+
+        def __init__(self, config):
+            super().__init__(config)
+            self.patches = nn.Conv2d(4, 8, 2)
+
+    assert image_shape(Own(PreTrainedConfig(image_size=[12, 16]))) == (4, 12, 16)
+    assert image_shape(nn.Linear(2, 2))[0] == 0
 
 
 def test_a_masked_autoencoder_sees_the_whole_image_in_order():

@@ -35,20 +35,16 @@ def find_image_processor(name_or_path: str | Path, trust_remote_code: bool = Fal
         with only_errors():
             return AutoImageProcessor.from_pretrained(name_or_path, trust_remote_code=trust_remote_code, **source)
     except Exception as error:  # configuration, network
+        try:
+            files = cached_files(
+                name_or_path, list(PROCESSOR_NAMES), _raise_exceptions_for_missing_entries=False, **source
+            )
+        except Exception:  # what failed first says more
+            files = [""]
         # timm's models have no file for it: their config says what to do with images.
-        if not has_processor_file(name_or_path, **source):
+        if not files:
             return None
         raise CAPError(f"the image processor of {name_or_path} cannot be loaded: {reason(error)}") from error
-
-
-def has_processor_file(name_or_path: str | Path, **source: Any) -> bool:
-    """Return whether a checkpoint has a file for its image processor, as far as can be seen from here."""
-    try:
-        return bool(
-            cached_files(name_or_path, list(PROCESSOR_NAMES), _raise_exceptions_for_missing_entries=False, **source)
-        )
-    except Exception:  # a Hub out of reach
-        return False
 
 
 def near_image_processor(model: nn.Module) -> Any | None:

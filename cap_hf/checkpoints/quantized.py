@@ -31,14 +31,13 @@ def is_plain(tensor: torch.Tensor) -> bool:
 
 def quantization_of(model: nn.Module) -> str | None:
     """Return what the weights of a model are quantised with, such as `torchao`; None where all are plain."""
-    kinds = (
-        type(parameter.detach()).__name__
-        for module in model.modules()
-        for parameter in module.parameters(recurse=False)
-        if not is_plain(parameter)
-    )
-    kind = next(kinds, None)
-    return None if kind is None else stated_method(getattr(model, "config", None)) or kind
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            if not is_plain(parameter):
+                kind = type(parameter.detach())
+                name = str(parameter.dtype).removeprefix("torch.") if kind is torch.Tensor else kind.__name__
+                return stated_method(getattr(model, "config", None)) or name
+    return None
 
 
 def stated_method(config: Any) -> str | None:

@@ -7,7 +7,7 @@ from support.checkpoints import make_checkpoint
 
 from cap_hf.commands import benchmark as command
 from cap_hf.commands.main import main
-from cap_hf.inference.benchmark import BACKENDS
+from cap_hf.inference.backends import BACKENDS
 
 
 def test_names_are_those_that_are_measured():
@@ -25,6 +25,8 @@ def test_command_writes_table_report_and_plot(tmp_path, capsys):
     assert code == 0
     report = json.loads((folder / "benchmark.json").read_text())
     assert report["sparsity"] == pytest.approx(0.9, abs=1e-4)
+    assert report["image_size"] == [8, 8]
+    assert "90.0 % sparse, images of 8 x 8 (" in out
     assert len(report["measurements"]) == 6
     assert (folder / "benchmark.png").read_bytes().startswith(b"\x89PNG")
     assert sum(line.startswith(("dense", "sparse", "onnxruntime")) for line in out.splitlines()) == 6
@@ -35,6 +37,8 @@ def test_command_writes_table_report_and_plot(tmp_path, capsys):
     ("arguments", "message"),
     [
         (["--batch_sizes", "0"], "--batch_sizes must be at least 1"),
+        (["--image_size", "8", "8", "3"], "--image_size takes one number, or two, height and width, of at least 1"),
+        (["--image_size", "16", "12"], "refuses images of 16 x 12 (its config says 8 x 8): "),
         (["--runs", "0"], "--runs must be at least 1"),
         (["--backends", "fast"], "argument --backends: invalid choice: 'fast'"),
     ],

@@ -1,31 +1,15 @@
-"""Every backend computes the model, and what is measured says who wins."""
+"""What is measured says who wins, at which size, and why something was not measured."""
 
 import pytest
 import torch
+from support.families import CLASSIFIERS
 from support.inference import make_vit, measurement
+from support.models import build
 
 from cap_hf import CAPError
-from cap_hf.inference import benchmark as module
-from cap_hf.inference.benchmark import BACKENDS, benchmark, losses
-
-
-def test_every_backend_computes_the_same_model():
-    names = [name for name in BACKENDS if "compile" not in name]
-    before = torch.get_num_threads()
-    found, missing = benchmark(make_vit(), names, [1, 3], [1, 2], runs=3)
-    assert torch.get_num_threads() == before
-    assert set(missing) <= {"openvino"}
-    measured = [name for name in names if name not in missing]
-    assert [(each.threads, each.batch_size, each.backend) for each in found] == [
-        (threads, size, name) for threads in (1, 2) for size in (1, 3) for name in measured
-    ]
-    for each in found:
-        assert 0 < each.low_seconds <= each.seconds <= each.high_seconds
-        assert each.images_per_second == pytest.approx(each.batch_size / each.seconds)
-        assert each.max_difference < (0.1 if each.backend == "dense_bf16" else 1e-4), each.backend
-    sizes = {each.backend: each.weight_bytes for each in found}
-    assert sizes["dense_bf16"] < 0.6 * sizes["dense"]
-    assert sizes["sparse"] < sizes["dense"]
+from cap_hf.inference import backends as module
+from cap_hf.inference.backends import BACKENDS
+from cap_hf.inference.benchmark import benchmark, losses
 
 
 def test_losses_of_sparse_are_told():
@@ -46,13 +30,45 @@ def test_a_backend_that_fails_is_reported_and_the_others_go_on(monkeypatch):
             raise RuntimeError("\nno such device\nmore")
 
     class Missing(module.Backend):
-        def __init__(self, model):
+        def __init__(self, model, example):
             raise CAPError("not installed")
 
-    monkeypatch.setitem(BACKENDS, "broken", Broken)
-    monkeypatch.setitem(BACKENDS, "missing", Missing)
-    found, missing = benchmark(make_vit(), ["broken", "missing"], [1], [1], runs=3)
+    class Full(module.Backend):
+        def __init__(self, model, example):
+            raise OSError("no space\nleft on device")
+
+    class Wrong(module.Backend):
+        def start(self, threads):
+            return lambda inputs: torch.full((1, 10), torch.nan)
+
+    for kind in (Broken, Missing, Full, Wrong):
+        monkeypatch.setitem(BACKENDS, kind.__name__, kind)
+    found, missing = benchmark(make_vit(), ["Broken", "Missing", "Full", "Wrong"], [1], [1], runs=3)
     assert [each.backend for each in found] == ["dense"]
-    assert missing == {"missing": "not installed", "broken": "failed: no such device more"}
+    assert missing == {
+        "Missing": "not installed",
+        "Full": "failed: no space left on device",
+        "Broken": "failed: no such device more",
+        "Wrong": "failed: it gives numbers that are not finite",
+    }
     with pytest.raises(CAPError, match="'fast' is none of dense"):
         benchmark(make_vit(), ["fast"], [1], [1])
+
+
+def test_images_are_of_the_size_that_the_model_is_used_with():
+    """SigLIP's classifier has what there is to know of its images in the config of its vision part."""
+    found, missing = benchmark(CLASSIFIERS["SigLIP"].build(), ["dense_bf16"], [1, 2], [1], runs=3)
+    assert {each.image_size for each in found} == {(8, 8)}
+    assert not missing
+    found, _ = benchmark(build("ConvNext"), [], [1], [1], runs=3, image_size=(64, 32))
+    assert found[0].to_dict()["image_size"] == (64, 32)
+
+
+def test_what_the_dense_model_cannot_do_is_one_line():
+    model = build("ViT")
+    with pytest.raises(CAPError, match=r"refuses images of 9 x 9 \(its config says 8 x 8\): .*\(9\*9\).*image_size"):
+        benchmark(model, [], [1], [1], image_size=9)
+    with torch.no_grad():
+        model.classifier.bias[0] = torch.inf
+    with pytest.raises(CAPError, match="not finite"):
+        benchmark(model, [], [1], [1])

@@ -9,14 +9,23 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.backbones import tiny_dinov2
 from support.checkpoints import make_checkpoint, make_processor
+from support.families import CLASSIFIERS
 from support.inference import logits, make_vit, pixels, prune, sparse_layers
 from support.models import ARCHITECTURES, build, random_batches
 from torch import nn
-from transformers import AutoModelForImageClassification, pipeline
+from transformers import AutoModelForImageClassification, BitImageProcessorPil, pipeline
 
 import cap_hf
-from cap_hf import CAPError, SparseModelForImageClassification, find_targets, optimize_for_inference
+from cap_hf import (
+    CAPError,
+    SparseAutoModel,
+    SparseModelForImageClassification,
+    find_targets,
+    optimize_for_inference,
+)
+from cap_hf.checkpoints.saving import save_checkpoint
 from cap_hf.inference import optimize
 from cap_hf.inference.linear import SparseLinear
 from cap_hf.inference.optimize import resident_bytes
@@ -112,6 +121,37 @@ def test_a_checkpoint_loads_straight_into_it(tmp_path, compressed):
     torch.testing.assert_close(logits(model, x), logits(expected, x), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("compressed", [False, True])
+def test_layers_are_chosen_for_images_as_the_processor_makes_them(tmp_path, monkeypatch, compressed):
+    """The config tells of the pretraining, 20 pixels; the processor beside it crops 12: 9 patches and a class token."""
+    processor = BitImageProcessorPil(size={"shortest_edge": 14}, crop_size={"height": 12, "width": 12})
+    save_checkpoint(tmp_path, prune(tiny_dinov2(image_size=20), 0.8), None, None, processor, compressed)
+    asked = []
+    monkeypatch.setattr(optimize, "is_faster", lambda kind, linear, tokens: bool(asked.append(tokens)))
+    model = SparseAutoModel.from_pretrained(str(tmp_path))
+    assert set(asked) == {10}
+    asked.clear()
+    # Beside the checkpoint that it was loaded from there is the processor too.
+    optimize_for_inference(model)
+    assert set(asked) == {10}
+    asked.clear()
+    SparseAutoModel.from_pretrained(str(tmp_path), image_size=(8, 16))
+    optimize_for_inference(model, image_size=(8, 16))
+    assert set(asked) == {2 * 4 + 1}
+    asked.clear()
+    optimize_for_inference(prune(tiny_dinov2(image_size=20), 0.8))
+    assert set(asked) == {26}
+
+
+@pytest.mark.parametrize("name", ["SigLIP", "CLIP"])
+def test_a_composite_classifier_is_optimised(name):
+    model = prune(CLASSIFIERS[name].build(), 0.9)
+    x = torch.randn(2, 3, 8, 8)
+    expected = logits(model, x)
+    assert optimize_for_inference(model) is model
+    torch.testing.assert_close(logits(model, x), expected, rtol=1e-4, atol=1e-4)
+
+
 def test_pipeline_and_hooks_work():
     from PIL import Image
 
@@ -187,7 +227,7 @@ def test_what_cannot_run_is_one_line():
             optimize_for_inference(model, backend)
     with pytest.raises(CAPError, match="float32"):
         optimize_for_inference(copy.deepcopy(model).half())
-    with pytest.raises(CAPError, match="pass example_inputs"):
+    with pytest.raises(CAPError, match="does not say how many channels its images have: pass example_inputs"):
         optimize_for_inference(nn.Sequential(copy.deepcopy(model.vit.layers[0].mlp.fc1)))
     optimize_for_inference(model, "kernel")
     with pytest.raises(CAPError, match="input on meta"):

@@ -5,10 +5,12 @@ import copy
 import pytest
 import torch
 from support.inference import logits, make_vit, pixels
+from support.models import build
 from torch import nn
 from transformers import AutoModelForImageClassification
 
-from cap_hf import CAPError, find_targets, optimize_for_inference
+from cap_hf import CAPError, export_onnx, find_targets, optimize_for_inference
+from cap_hf.inference.benchmark import benchmark
 from cap_hf.inference.quantization import quantize_int8
 
 
@@ -77,3 +79,20 @@ def test_what_cannot_be_quantised_is_one_line(monkeypatch):
     monkeypatch.undo()
     with pytest.raises(CAPError, match="load it anew"):
         quantize_int8(optimize_for_inference(make_vit(), "kernel"))
+    with pytest.raises(CAPError, match="has no Linear layer to quantise: its targets are convolutions"):
+        quantize_int8(build("ResNet"))
+    with pytest.raises(CAPError, match="DataParallel is no model of transformers"):
+        quantize_int8(nn.DataParallel(make_vit()))
+
+
+def test_what_is_quantised_goes_where_it_can_and_is_named_elsewhere(torchao, tmp_path):
+    quantized = quantize_int8(make_vit())
+    for call in (
+        optimize_for_inference,
+        quantize_int8,
+        lambda model: export_onnx(model, tmp_path / "onnx"),
+        lambda model: benchmark(model, ["sparse"], [1], [1]),
+    ):
+        with pytest.raises(CAPError, match="the weights of ViTForImageClassification are quantised with torchao: "):
+            call(quantized)
+    assert not (tmp_path / "onnx").exists()
