@@ -12,6 +12,7 @@ import transformers
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 from transformers import AutoImageProcessor, PreTrainedModel
 
+from cap_hf.checkpoints.explaining import explain_processor
 from cap_hf.checkpoints.loading import find_companions, load_checkpoint, only_errors
 from cap_hf.commands.arguments import ModelArguments
 from cap_hf.data.arguments import DataArguments
@@ -50,7 +51,7 @@ def load_image_processor(args: ModelArguments) -> Any:
                 args.model_name_or_path, trust_remote_code=args.trust_remote_code, **source
             )
     except Exception as error:  # configuration, network
-        raise CAPError(f"{args.model_name_or_path} has no image processor: {reason(error)}") from error
+        raise CAPError(explain_processor(args.model_name_or_path, error)) from error
 
 
 def load_companions(args: ModelArguments) -> list[Path]:
