@@ -6,16 +6,15 @@ from pathlib import Path
 
 from torch import nn
 
-from cap_hf.checkpoints.folder import MODEL_CONFIG_NAME
-from cap_hf.errors import reason
+from cap_hf.checkpoints.files import check_file
+from cap_hf.checkpoints.folder import MODEL_CONFIG_NAME, read_json
+from cap_hf.errors import CAPError, reason
 from cap_hf.targets import summarize
 
 PROCESSOR_NAMES = ("preprocessor_config.json", "processor_config.json")
 ADAPTER_CONFIG_NAME = "adapter_config.json"
 # What is unpickled, or is of another framework.
 FOREIGN_WEIGHTS = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack", "*.gguf")
-# How a file begins that Git LFS has not fetched.
-LFS_POINTER = b"version https://git-lfs"
 # Packages that an extra of cap_hf installs, and those of another name than the one to install.
 INSTALLED_AS = {"timm": "'cap_hf[timm]'", "auto_gptq": "gptqmodel"}
 # Who leaves a prefix before the name of every weight, and what to save instead.
@@ -44,16 +43,16 @@ def explain(name_or_path: str | Path, error: Exception) -> str:
             f"{folder} is a {found[1]!r}, which this version of transformers does not know: upgrade it, or pass "
             "--trust_remote_code true if the checkpoint brings its code along"
         )
-    if (folder / ADAPTER_CONFIG_NAME).is_file():
-        return explain_adapter(folder)
-    if folder.is_dir() and not (folder / MODEL_CONFIG_NAME).is_file():
-        return f"{folder} has no {MODEL_CONFIG_NAME}: name the folder that `save_pretrained` has written"
     if "model.safetensors" in said and re.search(r"[Nn]o file named|not appear to have a file", said):
         return explain_format(folder)
-    if pointers := [path.name for path in folder.glob("*.safetensors") if is_pointer(path)]:
-        return f"{folder / pointers[0]} is a pointer of Git LFS and not the file itself: run `git lfs pull` there"
-    if "deserializing header" in said:
-        return f"{folder} has a damaged weight file ({said}): download or save it again"
+    try:
+        # What is damaged is named as every command names it.
+        if folder.is_dir():
+            read_json(folder / MODEL_CONFIG_NAME)
+        for path in sorted(folder.glob("*.safetensors")):
+            check_file(path)
+    except CAPError as damage:
+        return str(damage)
     return f"{folder} cannot be loaded: {said}"
 
 
@@ -89,9 +88,11 @@ def explain_adapter(name_or_path: str | Path) -> str:
 
 def explain_format(folder: Path) -> str:
     """Return one line about a checkpoint without safetensors."""
+    if (folder / ADAPTER_CONFIG_NAME).is_file():
+        return explain_adapter(folder)
     found = sorted(path.name for pattern in FOREIGN_WEIGHTS for path in folder.glob(pattern))
     if folder.is_dir() and not found:
-        return f"{folder} has no weights: model.safetensors is not there"
+        return f"{folder} has no weights: there is no model.safetensors"
     what = f"has its weights in {summarize(found, 3)}" if found else "has no weights as safetensors"
     where = (
         "" if folder.is_dir() else ", or try --model_revision refs/pr/1, where the Hub's converter may have put them"
@@ -167,9 +168,3 @@ def missing_package(said: str) -> str | None:
             names = [name.strip().lower() for name in found[1].split(",")]
             return " ".join(INSTALLED_AS.get(name, name) for name in names if name)
     return None
-
-
-def is_pointer(path: Path) -> bool:
-    """Return whether a file is what Git LFS keeps in the place of one that it has not fetched."""
-    with open(path, "rb") as file:
-        return file.read(len(LFS_POINTER)) == LFS_POINTER

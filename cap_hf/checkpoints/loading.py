@@ -187,10 +187,13 @@ def load_checkpoint(
 
 @contextmanager
 def only_errors() -> Iterator[None]:
-    """Keep transformers' warnings to itself: its report of what was loaded is a table of many lines."""
-    verbosity = transformers_logging.get_verbosity()
+    """Keep transformers' warnings and bars to itself: its report of what was loaded is a table of many lines."""
+    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
     try:
         yield
     finally:
         transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()
