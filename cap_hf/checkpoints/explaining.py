@@ -36,13 +36,13 @@ def explain(name_or_path: str | Path, error: Exception) -> str:
     said, folder = reason(error), Path(name_or_path)
     if "trust_remote_code" in said:
         return f"{folder} brings code of its own along: read it, and pass --trust_remote_code true if it may run"
-    if package := missing_package(said):
-        return f"{folder} needs a package that is not installed: pip install {package}"
-    if found := re.search(r"model type [`'\"](\S+?)[`'\"]", said):
+    if found := re.search(r"model type [`'\"](.+?)[`'\"]", said):
         return (
             f"{folder} is a {found[1]!r}, which this version of transformers does not know: upgrade it, or pass "
             "--trust_remote_code true if the checkpoint brings its code along"
         )
+    if package := missing_package(said):
+        return f"{folder} needs a package that is not installed: pip install {package}"
     if "model.safetensors" in said and re.search(r"[Nn]o file named|not appear to have a file", said):
         return explain_format(folder)
     try:
@@ -162,7 +162,7 @@ def missing_package(said: str) -> str | None:
         r"requires the ([\w-]+) library",
         r"No module named '([\w]+)",
         r"requires? ([\w-]+):? \(?`pip install",
-        r"pip install (?:-U |--upgrade )?([\w-]+)",
+        r"pip install (?:-U |--upgrade )?([\w-]+)(?![\w+-])",
     ):
         if (found := re.search(pattern, said)) and found[1].lower() != "transformers":
             names = [name.strip().lower() for name in found[1].split(",")]
