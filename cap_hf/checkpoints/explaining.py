@@ -93,13 +93,14 @@ def explain_format(folder: Path) -> str:
     found = sorted(path.name for pattern in FOREIGN_WEIGHTS for path in folder.glob(pattern))
     if folder.is_dir() and not found:
         return f"{folder} has no weights: there is no model.safetensors"
-    what = f"has its weights in {summarize(found, 3)}" if found else "has no weights as safetensors"
-    where = (
-        "" if folder.is_dir() else ", or try --model_revision refs/pr/1, where the Hub's converter may have put them"
-    )
+    if folder.is_dir():
+        return (
+            f"{folder} has its weights in {summarize(found, 3)}: only safetensors are read, as unpickling a file "
+            "runs what is in it; if you trust it, load it with transformers and `save_pretrained` it once"
+        )
     return (
-        f"{folder} {what}: only safetensors are read, as unpickling a file runs what is in it; if you trust it, load "
-        f"it with transformers and `save_pretrained` it once{where}"
+        f"{folder} has no weights as safetensors: only these are read; --model_revision refs/pr/1 has them where the "
+        "Hub's converter made some, else load it with transformers, if you trust it, and `save_pretrained` it once"
     )
 
 
@@ -115,7 +116,7 @@ def explain_missing(
         )
     return (
         f"{name_or_path} has no weights for {summarize(sorted(missing), 3)} of a {type(model).__name__}: "
-        f'name the class that its weights are of under "architectures" in its {MODEL_CONFIG_NAME}, or train what is '
+        f'name the class that its weights are of under "architectures" in its config.json, or train what is '
         "missing"
     )
 
@@ -136,11 +137,11 @@ def explain_mismatch(
     if len(heads) == 1 and all(tuple(asked)[:1] == (labels,) for _, _, asked in mismatched):
         return (
             f"{name_or_path} has a head of {max(heads)[0]} classes ({summarize(names, 2)}), and its "
-            f"{MODEL_CONFIG_NAME} has {labels} (id2label): correct that file, or finetune a new head first"
+            f"config.json has {labels} (id2label): correct that file, or finetune a new head first"
         )
     shapes = [f"{name} {tuple(stored)} and not {tuple(asked)}" for name, stored, asked in sorted(mismatched)]
     return (
-        f"{name_or_path} has weights of another shape than its {MODEL_CONFIG_NAME} asks for, so these two are of "
+        f"{name_or_path} has weights of another shape than its config.json asks for, so these two are of "
         f"different models: {summarize(shapes, 3)}"
     )
 
