@@ -9,18 +9,18 @@ from torch import nn
 from transformers import AutoImageProcessor
 from transformers.utils.hub import cached_files
 
+from cap_hf.checkpoints.explaining import PROCESSOR_NAMES, explain_processor
 from cap_hf.checkpoints.loading import only_errors
-from cap_hf.errors import CAPError, reason
+from cap_hf.errors import CAPError
 
 logger = logging.getLogger(__name__)
 
-PROCESSOR_NAMES = ("preprocessor_config.json", "processor_config.json")
 # What of the arguments of `from_pretrained` says where a checkpoint comes from.
 SOURCE = ("revision", "cache_dir", "token", "local_files_only", "subfolder")
 
 
-def find_image_processor(name_or_path: str | Path, trust_remote_code: bool = False, **source: Any) -> Any | None:
-    """Return the image processor of a checkpoint; None if it has none.
+def load_image_processor(name_or_path: str | Path, trust_remote_code: bool = False, **source: Any) -> Any:
+    """Return the image processor of a checkpoint.
 
     Args:
         name_or_path: a Hub id, or a folder.
@@ -28,23 +28,34 @@ def find_image_processor(name_or_path: str | Path, trust_remote_code: bool = Fal
         source: where `from_pretrained` finds it: `revision`, `cache_dir`, `token`, `local_files_only`.
 
     Raises:
-        CAPError: it has one that cannot be loaded.
+        CAPError: it has none, or one that cannot be loaded.
     """
     try:
         # Without torchvision the processor falls back to PIL and says so in a warning of several lines.
         with only_errors():
             return AutoImageProcessor.from_pretrained(name_or_path, trust_remote_code=trust_remote_code, **source)
     except Exception as error:  # configuration, network
+        raise CAPError(explain_processor(name_or_path, error)) from error
+
+
+def find_image_processor(name_or_path: str | Path, trust_remote_code: bool = False, **source: Any) -> Any | None:
+    """Return the image processor of a checkpoint; None if it has none. Arguments as of `load_image_processor`.
+
+    Raises:
+        CAPError: it has one that cannot be loaded.
+    """
+    try:
+        return load_image_processor(name_or_path, trust_remote_code, **source)
+    except CAPError:
         try:
             files = cached_files(
                 name_or_path, list(PROCESSOR_NAMES), _raise_exceptions_for_missing_entries=False, **source
             )
         except Exception:  # what failed first says more
             files = [""]
-        # timm's models have no file for it: their config says what to do with images.
-        if not files:
-            return None
-        raise CAPError(f"the image processor of {name_or_path} cannot be loaded: {reason(error)}") from error
+        if files:
+            raise
+        return None
 
 
 def near_image_processor(model: nn.Module) -> Any | None:

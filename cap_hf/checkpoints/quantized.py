@@ -14,7 +14,6 @@ from cap_hf.checkpoints.files import open_safetensors
 from cap_hf.checkpoints.folder import MODEL_CONFIG_NAME
 from cap_hf.checkpoints.weights import find_weight_files
 from cap_hf.errors import CAPError, reason
-from cap_hf.extras import need
 
 # Floats of their own kind: on sparse tensor cores, and spread over devices.
 PLAIN = (SparseSemiStructuredTensor, DTensor)
@@ -81,33 +80,6 @@ def dequantize(model: nn.Module) -> str | None:
                 ) from error
             module.register_parameter(key, nn.Parameter(floats, requires_grad=False))
     return method
-
-
-def quantization_fault(name_or_path: str | Path, **source: Any) -> str | None:
-    """Return what is wrong with what a checkpoint's config.json says of quantised weights; None if nothing is.
-
-    Args:
-        name_or_path: a Hub id, or a folder.
-        source: where `from_pretrained` finds it.
-    """
-    try:
-        config, _ = PreTrainedConfig.get_config_dict(name_or_path, **source)
-    except Exception:  # there is no config to read, which is another fault
-        return None
-    stated = config.get("quantization_config")
-    if stated is None:
-        return None
-    if not isinstance(stated, dict) or "quant_method" not in stated:
-        return (
-            f"{name_or_path} has a quantization_config without a quant_method in its config.json: remove it, if the "
-            "weights are floats"
-        )
-    if stated["quant_method"] == "torchao":
-        try:
-            need("torchao", "quantization")
-        except CAPError as error:
-            return f"{name_or_path} is quantised with torchao: {error}"
-    return None
 
 
 def check_stored(config: PreTrainedConfig, name_or_path: str | Path, **source: Any) -> None:

@@ -107,14 +107,11 @@ def test_float8_is_read_as_the_floats_it_is(tmp_path, config):
     [
         ("int8", "has a quantization_config without a quant_method in its config.json: remove it"),
         ({"bits": 4}, "has a quantization_config without a quant_method in its config.json: remove it"),
-        ({"quant_method": "torchao"}, r"is quantised with torchao: .*pip install 'cap_hf\[quantization\]'"),
-        ({"quant_method": "gptq", "bits": 4, "group_size": 128}, r"cannot be loaded: .*pip install"),
+        ({"quant_method": "gptq", "bits": 4, "group_size": 128}, "needs a package that is not installed: pip install"),
     ],
 )
-def test_what_cannot_be_loaded_says_what_is_missing(tmp_path, monkeypatch, stated, words):
+def test_what_cannot_be_loaded_says_what_is_missing(tmp_path, stated, words):
     folder = change(tmp_path, quantization_config=stated)
-    if "torchao" in str(stated):
-        monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     for call in (check_folder, load_checkpoint):
         with pytest.raises(CAPError, match=words):
             call(folder)

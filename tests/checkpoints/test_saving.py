@@ -166,7 +166,7 @@ def test_what_cannot_be_saved_compressed(tmp_path):
         save_checkpoint(tmp_path / "out", model, compressed=True)
     model = make_model()
     model.config.quantization_config = {"quant_method": "other"}
-    with pytest.raises(CAPError, match="quantized with other"):
+    with pytest.raises(CAPError, match="quantised with other"):
         save_checkpoint(tmp_path / "out", model, compressed=True)
     with pytest.raises(CAPError, match="cannot write .*file/out"):
         (tmp_path / "file").write_text("")
