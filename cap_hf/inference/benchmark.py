@@ -80,7 +80,7 @@ def benchmark(
 
     Raises:
         CAPError: there is no backend of some name, the model has quantised weights or is not on the CPU, or it refuses
-            images of this size or gives no finite numbers for them.
+            images of this size, gives no finite numbers for them, or fails with each size of a batch.
     """
     names = list(dict.fromkeys(["dense", *backends]))
     unknown = [name for name in names if name not in BACKENDS]
@@ -111,11 +111,13 @@ def benchmark(
             for size in batch_sizes:
                 progress(f"batch {size}, {count} threads")
                 inputs = make_example(model, size, image_processor, image_size)
-                setting = measure(ready, missing, inputs, count, runs, seconds)
+                setting = [] if "dense" in missing else measure(ready, missing, inputs, count, runs, seconds)
                 measured(setting)
                 found += setting
     finally:
         torch.set_num_threads(before)
+    if not found:
+        raise CAPError(f"{type(model).__name__} cannot be measured in PyTorch: {missing['dense']}")
     return found, missing
 
 
@@ -128,7 +130,10 @@ def measure(
     runs: int,
     seconds: float,
 ) -> list[Measurement]:
-    """Measure one batch size and number of threads; a backend that fails goes to `missing` with the reason."""
+    """Measure one batch size and number of threads; a backend that fails goes to `missing` with the reason.
+
+    Where the dense model fails, perhaps because a batch is too large, there is nothing to compare with, and no result.
+    """
     calls: dict[str, Call] = {}
     outputs: dict[str, torch.Tensor] = {}
     for name, backend in ready.items():
@@ -143,6 +148,8 @@ def measure(
             missing[name] = f"failed: {reason(error)}"
             continue
         calls[name] = call
+    if "dense" in missing:
+        return []
     times = time_in_turns([partial(call, inputs) for call in calls.values()], runs, seconds, pause=PAUSE)
     medians = {name: statistics.median(taken) for name, taken in zip(calls, times, strict=True)}
     # Of outputs that are all 0 there is no relative difference.

@@ -145,8 +145,9 @@ def explained(model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> Iterator[
     except Exception as error:  # whatever a forward pass may raise
         if "pixel_values" not in inputs:
             raise CAPError(f"{type(model).__name__} refuses its example_inputs: {reason(error)}") from error
-        (height, width), (_, high, wide) = size_of(model, inputs), image_shape(model)
-        of_config = f" (its config says {high} x {wide})" if isinstance(model, PreTrainedModel) else ""
+        (height, width), (_, *size) = size_of(model, inputs), image_shape(model)
+        known = isinstance(model, PreTrainedModel) and size != [height, width]
+        of_config = f" (its config says {size[0]} x {size[1]})" if known else ""
         raise CAPError(
             f"{type(model).__name__} refuses images of {height} x {width}{of_config}: {reason(error)}; mend the size "
             "in its image processor, or say another with image_size"

@@ -64,10 +64,25 @@ def test_images_are_of_the_size_that_the_model_is_used_with():
     assert found[0].to_dict()["image_size"] == (64, 32)
 
 
-def test_what_the_dense_model_cannot_do_is_one_line():
+def only(forward, pixels, size):
+    """Call a model with batches of one size, as one of videos takes only some."""
+    if len(pixels) != size:
+        raise ValueError(f"{len(pixels)} images")
+    return forward(pixels)
+
+
+def test_what_the_dense_model_cannot_do_is_one_line(monkeypatch):
     model = build("ViT")
     with pytest.raises(CAPError, match=r"refuses images of 9 x 9 \(its config says 8 x 8\): .*\(9\*9\).*image_size"):
         benchmark(model, [], [1], [1], image_size=9)
+    forward = model.forward
+    monkeypatch.setattr(model, "forward", lambda pixel_values: only(forward, pixel_values, 2))
+    found, missing = benchmark(model, [], [2, 1], [1], runs=3)
+    assert {each.batch_size for each in found} == {2}
+    assert missing == {"dense": "failed: 1 images"}
+    with pytest.raises(CAPError, match="ViTForImageClassification cannot be measured in PyTorch: failed: 1 images"):
+        benchmark(model, [], [1], [1])
+    monkeypatch.undo()
     with torch.no_grad():
         model.classifier.bias[0] = torch.inf
     with pytest.raises(CAPError, match="not finite"):
