@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn.utils import parametrize, prune
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
+from transformers import PreTrainedModel
 
 from cap_hf.errors import CAPError
 
@@ -42,6 +43,21 @@ def usable(model: Any) -> Any:
     model = bare(model)
     for check in (check_adapters, check_parts, check_placement, check_quantized, check_remade, check_finite):
         check(model)
+    return model
+
+
+def usable_of_transformers(model: Any) -> PreTrainedModel:
+    """Return what `usable` does, of transformers' models alone: what needs a config and `save_pretrained`.
+
+    Raises:
+        CAPError: as `usable`, or it is a module of another kind.
+    """
+    model = usable(model)
+    if not isinstance(model, PreTrainedModel):
+        raise CAPError(
+            f"{type(model).__name__} is no model of transformers: load it with "
+            "AutoModelForImageClassification.from_pretrained(...), which has timm's models too"
+        )
     return model
 
 

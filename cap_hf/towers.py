@@ -6,11 +6,12 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
+from accelerate.utils.memory import should_reduce_batch_size
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from cap_hf.errors import CAPError, reason
-from cap_hf.outputs import main_output
+from cap_hf.outputs import main_output, other_task
 
 # Parameters that stand for one token before those of the image.
 PREFIX_PARAMETERS = ("cls_token", "class_embedding", "class_token", "distillation_token", "dist_token")
@@ -19,6 +20,11 @@ PREFIX_PARAMETERS = ("cls_token", "class_embedding", "class_token", "distillatio
 def is_classifier(model: nn.Module) -> bool:
     """Return whether a model is an image classifier, by the name of its class or of one that it inherits from."""
     return any("ForImageClassification" in kind.__name__ for kind in type(model).__mro__)
+
+
+def picks_label(model: nn.Module) -> bool:
+    """Return whether a model is an image classifier that picks one label of several, which accuracies are for."""
+    return is_classifier(model) and other_task(model) is None
 
 
 def tower_name(model: nn.Module) -> str:
@@ -91,7 +97,8 @@ def see(model: nn.Module, batch: Mapping[str, torch.Tensor], through: nn.Module 
     tower = tower_of(model)
     # An image processor may make more than its model takes.
     taken = inspect.signature(tower.forward).parameters
-    if "pixel_values" not in taken and not any(each.kind is each.VAR_KEYWORD for each in taken.values()):
+    takes_any = any(each.kind is each.VAR_KEYWORD for each in taken.values())
+    if "pixel_values" in batch and "pixel_values" not in taken and not takes_any:
         raise CAPError(
             f"{type(tower).__name__} takes no pixel_values: load the model with transformers, such as "
             "AutoModelForImageClassification.from_pretrained(...), which has timm's models too"
@@ -125,7 +132,7 @@ def in_precision_of(tower: nn.Module, inputs: Mapping[str, Any]) -> dict[str, An
     Raises:
         CAPError: the pixels are whole numbers, which nothing has scaled and normalised.
     """
-    pixels = inputs["pixel_values"]
+    pixels = inputs.get("pixel_values")
     if not isinstance(pixels, torch.Tensor):
         return dict(inputs)
     if not pixels.is_floating_point():
@@ -153,7 +160,7 @@ def explained(model: nn.Module, inputs: Mapping[str, Any]) -> Iterator[None]:
             raise
         pixels = inputs.get("pixel_values")
         shape = f"{tuple(pixels.shape)}" if isinstance(pixels, torch.Tensor) else f"a {type(pixels).__name__}"
-        if is_out_of_memory(error):
+        if isinstance(error, MemoryError) or should_reduce_batch_size(error):
             raise CAPError(
                 f"{type(model).__name__} needs more memory than there is for pixel_values of {shape}: choose a smaller "
                 f"batch size ({reason(error)})"
@@ -170,18 +177,13 @@ def what_is_taken(model: nn.Module, pixels: Any) -> str:
     channels, height, width = image_shape(model)
     takes = f"{channels or 'channels'}, {height}, {width}"
     shape = tuple(pixels.shape)
-    if pixels.dim() == 3:
+    if pixels.dim() == 3 and shape[0] == channels:
         hint = ": the batch is missing, see unsqueeze(0)"
     elif pixels.dim() == 4 and channels and shape[1] != channels == shape[3]:
         hint = ": channels come first, see permute(0, 3, 1, 2)"
     else:
         hint = ""
     return f" (its config tells of (batch, {takes}){hint})"
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """Return whether an error says that there is no memory left, on a device or beside it."""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
 
 
 def is_of_other_processes(error: Exception) -> bool:

@@ -82,8 +82,8 @@ def optimised(layer):
 REFUSED = {
     "pruned with torch": (
         pruned_everywhere,
-        r"vit.layers.0.attention.q_proj.weight \(and 12 more\) is made anew in every pass by a hook \(L1Unstructured\), "
-        r".*: call torch.nn.utils.prune.remove\(module, 'weight'\) on the module first",
+        r"vit.layers.0.attention.q_proj.weight \(and 12 more\) is made anew in every pass by a hook "
+        r"\(L1Unstructured\), .*: call torch.nn.utils.prune.remove\(module, 'weight'\) on the module first",
     ),
     "in a head too": (
         lambda: changed(lambda module: prune.random_unstructured(module, "bias", 0.5), "classifier"),
