@@ -30,7 +30,7 @@ from cap_hf.errors import CAPError
 from cap_hf.masks import describe_masks
 from cap_hf.method.fisher import BlockFisher
 from cap_hf.method.methods import METHODS
-from cap_hf.models import usable
+from cap_hf.models import usable, usable_of_transformers
 from cap_hf.report import LayerReport, PruneReport
 from cap_hf.targets import Target, find_targets, summarize
 
@@ -218,8 +218,9 @@ class CAPCompressor:
             compressed: store only what is non-zero; then `import cap_hf` is needed before `from_pretrained`.
 
         Raises:
-            CAPError: there is too little space, or the folder cannot be written.
+            CAPError: there is too little space, the folder cannot be written, or the model is none of transformers.
         """
+        usable_of_transformers(self.model)
         if self.accelerator.is_main_process:
             report = self.report.to_dict() if self.report else {}
             save_checkpoint(save_directory, self.model, self.config, report, image_processor, compressed)

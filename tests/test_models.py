@@ -214,3 +214,14 @@ def test_half_precision_is_pruned_by_magnitude_and_refused_where_gradients_are_n
         compressor = CAPCompressor(model, CAPConfig(num_grads=8, method=method), disable_tqdm=True)
         with pytest.raises(CAPError, match=f"the model is in {dtype}: load it in float32"):
             compressor.collect(random_batches(build("ViT"), 8))
+
+
+def test_a_module_that_is_none_of_transformers_is_pruned_and_saved_by_its_owner(tmp_path):
+    compressor = CAPCompressor(nn.Sequential(nn.Linear(8, 8)), CAPConfig(method="magnitude"), disable_tqdm=True)
+    assert compressor.prune(0.5).num_zeros == 32
+    for call in (compressor.save_pretrained, lambda folder: export_onnx(compressor.model, folder)):
+        with pytest.raises(CAPError, match="Sequential is no model of transformers: load it with AutoModelFor"):
+            call(tmp_path / "out")
+    with pytest.raises(CAPError, match="Sequential takes no pixel_values"):
+        CAPCompressor(compressor.model).collect([{"pixel_values": torch.zeros(2, 8)}])
+    assert not list(tmp_path.iterdir())
