@@ -225,3 +225,28 @@ def test_a_module_that_is_none_of_transformers_is_pruned_and_saved_by_its_owner(
     with pytest.raises(CAPError, match="Sequential takes no pixel_values"):
         CAPCompressor(compressor.model).collect([{"pixel_values": torch.zeros(2, 8)}])
     assert not list(tmp_path.iterdir())
+
+
+def test_what_quantize_int8_makes_is_no_input_of_what_works_on_weights(tmp_path):
+    pytest.importorskip("torchao")
+    quantize_int8(build("ViT")).save_pretrained(tmp_path / "int8")
+    model = type(build("ViT")).from_pretrained(tmp_path / "int8")
+    for name, call in documented_calls(tmp_path).items():
+        with pytest.raises(CAPError, match=r"are quantised \(torchao\): load the checkpoint in floating point"):
+            call(model)
+            pytest.fail(f"{name} took it")
+
+
+def test_onnx_is_in_float32(tmp_path):
+    with pytest.raises(CAPError, match="ONNX Runtime computes in float32: load the model with"):
+        export_onnx(build("ViT").bfloat16(), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_part_in_half_precision_is_found():
+    """The model's own dtype is that of its first parameter."""
+    model = build("ViT")
+    model.vit.layers.half()
+    compressor = CAPCompressor(model, CAPConfig(num_grads=8), disable_tqdm=True)
+    with pytest.raises(CAPError, match="the model is in torch.float16"):
+        compressor.collect(random_batches(model, 8))

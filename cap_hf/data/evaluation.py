@@ -82,7 +82,7 @@ def evaluate_model(
             logits = logits_of(see(model, batch))
             if logits.isnan().any():
                 raise CAPError(
-                    "the model's logits are NaN: check its weights and its dtype (load it in float32) and the pixel values"
+                    "the model's logits are NaN: check its weights, its dtype (load it in float32) and the pixel values"
                 )
             logits, labels = accelerator.gather_for_metrics((logits.float(), batch["labels"]))
             metric.add_batch(predictions=logits.cpu().numpy(), references=labels.cpu().numpy())

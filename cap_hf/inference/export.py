@@ -47,6 +47,8 @@ def export_onnx(
     runtime = need("onnxruntime", "export")
     need("onnxscript", "export")
     model = usable_of_transformers(model)
+    if model.dtype == torch.bfloat16:
+        raise CAPError("ONNX Runtime computes in float32: load the model with dtype='float32'")
     model.eval()
     example = make_example(model, batch_size=2)["pixel_values"]
     with atomic_directory(output_dir) as folder:
