@@ -8,7 +8,7 @@ import torch
 from torch.utils.data import DataLoader, SequentialSampler
 
 from cap_hf.collection.running import Batch
-from cap_hf.errors import CAPError, reason
+from cap_hf.errors import CAPError, foreign_line
 from cap_hf.towers import is_of_other_processes
 
 # Names that transformers' own collator takes for labels too.
@@ -39,9 +39,7 @@ def read(dataloader: Iterable[Any]) -> Iterator[Any]:
     except Exception as error:
         if is_of_other_processes(error):
             raise
-        raise CAPError(
-            f"the dataloader failed at {place(dataloader, number)}, {type(error).__name__}: {reason(error)}"
-        ) from error
+        raise CAPError(f"the dataloader failed at {place(dataloader, number)}: {foreign_line(error)}") from error
 
 
 def place(dataloader: Iterable[Any], number: int) -> str:

@@ -8,7 +8,7 @@ import torch
 from transformers import PreTrainedModel
 
 from cap_hf.collection.batches import named
-from cap_hf.errors import CAPError, reason
+from cap_hf.errors import CAPError, foreign_line
 from cap_hf.models import usable_of_transformers
 from cap_hf.recovery.losses import NO_LABEL
 
@@ -43,10 +43,9 @@ def collated(collate: Callable[[list[Any]], dict[str, Any]], examples: list[Any]
     except CAPError:
         raise
     except Exception as error:
-        kind = type(examples[0]).__name__
         raise CAPError(
-            f"no batch can be made of examples of type {kind}, {type(error).__name__}: {reason(error)}: give dicts of "
-            "pixel_values and labels, or a data_collator that makes them"
+            f"no batch can be made of examples of type {type(examples[0]).__name__} ({foreign_line(error)}): give "
+            "dicts of pixel_values and labels, or a data_collator that makes them"
         ) from error
     if not isinstance(batch, Mapping) or "pixel_values" not in batch:
         found = ", ".join(map(str, batch)) if isinstance(batch, Mapping) else type(batch).__name__

@@ -105,9 +105,9 @@ class Broken(Dataset):
 def test_what_a_dataset_says_is_one_line_with_the_examples(workers):
     loader = DataLoader(Broken(), batch_size=2, num_workers=workers)
     with pytest.raises(
-        CAPError, match=r"failed at batch 3 \(examples 6 to 7\), KeyError: there is no .*image"
+        CAPError, match=r"failed at batch 3 \(examples 6 to 7\): KeyError: there is no .*image"
     ) as caught:
         list(read(loader))
     assert "\n" not in str(caught.value)
-    with pytest.raises(CAPError, match="failed at batch 1, ValueError: not this one"):
+    with pytest.raises(CAPError, match="failed at batch 1: ValueError: not this one"):
         list(read(each if each else (_ for _ in ()).throw(ValueError("not this one")) for each in (1, 0)))
