@@ -5,8 +5,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
-from torch.sparse import SparseSemiStructuredTensor
 from transformers import PreTrainedConfig
 from transformers.utils.hub import cached_file
 
@@ -15,8 +13,6 @@ from cap_hf.checkpoints.folder import MODEL_CONFIG_NAME
 from cap_hf.checkpoints.weights import find_weight_files
 from cap_hf.errors import CAPError, reason
 
-# Floats of their own kind: on sparse tensor cores, and spread over devices.
-PLAIN = (SparseSemiStructuredTensor, DTensor)
 # As safetensors calls them: entries that stand for something else, or have a part that a model would lose.
 NOT_REAL = ("BOOL", "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64", "C64")
 
@@ -24,8 +20,7 @@ NOT_REAL = ("BOOL", "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64", "C64")
 def is_plain(tensor: torch.Tensor) -> bool:
     """Return whether a weight is made of floats: none of a quantisation's tensors, no integers, no bare float8."""
     kind = type(tensor.detach())
-    own = kind is not torch.Tensor and not issubclass(kind, (nn.Parameter, *PLAIN))
-    return not own and tensor.is_floating_point() and tensor.element_size() > 1
+    return kind in (torch.Tensor, nn.Parameter) and tensor.is_floating_point() and tensor.element_size() > 1
 
 
 def quantization_of(model: nn.Module) -> str | None:
@@ -44,13 +39,6 @@ def stated_method(config: Any) -> str | None:
     stated = getattr(config, "quantization_config", None)
     method = stated.get("quant_method") if isinstance(stated, dict) else getattr(stated, "quant_method", None)
     return None if method is None else str(getattr(method, "value", method))
-
-
-def refuse_quantized(model: nn.Module, advice: str) -> None:
-    """Raise a CAPError that ends in some advice if a model has quantised weights."""
-    method = quantization_of(model)
-    if method is not None:
-        raise CAPError(f"the weights of {type(model).__name__} are quantised with {method}: {advice}")
 
 
 @torch.no_grad()

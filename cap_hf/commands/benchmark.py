@@ -62,16 +62,15 @@ def measure(model_args: ModelArguments, args: BenchmarkArguments) -> None:
 
     from cap_hf.checkpoints.atomic import write_json
     from cap_hf.checkpoints.processors import find_image_processor
-    from cap_hf.checkpoints.quantized import refuse_quantized
     from cap_hf.commands.common import load_model, where_to_load
     from cap_hf.inference.benchmark import benchmark, losses
     from cap_hf.inference.plot import draw_benchmark
+    from cap_hf.models import usable_of_transformers
     from cap_hf.report import versions
     from cap_hf.targets import find_targets
 
     threads = args.threads or [torch.get_num_threads()]
-    model = load_model(model_args).eval()
-    refuse_quantized(model, "what is compared are models in floats: name the checkpoint that it was made from")
+    model = usable_of_transformers(load_model(model_args))
     image_processor = None
     if not args.image_size:
         image_processor = find_image_processor(

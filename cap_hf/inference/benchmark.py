@@ -9,11 +9,13 @@ from typing import Any
 import torch
 from transformers import BaseImageProcessor, PreTrainedModel
 
-from cap_hf.checkpoints.quantized import refuse_quantized
 from cap_hf.errors import CAPError, reason
-from cap_hf.inference.backends import BACKENDS, Backend, Call, Dense
+from cap_hf.inference.backends import BACKENDS, Backend, Call
 from cap_hf.inference.choice import time_in_turns
-from cap_hf.inference.example import Inputs, explained, make_example, size_of
+from cap_hf.inference.example import Inputs, make_example, size_of
+from cap_hf.models import usable_of_transformers
+from cap_hf.outputs import main_output
+from cap_hf.towers import see
 
 # Seconds before each run: threads of the runtime that ran before may still spin, and would take a core.
 PAUSE = 0.02
@@ -79,20 +81,21 @@ def benchmark(
         What was measured, and the reason why each of the other backends was not, by name.
 
     Raises:
-        CAPError: there is no backend of some name, the model has quantised weights or is not on the CPU, or it refuses
-            images of this size, gives no finite numbers for them, or fails with each size of a batch.
+        CAPError: there is no backend of some name, the model cannot be used as it is, see
+            `cap_hf.models.usable_of_transformers`, or is not on the CPU, or it fails on images of this size, gives no
+            finite numbers for them, or fails with each size of a batch.
     """
     names = list(dict.fromkeys(["dense", *backends]))
     unknown = [name for name in names if name not in BACKENDS]
     if unknown:
         raise CAPError(f"backend {unknown[0]!r} is none of {', '.join(BACKENDS)}")
-    refuse_quantized(model, "what is compared are models in floats: name the checkpoint that it was made from")
+    model = usable_of_transformers(model).eval()
     if any(parameter.device.type != "cpu" for parameter in model.parameters()):
         raise CAPError(f"{type(model).__name__} is not on the CPU, where it would be measured: model.cpu()")
     example = make_example(model, 2, image_processor, image_size)
-    with torch.inference_mode(), explained(model, example):
-        if not Dense(model, example).start(0)(example).isfinite().all():
-            raise CAPError("it gives numbers that are not finite")
+    with torch.inference_mode():
+        if not main_output(see(model, example))[1].isfinite().all():
+            raise CAPError(f"{type(model).__name__} gives numbers that are not finite for random images")
     ready: dict[str, Backend] = {}
     missing: dict[str, str] = {}
     for name in names:

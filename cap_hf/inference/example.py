@@ -5,14 +5,13 @@ DINOv2 was pretrained with 518 pixels, and is used with 224.
 """
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from PIL import Image
 from torch import nn
-from transformers import BaseImageProcessor, PreTrainedModel
+from transformers import BaseImageProcessor
 
 from cap_hf.checkpoints.processors import near_image_processor
 from cap_hf.errors import CAPError, reason
@@ -135,20 +134,3 @@ def size_of(model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> tuple[int, 
         return rows * patch_size(model), columns * patch_size(model)
     height, width = inputs["pixel_values"].shape[-2:]
     return height, width
-
-
-@contextmanager
-def explained(model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> Iterator[None]:
-    """Turn what a model says of inputs that it refuses into a CAPError that names their size and the config's."""
-    try:
-        yield
-    except Exception as error:  # whatever a forward pass may raise
-        if "pixel_values" not in inputs:
-            raise CAPError(f"{type(model).__name__} refuses its example_inputs: {reason(error)}") from error
-        (height, width), (_, *size) = size_of(model, inputs), image_shape(model)
-        known = isinstance(model, PreTrainedModel) and size != [height, width]
-        of_config = f" (its config says {size[0]} x {size[1]})" if known else ""
-        raise CAPError(
-            f"{type(model).__name__} refuses images of {height} x {width}{of_config}: {reason(error)}; mend the size "
-            "in its image processor, or say another with image_size"
-        ) from error

@@ -13,11 +13,10 @@ from transformers import BaseImageProcessor, PreTrainedModel
 
 from cap_hf.checkpoints.atomic import atomic_directory
 from cap_hf.checkpoints.loading import only_errors
-from cap_hf.checkpoints.quantized import refuse_quantized
 from cap_hf.errors import CAPError, reason
 from cap_hf.extras import need
-from cap_hf.inference.example import explained, make_example
-from cap_hf.inference.linear import SparseWeightLinear
+from cap_hf.inference.example import make_example
+from cap_hf.models import usable_of_transformers
 from cap_hf.outputs import main_output
 from cap_hf.towers import MainOutput, see, vision_configs
 
@@ -55,9 +54,10 @@ def export_onnx(
         The path of the ONNX file. Large weights lie beside it, in `model.onnx.data`.
 
     Raises:
-        CAPError: a package is missing, the model cannot be exported or refuses images of this size, or ONNX Runtime
-            gives other results.
+        CAPError: a package is missing, the model cannot be used as it is (see `cap_hf.models.usable_of_transformers`)
+            or not be exported, it fails on images of this size, or ONNX Runtime gives other results.
     """
+    model = usable_of_transformers(model)
     runtime = prepare(model)
     example = make_example(model, 2, image_processor, image_size)
     with atomic_directory(output_dir) as folder:
@@ -72,17 +72,10 @@ def prepare(model: PreTrainedModel) -> ModuleType:
     """Return ONNX Runtime, if a model can be exported as it is; it is in eval mode then. Errors as of `export_onnx`."""
     runtime = need("onnxruntime", "export")
     need("onnxscript", "export")
-    if not isinstance(model, PreTrainedModel):
-        raise CAPError(f"{type(model).__name__} is no model of transformers: export the one that it was made from")
-    if any(isinstance(module, SparseWeightLinear) for module in model.modules()):
-        raise CAPError("a model that was optimised for inference has no ONNX form: export it before you optimise it")
-    refuse_quantized(model, "export the checkpoint in floats that it was made from")
-    unfit = {(each.dtype, each.device.type) for each in model.parameters()} - {(torch.float32, "cpu")}
-    for dtype, device in unfit:
-        raise CAPError(
-            f"{type(model).__name__} has {str(dtype).removeprefix('torch.')} weights on {device}: models are exported "
-            "in float32 on the CPU: model.float().cpu()"
-        )
+    if {each.dtype for each in model.parameters()} != {torch.float32}:
+        raise CAPError("ONNX Runtime computes in float32: load the model with dtype='float32'")
+    if {each.device.type for each in model.parameters()} != {"cpu"}:
+        raise CAPError(f"{type(model).__name__} is not on the CPU, where it is exported: model.cpu()")
     model.eval()
     return runtime
 
@@ -107,7 +100,7 @@ def write_checked(
         CAPError: as of `export_onnx`.
     """
     pixels = example["pixel_values"]
-    with torch.inference_mode(), explained(model, example):
+    with torch.inference_mode():
         name, _ = main_output(see(model, example))
     if set(example) != {"pixel_values"}:
         raise CAPError(

@@ -11,13 +11,13 @@ from transformers import BaseImageProcessor, PreTrainedModel
 
 from cap_hf.checkpoints.loading import load_checkpoint
 from cap_hf.checkpoints.processors import SOURCE, find_image_processor
-from cap_hf.checkpoints.quantized import refuse_quantized
 from cap_hf.errors import CAPError
 from cap_hf.inference.choice import is_faster, is_semi_structured_faster
-from cap_hf.inference.example import explained, make_example
+from cap_hf.inference.example import make_example
 from cap_hf.inference.linear import CSRLinear, SparseLinear, SparseWeightLinear, carry_hooks
 from cap_hf.inference.operators import has_kernel
 from cap_hf.inference.semi_structured import check_device, is_semi_structured, to_semi_structured
+from cap_hf.models import uncompiled, usable
 from cap_hf.towers import see
 
 logger = logging.getLogger(__name__)
@@ -52,15 +52,15 @@ def optimize_for_inference(
             says. Where there is neither, the config says it.
 
     Returns:
-        The model, in eval mode.
+        The model, in eval mode, without what wraps it.
 
     Raises:
-        CAPError: there is no such backend or it cannot run here, the model has no sparse Linear layer for it, its
-            weights are quantised, or it refuses the example.
+        CAPError: there is no such backend or it cannot run here, the model has no sparse Linear layer for it, cannot be
+            used as it is (see `cap_hf.models.usable`), or fails on the example.
     """
     if backend not in BACKENDS:
         raise CAPError(f"backend {backend!r} is none of {', '.join(BACKENDS)}")
-    refuse_quantized(model, "sparse layers take weights in floats: load the checkpoint that it was made from")
+    model = usable(model)
     model.eval()
     linears = find_sparse_linears(model)
     if not linears:
@@ -207,7 +207,7 @@ def count_tokens(
 
     handles = [linear.register_forward_pre_hook(watch(name)) for name, linear in linears.items()]
     try:
-        with torch.inference_mode(), explained(model, example_inputs):
+        with uncompiled(model), torch.inference_mode():
             see(model, example_inputs)
     finally:
         for handle in handles:

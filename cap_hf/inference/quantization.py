@@ -3,11 +3,10 @@
 from torch import nn
 from transformers import PreTrainedModel, TorchAoConfig
 
-from cap_hf.checkpoints.quantized import refuse_quantized
 from cap_hf.distributed.temporary import TemporaryFolder
 from cap_hf.errors import CAPError, reason
 from cap_hf.extras import need
-from cap_hf.inference.linear import SparseWeightLinear
+from cap_hf.models import usable_of_transformers
 from cap_hf.targets import find_targets
 
 
@@ -22,15 +21,11 @@ def quantize_int8(model: PreTrainedModel, activations: bool = False) -> PreTrain
         activations: also quantise what goes into these layers, one scale per token, found for each input anew.
 
     Raises:
-        CAPError: torchao is not installed, the model was optimised for inference, is quantised already, or has no
-            Linear layer among its targets, or torchao fails.
+        CAPError: torchao is not installed or fails, the model cannot be used as it is, see
+            `cap_hf.models.usable_of_transformers`, or it has no Linear layer among its targets.
     """
     torchao = need("torchao.quantization", "quantization")
-    if not isinstance(model, PreTrainedModel):
-        raise CAPError(f"{type(model).__name__} is no model of transformers: quantise the one that it was made from")
-    if any(isinstance(module, SparseWeightLinear) for module in model.modules()):
-        raise CAPError("a model that was optimised for inference cannot be quantised: load it anew")
-    refuse_quantized(model, "there is nothing left to quantise")
+    model = usable_of_transformers(model)
     chosen = {target.name for target in find_targets(model) if not target.is_conv}
     if not chosen:
         raise CAPError(f"{type(model).__name__} has no Linear layer to quantise: its targets are convolutions")

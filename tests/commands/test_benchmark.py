@@ -38,7 +38,10 @@ def test_command_writes_table_report_and_plot(tmp_path, capsys):
     [
         (["--batch_sizes", "0"], "--batch_sizes must be at least 1"),
         (["--image_size", "8", "8", "3"], "--image_size takes one number, or two, height and width, of at least 1"),
-        (["--image_size", "16", "12"], "refuses images of 16 x 12 (its config says 8 x 8): "),
+        (
+            ["--image_size", "16", "12"],
+            "pixel_values of (2, 3, 16, 12) (its config tells of (batch, 3, 8, 8)): ",
+        ),
         (["--runs", "0"], "--runs must be at least 1"),
         (["--backends", "fast"], "argument --backends: invalid choice: 'fast'"),
     ],

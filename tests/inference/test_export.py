@@ -87,14 +87,12 @@ def test_a_file_that_computes_something_else_is_not_written(tmp_path, monkeypatc
 
 
 def test_what_cannot_be_exported_is_one_line(tmp_path, monkeypatch):
-    with pytest.raises(CAPError, match=r"float16 weights on cpu: .*model.float\(\).cpu\(\)"):
+    with pytest.raises(CAPError, match="computes in float32: load the model with dtype='float32'"):
         export_onnx(build("ViT").half(), tmp_path / "onnx")
-    with pytest.raises(CAPError, match="DataParallel is no model of transformers"):
-        export_onnx(torch.nn.DataParallel(build("ViT")), tmp_path / "onnx")
-    with pytest.raises(CAPError, match=r"refuses images of 12 x 12 \(its config says 8 x 8\)"):
+    with pytest.raises(CAPError, match=r"fails on pixel_values of \(2, 3, 12, 12\) \(its config tells of .*, 8, 8\)\)"):
         export_onnx(build("ViT"), tmp_path / "onnx", image_size=12)
     assert not (tmp_path / "onnx").exists()
-    with pytest.raises(CAPError, match="export it before"):
+    with pytest.raises(CAPError, match="was optimised for inference, .*: load it anew"):
         export_onnx(optimize_for_inference(prune(build("ViT"), 0.8), "kernel"), tmp_path / "onnx")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(CAPError, match=r"onnxruntime is not installed: pip install 'cap_hf\[export\]'"):

@@ -72,13 +72,13 @@ def test_compressed_weights_are_half_as_large_and_save_as_dense(monkeypatch):
 def test_what_is_faster_is_asked_with_the_tokens_of_each_layer():
     """Whatever is asked: this is the choice of `auto` on CPUs and on GPUs."""
     model = make_model()
-    linears = optimize.find_sparse_linears(model)
+    linears, example = optimize.find_sparse_linears(model), make_example(model)
     found = optimize.faster_layers(
-        model, linears, lambda linear, tokens: linear.out_features == 128 and tokens == 5, None
+        model, linears, lambda linear, tokens: linear.out_features == 128 and tokens == 5, example
     )
     assert list(found.values()) == [layer.mlp.fc1 for layer in model.vit.layers]
     unreached = linears | {"nowhere": nn.Linear(4, 128)}
-    assert optimize.faster_layers(model, unreached, lambda linear, tokens: True, None) == linears
+    assert optimize.faster_layers(model, unreached, lambda linear, tokens: True, example) == linears
 
 
 def test_without_a_gpu_it_is_one_line():
