@@ -12,6 +12,7 @@ from torch.sparse._semi_structured_conversions import sparse_semi_structured_fro
 
 from cap_hf import CAPCompressor, CAPConfig, CAPError, find_targets, optimize_for_inference
 from cap_hf.inference import optimize, semi_structured
+from cap_hf.inference.example import make_example
 from cap_hf.inference.semi_structured import check_device, is_semi_structured, save_dense, to_semi_structured
 
 
