@@ -52,8 +52,8 @@ class CAPCompressor:
         disable_tqdm: no progress bar.
         resources: memory, passes and disk; `Resources()` if None.
         prunes: how many sparsities will be pruned to, for the time left that the bar shows.
-        dtype: that the model will be saved in, such as bfloat16: `prune` rounds to what it holds, and counts what is too
-            small for it as zeros. None for the model's own.
+        dtype: that the model will be saved in, such as bfloat16: `prune` rounds to what it holds, and counts what
+            is too small for it as zeros. None for the model's own.
 
     Attributes:
         targets: what is pruned.

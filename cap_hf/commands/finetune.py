@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass, field, fields, make_dataclass
 
 import torch
 from transformers import PreTrainedModel
-from transformers.utils import logging as transformers_logging
 
 from cap_hf.checkpoints.atomic import real_path
 from cap_hf.checkpoints.form import round_weights
@@ -15,7 +14,7 @@ from cap_hf.checkpoints.places import writing
 from cap_hf.checkpoints.saving import save_checkpoint
 from cap_hf.collection.resources import Resources
 from cap_hf.commands.arguments import ModelArguments, ProbeArguments, beside, check_output, parse
-from cap_hf.commands.common import image_dataset, load_all, load_companions, load_form
+from cap_hf.commands.common import hide_bars, image_dataset, load_all, load_companions, load_form
 from cap_hf.commands.evaluation import Evaluation
 from cap_hf.commands.pushing import open_push, push
 from cap_hf.commands.tables import percent, results_table
@@ -56,7 +55,7 @@ def main(argv: list[str]) -> None:
     resume = prepare_output(training_args, args.overwrite_output_dir)
     repo_id = open_push(training_args)
     if training_args.disable_tqdm:
-        transformers_logging.disable_progress_bar()
+        hide_bars()
 
     phases = Phases()
     with phases("load"):
