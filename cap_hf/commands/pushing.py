@@ -1,4 +1,4 @@
-"""`cap-hf finetune --push_to_hub`: the checkpoint that was recovered is published, and nothing else.
+"""`cap-hf finetune --push_to_hub`: the recovered checkpoint is published, and nothing else.
 
 The Trainer's own push would publish what lies in its folder: a pickle of its arguments with the paths of this machine,
 while it trains and afterwards. So the push is taken out of its hands.
