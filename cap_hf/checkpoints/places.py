@@ -9,12 +9,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from huggingface_hub.constants import HF_HOME
+from huggingface_hub.constants import HF_HOME, HF_HUB_CACHE
 from safetensors import SafetensorError
 
 from cap_hf.errors import CAPError, reason
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
+CLOSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
 # What a disk with less than this cannot take is not worth a second look.
 FULL_BYTES = 2**20
 # How cap_hf and Python's own tempfile call what they make in the system's folder for temporary files.
@@ -64,6 +65,34 @@ def write_error(place: str | Path, error: Exception) -> CAPError:
     if is_full:
         return CAPError(f"the disk of {where} is full: free some space, or {advice(where)}")
     return CAPError(f"cannot write {where} ({said}): {advice(where)}")
+
+
+def closed_cache(error: BaseException, cache_dir: str | None = None) -> CAPError | None:
+    """Return one line about the cache of Hugging Face if an error is one of writing to it, else None.
+
+    Args:
+        error: what was raised while something was downloaded.
+        cache_dir: where to, as it was asked for; None for the usual cache.
+    """
+    chain: list[BaseException] = []
+    following: BaseException | None = error
+    while following is not None and following not in chain:
+        chain.append(following)
+        following = following.__cause__ or following.__context__
+    cache = Path(os.path.abspath(cache_dir or HF_HUB_CACHE))
+    for each in chain:
+        if not isinstance(each, OSError) or each.errno not in (*FULL, *CLOSED):
+            continue
+        named = each.filename if isinstance(each.filename, str) else None
+        if named is None and each.errno not in FULL:
+            continue
+        # What is full or closed may be a folder that the cache was to be made in.
+        if named is None or is_about(named, cache):
+            where, what = named or cache, "--cache_dir" if cache_dir else "HF_HOME"
+            return CAPError(
+                f"the cache of downloads, {where}, cannot be written ({each.strerror}): name another with {what}"
+            )
+    return None
 
 
 def is_about(named: str, place: Path) -> bool:

@@ -9,6 +9,7 @@ from safetensors import SafetensorError
 from cap_hf import CAPError
 from cap_hf.checkpoints import places
 from cap_hf.checkpoints.atomic import atomic_directory
+from cap_hf.checkpoints.loading import local_folder
 from cap_hf.checkpoints.places import write_error, writing
 
 FULL = "No space left on device"
@@ -27,7 +28,10 @@ FULL = "No space left on device"
         (OSError(errno.EACCES, "Denied", "UP/model/x"), "UP/model/x cannot be read or written (Denied): choose"),
         (OSError(errno.ENOSPC, FULL, "TEMP/tmpab12_xyz/x"), "the disk of TEMP/tmpab12_xyz/x is full: free some space,"),
         (OSError(errno.ENOSPC, FULL, "TEMP/cap_hf-1/x"), "or set TMPDIR to a folder on another disk"),
-        (OSError(errno.ENOSPC, FULL, "CACHE/hub/x"), "the disk of CACHE/hub/x is full: free some space, or set HF_HOME"),
+        (
+            OSError(errno.ENOSPC, FULL, "CACHE/hub/x"),
+            "the disk of CACHE/hub/x is full: free some space, or set HF_HOME",
+        ),
         (OSError("no such model"), "no such model"),
     ],
 )
@@ -48,6 +52,39 @@ def test_the_line_names_the_place(tmp_path, monkeypatch, error, line):
     said = str(write_error(tmp_path / "up" / "out", error))
     assert put(line) in said
     assert "\n" not in said
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (OSError(errno.EROFS, "Read-only file system", "CACHE/hub/models--a--b"), "CACHE/hub/models--a--b, cannot be"),
+        (NotADirectoryError(errno.ENOTDIR, "Not a directory", "CACHE"), "Not a directory): name another with HF_HOME"),
+        (OSError(errno.ENOSPC, FULL), f"CACHE/hub, cannot be written ({FULL}): name another with HF_HOME"),
+        (PermissionError(errno.EACCES, "Denied", "OTHER/x"), None),
+        (ConnectionError("no network"), None),
+    ],
+)
+def test_a_cache_that_cannot_be_written_is_named(tmp_path, monkeypatch, error, line):
+    monkeypatch.setattr(places, "HF_HUB_CACHE", str(tmp_path / "cache" / "hub"))
+
+    def put(text):
+        return text.replace("CACHE", str(tmp_path / "cache")).replace("OTHER", str(tmp_path / "other"))
+
+    if getattr(error, "filename", None):
+        error = type(error)(error.errno, error.strerror, put(error.filename))
+    try:
+        # As transformers does, which then says something of its own.
+        raise OSError("Check cache directory permissions") from error
+    except OSError as raised:
+        found = places.closed_cache(raised)
+    assert (found is None) == (line is None)
+    assert line is None or put(line) in str(found)
+
+
+def test_a_download_into_a_cache_that_cannot_be_made_is_one_line(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CAPError, match=r"the cache of downloads, .*file.*, cannot be written .*: name .* --cache_dir"):
+        local_folder("someone/model", cache_dir=str(tmp_path / "file" / "cache"))
 
 
 def test_a_full_disk_that_nobody_names_is_looked_for(tmp_path, monkeypatch):
