@@ -2,12 +2,13 @@
 
 import errno
 from collections import namedtuple
+from pathlib import Path
 
 import pytest
 from safetensors import SafetensorError
 
 from cap_hf import CAPError
-from cap_hf.checkpoints import places
+from cap_hf.checkpoints import loading, places
 from cap_hf.checkpoints.atomic import atomic_directory
 from cap_hf.checkpoints.loading import local_folder
 from cap_hf.checkpoints.places import write_error, writing
@@ -81,21 +82,22 @@ def test_a_cache_that_cannot_be_written_is_named(tmp_path, monkeypatch, error, l
     assert line is None or put(line) in str(found)
 
 
-def test_a_download_into_a_cache_that_cannot_be_made_is_one_line(tmp_path):
+def test_a_download_into_a_cache_that_cannot_be_made_is_one_line(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
+    monkeypatch.setattr(loading, "snapshot_download", lambda name, cache_dir, **_: Path(cache_dir).mkdir())
     with pytest.raises(CAPError, match=r"the cache of downloads, .*file.*, cannot be written .*: name .* --cache_dir"):
         local_folder("someone/model", cache_dir=str(tmp_path / "file" / "cache"))
 
 
 def test_a_full_disk_that_nobody_names_is_looked_for(tmp_path, monkeypatch):
-    usage, temporary = namedtuple("usage", "free"), tmp_path / "temp"
+    usage, temporary, free = namedtuple("usage", "free"), tmp_path / "temp", {}
     temporary.mkdir()
     monkeypatch.setattr(places.tempfile, "gettempdir", lambda: str(temporary))
-    error = OSError(errno.ENOSPC, FULL)
-    for free, full in ((0, temporary), (10**9, tmp_path / "out")):
-        monkeypatch.setattr(places.shutil, "disk_usage", lambda path: usage(free if path == temporary else 10**9))
+    monkeypatch.setattr(places.shutil, "disk_usage", lambda path: usage(free.get(path, 10**9)))
+    for left, full in ((0, temporary), (10**9, tmp_path / "out")):
+        free[temporary] = left
         with pytest.raises(CAPError, match=f"the disk of {full} is full"), atomic_directory(tmp_path / "out"):
-            raise error
+            raise OSError(errno.ENOSPC, FULL)
 
 
 def test_without_a_folder_for_temporary_files_the_output_is_named(tmp_path, monkeypatch):
