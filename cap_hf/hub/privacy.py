@@ -29,6 +29,8 @@ LABELS = ("id2label", "label2id")
 FOLDER, HOST, TOKEN = "folder", "host", "token"
 
 TOKENS = re.compile(r"\bhf_[A-Za-z0-9]{16,}")
+# How the Trainer calls a folder of logs, `runs/Jul05_12-00-00_host`, which could be a Hub id.
+LOGS = re.compile(r"\d\d-\d\d-\d\d_")
 # A text that is a path as a whole.
 ABSOLUTE = re.compile(r"(file://)?/[^/\s]|[A-Za-z]:[\\/]|\\\\[^\\]|~[\w.-]*[\\/]")
 # A part of a path within a text: it ends at a blank, and at what cannot be in a name without quotes.
@@ -105,7 +107,7 @@ class Private:
         text = TOKENS.sub(TOKEN, text)
         if ABSOLUTE.match(text) and "\n" not in text:
             return self.last_part(text)
-        if hub_id(text):
+        if hub_id(text) and not LOGS.search(text):
             return text
         if " " not in text and "://" not in text and set(self.users).intersection(re.split(r"[\\/]", text)[:-1]):
             return self.last_part(text)
