@@ -36,13 +36,13 @@ def explain(name_or_path: str | Path, error: Exception) -> str:
     said, folder = reason(error), Path(name_or_path)
     if "trust_remote_code" in said:
         return f"{folder} brings code of its own along: read it, and pass --trust_remote_code true if it may run"
-    if package := missing_package(said):
-        return f"{folder} needs a package that is not installed: pip install {package}"
-    if found := re.search(r"model type [`'\"](\S+?)[`'\"]", said):
+    if found := re.search(r"model type [`'\"](.+?)[`'\"]", said):
         return (
             f"{folder} is a {found[1]!r}, which this version of transformers does not know: upgrade it, or pass "
             "--trust_remote_code true if the checkpoint brings its code along"
         )
+    if package := missing_package(said):
+        return f"{folder} needs a package that is not installed: pip install {package}"
     if "model.safetensors" in said and re.search(r"[Nn]o file named|not appear to have a file", said):
         return explain_format(folder)
     try:
@@ -93,13 +93,14 @@ def explain_format(folder: Path) -> str:
     found = sorted(path.name for pattern in FOREIGN_WEIGHTS for path in folder.glob(pattern))
     if folder.is_dir() and not found:
         return f"{folder} has no weights: there is no model.safetensors"
-    what = f"has its weights in {summarize(found, 3)}" if found else "has no weights as safetensors"
-    where = (
-        "" if folder.is_dir() else ", or try --model_revision refs/pr/1, where the Hub's converter may have put them"
-    )
+    if folder.is_dir():
+        return (
+            f"{folder} has its weights in {summarize(found, 3)}: only safetensors are read, as unpickling a file "
+            "runs what is in it; if you trust it, load it with transformers and `save_pretrained` it once"
+        )
     return (
-        f"{folder} {what}: only safetensors are read, as unpickling a file runs what is in it; if you trust it, load "
-        f"it with transformers and `save_pretrained` it once{where}"
+        f"{folder} has no weights as safetensors: only these are read; --model_revision refs/pr/1 has them where the "
+        "Hub's converter made some, else load it with transformers, if you trust it, and `save_pretrained` it once"
     )
 
 
@@ -115,7 +116,7 @@ def explain_missing(
         )
     return (
         f"{name_or_path} has no weights for {summarize(sorted(missing), 3)} of a {type(model).__name__}: "
-        f'name the class that its weights are of under "architectures" in its {MODEL_CONFIG_NAME}, or train what is '
+        f'name the class that its weights are of under "architectures" in its config.json, or train what is '
         "missing"
     )
 
@@ -136,11 +137,11 @@ def explain_mismatch(
     if len(heads) == 1 and all(tuple(asked)[:1] == (labels,) for _, _, asked in mismatched):
         return (
             f"{name_or_path} has a head of {max(heads)[0]} classes ({summarize(names, 2)}), and its "
-            f"{MODEL_CONFIG_NAME} has {labels} (id2label): correct that file, or finetune a new head first"
+            f"config.json has {labels} (id2label): correct that file, or finetune a new head first"
         )
     shapes = [f"{name} {tuple(stored)} and not {tuple(asked)}" for name, stored, asked in sorted(mismatched)]
     return (
-        f"{name_or_path} has weights of another shape than its {MODEL_CONFIG_NAME} asks for, so these two are of "
+        f"{name_or_path} has weights of another shape than its config.json asks for, so these two are of "
         f"different models: {summarize(shapes, 3)}"
     )
 
@@ -162,7 +163,7 @@ def missing_package(said: str) -> str | None:
         r"requires the ([\w-]+) library",
         r"No module named '([\w]+)",
         r"requires? ([\w-]+):? \(?`pip install",
-        r"pip install (?:-U |--upgrade )?([\w-]+)",
+        r"pip install (?:-U |--upgrade )?([\w-]+)(?![\w+-])",
     ):
         if (found := re.search(pattern, said)) and found[1].lower() != "transformers":
             names = [name.strip().lower() for name in found[1].split(",")]
