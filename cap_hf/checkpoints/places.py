@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from huggingface_hub.constants import HF_HOME, HF_HUB_CACHE
 from safetensors import SafetensorError
 
 from cap_hf.errors import CAPError, reason
@@ -79,7 +78,7 @@ def closed_cache(error: BaseException, cache_dir: str | None = None) -> CAPError
     while following is not None and following not in chain:
         chain.append(following)
         following = following.__cause__ or following.__context__
-    cache = Path(os.path.abspath(cache_dir or HF_HUB_CACHE))
+    cache = Path(os.path.abspath(cache_dir or cache_places()[1]))
     for each in chain:
         if not isinstance(each, OSError) or each.errno not in (*FULL, *CLOSED):
             continue
@@ -125,9 +124,17 @@ def advice(where: Path) -> str:
         below = where.relative_to(temporary).parts
         if not below or TEMPORARY.fullmatch(below[0]):
             return "set TMPDIR to a folder on another disk"
-    if where.is_relative_to(os.path.abspath(HF_HOME)):
+    if where.is_relative_to(os.path.abspath(cache_places()[0])):
         return "set HF_HOME to a folder on another disk"
     return "choose another folder"
+
+
+def cache_places() -> tuple[str, str]:
+    """Return the folder of all that Hugging Face's libraries keep, and that of what is downloaded from the Hub."""
+    # Imported here: it takes longer than the line about a wrong output folder should.
+    from huggingface_hub.constants import HF_HOME, HF_HUB_CACHE
+
+    return HF_HOME, HF_HUB_CACHE
 
 
 def temporary_root() -> Path | None:

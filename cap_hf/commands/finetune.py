@@ -2,8 +2,9 @@
 
 import copy
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields, make_dataclass
+from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel
@@ -56,7 +57,29 @@ def main(argv: list[str]) -> None:
     repo_id = open_push(training_args)
     if training_args.disable_tqdm:
         hide_bars()
+    with without_empty_folder(training_args.folder):
+        finetune(model_args, data_args, args, training_args, probe_args, config, resources, output, resume, repo_id)
 
+
+def finetune(
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    args: FinetuneArguments,
+    training_args: SparseTrainingArguments,
+    probe_args: ProbeArguments,
+    config: CAPConfig,
+    resources: Resources,
+    output: Path,
+    resume: str | None,
+    repo_id: str | None,
+) -> None:
+    """Do the work, once nothing is wrong with the arguments: load, train, evaluate, save, push.
+
+    Args:
+        output: gets the recovered checkpoint, whole; `training_args` has the Trainer's own folder.
+        resume: the Trainer's checkpoint to go on from.
+        repo_id: where to push to.
+    """
     phases = Phases()
     with phases("load"):
         needed = ["train", "eval"] if training_args.do_eval else ["train"]
@@ -161,6 +184,18 @@ def main(argv: list[str]) -> None:
             print(f"{repo_id} was pushed: {push(output, repo_id, training_args, model_args.trust_remote_code)}")
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.end_training()
+
+
+@contextmanager
+def without_empty_folder(folder: Path) -> Iterator[None]:
+    """Remove a folder in the end if it was not there before, and holds nothing: the Trainer makes it anyway."""
+    there = folder.exists()
+    try:
+        yield
+    finally:
+        if not there:
+            with suppress(OSError):
+                folder.rmdir()
 
 
 def read_arguments(argv: list[str]) -> tuple:

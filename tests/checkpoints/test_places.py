@@ -40,7 +40,7 @@ def test_the_line_names_the_place(tmp_path, monkeypatch, error, line):
     for name in ("up", "temp", "cache"):
         (tmp_path / name).mkdir()
     monkeypatch.setattr(places.tempfile, "gettempdir", lambda: str(tmp_path / "temp"))
-    monkeypatch.setattr(places, "HF_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(places, "cache_places", lambda: (str(tmp_path / "cache"), str(tmp_path / "cache" / "hub")))
     words = {"OUT": "up/out", "UP": "up", "TEMP": "temp", "CACHE": "cache"}
 
     def put(text):
@@ -66,7 +66,7 @@ def test_the_line_names_the_place(tmp_path, monkeypatch, error, line):
     ],
 )
 def test_a_cache_that_cannot_be_written_is_named(tmp_path, monkeypatch, error, line):
-    monkeypatch.setattr(places, "HF_HUB_CACHE", str(tmp_path / "cache" / "hub"))
+    monkeypatch.setattr(places, "cache_places", lambda: (str(tmp_path / "cache"), str(tmp_path / "cache" / "hub")))
 
     def put(text):
         return text.replace("CACHE", str(tmp_path / "cache")).replace("OTHER", str(tmp_path / "other"))
