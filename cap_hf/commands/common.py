@@ -22,7 +22,7 @@ from cap_hf.data.images import ImageDataset
 from cap_hf.data.labels import find_columns
 from cap_hf.data.splits import load_splits
 from cap_hf.errors import CAPError, reason
-from cap_hf.towers import is_classifier, tower_name, vision_config
+from cap_hf.towers import is_classifier, picks_label, tower_name, vision_config
 
 logger = logging.getLogger(__name__)
 
@@ -137,7 +137,7 @@ def image_dataset(
 ) -> ImageDataset:
     """Return a split as the inputs of a model, or of its vision tower; errors as of `ImageDataset`."""
     config = vision_config(model) or model.config
-    return ImageDataset(split, image_processor, config, args, has_head=is_classifier(model))
+    return ImageDataset(split, image_processor, config, args, has_head=picks_label(model))
 
 
 def where_to_load(args: ModelArguments) -> dict[str, Any]:

@@ -75,3 +75,10 @@ def test_a_model_that_returns_tuples_is_measured_like_any():
     other.forward = lambda *args, **kwargs: plain(*args, **kwargs).to_tuple()
     expected = evaluate_model(model, random_batches(model, 8), Accelerator(), disable_tqdm=True)
     assert evaluate_model(other, random_batches(model, 8), Accelerator(), disable_tqdm=True) == expected
+
+
+def test_a_model_that_gives_no_numbers_is_not_measured():
+    model = build("ViT")
+    model.classifier.bias.data[3] = float("nan")
+    with pytest.raises(CAPError, match="the model's logits are NaN: check its weights"):
+        evaluate_model(model, random_batches(model, 8), Accelerator(), disable_tqdm=True)
