@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.core_model_loading import build_glob_alternation
 from transformers.utils import cached_file
@@ -79,13 +80,13 @@ def find_form(name_or_path: str, **source: Any) -> StoredForm:
 
 
 @torch.no_grad()
-def round_weights(model: PreTrainedModel, dtype: torch.dtype | None) -> None:
+def round_weights(model: nn.Module, dtype: torch.dtype | None) -> None:
     """Round all weights and buffers, in place, to what a dtype holds; they keep the dtype that they have.
 
     Zeros stay, and what is too small for the dtype becomes 0, of no sign.
 
     Args:
-        model: of transformers, in a wider dtype.
+        model: in a wider dtype.
         dtype: None to leave everything as it is.
 
     Raises:
@@ -129,13 +130,13 @@ def stored_in(model: PreTrainedModel, dtype: torch.dtype | None) -> Iterator[Non
         yield
 
 
-def stored_dtypes(model: PreTrainedModel, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor, torch.dtype]]:
+def stored_dtypes(model: nn.Module, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor, torch.dtype]]:
     """Yield each floating point weight and buffer that is saved, with the dtype that `from_pretrained` gives it.
 
     Some models keep a few modules in float32 whatever dtype they are loaded in.
     """
     # What from_pretrained goes by (transformers 5.20 to 5.23).
-    plan = model._get_dtype_plan(dtype)
+    plan = model._get_dtype_plan(dtype) if isinstance(model, PreTrainedModel) else {}
     kept = build_glob_alternation(list(plan))[0] if plan else None
     for name, tensor in model.state_dict(keep_vars=True).items():
         if tensor.is_floating_point():

@@ -88,6 +88,13 @@ def test_rounding_gives_what_a_dtype_holds_and_no_zero_with_a_sign():
     assert not torch.signbit(weight[0, :3]).any()
 
 
+def test_a_module_that_is_not_of_transformers_is_rounded_too():
+    layer = torch.nn.Linear(4, 3)
+    before = layer.weight.detach().clone()
+    round_weights(layer, torch.bfloat16)
+    assert torch.equal(layer.weight, before.bfloat16().float())
+
+
 def test_what_is_too_large_is_one_line_and_changes_nothing():
     model = make_model()
     with torch.no_grad():
