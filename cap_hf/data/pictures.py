@@ -33,9 +33,8 @@ def in_eight_bits(image: Image.Image) -> Image.Image:
     values, white = np.asarray(image), white_of(image)
     low, high = values.min().item(), values.max().item()
     if not (low >= 0 and high <= white):  # nor where one is not a number
-        raise CAPError(
-            f"its values are {low:.9g} to {high:.9g} and white is taken to be {white:g}: scale them, and save it in 8 bits"
-        )
+        span = f"{low:.9g} to {high:.9g}"
+        raise CAPError(f"its values are {span} and white is taken to be {white:g}: scale them, and save it in 8 bits")
     if white > CAMERA and 0 < high <= BYTE:
         raise CAPError(
             f"it has more than 8 bits and no value above {high}: whether white is {BYTE} or {white} cannot be known. "
