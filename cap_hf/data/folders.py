@@ -79,7 +79,7 @@ def labelled_splits(files: dict[str, list[str]]) -> list[str]:
             ]
             warn_once(
                 logger,
-                f"The folders of split {split!r} are not taken for classes: images lie beside and within them, as "
+                f"The folders of split {split} are not taken for classes: images lie beside and within them, as "
                 f"{ends[0]} and {ends[-1]}",
             )
     deepest = max(max(each) for each in depths.values())

@@ -62,8 +62,11 @@ class ImageDataset(Dataset):
         """Return whether there is a column of labels."""
         return self.numbers is not None
 
-    def need_labels(self) -> "ImageDataset":
+    def need_labels(self, otherwise: str = "") -> "ImageDataset":
         """Return the dataset itself, for a caller that cannot do without labels.
+
+        Args:
+            otherwise: what else to do where there are none, for the error.
 
         Raises:
             CAPError: there are none.
@@ -71,7 +74,7 @@ class ImageDataset(Dataset):
         if not self.labelled:
             raise CAPError(
                 f"there is no column of labels among {summarize(self.columns)}: name one with --label_column_name, or "
-                "put the images of each class into a folder of their own"
+                f"put the images of each class into a folder of their own{otherwise and f', or {otherwise}'}"
             )
         return self
 
@@ -90,7 +93,8 @@ class ImageDataset(Dataset):
         rows = self.rows[indices]
         values = rows[self.image_column]
         images = [self._decode(index, value) for index, value in zip(indices, values, strict=True)]
-        examples = self._process(images, [self._name(*pair) for pair in zip(indices, values, strict=True)])
+        names = [f"image {index} ({self._place(value)})" for index, value in zip(indices, values, strict=True)]
+        examples = self._process(images, names)
         if self.numbers is not None:
             examples["labels"] = torch.from_numpy(self.numbers(rows[self.label_column], indices))
         return [dict(zip(examples, values, strict=True)) for values in zip(*examples.values(), strict=True)]
@@ -140,10 +144,10 @@ class ImageDataset(Dataset):
         try:
             return in_eight_bits(self.decoder.decode_example(value)).convert(self.mode)
         except Exception as error:  # PIL and the file system raise many kinds
-            raise CAPError(f"{self._name(index, value)} cannot be read: {reason(error)}") from error
+            raise CAPError(f"image {index} ({self._place(value)}) cannot be read: {reason(error)}") from error
 
-    def _name(self, index: int, value: dict | None) -> str:
-        return f"image {index} ({(value or {}).get('path') or f'column {self.image_column!r}'})"
+    def _place(self, value: dict | None) -> str:
+        return (value or {}).get("path") or f"column {self.image_column!r}"
 
 
 def channels_of(config: PretrainedConfig) -> int:

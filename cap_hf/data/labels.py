@@ -53,9 +53,14 @@ def find_columns(features: datasets.Features, args: DataArguments) -> tuple[str,
     image = find_column(features, args.image_column_name, datasets.Image, "image")
     assert image is not None
     if not isinstance(features[image], datasets.Image):
-        raise CAPError(
-            f"column {image!r} holds no images: name one of {summarize(list(features))} with {_flag('image')}"
-        )
+        others = [column for column in features if column != image]
+        if isinstance(features[image], datasets.Value) and features[image].dtype in STRINGS:
+            raise CAPError(
+                f"column {image!r} holds text, not images. Of paths make a file metadata.csv with the column file_name "
+                "beside the images, and give --dataset_name their folder; else name one of "
+                f"{summarize(others)} with {_flag('image')}"
+            )
+        raise CAPError(f"column {image!r} holds no images: name one of {summarize(others)} with {_flag('image')}")
     return image, find_column(features, args.label_column_name, datasets.ClassLabel, "label", optional=True)
 
 

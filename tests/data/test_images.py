@@ -86,6 +86,8 @@ def test_without_labels_there_are_only_pixels(processor):
         assert len(batch["pixel_values"]) == 5
         with pytest.raises(CAPError, match="no column of labels among image: name one with --label_column_name"):
             dataset.need_labels()
+        with pytest.raises(CAPError, match="into a folder of their own, or leave the evaluation out$"):
+            dataset.need_labels("leave the evaluation out")
     with pytest.raises(CAPError, match="there is no column 'digit': name one of image with --label_column_name"):
         ImageDataset(split, processor, config_of(["a"]), DataArguments(label_column_name="digit"))
 

@@ -140,3 +140,7 @@ def test_columns_are_found_or_named():
         find_columns(datasets.Features(left=image, right=image), DataArguments())
     with pytest.raises(CAPError, match="no column 'image': name one of kind, text with --image_column_name"):
         find_columns(datasets.Features(kind=names, text=text), DataArguments())
+    with pytest.raises(
+        CAPError, match="'image' holds text, not images. .* metadata.csv .* name one of label with --im"
+    ):
+        find_columns(datasets.Features(image=text, label=names), DataArguments())
