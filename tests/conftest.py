@@ -5,6 +5,7 @@ import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import datasets
 import pytest
 import support.torchvision_operators  # noqa: F401  # before transformers, which imports torchvision where there is one
 import transformers
@@ -19,6 +20,8 @@ def _leave_as_it_was():
     level, environment = logger.level, dict(os.environ)
     yield
     logger.setLevel(level)
+    datasets.enable_progress_bars()
+    transformers.utils.logging.enable_progress_bar()
     for name in {**os.environ}:
         if name.startswith(("ACCELERATE_", "FSDP_")) and name not in environment:
             del os.environ[name]

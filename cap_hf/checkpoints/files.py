@@ -25,6 +25,9 @@ from cap_hf.errors import CAPError, reason
 DIGESTS = "cap_digests"
 DIGEST_LENGTH = 32
 
+# How a file begins that Git LFS has not fetched.
+LFS_POINTER = b"version https://git-lfs"
+
 
 @dataclass(frozen=True)
 class FileContents:
@@ -166,7 +169,22 @@ def open_safetensors(path: str | Path) -> Iterator[safe_open]:
     except CAPError:
         raise
     except (SafetensorError, OSError, RuntimeError, TypeError, ValueError) as error:
-        raise CAPError(f"{path} cannot be read as safetensors: {reason(error)}") from error
+        if is_pointer(path):
+            raise CAPError(
+                f"{path} is a pointer of Git LFS and not the file itself: run `git lfs pull` in its folder"
+            ) from error
+        raise CAPError(
+            f"{path} cannot be read as safetensors ({reason(error)}): download it or save it again"
+        ) from error
+
+
+def is_pointer(path: str | Path) -> bool:
+    """Return whether a file is what Git LFS keeps in the place of one that it has not fetched."""
+    try:
+        with open(path, "rb") as file:
+            return file.read(len(LFS_POINTER)) == LFS_POINTER
+    except OSError:
+        return False
 
 
 def _shape(file: safe_open, name: str, path: str | Path) -> list[int]:

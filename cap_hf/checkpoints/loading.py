@@ -19,9 +19,16 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
+from transformers.utils import find_adapter_config_file
 from transformers.utils import logging as transformers_logging
 from transformers.utils.hub import cached_files
 
+from cap_hf.checkpoints.explaining import (
+    explain,
+    explain_adapter,
+    explain_mismatch,
+    explain_missing,
+)
 from cap_hf.checkpoints.files import check_file
 from cap_hf.checkpoints.folder import COMPANIONS, check_inside, check_model_config, read_json
 from cap_hf.checkpoints.location import check_location
@@ -30,6 +37,9 @@ from cap_hf.errors import CAPError, reason
 from cap_hf.targets import summarize
 
 logger = logging.getLogger(__name__)
+
+# The arguments of `from_pretrained` that say where a checkpoint lies.
+WHERE = ("revision", "cache_dir", "token", "local_files_only", "subfolder")
 
 
 def local_folder(
@@ -99,7 +109,7 @@ def check_folder(folder: str | Path, trust_remote_code: bool = False) -> WeightF
             else:
                 model = kind.from_config(config, trust_remote_code=trust_remote_code)
     except Exception as error:  # configuration, foreign code
-        raise CAPError(_explain(folder, error)) from error
+        raise CAPError(explain(folder, error)) from error
     asked, stored = model.num_parameters(), sum(each.num_entries for each in contents)
     # What is lacking in part is named when the model is loaded.
     if asked > 2 * stored:
@@ -151,43 +161,39 @@ def load_checkpoint(
     }
     try:
         with only_errors():
+            where = {name: source[name] for name in WHERE if name in source}
+            if find_adapter_config_file(str(name_or_path), **where) is not None:
+                # Without PEFT transformers would load what is beside the adapter, and say nothing.
+                raise CAPError(explain_adapter(name_or_path))
             config = AutoConfig.from_pretrained(name_or_path, **source, trust_remote_code=trust_remote_code)
             kind = model_class(config, trust_remote_code)
             model, info = kind.from_pretrained(name_or_path, **arguments)
             unpooled = "add_pooling_layer" in inspect.signature(type(model)).parameters
             if info["missing_keys"] and unpooled and all("pooler" in name for name in info["missing_keys"]):
                 model, info = kind.from_pretrained(name_or_path, **arguments, add_pooling_layer=False)
+    except CAPError:
+        raise
     except Exception as error:  # configuration, file format, foreign code
-        raise CAPError(_explain(name_or_path, error)) from error
-    missing, mismatched = info["missing_keys"], {name for name, *_ in info["mismatched_keys"]}
-    if missing:
-        raise CAPError(
-            f"{name_or_path} has no weights for {summarize(sorted(missing), 3)} of a {type(model).__name__}: "
-            'name the class that its weights are of under "architectures" in its config.json, or train what is missing'
-        )
-    if mismatched:
-        raise CAPError(
-            f"{name_or_path} has weights of another shape than its config asks for: {summarize(sorted(mismatched), 3)}"
-        )
+        raise CAPError(explain(name_or_path, error)) from error
+    if info["missing_keys"]:
+        raise CAPError(explain_missing(name_or_path, model, info["missing_keys"], info["unexpected_keys"]))
+    if info["mismatched_keys"]:
+        raise CAPError(explain_mismatch(name_or_path, model, list(info["mismatched_keys"])))
     if info["unexpected_keys"]:
         unused = summarize(sorted(info["unexpected_keys"]), 3)
         logger.warning("%s has weights that %s does not use: %s", name_or_path, type(model).__name__, unused)
     return model
 
 
-def _explain(folder: str | Path, error: Exception) -> str:
-    """Return one line about a checkpoint that could not be loaded."""
-    if "trust_remote_code" in str(error):
-        return f"{folder} brings code of its own along: read it, and pass --trust_remote_code true if it may run"
-    return f"{folder} cannot be loaded: {reason(error)}"
-
-
 @contextmanager
 def only_errors() -> Iterator[None]:
-    """Keep transformers' warnings to itself: its report of what was loaded is a table of many lines."""
-    verbosity = transformers_logging.get_verbosity()
+    """Keep transformers' warnings and bars to itself: its report of what was loaded is a table of many lines."""
+    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
     try:
         yield
     finally:
         transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()

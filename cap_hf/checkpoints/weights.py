@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from cap_hf.checkpoints.compression import COMPRESSED_INDEX_NAME, COMPRESSED_NAME, VALUES, pack
+from cap_hf.checkpoints.explaining import explain_format
 from cap_hf.checkpoints.files import check_file, load_file, open_safetensors
 from cap_hf.checkpoints.folder import check_types, read_json, shorten
 from cap_hf.errors import CAPError
@@ -65,7 +66,7 @@ def find_weight_files(folder: str | Path) -> WeightFiles:
                 if Path(shard).name != shard or not os.path.isfile(folder / shard):
                     raise CAPError(f"{folder / index} names {shorten(repr(shard))}, which is not in {folder}")
             return WeightFiles([folder / shard for shard in shards], compressed, folder / index)
-    raise CAPError(f"{folder} has no {PLAIN_NAME}: a checkpoint with safetensors weights is needed")
+    raise CAPError(explain_format(folder))
 
 
 def iterate_weights(folder: str | Path) -> Iterator[tuple[str, torch.Tensor]]:

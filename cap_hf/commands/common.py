@@ -11,7 +11,9 @@ import huggingface_hub
 import transformers
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 from transformers import AutoImageProcessor, PreTrainedModel
+from transformers.utils import logging as transformers_logging
 
+from cap_hf.checkpoints.explaining import explain_processor
 from cap_hf.checkpoints.loading import find_companions, load_checkpoint, only_errors
 from cap_hf.commands.arguments import ModelArguments
 from cap_hf.data.arguments import DataArguments
@@ -19,7 +21,7 @@ from cap_hf.data.images import ImageDataset
 from cap_hf.data.labels import find_columns
 from cap_hf.data.splits import load_splits
 from cap_hf.errors import CAPError, reason
-from cap_hf.towers import is_classifier, vision_config
+from cap_hf.towers import is_classifier, tower_name, vision_config
 
 logger = logging.getLogger(__name__)
 
@@ -27,13 +29,21 @@ logger = logging.getLogger(__name__)
 ANSWER_SECONDS = 10.0
 
 
+def hide_bars() -> None:
+    """Have neither transformers nor `datasets` show a progress bar in this process."""
+    transformers_logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+
+
 def load_model(args: ModelArguments) -> PreTrainedModel:
     """Return the checkpoint in float32, whole: a weight that it lacks is an error, never a random one.
 
     Raises:
-        CAPError: the checkpoint cannot be loaded or lacks weights.
+        CAPError: the checkpoint cannot be loaded or lacks weights, or no part of its model takes images.
     """
-    return load_checkpoint(args.model_name_or_path, args.trust_remote_code, "float32", **where_to_load(args))
+    model = load_checkpoint(args.model_name_or_path, args.trust_remote_code, "float32", **where_to_load(args))
+    tower_name(model)
+    return model
 
 
 def load_image_processor(args: ModelArguments) -> Any:
@@ -50,7 +60,7 @@ def load_image_processor(args: ModelArguments) -> Any:
                 args.model_name_or_path, trust_remote_code=args.trust_remote_code, **source
             )
     except Exception as error:  # configuration, network
-        raise CAPError(f"{args.model_name_or_path} has no image processor: {reason(error)}") from error
+        raise CAPError(explain_processor(args.model_name_or_path, error)) from error
 
 
 def load_companions(args: ModelArguments) -> list[Path]:

@@ -44,11 +44,13 @@ def evaluate(
     """Do the work, once nothing is wrong with the arguments."""
     # Imported here, because the arguments are checked before these take their seconds.
     from cap_hf.checkpoints.atomic import write_json
-    from cap_hf.commands.common import load_all, load_model
+    from cap_hf.commands.common import hide_bars, load_all, load_model
     from cap_hf.commands.evaluation import Evaluation
     from cap_hf.distributed.accelerator import make_accelerator
     from cap_hf.report import versions
 
+    if args.disable_tqdm:
+        hide_bars()
     accelerator = make_accelerator()
     model, image_processor, splits = load_all(
         model_args, data_args, args.seed, ["eval"], bank_size=probe_args.knn_bank_size

@@ -12,12 +12,11 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 from transformers.utils import cached_file
-from transformers.utils import logging as transformers_logging
 
 from cap_hf.checkpoints.saving import save_checkpoint
 from cap_hf.collection.resources import Resources
 from cap_hf.commands.arguments import ModelArguments, ProbeArguments, check_output, parse
-from cap_hf.commands.common import image_dataset, load_all, load_companions, load_image_processor, load_model
+from cap_hf.commands.common import hide_bars, image_dataset, load_all, load_companions, load_image_processor, load_model
 from cap_hf.commands.evaluation import Evaluation
 from cap_hf.commands.tables import percent, results_table
 from cap_hf.config import CONFIG_NAME, CAPConfig
@@ -57,7 +56,7 @@ def main(argv: list[str]) -> None:
     output = training_args.folder
     resume = prepare_output(training_args, args.overwrite_output_dir)
     if training_args.disable_tqdm:
-        transformers_logging.disable_progress_bar()
+        hide_bars()
 
     phases = Phases()
     with phases("load"):

@@ -2,11 +2,10 @@
 
 import os
 import sys
-import traceback
 
 import torch
 
-from cap_hf.commands.main import main, run
+from cap_hf.commands.main import attempt, main, message
 from cap_hf.distributed.watch import Watch, end, lost_peer
 from cap_hf.errors import reason
 
@@ -31,17 +30,17 @@ def run_among_others(command: str) -> int:
         the others.
     """
     with Watch(command):
-        code, line = 1, None
-        try:
-            code = run(command, sys.argv[1:])
-        except Exception as error:
-            if lost_peer(error):
-                gone = "another process of this run has ended or cannot be reached: see what it said"
-                line = f"cap-hf {command}: {gone} (here: {reason(error)})"
-            else:
-                traceback.print_exc()
+        code, line = attempt(command, sys.argv[1:], explain)
         if code:
             # Now, before the launcher's signal makes a second line of it.
             sys.stdout.flush()
             end(code, line)
     return code
+
+
+def explain(error: Exception) -> str:
+    """Return one line about an error: that another process is gone, where that is what it means."""
+    if lost_peer(error):
+        gone = "another process of this run has ended or cannot be reached: see what it said"
+        return f"{gone} (here: {reason(error)})"
+    return message(error)

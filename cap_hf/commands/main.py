@@ -2,10 +2,16 @@
 
 import importlib
 import logging
+import os
 import signal
 import sys
+import traceback
+from collections.abc import Callable
 
-from cap_hf.errors import CAPError
+from cap_hf.errors import CAPError, foreign_line, own_words
+
+# Set to anything, an error is shown with where it was raised.
+TRACEBACK = "CAP_HF_TRACEBACK"
 
 COMMANDS = {
     "demo": "train a small ViT on the embedded digits, prune it with every method, print one table",
@@ -28,28 +34,41 @@ def usage() -> str:
 
 
 def run(command: str, argv: list[str]) -> int:
-    """Run a subcommand; return 0 only when its work is done."""
+    """Run a subcommand, and say in one line what goes wrong; return 0 only when its work is done."""
+    code, line = attempt(command, argv)
+    if line is not None:
+        # In one piece: several processes may say something at the same time.
+        sys.stderr.write(f"{line}\n")
+    return code
+
+
+def attempt(command: str, argv: list[str], explain: Callable[[Exception], str] | None = None) -> tuple[int, str | None]:
+    """Run a subcommand; return its exit code, and the one line to print where something went wrong.
+
+    Args:
+        command: one of `COMMANDS`.
+        argv: its arguments.
+        explain: says in one line what an error means, in the place of `message`.
+    """
     logging.getLogger("torchao").addFilter(is_worth_a_line)
     logging.getLogger("torch.utils._pytree").addFilter(is_worth_a_line)
     try:
         importlib.import_module(f"cap_hf.commands.{command}").main(argv)
-    except CAPError as error:
-        # In one piece: several processes may say something at the same time.
-        sys.stderr.write(f"cap-hf {command}: {message(error)}\n")
-        return 1
     except KeyboardInterrupt:
-        print(f"cap-hf {command}: interrupted; nothing half-written was left", file=sys.stderr)
-        return 130
-    return 0
+        return 130, f"cap-hf {command}: interrupted; nothing half-written was left"
+    except Exception as error:
+        if os.environ.get(TRACEBACK):
+            traceback.print_exc()
+        return 1, f"cap-hf {command}: {(explain or message)(error)}"
+    return 0, None
 
 
-def message(error: CAPError) -> str:
-    """Return what an error says, on one line.
-
-    From a worker of a DataLoader the message comes after the traceback in that process, and may be empty.
-    """
-    text = str(error).rpartition("cap_hf.errors.CAPError")[2].removeprefix(": ")
-    return " ".join(text.split()) or "failed, and the error does not say why"
+def message(error: Exception) -> str:
+    """Return what went wrong, on one line: what a CAPError says, or what another library does and what to do."""
+    if isinstance(error, CAPError):
+        # From a worker of a DataLoader it comes with the traceback there, and may say nothing.
+        return " ".join(own_words(str(error)).split()) or "failed, and the error does not say why"
+    return f"{foreign_line(error)} ({TRACEBACK}=1 shows where)"
 
 
 def is_worth_a_line(record: logging.LogRecord) -> bool:

@@ -66,15 +66,13 @@ def prune(
 ) -> None:
     """Do the work, once nothing is wrong with the arguments: load, collect, and per sparsity prune, evaluate, save."""
     # Imported here, because the arguments are checked before these take their seconds.
-    from transformers.utils import logging as transformers_logging
-
     from cap_hf.checkpoints.atomic import write_json
     from cap_hf.checkpoints.saving import save_checkpoint
     from cap_hf.collection.batch_norm import batch_norms
     from cap_hf.collection.examples import whole_groups
     from cap_hf.collection.objective import check_loss
     from cap_hf.collection.state import Checkpointing
-    from cap_hf.commands.common import image_dataset, load_all, load_companions
+    from cap_hf.commands.common import hide_bars, image_dataset, load_all, load_companions
     from cap_hf.commands.evaluation import Evaluation
     from cap_hf.compressor import CAPCompressor
     from cap_hf.data.images import calibration_split, collate, make_dataloader
@@ -83,7 +81,7 @@ def prune(
     from cap_hf.targets import left_alone
 
     if args.disable_tqdm:
-        transformers_logging.disable_progress_bar()
+        hide_bars()
     output = Path(os.path.realpath(args.output_dir))
     accelerator, phases = make_accelerator(), Phases()
     num_examples = config.num_examples

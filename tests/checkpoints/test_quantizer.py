@@ -196,7 +196,7 @@ def test_compressing_what_cannot_be(saved, tmp_path):
     with pytest.raises(CAPError, match="is the checkpoint itself"):
         compress_checkpoint(folder / "plain", folder / "plain")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(CAPError, match=r"has no model\.safetensors"):
+    with pytest.raises(CAPError, match=r"there is no model\.safetensors"):
         compress_checkpoint(tmp_path / "empty", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

@@ -29,7 +29,7 @@ def test_one_file_or_shards_plain_or_compressed(tmp_path):
         assert len(files.paths) == count
         assert (files.index is not None) == (count > 1)
         assert files.num_bytes == sum(path.stat().st_size for path in (tmp_path / name).glob("*.safetensors"))
-    with pytest.raises(CAPError, match=r"has no model\.safetensors"):
+    with pytest.raises(CAPError, match=r"there is no model\.safetensors"):
         find_weight_files(tmp_path)
 
 

@@ -85,36 +85,57 @@ def test_only_our_line_is_printed(tmp_path):
         command, env=clean_environment(tmp_path, HF_HUB_OFFLINE="1"), capture_output=True, text=True, cwd=tmp_path
     )
     assert done.returncode == 1
-    assert done.stderr.startswith("cap-hf evaluate: empty cannot be loaded: ")
+    assert done.stderr.startswith("cap-hf evaluate: empty has no config.json")
     assert len(done.stderr.splitlines()) == 1, done.stderr
 
 
 class Failing(Dataset):
-    def __init__(self, words):
-        self.words = words
+    def __init__(self, error):
+        self.error = error
 
     def __len__(self):
         return 1
 
     def __getitem__(self, index):
-        raise CAPError(*self.words)
+        raise self.error
+
+
+@pytest.fixture
+def fail(monkeypatch):
+    """Make `cap-hf inspect` end with an error, raised by so many workers of a DataLoader."""
+
+    def install(error, workers):
+        command = types.ModuleType("cap_hf.commands.inspect")
+        command.main = lambda argv: list(DataLoader(Failing(error), num_workers=workers))
+        monkeypatch.setitem(sys.modules, "cap_hf.commands.inspect", command)
+
+    return install
 
 
 @pytest.mark.parametrize("workers", [0, 1])
 @pytest.mark.parametrize(
-    ("words", "line"),
+    ("error", "line"),
     [
-        ((), "failed, and the error does not say why"),
-        (("image 7 is torn",), "image 7 is torn"),
-        (("two\n  lines",), "two lines"),
+        (CAPError(), "failed, and the error does not say why"),
+        (CAPError("image 7 is torn"), "image 7 is torn"),
+        (CAPError("two\n  lines"), "two lines"),
+        (RuntimeError("two\n  lines"), "RuntimeError: two lines (CAP_HF_TRACEBACK=1 shows where)"),
     ],
 )
-def test_an_error_is_one_line_wherever_it_is_raised(monkeypatch, capsys, workers, words, line):
-    command = types.ModuleType("cap_hf.commands.inspect")
-    command.main = lambda argv: list(DataLoader(Failing(words), num_workers=workers))
-    monkeypatch.setitem(sys.modules, "cap_hf.commands.inspect", command)
+def test_an_error_is_one_line_wherever_it_is_raised(fail, capsys, workers, error, line):
+    fail(error, workers)
     assert module.run("inspect", []) == 1
     assert capsys.readouterr().err == f"cap-hf inspect: {line}\n"
+
+
+def test_a_traceback_is_shown_to_those_who_ask(fail, capsys, monkeypatch):
+    fail(RuntimeError("odd"), 0)
+    monkeypatch.setenv("CAP_HF_TRACEBACK", "1")
+    assert module.run("inspect", []) == 1
+    *trace, line = capsys.readouterr().err.splitlines()
+    assert trace[0].startswith("Traceback")
+    assert any("in __getitem__" in each for each in trace)
+    assert line == "cap-hf inspect: RuntimeError: odd (CAP_HF_TRACEBACK=1 shows where)"
 
 
 @pytest.mark.parametrize("workers", ["0", "1"])
