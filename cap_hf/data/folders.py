@@ -9,10 +9,12 @@ import logging
 import os
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
 import datasets
 from datasets.data_files import NON_WORDS_CHARS, SPLIT_KEYWORDS
+from datasets.packaged_modules.cache.cache import Cache
 from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 
 from cap_hf.data.arguments import DataArguments
@@ -25,6 +27,8 @@ logger = logging.getLogger(__name__)
 SPLIT_WORDS = {word: str(split) for split, words in SPLIT_KEYWORDS.items() for word in words}
 # Where `datasets` finds such a word in the name of a folder.
 WITHIN = re.compile(f"(?:^|[{NON_WORDS_CHARS}])(?:{'|'.join(SPLIT_WORDS)})(?:$|[{NON_WORDS_CHARS}])")
+# The directory of a cached dataset from the Hub is named by its commit, that of a folder by a shorter hash.
+COMMIT = re.compile("[0-9a-f]{40}")
 # What may say in a folder of its own accord which files its splits have.
 CARDS = ("README.md", ".huggingface.yaml")
 
@@ -37,14 +41,21 @@ def open_builders(args: DataArguments, token: str | None) -> list[datasets.Datas
     would take the names of the splits for classes.
 
     Raises:
-        CAPError: the dataset is a file, or has a link that leads nowhere or cannot be followed.
+        CAPError: the dataset is a file, or has a link that leads nowhere or cannot be followed; or it is nowhere, and
+            `datasets` has kept what another folder of its name held.
         Exception: whatever `datasets` raises where it cannot open the dataset.
     """
     if os.path.isfile(args.dataset_name):
         raise CAPError(f"--dataset_name {args.dataset_name} is a file: name the folder that it lies in")
     where = {"path": args.dataset_name, "name": args.dataset_config_name, "token": token}
     patterns = unseen_patterns(Path(args.dataset_name)) if os.path.isdir(args.dataset_name) else None
-    builder = datasets.load_dataset_builder(**where, data_files=patterns)
+    with only_errors():
+        builder = datasets.load_dataset_builder(**where, data_files=patterns)
+    if isinstance(builder, Cache):
+        # Folders are cached by their last name alone: it may have been any folder of that name, long ago.
+        if not COMMIT.fullmatch(str(builder.hash)):
+            raise CAPError(f"--dataset_name {args.dataset_name} cannot be loaded: it is no folder, nor on the Hub")
+        warn_once(logger, f"The Hub cannot be asked for {args.dataset_name}: what is cached of it is used.")
     if not isinstance(builder, ImageFolder):
         return [builder]
     files = builder.config.data_files
@@ -140,6 +151,17 @@ def folders_in(folder: Path, above: frozenset[str] = frozenset()) -> Iterator[Pa
         if os.path.realpath(child) not in above:
             yield Path(child)
             yield from folders_in(Path(child), above)
+
+
+@contextmanager
+def only_errors() -> Iterator[None]:
+    """Keep the warnings of `datasets` to itself."""
+    verbosity = datasets.utils.logging.get_verbosity()
+    datasets.utils.logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        datasets.utils.logging.set_verbosity(verbosity)
 
 
 def _is_file(entry: os.DirEntry) -> bool:

@@ -140,7 +140,7 @@ class LabelNumbers:
         else:
             number = value if self.ids is None else self.ids.get(value)
         if not isinstance(number, int) or number < 0 or (self.classes is not None and number >= self.classes):
-            raise CAPError(f"example {index} has label {value} in {self.column!r}, {self.known}")
+            raise CAPError(f"example {index} has label {value!r} in {self.column!r}, {self.known}")
         return number
 
 

@@ -155,3 +155,17 @@ def test_what_datasets_reads_rightly_is_left_to_it(tmp_path):
     root = images(tmp_path / "d", "train/cat", "train/dog", "test/cat", "test/dog")
     (builder,) = open_builders(DataArguments(str(root)), None)
     assert builder.cache_dir == datasets.load_dataset_builder(str(root)).cache_dir
+
+
+def test_a_folder_that_is_gone_is_not_taken_from_the_cache_of_another(tmp_path, monkeypatch, caplog):
+    """`datasets` finds what any folder of that name once held, and takes it for a dataset of the Hub."""
+    warn_once.cache_clear()
+    monkeypatch.chdir(tmp_path)
+    assert found(images(tmp_path / "e" / "d", "train/cat", "train/dog"), needed=["train"]) == {"train": WHOLE["train"]}
+    with pytest.raises(CAPError, match="--dataset_name d cannot be loaded: it is no folder, nor on the Hub"):
+        found("d", needed=["train"])
+    assert not caplog.records
+    (cached,) = (path for path in (tmp_path / "cache" / "d" / "default" / "0.0.0").iterdir() if path.is_dir())
+    os.renames(cached, tmp_path / "cache" / "someone___d" / "default" / "0.0.0" / ("0123456789" * 4))
+    assert found("someone/d", needed=["train"]) == {"train": WHOLE["train"]}
+    assert caplog.messages == ["The Hub cannot be asked for someone/d: what is cached of it is used."]

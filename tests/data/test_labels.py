@@ -35,7 +35,7 @@ def test_labels_that_are_not_the_models():
         numbers(datasets.ClassLabel(names=["x", "y"]), [0], config)
     strings = datasets.Value("string")
     assert numbers(strings, ["b", "a"], config) == [1, 0]
-    with pytest.raises(CAPError, match=r"example 1 has label q in 'label', the model has 3: a, b, c"):
+    with pytest.raises(CAPError, match=r"example 1 has label 'q' in 'label', the model has 3: a, b, c"):
         numbers(strings, ["b", "q"], config)
     config.label2id = {"a": "0", "b": "1", "c": "2"}  # as run_image_classification.py once wrote them
     assert numbers(names, [0, 1, 2], config) == [2, 0, 1]
@@ -60,11 +60,11 @@ def test_text_is_taken_by_name_or_by_number():
     assert numbers(text, ["Sport_Car", "TENCH"], imagenet) == [3, 0]
     # As finetuning on folders names them, in the order of their names.
     assert numbers(text, ["10", "2"], config_of(sorted(map(str, range(12))))) == [2, 4]
-    with pytest.raises(CAPError, match="example 1 has label crane in 'label', the model has 4"):
+    with pytest.raises(CAPError, match="example 1 has label 'crane' in 'label', the model has 4"):
         numbers(text, ["tench", "crane"], imagenet)
     with pytest.raises(CAPError, match=r"'label' mixes names \(cat\) and numbers \(1\): name each"):
         numbers(text, ["cat", "1"], config_of(["cat", "dog"]))
-    with pytest.raises(CAPError, match="example 0 has label 12 in 'label', the model has 12"):
+    with pytest.raises(CAPError, match="example 0 has label '12' in 'label', the model has 12"):
         numbers(text, ["12", "0"], default)
     with pytest.raises(CAPError, match="example 0 has label None"):
         numbers(text, [None, "0"], default)
