@@ -1,7 +1,7 @@
 """CAPCompressor: collect once, prune to any sparsity, save."""
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -30,6 +30,7 @@ from cap_hf.errors import CAPError
 from cap_hf.masks import describe_masks
 from cap_hf.method.fisher import BlockFisher
 from cap_hf.method.methods import METHODS
+from cap_hf.models import usable, usable_of_transformers
 from cap_hf.report import LayerReport, PruneReport
 from cap_hf.targets import Target, find_targets, summarize
 
@@ -45,7 +46,8 @@ class CAPCompressor:
 
     Args:
         model: an image classifier, a backbone without a head, or a model with a vision tower, which alone is pruned; in
-            float32 or float64 (half precision loses the gradients of single examples).
+            float32 or float64 (half precision loses the gradients of single examples). What wraps it (`torch.compile`,
+            DataParallel, DDP) is left off.
         config: how to prune; `CAPConfig()` if None.
         accelerator: from accelerate; with several processes each takes its share of the examples and of the blocks.
         disable_tqdm: no progress bar.
@@ -58,7 +60,8 @@ class CAPCompressor:
         report: of the last `prune`.
 
     Raises:
-        CAPError: the model has no targets, or the config does not fit them.
+        CAPError: the model cannot be used as it is (see `cap_hf.models.usable`), has no targets, or the config does not
+            fit them.
     """
 
     def __init__(
@@ -70,7 +73,8 @@ class CAPCompressor:
         resources: Resources | None = None,
         prunes: int = 1,
     ) -> None:
-        self.model, self.config = model, config or CAPConfig()
+        self.model: PreTrainedModel = usable(model)
+        self.config = config or CAPConfig()
         self.accelerator = accelerator or Accelerator()
         self.resources, self.prunes = resources or Resources(), prunes
         self.processes = Processes(self.accelerator)
@@ -78,7 +82,7 @@ class CAPCompressor:
         # Not a method: a collection that holds its compressor would outlive it, and so would what it has spilled.
         self._find = partial(
             find_targets,
-            model,
+            self.model,
             include=self.config.include,
             exclude=self.config.exclude,
             pattern=self.config.pattern,
@@ -122,12 +126,11 @@ class CAPCompressor:
                 finite.
         """
         self._forget()
-        check_placement(self.model)
         self.model.to(self.accelerator.device)
         if METHODS[self.config.method].statistic is None:
             self.paths = RemovalPaths(self.targets, Solver(self.config, None), self.processes)
             return self
-        check_precision(self.model, self.accelerator.device)
+        check_precision(self.targets, self.accelerator.device)
         examples = CalibrationExamples(dataloader, self.config, self.processes)
         if METHODS[self.config.method].statistic == "gradients":
             chosen = choose_loss(self.config.fisher_loss, self.model, examples.first(), self.processes)
@@ -197,7 +200,6 @@ class CAPCompressor:
         Raises:
             CAPError: the model has no batch norm, there are too few examples, or what reaches a layer is not finite.
         """
-        check_placement(self.model)
         self.model.to(self.accelerator.device)
         batch_size = getattr(getattr(dataloader, "batch_sampler", None), "batch_size", None) or 1
         wanted = max(num_examples, self.processes.world * batch_size)
@@ -216,8 +218,9 @@ class CAPCompressor:
             compressed: store only what is non-zero; then `import cap_hf` is needed before `from_pretrained`.
 
         Raises:
-            CAPError: there is too little space, or the folder cannot be written.
+            CAPError: there is too little space, the folder cannot be written, or the model is none of transformers.
         """
+        usable_of_transformers(self.model)
         if self.accelerator.is_main_process:
             report = self.report.to_dict() if self.report else {}
             save_checkpoint(save_directory, self.model, self.config, report, image_processor, compressed)
@@ -244,20 +247,11 @@ class CAPCompressor:
         self.collection, self.paths = None, None
 
 
-def check_placement(model: PreTrainedModel) -> None:
-    """Raise a CAPError if a `device_map` has spread a model over devices, or left a part of it on the disk."""
-    places = sorted({str(place) for place in (getattr(model, "hf_device_map", None) or {}).values()})
-    if len(places) > 1 or any(parameter.is_meta for parameter in model.parameters()):
-        raise CAPError(
-            f"device_map has put parts of the model on {', '.join(places) or 'no device'}: load it without device_map; "
-            "several GPUs share the work under accelerate launch"
-        )
-
-
-def check_precision(model: PreTrainedModel, device: torch.device) -> None:
+def check_precision(targets: Sequence[Target], device: torch.device) -> None:
     """Raise a CAPError if gradients of single examples, or the solver's float64, are not to be had."""
-    if model.dtype in (torch.float16, torch.bfloat16):
-        raise CAPError(f"the model is in {model.dtype}: load it in float32 to collect gradients")
+    half = {target.weight.dtype for target in targets} & {torch.float16, torch.bfloat16}
+    if half:
+        raise CAPError(f"the model is in {half.pop()}: load it in float32 to collect gradients")
     if device.type == "mps":
         raise CAPError("Apple's MPS has no float64, which the solver needs: set ACCELERATE_USE_CPU=true")
 

@@ -116,6 +116,26 @@ def positions_of(tensor: torch.Tensor) -> torch.Tensor:
     return tensor if tensor.dim() == 3 else tensor.flatten(1)[:, None]
 
 
+def other_task(classifier: Any) -> str | None:
+    """Return what a classifier does in place of picking one label of several, by its config; None if it does that.
+
+    As transformers has it, a single output without a `problem_type` is a regression.
+    """
+    number, problem = len(label_names(classifier.config)), classifier.config.problem_type
+    if problem not in (None, "single_label_classification"):
+        return str(problem)
+    return {0: "no labels", 1: "regression"}.get(number)
+
+
+def check_task(classifier: Any, what: str, advice: str) -> None:
+    """Raise a CAPError unless a classifier picks one label of several, which `what` is for."""
+    task = other_task(classifier)
+    if task is not None:
+        raise CAPError(
+            f"{what} for models that pick one label of several, and {type(classifier).__name__} is for {task}: {advice}"
+        )
+
+
 def label_names(config: PretrainedConfig) -> dict[int, str]:
     """Return the names of a classifier's classes by their numbers, ascending; none where its config has no classes."""
     return dict(sorted((int(index), str(name)) for index, name in (config.id2label or {}).items()))

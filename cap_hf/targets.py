@@ -10,6 +10,7 @@ from torch import nn
 
 from cap_hf.config import NMPattern
 from cap_hf.errors import CAPError
+from cap_hf.models import check_adapters
 from cap_hf.towers import tower_of
 
 # What has weights that may be pruned.
@@ -123,10 +124,7 @@ def find_targets(
         CAPError: there is no target, the model takes no images, a pattern matches nothing, N:M does not divide a row,
             the block size is no size, or the model has adapters of PEFT, whose weights are no layers of their own.
     """
-    if any(hasattr(module, "base_layer") for module in model.modules()):
-        raise CAPError(
-            f"{type(model).__name__} has adapters (PEFT): merge them into its weights first, with merge_and_unload()"
-        )
+    check_adapters(model)
     layers = weight_layers(model)
     unfit = reasons_against(model, layers)
     candidates = {name: module for name, module in layers.items() if name not in unfit}

@@ -2,15 +2,16 @@
 
 import inspect
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
+from accelerate.utils.memory import should_reduce_batch_size
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from cap_hf.errors import CAPError
-from cap_hf.outputs import main_output
+from cap_hf.errors import CAPError, reason
+from cap_hf.outputs import main_output, other_task
 
 # Parameters that stand for one token before those of the image.
 PREFIX_PARAMETERS = ("cls_token", "class_embedding", "class_token", "distillation_token", "dist_token")
@@ -19,6 +20,11 @@ PREFIX_PARAMETERS = ("cls_token", "class_embedding", "class_token", "distillatio
 def is_classifier(model: nn.Module) -> bool:
     """Return whether a model is an image classifier, by the name of its class or of one that it inherits from."""
     return any("ForImageClassification" in kind.__name__ for kind in type(model).__mro__)
+
+
+def picks_label(model: nn.Module) -> bool:
+    """Return whether a model is an image classifier that picks one label of several, which accuracies are for."""
+    return is_classifier(model) and other_task(model) is None
 
 
 def tower_name(model: nn.Module) -> str:
@@ -81,18 +87,28 @@ def see(model: nn.Module, batch: Mapping[str, torch.Tensor], through: nn.Module 
     Args:
         model: of transformers, or any module that takes `pixel_values`.
         batch: what it is called with, `pixel_values` and what else its image processor makes; labels are left out.
+            Floating-point numbers of another precision are made those of the model.
         through: what is called in place of the tower, such as a wrapper of it that sums gradients over processes.
         options: further arguments, such as `output_hidden_states`.
 
     Raises:
-        CAPError: no part of the model takes images.
+        CAPError: no part of the model takes images, they are whole numbers, or the model fails on them.
     """
     tower = tower_of(model)
     # An image processor may make more than its model takes.
     taken = inspect.signature(tower.forward).parameters
+    takes_any = any(each.kind is each.VAR_KEYWORD for each in taken.values())
+    if "pixel_values" in batch and "pixel_values" not in taken and not takes_any:
+        raise CAPError(
+            f"{type(tower).__name__} takes no pixel_values: load the model with transformers, such as "
+            "AutoModelForImageClassification.from_pretrained(...), which has timm's models too"
+        )
     inputs = {name: value for name, value in batch.items() if name == "pixel_values" or name in taken}
     inputs.pop("labels", None)
-    with unmasked(tower) as noise:
+    inputs = in_precision_of(tower, inputs)
+    # What a compiler or an exporter follows is not to be caught.
+    explaining = nullcontext() if torch.compiler.is_compiling() else explained(tower, inputs)
+    with unmasked(tower) as noise, explaining:
         if noise is not None:
             inputs["noise"] = noise(inputs["pixel_values"])
         call = tower if through is None else through
@@ -108,6 +124,74 @@ def see(model: nn.Module, batch: Mapping[str, torch.Tensor], through: nn.Module 
     if tower is not model and isinstance(project, nn.Linear) and getattr(outputs, "pooler_output", None) is not None:
         outputs["pooler_output"] = project(outputs["pooler_output"])
     return outputs
+
+
+def in_precision_of(tower: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return inputs with pixels in a model's own precision: those of NumPy come in float64.
+
+    Raises:
+        CAPError: the pixels are whole numbers, which nothing has scaled and normalised.
+    """
+    pixels = inputs.get("pixel_values")
+    if not isinstance(pixels, torch.Tensor):
+        return dict(inputs)
+    if not pixels.is_floating_point():
+        raise CAPError(
+            f"pixel_values are {pixels.dtype}, as an image has them: give what the model's image processor makes of "
+            "images, scaled and normalised"
+        )
+    dtype = next((each.dtype for each in tower.parameters() if each.is_floating_point()), pixels.dtype)
+    return dict(inputs) | {"pixel_values": pixels.to(dtype)}
+
+
+@contextmanager
+def explained(model: nn.Module, inputs: Mapping[str, Any]) -> Iterator[None]:
+    """Turn what a model's forward or backward pass raises into one line: on what it failed, and what it takes.
+
+    Raises:
+        CAPError: the pass failed; one from within goes through as it is, and so does what another process causes.
+    """
+    try:
+        yield
+    except CAPError:
+        raise
+    except Exception as error:
+        if is_of_other_processes(error):
+            raise
+        pixels = inputs.get("pixel_values")
+        shape = f"{tuple(pixels.shape)}" if isinstance(pixels, torch.Tensor) else f"a {type(pixels).__name__}"
+        if isinstance(error, MemoryError) or should_reduce_batch_size(error):
+            raise CAPError(
+                f"{type(model).__name__} needs more memory than there is for pixel_values of {shape}: choose a smaller "
+                f"batch size ({reason(error)})"
+            ) from error
+        raise CAPError(
+            f"{type(model).__name__} fails on pixel_values of {shape}{what_is_taken(model, pixels)}: {reason(error)}"
+        ) from error
+
+
+def what_is_taken(model: nn.Module, pixels: Any) -> str:
+    """Return what a model's config says of its images, and what is wrong with some if that can be told."""
+    if getattr(getattr(model, "config", None), "model_type", None) is None or not isinstance(pixels, torch.Tensor):
+        return ""
+    channels, height, width = image_shape(model)
+    takes = f"{channels or 'channels'}, {height}, {width}"
+    shape = tuple(pixels.shape)
+    if pixels.dim() == 3 and shape[0] == channels:
+        hint = ": the batch is missing, see unsqueeze(0)"
+    elif pixels.dim() == 4 and channels and shape[1] != channels == shape[3]:
+        hint = ": channels come first, see permute(0, 3, 1, 2)"
+    else:
+        hint = ""
+    return f" (its config tells of (batch, {takes}){hint})"
+
+
+def is_of_other_processes(error: Exception) -> bool:
+    """Return whether an error comes from a collective, and so from another process that has ended or is late."""
+    last = error.__traceback__
+    while last is not None and last.tb_next is not None:
+        last = last.tb_next
+    return last is not None and "/torch/" in (name := last.tb_frame.f_code.co_filename) and "distributed" in name
 
 
 def is_channels_last(tower: nn.Module, tokens: torch.Tensor) -> bool:

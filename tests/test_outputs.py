@@ -7,7 +7,7 @@ from transformers import PretrainedConfig
 from transformers.modeling_outputs import BaseModelOutput, ImageClassifierOutput
 
 from cap_hf.errors import CAPError
-from cap_hf.outputs import label_names, logits_of
+from cap_hf.outputs import check_task, label_names, logits_of, other_task
 
 
 def test_logits_are_found_by_name_or_in_front():
@@ -41,3 +41,24 @@ def test_a_config_without_classes_has_no_names():
     config = PretrainedConfig()
     config.id2label = None
     assert label_names(config) == {}
+
+
+@pytest.mark.parametrize(
+    ("changes", "task"),
+    [
+        ({}, None),
+        ({"problem_type": "single_label_classification"}, None),
+        ({"problem_type": "multi_label_classification"}, "multi_label_classification"),
+        ({"problem_type": "regression"}, "regression"),
+        ({"num_labels": 1}, "regression"),
+        ({"num_labels": 0}, "no labels"),
+    ],
+)
+def test_a_classifier_that_picks_no_label_of_several_is_told_apart(changes, task):
+    model = build("ViT", **changes)
+    assert other_task(model) == task
+    if task is None:
+        check_task(model, "this is", "go on")
+    else:
+        with pytest.raises(CAPError, match=f"this is for models that pick one .* is for {task}: go on"):
+            check_task(model, "this is", "go on")

@@ -28,9 +28,9 @@ from transformers import (
 from transformers.modeling_outputs import BaseModelOutput
 
 from cap_hf.errors import CAPError
-from cap_hf.outputs import features_of
+from cap_hf.outputs import features_of, main_output
 from cap_hf.targets import find_targets
-from cap_hf.towers import image_shape, is_classifier, prefix_tokens, see, tower_name
+from cap_hf.towers import MainOutput, image_shape, is_classifier, prefix_tokens, see, tower_name
 
 # What DETR counts of each of its parts.
 PARTS = ("layers", "ffn_dim", "attention_heads")
@@ -79,6 +79,86 @@ def test_a_masked_autoencoder_sees_the_whole_image_in_order():
     assert first.ids_restore.tolist() == [[0, 1, 2, 3]] * 2
     assert model.config.mask_ratio == 0.75
     assert all(target.name.startswith("vit.") for target in find_targets(model))
+
+
+FAILURES = {
+    "another size": (
+        torch.zeros(2, 3, 12, 12),
+        r"\(2, 3, 12, 12\) \(its config tells of \(batch, 3, 8, 8\)\): Input image",
+    ),
+    "other channels": (
+        torch.zeros(2, 1, 8, 8),
+        r"\(2, 1, 8, 8\) \(its config tells of \(batch, 3, 8, 8\)\): .* channel",
+    ),
+    "channels last": (torch.zeros(2, 8, 8, 3), r"8, 8\): channels come first, see permute\(0, 3, 1, 2\)\)"),
+    "one image": (torch.zeros(3, 8, 8), r"8, 8\): the batch is missing, see unsqueeze\(0\)\)"),
+    "whole numbers": (torch.zeros(2, 3, 8, 8, dtype=torch.uint8), "pixel_values are torch.uint8, as an image has them"),
+    "an array": (torch.zeros(2, 3, 8, 8).numpy(), "fails on pixel_values of a ndarray"),
+}
+
+
+@pytest.mark.parametrize("case", FAILURES)
+def test_what_a_model_fails_on_is_one_line(case):
+    pixels, message = FAILURES[case]
+    with pytest.raises(CAPError, match=message) as caught:
+        see(build("ViT"), {"pixel_values": pixels})
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+def test_pixels_are_given_in_the_precision_of_the_model(dtype):
+    for model in (build("ViT"), tiny_clip().double()):
+        pixels = torch.randn(2, 3, 8, 8).to(dtype)
+        found = main_output(see(model, {"pixel_values": pixels}))[1]
+        assert torch.equal(found, main_output(see(model, {"pixel_values": pixels.to(model.dtype)}))[1])
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "message"),
+    [
+        (
+            torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
+            CAPError,
+            "choose a smaller batch size",
+        ),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes"), CAPError, "choose a smaller batch size"),
+        (MemoryError(), CAPError, "choose a smaller batch size"),
+        (CAPError("a hook's own"), CAPError, "^a hook's own$"),
+        (KeyboardInterrupt("now"), KeyboardInterrupt, "now"),
+    ],
+)
+def test_errors_from_within_a_forward_pass(error, kind, message):
+    model = build("ViT")
+
+    def hook(*_):
+        raise error
+
+    model.vit.layers[1].register_forward_hook(hook)
+    with pytest.raises(kind, match=message):
+        see(model, {"pixel_values": torch.zeros(2, 3, 8, 8)})
+
+
+def test_what_another_process_causes_is_not_blamed_on_the_images(monkeypatch):
+    """The launcher ends the run with a line of its own."""
+    model = build("ViT")
+    model.vit.layers[1].register_forward_hook(lambda *_: torch.distributed.barrier())
+    with pytest.raises(ValueError, match="process group") as caught:
+        see(model, {"pixel_values": torch.zeros(2, 3, 8, 8)})
+    assert not isinstance(caught.value, CAPError)
+
+
+def test_a_module_that_takes_no_pixel_values_is_refused():
+    with pytest.raises(CAPError, match="Sequential takes no pixel_values: load the model with transformers"):
+        see(torch.nn.Sequential(torch.nn.Linear(2, 2)), {"pixel_values": torch.zeros(2, 2)})
+
+
+@pytest.mark.parametrize("make", [lambda: build("ViT"), tiny_clip])
+def test_compilers_follow_in_one_piece(make):
+    model = make()
+    pixels = torch.randn(2, 3, 8, 8)
+    compiled = torch.compile(MainOutput(model), backend="eager", fullgraph=True)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(pixels), main_output(see(model, {"pixel_values": pixels}))[1])
 
 
 def test_a_model_that_only_reads_is_refused():

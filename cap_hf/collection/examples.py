@@ -1,7 +1,7 @@
 """The examples a Fisher is estimated from: the same, in the same order, however often and by however many processes."""
 
 import random
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Iterable, Iterator, Sized
 from contextlib import contextmanager
 from itertools import chain, islice
 from typing import Any
@@ -11,6 +11,7 @@ import torch
 from accelerate.data_loader import prepare_data_loader
 from torch.utils.data import DataLoader
 
+from cap_hf.collection.batches import check_dataloader, read, to_batch
 from cap_hf.collection.running import Batch
 from cap_hf.config import CAPConfig
 from cap_hf.distributed.processes import Processes
@@ -31,9 +32,13 @@ class CalibrationExamples:
 
     Attributes:
         limit: gradient samples of a step, at most; larger batches are split.
+
+    Raises:
+        CAPError: what is given is no dataloader.
     """
 
     def __init__(self, dataloader: DataLoader | Iterable[Batch], config: CAPConfig, processes: Processes) -> None:
+        check_dataloader(dataloader)
         self.dataloader, self.config, self.processes = dataloader, config, processes
         self.limit: int | None = None
         # What can be gone through once is peeked into by the plan, and then gone through.
@@ -71,14 +76,11 @@ class CalibrationExamples:
         """Return the first batch, which the next iteration still has; None where there is none.
 
         Raises:
-            CAPError: it is no batch, see `check_batch`.
+            CAPError: it is no batch, see `to_batch`, or cannot be read.
         """
         if self.once:
-            self._first = self._first or list(islice(self.dataloader, 1))
-            for batch in self._first:
-                check_batch(batch, self.needed)
-                return batch
-            return None
+            self._first = self._first or list(islice(read(self.dataloader), 1))
+            return to_batch(self._first[0], self.needed) if self._first else None
         return next((batch for batch, _ in islice(self.batches(), 1)), None)
 
     def peek(self) -> Iterator[tuple[Batch, int, torch.Tensor | None]]:
@@ -114,8 +116,8 @@ class CalibrationExamples:
         with seeded(self.dataloader, self.config.seed):
             loader, rank, world, size = self._share()
             seen = 0
-            for index, batch in enumerate(loader):
-                check_batch(batch, self.needed)
+            for index, given in enumerate(read(loader)):
+                batch = to_batch(given, self.needed)
                 count = len(batch["pixel_values"])
                 full = size or count
                 if full % group:
@@ -150,21 +152,6 @@ class CalibrationExamples:
             rng_types=["generator"],
         )
         return shared, self.processes.rank, self.processes.world, size
-
-
-def check_batch(batch: object, needed: Sequence[str]) -> None:
-    """Raise a CAPError if a batch is not a dict of tensors that are equally long, with what is needed among them."""
-    if not isinstance(batch, Mapping):
-        raise CAPError(f"a batch is a {type(batch).__name__}: give dicts of tensors with {' and '.join(needed)}")
-    if any(name not in batch for name in needed):
-        raise CAPError(f"a batch has {sorted(map(str, batch))}; it needs {' and '.join(needed)}")
-    for name, value in batch.items():
-        if not isinstance(value, torch.Tensor) or not value.dim():
-            raise CAPError(f"{name!r} of a batch is a {type(value).__name__}: give tensors, one entry per example")
-        if len(value) != len(batch["pixel_values"]):
-            raise CAPError(
-                f"a batch has {len(batch['pixel_values'])} pixel_values and {len(value)} {name}: give as many"
-            )
 
 
 def whole_groups(batch_size: int, config: CAPConfig) -> int:

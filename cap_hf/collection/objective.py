@@ -13,8 +13,8 @@ from cap_hf.config import FISHER_LOSSES, CAPConfig
 from cap_hf.distributed.processes import Processes
 from cap_hf.errors import CAPError
 from cap_hf.method.losses import Deviations, FeatureLoss, FisherLoss, LabelLoss, SampledLabelLoss
-from cap_hf.outputs import FEATURE_KINDS, logits_of
-from cap_hf.towers import is_classifier, prefix_tokens, see
+from cap_hf.outputs import FEATURE_KINDS, logits_of, other_task
+from cap_hf.towers import is_classifier, picks_label, prefix_tokens, see
 
 if TYPE_CHECKING:
     from cap_hf.collection.examples import CalibrationExamples
@@ -47,18 +47,20 @@ def choose_loss(wish: str | None, model: nn.Module, batch: Batch | None, process
 
 
 def check_loss(wish: str, model: nn.Module, batch: Batch) -> None:
-    """Raise a CAPError if a loss of labels is wished for, and what a model makes of a batch is no logits."""
+    """Raise a CAPError if a loss of labels is wished for, and what a model makes of a batch is no logits of classes."""
     if wish != "features" and not has_logits(model, batch):
+        task = other_task(model) if is_classifier(model) else None
+        head = "has no such head" if task is None else f"is for {task}"
         raise CAPError(
-            f"fisher_loss={wish!r} is for models that tell classes apart, and {type(model).__name__} has no such head: "
+            f"fisher_loss={wish!r} is for models that tell classes apart, and {type(model).__name__} {head}: "
             "leave it out, or use 'features'"
         )
 
 
 def has_logits(model: nn.Module, batch: Batch) -> bool:
-    """Return whether a model tells classes apart: by its class, or by what it makes of an image."""
+    """Return whether a model picks one class of several: by its class and config, or by what it makes of an image."""
     if is_classifier(model):
-        return True
+        return picks_label(model)
     device = next(model.parameters()).device
     with frozen(model), torch.no_grad():
         outputs = see(model, {name: value[:1].to(device) for name, value in batch.items()})

@@ -104,7 +104,7 @@ def parse(argv: list[str], program: str, description: str, *kinds: type) -> tupl
     except SystemExit as error:
         if not error.code:
             raise
-        raise CAPError(errors.getvalue().strip().splitlines()[-1].split("error: ")[-1]) from error
+        raise CAPError(" ".join(errors.getvalue().partition(": error: ")[2].split())) from error
     except CAPError:
         raise
     except (TypeError, ValueError) as error:

@@ -21,7 +21,7 @@ from cap_hf.data.images import ImageDataset
 from cap_hf.data.labels import find_columns
 from cap_hf.data.splits import load_splits
 from cap_hf.errors import CAPError, reason
-from cap_hf.towers import is_classifier, tower_name, vision_config
+from cap_hf.towers import is_classifier, picks_label, tower_name, vision_config
 
 logger = logging.getLogger(__name__)
 
@@ -135,7 +135,7 @@ def image_dataset(
         CAPError: as `ImageDataset`, whose first example is made here, before anything takes its time.
     """
     config = vision_config(model) or model.config
-    dataset = ImageDataset(split, image_processor, config, args, has_head=is_classifier(model))
+    dataset = ImageDataset(split, image_processor, config, args, has_head=picks_label(model))
     dataset.__getitems__([0])
     return dataset
 

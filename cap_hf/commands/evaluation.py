@@ -13,6 +13,7 @@ from cap_hf.data.evaluation import evaluate_model
 from cap_hf.data.features import FeatureEvaluation
 from cap_hf.data.images import make_dataloader
 from cap_hf.errors import CAPError
+from cap_hf.outputs import check_task
 from cap_hf.towers import is_classifier
 
 
@@ -32,7 +33,8 @@ class Evaluation:
         disable_tqdm: no progress bars.
 
     Raises:
-        CAPError: as `ImageDataset`, or the bank is too small or has no labels.
+        CAPError: as `ImageDataset`, a classifier does not pick one label of several, or the bank is too small or has
+            no labels.
     """
 
     def __init__(
@@ -54,6 +56,7 @@ class Evaluation:
 
         self.loader, bank = loader(self.dataset), None
         if is_classifier(model) and self.dataset.labelled:
+            check_task(model, "accuracy is", "do not evaluate it, --do_eval false")
             return
         if "bank" in splits:
             neighbours = image_dataset(splits["bank"], image_processor, model, data_args)

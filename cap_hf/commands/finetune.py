@@ -24,7 +24,7 @@ from cap_hf.data.arguments import DataArguments
 from cap_hf.data.images import collate
 from cap_hf.errors import CAPError, reason
 from cap_hf.masks import describe_masks
-from cap_hf.outputs import label_names
+from cap_hf.outputs import check_task, label_names
 from cap_hf.recovery.distillation import check_pixels, without_head
 from cap_hf.recovery.gradual import GradualPruner
 from cap_hf.recovery.mask_holder import model_sparsity
@@ -70,6 +70,8 @@ def main(argv: list[str]) -> None:
         pruned_with = config if training_args.schedule else student_config(model_args)
         teacher = load_teacher(args.teacher_model_name_or_path, model_args, image_processor)
         has_head = is_classifier(model)
+        if has_head:
+            check_task(model, "this command is", "SparseTrainer trains it in Python, with its own loss")
         if not has_head:
             if teacher is None:
                 raise CAPError(

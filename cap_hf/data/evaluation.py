@@ -73,7 +73,7 @@ def evaluate_model(
         What `ImageClassificationMetric` computes, on every process.
 
     Raises:
-        CAPError: the model returns no logits, or a label is none of its classes.
+        CAPError: the model returns no logits, they are NaN, or a label is none of its classes.
     """
     metric = ImageClassificationMetric(keep_in_memory=True)
     model.to(accelerator.device)
@@ -84,6 +84,10 @@ def evaluate_model(
         for batch in transformers_logging.tqdm(dataloader, desc="Evaluating", delay=2, disable=disable):
             batch = {name: value.to(accelerator.device) for name, value in batch.items()}
             logits = logits_of(see(model, batch))
+            if logits.isnan().any():
+                raise CAPError(
+                    "the model's logits are NaN: check its weights, its dtype (load it in float32) and the pixel values"
+                )
             logits, labels = accelerator.gather_for_metrics((logits.float(), batch["labels"]))
             metric.add_batch(predictions=logits.cpu().numpy(), references=labels.cpu().numpy())
     model.train(training)

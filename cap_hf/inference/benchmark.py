@@ -18,6 +18,7 @@ from cap_hf.extras import need
 from cap_hf.inference.choice import time_in_turns
 from cap_hf.inference.export import ONNX_NAME, export_onnx
 from cap_hf.inference.optimize import make_example, optimize_for_inference, resident_bytes
+from cap_hf.models import usable_of_transformers
 from cap_hf.towers import MainOutput
 
 # Seconds before each run: threads of the runtime that ran before may still spin, and would take a core.
@@ -175,12 +176,14 @@ def benchmark(
         What was measured, and the reason why each of the other backends was not, by name.
 
     Raises:
-        CAPError: there is no backend of some name.
+        CAPError: there is no backend of some name, or the model cannot be used as it is, see
+            `cap_hf.models.usable_of_transformers`.
     """
     names = list(dict.fromkeys(["dense", *backends]))
     unknown = [name for name in names if name not in BACKENDS]
     if unknown:
         raise CAPError(f"backend {unknown[0]!r} is none of {', '.join(BACKENDS)}")
+    model = usable_of_transformers(model)
     ready: dict[str, Backend] = {}
     missing: dict[str, str] = {}
     for name in names:

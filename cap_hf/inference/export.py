@@ -14,8 +14,8 @@ from transformers import BaseImageProcessor, PreTrainedModel
 from cap_hf.checkpoints.atomic import atomic_directory
 from cap_hf.errors import CAPError, reason
 from cap_hf.extras import need
-from cap_hf.inference.linear import SparseWeightLinear
 from cap_hf.inference.optimize import make_example
+from cap_hf.models import usable_of_transformers
 from cap_hf.outputs import main_output
 from cap_hf.towers import MainOutput, see
 
@@ -41,12 +41,14 @@ def export_onnx(
         The path of the ONNX file. Large weights lie beside it, in `model.onnx.data`.
 
     Raises:
-        CAPError: a package is missing, the model cannot be exported, or ONNX Runtime gives other results.
+        CAPError: a package is missing, the model cannot be used as it is or not be exported, or ONNX Runtime gives
+            other results.
     """
     runtime = need("onnxruntime", "export")
     need("onnxscript", "export")
-    if any(isinstance(module, SparseWeightLinear) for module in model.modules()):
-        raise CAPError("a model that was optimised for inference has no ONNX form: export it before you optimise it")
+    model = usable_of_transformers(model)
+    if model.dtype == torch.bfloat16:
+        raise CAPError("ONNX Runtime computes in float32: load the model with dtype='float32'")
     model.eval()
     example = make_example(model, batch_size=2)["pixel_values"]
     with atomic_directory(output_dir) as folder:

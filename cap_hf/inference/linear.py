@@ -20,6 +20,8 @@ class SparseWeightLinear(nn.Module):
     """
 
     values: torch.Tensor
+    # What works on weights refuses a model that has such layers, see `cap_hf.models.usable`.
+    inference_only = True
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()

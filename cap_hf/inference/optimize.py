@@ -15,6 +15,7 @@ from cap_hf.inference.choice import is_faster, is_semi_structured_faster
 from cap_hf.inference.linear import CSRLinear, SparseLinear, SparseWeightLinear, carry_hooks
 from cap_hf.inference.operators import has_kernel
 from cap_hf.inference.semi_structured import check_device, is_semi_structured, to_semi_structured
+from cap_hf.models import uncompiled, usable
 from cap_hf.towers import image_shape, see
 
 logger = logging.getLogger(__name__)
@@ -42,14 +43,16 @@ def optimize_for_inference(
             of the size in the config.
 
     Returns:
-        The model, in eval mode.
+        The model, in eval mode, without what wraps it.
 
     Raises:
         CAPError: there is no such backend or it cannot run here, the model has no sparse Linear layer for it, or its
-            config does not say how large an image is.
+            config does not say how large an image is; or the model cannot be used as it is (see
+            `cap_hf.models.usable`).
     """
     if backend not in BACKENDS:
         raise CAPError(f"backend {backend!r} is none of {', '.join(BACKENDS)}")
+    model = usable(model)
     model.eval()
     linears = find_sparse_linears(model)
     if not linears:
@@ -178,7 +181,7 @@ def count_tokens(
     inputs = make_example(model) if example_inputs is None else example_inputs
     handles = [linear.register_forward_pre_hook(watch(name)) for name, linear in linears.items()]
     try:
-        with torch.inference_mode():
+        with uncompiled(model), torch.inference_mode():
             see(model, inputs)
     finally:
         for handle in handles:

@@ -5,9 +5,8 @@ import tempfile
 from torch import nn
 from transformers import PreTrainedModel
 
-from cap_hf.errors import CAPError
 from cap_hf.extras import need
-from cap_hf.inference.linear import SparseWeightLinear
+from cap_hf.models import usable_of_transformers
 from cap_hf.targets import find_targets
 
 
@@ -22,11 +21,11 @@ def quantize_int8(model: PreTrainedModel, activations: bool = False) -> PreTrain
         activations: also quantise what goes into these layers, one scale per token, found for each input anew.
 
     Raises:
-        CAPError: torchao is not installed, or the model was optimised for inference.
+        CAPError: torchao is not installed, or the model cannot be used as it is, see
+            `cap_hf.models.usable_of_transformers`.
     """
     need("torchao", "quantization")
-    if any(isinstance(module, SparseWeightLinear) for module in model.modules()):
-        raise CAPError("a model that was optimised for inference cannot be quantised: load it anew")
+    model = usable_of_transformers(model)
     # Imported here: they are slow, and few need them.
     from torchao.quantization import Int8DynamicActivationInt8WeightConfig, Int8WeightOnlyConfig
     from transformers import TorchAoConfig

@@ -202,7 +202,10 @@ def sample_labels(logits: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
 def check_labels(labels: torch.Tensor, classes: int) -> None:
     """Raise a CAPError if a label is none of the classes, -100 among them, which training would pass over."""
     if labels.is_floating_point() or labels.dim() != 1:
-        raise CAPError(f"labels must be whole numbers (b,), one per example, not {labels.dtype} {tuple(labels.shape)}")
+        raise CAPError(
+            f"labels must be whole numbers (b,), one per example, not {labels.dtype} {tuple(labels.shape)}: of one-hot "
+            "rows take labels.argmax(dim=1)"
+        )
     wrong = (labels < 0) | (labels >= classes)
     if wrong.any():
         raise CAPError(

@@ -11,7 +11,7 @@ from cap_hf.errors import CAPError, reason
 from cap_hf.outputs import label_names
 from cap_hf.recovery.augmentation import pixel_statistics
 from cap_hf.recovery.tower import Features, Tower
-from cap_hf.towers import is_classifier
+from cap_hf.towers import explained, is_classifier
 
 
 class Teacher:
@@ -37,7 +37,8 @@ class Teacher:
     ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
         """Return logits `(b, classes)` and, if asked for, every hidden state, in float32."""
         pixel_values = pixel_values.to(self.model.device, self.model.dtype)
-        outputs = self.model(pixel_values=pixel_values, output_hidden_states=hidden_states)
+        with explained(self.model, {"pixel_values": pixel_values}):
+            outputs = self.model(pixel_values=pixel_values, output_hidden_states=hidden_states)
         return outputs.logits.float(), tuple(state.float() for state in outputs.hidden_states or ())
 
     @torch.no_grad()
@@ -109,7 +110,8 @@ def check_outputs(student: PreTrainedModel, teacher: Teacher, pixel_values: torc
     training = student.training
     student.eval()
     pixels = pixel_values.to(student.device, student.dtype)
-    own = student(pixel_values=pixels, output_hidden_states=hidden_states).hidden_states or ()
+    with explained(student, {"pixel_values": pixels}):
+        own = student(pixel_values=pixels, output_hidden_states=hidden_states).hidden_states or ()
     student.train(training)
     try:
         other = teacher(pixel_values, hidden_states)[1]
@@ -150,7 +152,9 @@ def has_states(student: Tower, batch: Mapping[str, torch.Tensor]) -> bool:
     """Return whether a model of images gives its hidden states; some of timm's refuse to."""
     try:
         return bool(features_of_one(student, batch, True)[1])
-    except (TypeError, ValueError):
+    except CAPError:
+        # Whatever else it fails on is no matter of its hidden states.
+        features_of_one(student, batch, False)
         return False
 
 

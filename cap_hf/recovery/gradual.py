@@ -19,7 +19,7 @@ from cap_hf.recovery.mask_holder import count_zeros
 from cap_hf.recovery.schedules import SparsitySchedule
 from cap_hf.report import PruneReport
 from cap_hf.targets import find_targets
-from cap_hf.towers import is_classifier, vision_config
+from cap_hf.towers import picks_label, vision_config
 
 
 @dataclass
@@ -64,7 +64,7 @@ class GradualPruner:
         """
         examples = calibration_split(split, config.num_grads * config.samples_per_grad, config.seed)
         shown = vision_config(model) or model.config
-        dataset = ImageDataset(examples, image_processor, shown, data_args, has_head=is_classifier(model))
+        dataset = ImageDataset(examples, image_processor, shown, data_args, has_head=picks_label(model))
         if config.fisher_loss == "labels":
             dataset.need_labels()
         loader = make_dataloader(dataset, whole_groups(batch_size, config), data_args.dataloader_num_workers)

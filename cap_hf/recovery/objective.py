@@ -7,11 +7,10 @@ from typing import Protocol
 
 import torch
 from torch import nn
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.utils import find_labels
 
 from cap_hf.errors import CAPError
-from cap_hf.outputs import label_names
 from cap_hf.recovery.distillation import (
     Teacher,
     check_features,
@@ -185,11 +184,3 @@ def make_objective(
         raise CAPError(f"feature_weight and hidden_state_weight are 0, and {kind} has nothing else to learn from")
     made = Teacher(without_head(teacher), args.device, args.teacher_bf16)
     return FeatureObjective(Tower(model), made, args.feature_weight, args.hidden_state_weight)
-
-
-def check_task(config: PretrainedConfig) -> None:
-    """Raise a CAPError unless a model picks one label of several, which is what the losses of labels are made for."""
-    num_labels = len(label_names(config))
-    if num_labels < 2 or config.problem_type not in (None, "single_label_classification"):
-        task = config.problem_type or f"a task of {num_labels} label"
-        raise CAPError(f"a teacher and augmentation are for models that pick one label of several, not for {task}")

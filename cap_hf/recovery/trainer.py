@@ -1,6 +1,8 @@
 """Extend transformers' Trainer: keep zeros, prune on a schedule, learn from a teacher."""
 
-from contextlib import nullcontext
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,20 +14,22 @@ from transformers.trainer_utils import EvalLoopOutput, SchedulerType, TrainOutpu
 from transformers.training_args import OptimizerNames
 
 from cap_hf.errors import CAPError, reason
-from cap_hf.outputs import label_names
+from cap_hf.models import usable_of_transformers
+from cap_hf.outputs import check_task, label_names
 from cap_hf.recovery.augmentation import PRESETS, make_augmentation
 from cap_hf.recovery.averaging import WeightAverage
 from cap_hf.recovery.callbacks import AveragingCallback, MaskCallback, PruneStep, PruningCallback
 from cap_hf.recovery.distillation import check_returns
 from cap_hf.recovery.gradual import GradualPruner
-from cap_hf.recovery.losses import NO_LABEL
+from cap_hf.recovery.inputs import collated, has_labels, trainable
 from cap_hf.recovery.mask_holder import MaskHolder
-from cap_hf.recovery.objective import FeatureObjective, LabelObjective, check_task, make_objective
+from cap_hf.recovery.objective import FeatureObjective, LabelObjective, make_objective
 from cap_hf.recovery.precision import check_bfloat16
 from cap_hf.recovery.resume import choose_checkpoint, load_weights
 from cap_hf.recovery.schedules import cyclic_linear
 from cap_hf.recovery.training_arguments import SparseTrainingArguments
 from cap_hf.targets import summarize
+from cap_hf.towers import explained, in_precision_of
 
 
 class SparseTrainer(Trainer):
@@ -48,8 +52,9 @@ class SparseTrainer(Trainer):
         **kwargs: the Trainer's; `processing_class`, the image processor, is needed for augmentation.
 
     Raises:
-        CAPError: teacher, schedule, model and processor do not fit together; from `train` and `save_model`: a pruned
-            weight is not 0, or a weight is not finite.
+        CAPError: the model or the teacher cannot be used as it is (see `cap_hf.models.usable_of_transformers`);
+            teacher, schedule, model and processor do not fit together; from `train` and `save_model`: a pruned weight
+            is not 0, or a weight is not finite.
     """
 
     # Narrower than the Trainer's own.
@@ -68,6 +73,7 @@ class SparseTrainer(Trainer):
             raise CAPError(f"SparseTrainer needs SparseTrainingArguments, not {type(args).__name__}")
         if kwargs.get("model_init") is not None:
             raise CAPError("SparseTrainer takes its masks from the model it is given: pass model, not model_init")
+        model, teacher = trainable(model), None if teacher is None else usable_of_transformers(teacher)
         if teacher is model:
             raise CAPError("the teacher is the model itself, and a teacher is frozen: load it a second time")
         check_returns(model, "model")
@@ -79,6 +85,7 @@ class SparseTrainer(Trainer):
             if any(asked.values()):
                 check_bfloat16([name for name, value in asked.items() if value])
         super().__init__(model, args, **kwargs)
+        self.data_collator = partial(collated, self.data_collator)
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             raise CAPError("masks are held on whole weights, which FSDP and DeepSpeed split: use DDP")
         self.masks = MaskHolder(model)
@@ -112,7 +119,7 @@ class SparseTrainer(Trainer):
                 self.objective.check(example)
         if self.own_loss:
             if not learns_features:
-                check_task(model.config)
+                check_task(model, "a teacher and augmentation are", "leave both out")
             if self.compute_loss_func is not None:
                 raise CAPError("compute_loss_func would replace what a teacher and augmentation add to the loss")
             # A mean over each batch, which the Trainer then divides by the accumulation steps.
@@ -125,7 +132,8 @@ class SparseTrainer(Trainer):
             return None
         example = dataset[0]
         # Some datasets leave the pixels to the collator.
-        batch = example if "pixel_values" in example else self.data_collator([example])
+        there = isinstance(example, Mapping) and "pixel_values" in example
+        batch = example if there else self.data_collator([example])
         pixels = torch.as_tensor(batch["pixel_values"])
         return {"pixel_values": pixels if pixels.dim() == 4 else pixels[None]}
 
@@ -177,12 +185,14 @@ class SparseTrainer(Trainer):
         recovering = model.training and self.own_loss
         # The model's own loss of a batch without any label is 0 / 0.
         if self.takes_labels and not recovering and has_labels(inputs, self.label_names):
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            with self._explained(inputs):
+                return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         inputs = dict(inputs)
         labels = inputs.pop("labels", None)
         if recovering and self.augmentation is not None:
             inputs["pixel_values"], labels = self.augmentation(inputs["pixel_values"], labels)
-        loss, outputs = self.objective(model, inputs, labels, recovering)
+        with self._explained(inputs):
+            loss, outputs = self.objective(model, inputs, labels, recovering)
         return (loss, {"loss": loss, **outputs}) if return_outputs else loss
 
     def prediction_step(
@@ -193,9 +203,17 @@ class SparseTrainer(Trainer):
         if not any(name in inputs for name in names):
             self.label_names = []
         try:
-            return super().prediction_step(model, inputs, *args, **kwargs)
+            with self._explained(inputs):
+                return super().prediction_step(model, inputs, *args, **kwargs)
         finally:
             self.label_names = names
+
+    def _explained(self, inputs: Mapping[str, Any]) -> AbstractContextManager[None]:
+        # What finds the batch size looks for PyTorch's own error.
+        return nullcontext() if self.args.auto_find_batch_size else explained(self.model, inputs)
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        return in_precision_of(self.model, super()._prepare_inputs(inputs))
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         """Evaluate as the Trainer does, the averaged weights where there are any."""
@@ -226,12 +244,6 @@ class SparseTrainer(Trainer):
         load_weights(self.model, best)
         if self.average is not None:
             self.average.load(best)
-
-
-def has_labels(inputs: dict[str, Any], names: list[str]) -> bool:
-    """Return whether a batch has labels under any of the names; -100 is none."""
-    found = [torch.as_tensor(inputs[name]) for name in names if name in inputs and not isinstance(inputs[name], list)]
-    return any((each != NO_LABEL).any() for each in found) or any(isinstance(inputs.get(name), list) for name in names)
 
 
 def check_finite(model: nn.Module) -> None:

@@ -17,7 +17,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("data", "distributed"),
     ("masks",),
     ("targets", "kernels", "memory"),
-    ("towers",),
+    ("models", "towers"),
     ("config", "report", "extras", "outputs"),
     ("errors",),
 )

@@ -70,21 +70,22 @@ def test_a_generator_is_gone_through_once():
     assert seen(examples) == []
 
 
-@pytest.mark.parametrize(
-    ("batch", "message"),
-    [
-        ((torch.zeros(2, 1), torch.zeros(2)), "a batch is a tuple: give dicts of tensors"),
-        ({"pixel_values": torch.zeros(2, 1)}, "needs pixel_values and labels"),
-        ({"pixel_values": torch.zeros(2, 1), "labels": [0, 1]}, "'labels' of a batch is a list"),
-        ({"pixel_values": torch.zeros(2, 1), "labels": None}, "'labels' of a batch is a NoneType"),
-        ({"pixel_values": torch.zeros(2, 1), "labels": torch.tensor([0])}, "2 pixel_values and 1 labels: give as many"),
-    ],
-)
-def test_batches_that_are_none_are_one_line(batch, message):
-    with pytest.raises(CAPError, match=message):
-        examples = CalibrationExamples([batch], CAPConfig(num_grads=2), Processes())
-        examples.use(LabelLoss())
-        list(examples)
+@pytest.mark.parametrize("once", [False, True])
+def test_batches_are_made_from_pairs_and_what_is_none_is_one_line(once):
+    def examples(batch):
+        return CalibrationExamples(iter([batch]) if once else [batch], CAPConfig(num_grads=2), Processes())
+
+    pair = (torch.zeros(2, 3, 8, 8), [1, 0])
+    made = examples(pair)
+    made.use(LabelLoss())
+    assert torch.equal(made.first()["labels"], torch.tensor([1, 0]))
+    assert seen(made) == [1, 0]
+    with pytest.raises(CAPError, match="a batch has pixel_values; it needs pixel_values and labels"):
+        made = examples(pair[:1])
+        made.use(LabelLoss())
+        list(made)
+    with pytest.raises(CAPError, match="one batch was given in the place of a dataloader"):
+        CalibrationExamples({"pixel_values": pair[0]}, CAPConfig(), Processes())
 
 
 def test_a_batch_size_holds_whole_gradient_samples():

@@ -65,6 +65,21 @@ def test_what_cannot_be_gone_over_twice_or_is_not_finite_is_refused():
         CAPCompressor(tiny_dinov2(), CAPConfig(num_grads=4, fisher_loss="features")).collect([])
 
 
+@pytest.mark.parametrize(
+    "changes", [{"problem_type": "multi_label_classification"}, {"problem_type": "regression"}, {"num_labels": 1}]
+)
+def test_softmax_is_for_models_that_pick_one_label(changes):
+    """Of others the features, their outputs, are kept, whatever labels there are: their own labels are no classes."""
+    for labels in ({}, {"labels": torch.rand(2, 10)}, {"labels": torch.tensor([0, 1])}):
+        compressor = CAPCompressor(build("ViT", **changes), CAPConfig(num_grads=4), disable_tqdm=True)
+        report = compressor.collect([BATCH | labels] * 2).prune(0.5)
+        assert (compressor.config.fisher_loss, report.loss > 0) == ("features", True)
+    for wish in ("labels", "sampled"):
+        compressor = CAPCompressor(build("ViT", **changes), CAPConfig(num_grads=4, fisher_loss=wish))
+        with pytest.raises(CAPError, match=f"{wish}.* ViTForImageClassification is for .*: leave it out, or use 'feat"):
+            compressor.collect([BATCH | {"labels": torch.tensor([0, 1])}])
+
+
 def test_features_of_a_classifier_are_its_logits():
     model = build("ViT")
     compressor = CAPCompressor(model, CAPConfig(num_grads=8, fisher_loss="features"))
@@ -74,7 +89,7 @@ def test_features_of_a_classifier_are_its_logits():
 
 @pytest.mark.parametrize("once", [False, True])
 def test_what_is_no_batch_is_named_before_a_loss_is_chosen(once):
-    batches = [(torch.zeros(2, 3, 8, 8), torch.zeros(2))]
+    batches = [(torch.zeros(2, 3), torch.zeros(2))]
     for model in (tiny_dinov2(), build("ViT")):
         with pytest.raises(CAPError, match="a batch is a tuple: give dicts of tensors"):
             CAPCompressor(model, CAPConfig(num_grads=2)).collect(iter(batches) if once else batches)

@@ -1,16 +1,20 @@
 """What is measured of a model is chosen by its head and by the labels of the images."""
 
+import json
+import shutil
+
 import datasets
 import numpy as np
 import pytest
 from accelerate import Accelerator
 from PIL import Image
 from support.backbones import backbone_checkpoint
-from support.commands import image_folder
+from support.commands import image_folder, prune
 
 from cap_hf.commands.arguments import ModelArguments
 from cap_hf.commands.common import load_all
 from cap_hf.commands.evaluation import Evaluation
+from cap_hf.commands.main import main
 from cap_hf.data.arguments import DataArguments
 from cap_hf.errors import CAPError
 
@@ -58,3 +62,24 @@ def test_names_of_classes_are_the_same_in_the_bank_and_in_what_is_asked(tmp_path
     model, evaluation = make(backbone_checkpoint(tmp_path / "m"), DataArguments(str(tmp_path / "data")), 30)
     found = evaluation.measure(model)
     assert (found["knn_top1"], found["linear_top1"]) == (1, 1)
+
+
+@pytest.mark.parametrize("change", [{"problem_type": "multi_label_classification"}, {"problem_type": "regression"}])
+def test_models_that_pick_no_label_of_several(tiny_checkpoint, tmp_path, change, capsys):
+    """Their softmax says nothing: no accuracy is made of it, and no gradient."""
+    folder = shutil.copytree(tiny_checkpoint, tmp_path / "model")
+    (folder / "config.json").write_text(json.dumps(json.loads((folder / "config.json").read_text()) | change))
+    name, task = ["--model_name_or_path", str(folder)], change["problem_type"]
+    for command, advice in (
+        ("evaluate", "--do_eval false"),
+        ("finetune", "SparseTrainer"),
+        ("prune", "--do_eval false"),
+    ):
+        sparsity = ["--sparsity", "0.5"] if command == "prune" else []
+        assert main([command, *name, "--output_dir", str(tmp_path / command), *sparsity]) == 1
+        said = capsys.readouterr().err
+        assert f"for models that pick one label of several, and ViTForImageClassification is for {task}" in said
+        assert advice in said
+        assert not (tmp_path / command).exists()
+    assert prune(folder, tmp_path / "pruned", "--sparsity", "0.5", "--do_eval", "false") == 0
+    assert json.loads((tmp_path / "pruned" / "report.json").read_text())["config"]["fisher_loss"] == "features"

@@ -85,3 +85,10 @@ def test_what_is_counted_in_memory_needs_no_place_on_disk(tmp_path, monkeypatch)
     metric = ImageClassificationMetric(keep_in_memory=True)
     metric.add_batch(predictions=[[0.0, 1.0]], references=[1])
     assert metric.compute()["top1"] == 1
+
+
+def test_a_model_that_gives_no_numbers_is_not_measured():
+    model = build("ViT")
+    model.classifier.bias.data[3] = float("nan")
+    with pytest.raises(CAPError, match="the model's logits are NaN: check its weights"):
+        evaluate_model(model, random_batches(model, 8), Accelerator(), disable_tqdm=True)

@@ -121,7 +121,7 @@ def test_a_teachers_error_without_a_message_is_named_by_its_kind():
 
     teacher = Teacher(tiny_vit(1), torch.device("cpu"))
     teacher.model = Speechless()
-    with pytest.raises(CAPError, match="the teacher cannot take the student's images: NotImplementedError$"):
+    with pytest.raises(CAPError, match="the teacher cannot take the student's images: .*: NotImplementedError$"):
         check_outputs(tiny_vit(), teacher, examples(1)[0]["pixel_values"][None], False)
 
 

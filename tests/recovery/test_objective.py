@@ -17,7 +17,6 @@ from transformers import (
 from cap_hf.data.images import collate
 from cap_hf.errors import CAPError
 from cap_hf.recovery.losses import hidden_state_loss, logit_loss
-from cap_hf.recovery.objective import check_task
 from cap_hf.towers import see
 
 FAMILIES = {"dinov2": (tiny_dinov2, 8), "convnext": (tiny_convnext, 32), "clip": (tiny_clip, 8), "mae": (tiny_mae, 8)}
@@ -203,9 +202,3 @@ def test_a_backbone_without_hidden_states_learns_features_alone(tmp_path, caplog
     torch.testing.assert_close(loss.detach(), trainer.compute_loss(trainer.model.eval(), batch).detach())
     with pytest.raises(CAPError, match="Silent has no hidden states to match: set --hidden_state_weight 0"):
         make_trainer(tmp_path, student(), data=images(), teacher=tiny_dinov2(), hidden_state_weight=1.0)
-
-
-def test_a_task_of_one_label_of_several_is_asked_for():
-    check_task(tiny_vit().config)
-    with pytest.raises(CAPError, match="not for a task of 1 label"):
-        check_task(tiny_vit(num_labels=1).config)

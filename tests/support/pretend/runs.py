@@ -90,7 +90,7 @@ def weights(compressor: CAPCompressor) -> dict[str, torch.Tensor]:
     return {target.name: target.weight.detach().cpu().contiguous() for target in compressor.targets}
 
 
-class Interrupted(Exception):
+class Interrupted(KeyboardInterrupt):
     """What a run ends with that was told to."""
 
 

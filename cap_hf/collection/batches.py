@@ -1,0 +1,121 @@
+"""What a batch of calibration examples is: a dict of tensors, made from what data come in elsewhere."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, SequentialSampler
+
+from cap_hf.collection.running import Batch
+from cap_hf.errors import CAPError, foreign_line
+from cap_hf.towers import is_of_other_processes
+
+# Names that transformers' own collator takes for labels too.
+LABEL_NAMES = ("labels", "label", "label_ids")
+
+
+def check_dataloader(dataloader: object) -> None:
+    """Raise a CAPError if something is a batch, or nothing at all, in the place of batches."""
+    if isinstance(dataloader, (Mapping, torch.Tensor, np.ndarray)):
+        raise CAPError("one batch was given in the place of a dataloader: put it into a list")
+    if isinstance(dataloader, (str, bytes)) or not isinstance(dataloader, Iterable):
+        raise CAPError(f"{dataloader!r:.80} is no dataloader: give a DataLoader, or a list of batches")
+
+
+def read(dataloader: Iterable[Any]) -> Iterator[Any]:
+    """Yield what a dataloader yields.
+
+    Raises:
+        CAPError: its dataset or its collator has failed; the message says at which batch, and of what.
+    """
+    number = 0
+    try:
+        for batch in dataloader:
+            yield batch
+            number += 1
+    except CAPError:
+        raise
+    except Exception as error:
+        if is_of_other_processes(error):
+            raise
+        raise CAPError(f"the dataloader failed at {place(dataloader, number)}: {foreign_line(error)}") from error
+
+
+def place(dataloader: Iterable[Any], number: int) -> str:
+    """Return which batch one is, and which examples it is made of where a dataloader has them in order."""
+    size = getattr(dataloader, "batch_size", None)
+    if isinstance(dataloader, DataLoader) and isinstance(dataloader.sampler, SequentialSampler) and size:
+        return f"batch {number} (examples {number * size} to {number * size + size - 1})"
+    return f"batch {number}"
+
+
+def to_batch(given: object, needed: Sequence[str]) -> Batch:
+    """Return a batch as a dict of tensors with one entry per example.
+
+    A pair, as a TensorDataset has it, is pixels and labels; arrays and lists of numbers become tensors; what is none of
+    these, such as a column of file names, is left out.
+
+    Args:
+        given: what a dataloader yields.
+        needed: the names that must be there, `pixel_values` among them.
+
+    Raises:
+        CAPError: it is no batch, something that is needed is missing, or its tensors are not equally long.
+    """
+    given = named(given)
+    wanted = "give dicts of tensors with " + " and ".join(needed)
+    if not isinstance(given, Mapping):
+        raise CAPError(f"a batch is a {type(given).__name__}: {wanted}")
+    found = {str(name): value for name, value in given.items() if value is not None}
+    for name in LABEL_NAMES[1:]:
+        if name in found:
+            found.setdefault("labels", found.pop(name))
+    if any(name not in found for name in needed):
+        raise CAPError(
+            f"a batch has {', '.join(sorted(found)) or 'nothing in it'}; it needs {' and '.join(needed)}, so named"
+        )
+    batch = {}
+    for name, value in found.items():
+        tensor = to_tensor(value)
+        if tensor is not None and tensor.dim():
+            batch[name] = tensor
+        elif tensor is not None or name in ("pixel_values", "labels"):
+            raise CAPError(f"{name!r} of a batch is {describe(value)}: give a tensor with one entry per example")
+    length = len(batch["pixel_values"])
+    for name, tensor in batch.items():
+        if len(tensor) != length:
+            raise CAPError(f"a batch has {length} pixel_values and {len(tensor)} {name}: give as many")
+    return batch
+
+
+def named(given: Any) -> Any:
+    """Return pixels, alone or in a pair with labels, under their names; anything else as it is."""
+    if isinstance(given, torch.Tensor) and given.dim() > 2:
+        return {"pixel_values": given}
+    pair = given if type(given) in (tuple, list) and len(given) in (1, 2) else ()
+    if pair and isinstance(pair[0], (torch.Tensor, np.ndarray)) and pair[0].ndim > 2:
+        return dict(zip(("pixel_values", "labels"), pair, strict=False))
+    return given
+
+
+def to_tensor(value: Any) -> torch.Tensor | None:
+    """Return numbers as a tensor, those of equally large tensors in a list stacked; None of what is no numbers."""
+    if isinstance(value, torch.Tensor):
+        return value
+    if isinstance(value, (list, tuple)) and value and all(isinstance(each, torch.Tensor) for each in value):
+        return torch.stack(list(value)) if len({each.shape for each in value}) == 1 else None
+    try:
+        array = np.asarray(value)
+    except ValueError:  # rows of different lengths
+        return None
+    return torch.from_numpy(array) if array.dtype.kind in "biuf" else None
+
+
+def describe(value: Any) -> str:
+    """Return what something is, in a few words."""
+    if isinstance(value, torch.Tensor):
+        return f"a single number, {value.item()}"
+    if isinstance(value, (list, tuple)) and value:
+        return f"a {type(value).__name__} of {type(value[0]).__name__}"
+    return f"a {type(value).__name__}"
