@@ -14,6 +14,7 @@ from transformers import AutoImageProcessor, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from cap_hf.checkpoints.explaining import explain_processor
+from cap_hf.checkpoints.form import StoredForm, find_form
 from cap_hf.checkpoints.loading import find_companions, load_checkpoint, only_errors
 from cap_hf.commands.arguments import ModelArguments
 from cap_hf.data.arguments import DataArguments
@@ -66,6 +67,11 @@ def load_image_processor(args: ModelArguments) -> Any:
 def load_companions(args: ModelArguments) -> list[Path]:
     """Return the files of the checkpoint that go wherever its weights go; as `find_companions`, errors as there."""
     return find_companions(args.model_name_or_path, **where_to_load(args))
+
+
+def load_form(args: ModelArguments) -> StoredForm:
+    """Return the form that the weights of a checkpoint, which was loaded, are stored in; as `find_form`."""
+    return find_form(args.model_name_or_path, **where_to_load(args))
 
 
 def load_all(

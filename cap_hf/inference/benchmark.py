@@ -2,7 +2,6 @@
 
 import copy
 import statistics
-import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -13,6 +12,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
+from cap_hf.distributed.temporary import TemporaryFolder
 from cap_hf.errors import CAPError, reason
 from cap_hf.extras import need
 from cap_hf.inference.choice import time_in_turns
@@ -111,7 +111,7 @@ class ONNXRuntime(Backend):
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__(model)
         self.runtime = need("onnxruntime", "export")
-        self.folder = tempfile.TemporaryDirectory(prefix="cap_hf-")
+        self.folder = TemporaryFolder()
         self.path = export_onnx(model, Path(self.folder.name) / "onnx")
 
     def start(self, threads: int) -> Call:

@@ -1,10 +1,10 @@
 """int8 on top of sparsity, with torchao through transformers: zeros stay zeros."""
 
-import tempfile
-
 from torch import nn
 from transformers import PreTrainedModel
 
+from cap_hf.checkpoints.places import writing
+from cap_hf.distributed.temporary import TemporaryFolder
 from cap_hf.extras import need
 from cap_hf.models import usable_of_transformers
 from cap_hf.targets import find_targets
@@ -34,7 +34,7 @@ def quantize_int8(model: PreTrainedModel, activations: bool = False) -> PreTrain
     others = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and name not in chosen]
     kind = Int8DynamicActivationInt8WeightConfig if activations else Int8WeightOnlyConfig
     # By way of a folder, because transformers quantises when it loads, and then knows how to save it again.
-    with tempfile.TemporaryDirectory(prefix="cap_hf-") as folder:
+    with TemporaryFolder() as folder, writing(folder):
         model.save_pretrained(folder)
         quantized = type(model).from_pretrained(
             folder,
