@@ -135,9 +135,15 @@ def bank_split(split: datasets.Dataset, used: int, size: int, seed: int) -> data
 def image_dataset(
     split: datasets.Dataset, image_processor: Any, model: PreTrainedModel, args: DataArguments
 ) -> ImageDataset:
-    """Return a split as the inputs of a model, or of its vision tower; errors as of `ImageDataset`."""
+    """Return a split as the inputs of a model, or of its vision tower.
+
+    Raises:
+        CAPError: as `ImageDataset`, whose first example is made here, before anything takes its time.
+    """
     config = vision_config(model) or model.config
-    return ImageDataset(split, image_processor, config, args, has_head=picks_label(model))
+    dataset = ImageDataset(split, image_processor, config, args, has_head=picks_label(model))
+    dataset.__getitems__([0])
+    return dataset
 
 
 def where_to_load(args: ModelArguments) -> dict[str, Any]:

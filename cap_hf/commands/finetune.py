@@ -106,7 +106,7 @@ def finetune(
         if teacher is None:
             train_dataset.need_labels()
             if eval_dataset is not None:
-                eval_dataset.need_labels()
+                eval_dataset.need_labels("leave the evaluation out with --do_eval false")
         # Without labels there is the loss alone.
         labelled = has_head and (eval_dataset is None or eval_dataset.labelled)
         check_metric(training_args.metric_for_best_model, len(label_names(model.config)) if labelled else 0)
