@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from torch.utils.data import DataLoader
 from transformers import BaseImageProcessor, PreTrainedModel
 
+from cap_hf.checkpoints.form import StoredForm, round_weights
 from cap_hf.checkpoints.saving import save_checkpoint
 from cap_hf.collection.batch_norm import recalibrate_batch_norm
 from cap_hf.collection.collection import Collection
@@ -53,6 +54,8 @@ class CAPCompressor:
         disable_tqdm: no progress bar.
         resources: memory, passes and disk; `Resources()` if None.
         prunes: how many sparsities will be pruned to, for the time left that the bar shows.
+        dtype: that the model will be saved in, such as bfloat16: `prune` rounds to what it holds, and counts what
+            is too small for it as zeros. None for the model's own.
 
     Attributes:
         targets: what is pruned.
@@ -72,11 +75,12 @@ class CAPCompressor:
         disable_tqdm: bool = False,
         resources: Resources | None = None,
         prunes: int = 1,
+        dtype: torch.dtype | None = None,
     ) -> None:
         self.model: PreTrainedModel = usable(model)
         self.config = config or CAPConfig()
         self.accelerator = accelerator or Accelerator()
-        self.resources, self.prunes = resources or Resources(), prunes
+        self.resources, self.prunes, self.dtype = resources or Resources(), prunes, dtype
         self.processes = Processes(self.accelerator)
         self.progress = Progress(disable_tqdm or not self.accelerator.is_main_process)
         # Not a method: a collection that holds its compressor would outlive it, and so would what it has spilled.
@@ -159,7 +163,7 @@ class CAPCompressor:
 
         Raises:
             CAPError: the sparsity is out of range, below the model's, or not the N:M pattern's; `collect` was not
-                called; a block Fisher cannot be inverted.
+                called; a block Fisher cannot be inverted; a weight is too large for the dtype.
         """
         paths, config = self._collected_paths(), with_changes(self.config, allocation, selection)
         sparsity = check_sparsity(sparsity, config, paths)
@@ -174,9 +178,11 @@ class CAPCompressor:
         losses = self.processes.sum(torch.tensor(own_losses, dtype=torch.float64))
         # Nothing is changed before everything is solved.
         report = PruneReport(config.method, config.allocation, config.selection, sparsity)
-        for target, loss in zip(self.targets, losses.tolist(), strict=True):
+        for target in self.targets:
             blocks = self.processes.assemble(pruned.pop(target.name), block_shares(target, self.processes))
             target.weight.data.copy_(target.from_blocks(blocks))
+        round_weights(self.model, self.dtype)
+        for target, loss in zip(self.targets, losses.tolist(), strict=True):
             report.layers.append(layer_report(target, None if self.fisher is None else loss))
         collapsed = [layer.name for layer in report.layers if layer.num_zeros == layer.num_weights]
         if collapsed:
@@ -205,10 +211,16 @@ class CAPCompressor:
         wanted = max(num_examples, self.processes.world * batch_size)
         config = replace(self.config, num_grads=wanted, samples_per_grad=1)
         examples = CalibrationExamples(dataloader, config, self.processes)
-        return recalibrate_batch_norm(self.model, (batch for batch, _ in examples.batches()), self.processes)
+        names = recalibrate_batch_norm(self.model, (batch for batch, _ in examples.batches()), self.processes)
+        round_weights(self.model, self.dtype)
+        return names
 
     def save_pretrained(
-        self, save_directory: str | Path, image_processor: BaseImageProcessor | None = None, compressed: bool = False
+        self,
+        save_directory: str | Path,
+        image_processor: BaseImageProcessor | None = None,
+        compressed: bool = False,
+        max_shard_size: int | str | None = None,
     ) -> None:
         """Save the pruned model with its CAPConfig and report (main process), atomically.
 
@@ -216,6 +228,7 @@ class CAPCompressor:
             save_directory: replaced as a whole if it exists.
             image_processor: saved beside the model if given.
             compressed: store only what is non-zero; then `import cap_hf` is needed before `from_pretrained`.
+            max_shard_size: of the tensors in one file, such as "5GB"; None for transformers' default.
 
         Raises:
             CAPError: there is too little space, the folder cannot be written, or the model is none of transformers.
@@ -223,7 +236,8 @@ class CAPCompressor:
         usable_of_transformers(self.model)
         if self.accelerator.is_main_process:
             report = self.report.to_dict() if self.report else {}
-            save_checkpoint(save_directory, self.model, self.config, report, image_processor, compressed)
+            form = StoredForm(self.dtype, max_shard_size)
+            save_checkpoint(save_directory, self.model, self.config, report, image_processor, compressed, form=form)
         self.accelerator.wait_for_everyone()
 
     def discard_state(self) -> None:

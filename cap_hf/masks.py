@@ -37,6 +37,18 @@ def verify_masks(targets: Sequence[Target], masks: Mapping[str, torch.Tensor]) -
         )
 
 
+def count_zeros(targets: Sequence[Target]) -> tuple[int, int]:
+    """Return how many weights of the targets are 0, and how many there are."""
+    weights = [target.weight.detach() for target in targets]
+    return sum(int((weight == 0).sum()) for weight in weights), sum(weight.numel() for weight in weights)
+
+
+def target_sparsity(targets: Sequence[Target]) -> float:
+    """Return the share of the targets' weights that are 0."""
+    zeros, total = count_zeros(targets)
+    return zeros / total
+
+
 def find_pattern(target: Target, mask: torch.Tensor) -> NMPattern | None:
     """Return the known N:M pattern with the most zeros that a mask satisfies along the input channels, or None."""
     rows = target.to_blocks(mask).reshape(target.weight.shape[0], -1)

@@ -5,7 +5,7 @@ import torch
 from support.models import build
 
 from cap_hf import CAPCompressor, CAPConfig, CAPError
-from cap_hf.masks import apply_masks, find_pattern, take_masks, verify_masks
+from cap_hf.masks import apply_masks, count_zeros, find_pattern, take_masks, target_sparsity, verify_masks
 from cap_hf.targets import find_targets
 
 
@@ -34,3 +34,11 @@ def test_find_pattern(allocation):
     assert find_pattern(targets[0], targets[0].weight != 0) is None
     CAPCompressor(model, CAPConfig(method="magnitude", allocation=allocation)).prune()
     assert str(find_pattern(targets[0], targets[0].weight != 0)) == allocation
+
+
+def test_zeros_are_counted_in_the_targets_that_are_given():
+    targets = find_targets(build("ViT"))[:2]
+    targets[0].weight.data[0] = 0
+    zeros, total = targets[0].weight[0].numel(), sum(target.weight.numel() for target in targets)
+    assert count_zeros(targets) == (zeros, total)
+    assert target_sparsity(targets) == zeros / total

@@ -4,6 +4,9 @@ What is written lies in a folder of its own beside the final name, `.name.<uniqu
 as long as the process that writes lives. Several runs can therefore write to one name at the same time: each publishes
 what it wrote, whole, and the last one stays. A partial folder without a holder is what a killed run left: it is removed
 by the next run that writes to the name.
+
+A folder that cannot be exchanged itself - a mount point, the current folder, one whose parent may not be written - is
+written from within: the partial folder lies in it, and what it holds is exchanged entry by entry.
 """
 
 import errno
@@ -16,29 +19,44 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from safetensors import SafetensorError
-
+from cap_hf.checkpoints.places import writing
 from cap_hf.errors import CAPError
 
 # In a partial folder: its lock, what is being written, and the folder that it takes the place of.
 LOCK, NEW, OLD = "lock", "new", "old"
+# In one that lies in the final folder: what is written is whole, and moves in.
+READY = "ready"
+# What the system says of a folder that has to stay where it is: it is a mount point, on another disk, or another's.
+FIXED = (errno.EBUSY, errno.EXDEV, errno.EACCES, errno.EPERM, errno.EROFS)
+# What is no content of a disk: mkfs makes it.
+LOST_AND_FOUND = "lost+found"
 
 
 @contextmanager
 def atomic_directory(path: str | Path) -> Iterator[Path]:
     """Yield an empty folder to fill; once it is whole it takes the name `path`, and another folder's place there.
 
+    A link stays, and the folder that it leads to is replaced.
+
     Raises:
         CAPError: the disk is full, or the folder cannot be written; nothing is changed then.
     """
-    path = _real_path(path)
-    if path.exists() and not path.is_dir():
+    path = real_path(path)
+    if os.path.exists(path) and not os.path.isdir(path):
         raise CAPError(f"{path} is a file: choose another name for the folder")
     with _partial_folder(path) as partial:
         folder = partial / NEW / path.name
         folder.mkdir(parents=True)
         yield folder
-        _publish_directory(folder, path, partial)
+        try:
+            _publish_directory(folder, path, partial)
+        except OSError as error:
+            if error.errno not in FIXED or not os.path.isdir(path):
+                raise
+            # Tried, because nothing tells beforehand of a folder that is mounted from the same disk.
+            with _partial_folder(path, inside=True) as inside:
+                # To another disk this is a copy, so that only the next step says that it is whole.
+                _exchange_content(Path(shutil.move(folder, inside / NEW)), path, inside)
 
 
 @contextmanager
@@ -50,8 +68,8 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
     Raises:
         CAPError: the disk is full, or the file cannot be written; nothing is changed then.
     """
-    path = _real_path(path)
-    with _partial_folder(path) as partial:
+    path = real_path(path)
+    with _partial_folder(path, inside=False) as partial:
         file = partial / NEW / path.name
         file.parent.mkdir()
         yield file
@@ -68,34 +86,71 @@ def write_json(path: str | Path, content: dict) -> None:
         file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def _real_path(path: str | Path) -> Path:
-    """Return where a link leads, so that what it names is replaced and not the link; another path as it is."""
-    return Path(os.path.realpath(path)) if Path(path).is_symlink() else Path(path)
+def real_path(path: str | Path) -> Path:
+    """Return the absolute path that links lead to, there or not: what it names is replaced, and no link.
+
+    Raises:
+        CAPError: a link leads back to itself.
+    """
+    real = Path(os.path.realpath(path))
+    loop = next((each for each in (real, *real.parents) if each.is_symlink()), None)
+    if loop is not None:
+        raise CAPError(f"{loop} is a link that leads back to itself: remove it, or choose another folder")
+    return real
+
+
+def is_empty(folder: Path, but: Path | None = None) -> bool:
+    """Return whether a folder that is there holds nothing but one path; what mkfs puts onto a new disk is nothing.
+
+    Raises:
+        CAPError: it may not be looked into.
+    """
+    with writing(folder):
+        return all(name == LOST_AND_FOUND or folder / name == but for name in os.listdir(folder))
+
+
+def is_fixed(folder: Path) -> bool:
+    """Return whether a folder has to stay where it is: a mount point, or what the current folder lies in."""
+    return folder.is_dir() and (os.path.ismount(folder) or Path(os.path.realpath(".")).is_relative_to(folder))
 
 
 @contextmanager
-def _partial_folder(path: Path) -> Iterator[Path]:
-    """Yield a folder beside `path` that holds this process's lock, and remove it in the end.
+def _partial_folder(path: Path, inside: bool | None = None) -> Iterator[Path]:
+    """Yield a folder that holds this process's lock, and remove it in the end.
+
+    Args:
+        path: that is written to.
+        inside: whether the folder lies in `path`, and not beside it; None to choose what can be done.
 
     Raises:
         CAPError: in place of any error of the system, also of one in the body.
     """
-    partial = None
-    try:
+    with writing(path):
+        if inside is None:
+            inside = is_fixed(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         _remove_stale(path)
-        partial = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
-        with open(partial / f"{LOCK}.new", "w") as lock:
-            _try_lock(lock.fileno())
-            # A lock without a holder is never seen under the name that `_remove_stale` looks for.
-            os.rename(lock.name, partial / LOCK)
-            yield partial
-    except (OSError, SafetensorError) as error:
-        raise _user_error(path, error) from error
-    finally:
-        if partial is not None:
+        partial = _make_partial(path, inside)
+        try:
+            with open(partial / f"{LOCK}.new", "w") as lock:
+                _try_lock(lock.fileno())
+                # A lock without a holder is never seen under the name that `_remove_stale` looks for.
+                os.rename(lock.name, partial / LOCK)
+                yield partial
+        finally:
             _give_back(partial, path)
             shutil.rmtree(partial, ignore_errors=True)
+
+
+def _make_partial(path: Path, inside: bool) -> Path:
+    """Make a new partial folder in `path` or beside it; in it also where nothing can be made beside it."""
+    try:
+        folder = path if inside else path.parent
+        return Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=folder))
+    except OSError as error:
+        if inside or error.errno not in FIXED or not os.path.isdir(path):
+            raise
+    return _make_partial(path, inside=True)
 
 
 def _publish_directory(folder: Path, path: Path, partial: Path) -> None:
@@ -103,6 +158,9 @@ def _publish_directory(folder: Path, path: Path, partial: Path) -> None:
 
     There is no call that exchanges two folders on every system, so for a moment nothing has the name.
     """
+    if partial.parent == path:
+        _exchange_content(folder, path, partial)
+        return
     while True:
         taken = not _rename(folder, path)
         # What was replaced goes at once; another run may take the name at any time, and is replaced in its turn.
@@ -113,16 +171,52 @@ def _publish_directory(folder: Path, path: Path, partial: Path) -> None:
             os.rename(path, partial / OLD)
 
 
+def _exchange_content(folder: Path, path: Path, partial: Path) -> None:
+    """Move what `path` holds into the partial folder in it, and what another folder there holds in its place.
+
+    A kill leaves what there was, or what is new, to be put right by `_give_back`.
+    """
+    (partial / OLD).mkdir()
+    for name in _content(path):
+        with suppress(FileNotFoundError):  # another run moved it
+            os.rename(path / name, partial / OLD / name)
+    os.rename(folder, partial / READY)
+    _move_in(partial / READY, path)
+
+
+def _move_in(folder: Path, path: Path) -> None:
+    """Move what a folder holds into `path`."""
+    for name in os.listdir(folder):
+        while not _rename(folder / name, path / name):
+            shutil.rmtree(path / name, ignore_errors=True)
+
+
+def _content(path: Path) -> list[str]:
+    """Return the names of what a folder holds, without partial folders of its own and what mkfs made."""
+    return [name for name in os.listdir(path) if name != LOST_AND_FOUND and not _is_partial(name, path)]
+
+
+def _is_partial(name: str, path: Path) -> bool:
+    return name.startswith(f".{path.name}.") and name.endswith(".partial")
+
+
 def _give_back(partial: Path, path: Path) -> None:
-    """Put the folder that was moved away back if nothing took its place: a kill or Ctrl-C fell between two renames."""
-    if (partial / OLD).exists() and not path.exists():
+    """Put a final name right after a kill, an interrupt or an error between two renames.
+
+    The folder that was moved away comes back if nothing took its place; what is whole and was moving in moves in.
+    """
+    if (partial / READY).exists():
+        _move_in(partial / READY, path)
+    elif (partial / OLD).exists() and partial.parent == path:
+        _move_in(partial / OLD, path)
+    elif (partial / OLD).exists() and not path.exists():
         _rename(partial / OLD, path)
 
 
-def _rename(folder: Path, path: Path) -> bool:
-    """Rename a folder; return False if another one that is not empty has the name."""
+def _rename(source: Path, path: Path) -> bool:
+    """Rename a folder or file; return False if a folder that is not empty has the name."""
     try:
-        os.rename(folder, path)
+        os.rename(source, path)
     except OSError as error:
         if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
             raise
@@ -132,18 +226,22 @@ def _rename(folder: Path, path: Path) -> bool:
 
 def _remove_stale(path: Path) -> None:
     """Remove the partial folders of `path` that killed runs left; those of runs that are alive are locked."""
-    prefix, suffix = f".{path.name}.", ".partial"
-    for name in os.listdir(path.parent):
-        if not (name.startswith(prefix) and name.endswith(suffix)):
-            continue
-        stale = path.with_name(name)
+    for folder in (path.parent, path):
         try:
-            with open(stale / LOCK, "r+") as lock:
-                if _try_lock(lock.fileno()):
-                    _give_back(stale, path)
-                    shutil.rmtree(stale, ignore_errors=True)
-        except OSError:  # another run removed it, or may be about to fill it
+            names = os.listdir(folder)
+        except OSError:  # not there, a file, or one that may not be looked into
             continue
+        for name in names:
+            if _is_partial(name, path):
+                _remove_if_stale(folder / name, path)
+
+
+def _remove_if_stale(partial: Path, path: Path) -> None:
+    """Remove a partial folder unless a run that is alive holds its lock, or it is nobody's."""
+    with suppress(OSError), open(partial / LOCK, "r+") as lock:  # another run removed it, or may be about to fill it
+        if _try_lock(lock.fileno()):
+            _give_back(partial, path)
+            shutil.rmtree(partial, ignore_errors=True)
 
 
 def _try_lock(descriptor: int) -> bool:
@@ -153,10 +251,3 @@ def _try_lock(descriptor: int) -> bool:
     except OSError:
         return False
     return True
-
-
-def _user_error(path: Path, error: OSError | SafetensorError) -> CAPError:
-    # safetensors wraps the system's error into a text.
-    if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
-        return CAPError(f"the disk of {path} is full: free some space or choose another --output_dir")
-    return CAPError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}")

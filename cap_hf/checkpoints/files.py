@@ -5,10 +5,13 @@ sorted names. Files of earlier versions of cap_hf, and of anybody else, have non
 """
 
 import hashlib
+import json
 import math
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -37,12 +40,14 @@ class FileContents:
         names: of the tensors that are stored, parts of packed ones among them.
         num_entries: of all tensors once they are unpacked.
         dense_bytes: what these take.
+        entries: how many of them have each floating point dtype, by its name in the file, such as BF16.
         digests: of each stored tensor, by its name; None if the file has none.
     """
 
     names: set[str]
     num_entries: int
     dense_bytes: int
+    entries: Counter[str]
     digests: dict[str, str] | None
 
 
@@ -86,19 +91,16 @@ def check_file(path: str | Path) -> FileContents:
         digests = (file.metadata() or {}).get(DIGESTS)
         packed = packed_names(names)
         shapes = {name: _shape(file, name, path) for name in names}
-        num_entries = dense_bytes = 0
+        found: Counter[str] = Counter()
         for name in names:
             if name.rpartition(".")[2] not in PARTS:
-                num_entries += math.prod(shapes[name])
-                dense_bytes += math.prod(shapes[name]) * _bits(file.get_slice(name).get_dtype()) // 8
+                found[file.get_slice(name).get_dtype()] += math.prod(shapes[name])
         for base, suffixes in packed.items():
             if base in names:
                 raise CAPError(f"{path} holds {base} both dense and packed: the file is damaged")
             parts = {suffix: _peek(file, f"{base}.{suffix}", path) for suffix in suffixes}
             check_parts(parts, f"{base} in {path}")
-            numel = math.prod(parts[SHAPE].shape[1:])
-            num_entries += numel
-            dense_bytes += numel * parts[VALUES].element_size()
+            found[file.get_slice(f"{base}.{VALUES}").get_dtype()] += math.prod(parts[SHAPE].shape[1:])
     if digests is not None:
         if len(digests) != DIGEST_LENGTH * len(names):
             raise CAPError(f"{path} has not one digest per tensor: the file is damaged")
@@ -106,7 +108,9 @@ def check_file(path: str | Path) -> FileContents:
         digests = {
             name: digests[first : first + DIGEST_LENGTH] for name, first in zip(sorted(names), places, strict=True)
         }
-    return FileContents(names, num_entries, dense_bytes, digests)
+    dense_bytes = sum(count * _bits(dtype) // 8 for dtype, count in found.items())
+    floating = Counter({dtype: count for dtype, count in found.items() if dtype[:1] in ("F", "B") and dtype != "BOOL"})
+    return FileContents(names, found.total(), dense_bytes, floating, digests)
 
 
 def check_memory(needed: int, path: str | Path) -> None:
@@ -144,6 +148,29 @@ def load_file(path: str | Path) -> dict[str, torch.Tensor]:
         for base, suffixes in packed_names(stored).items():
             tensors[base] = unpack({suffix: stored[f"{base}.{suffix}"] for suffix in suffixes})
     return tensors
+
+
+def copy_weights(path: Path, destination: Path, change: Callable[[dict[str, str]], dict[str, str]]) -> None:
+    """Copy a safetensors file, its metadata changed; its tensors stay as they are, byte for byte.
+
+    Args:
+        path: of a file that `check_file` has passed.
+        destination: of the copy.
+        change: from metadata to metadata.
+    """
+    with open(path, "rb") as source:
+        # Eight bytes of length, the header as JSON, the tensors; blanks fill the header up to whole words.
+        header = json.loads(source.read(int.from_bytes(source.read(8), "little")))
+        before = header.get("__metadata__") or {}
+        after = change(before)
+        if after == before:
+            shutil.copyfile(path, destination)
+            return
+        encoded = json.dumps(header | {"__metadata__": after}, separators=(",", ":"), ensure_ascii=False).encode()
+        encoded += b" " * (-len(encoded) % 8)
+        with open(destination, "wb") as copy:
+            copy.write(len(encoded).to_bytes(8, "little") + encoded)
+            shutil.copyfileobj(source, copy)
 
 
 def packed_names(names: Iterable[str]) -> dict[str, list[str]]:

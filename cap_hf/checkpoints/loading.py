@@ -32,6 +32,7 @@ from cap_hf.checkpoints.explaining import (
 from cap_hf.checkpoints.files import check_file
 from cap_hf.checkpoints.folder import COMPANIONS, check_inside, check_model_config, read_json
 from cap_hf.checkpoints.location import check_location
+from cap_hf.checkpoints.places import closed_cache
 from cap_hf.checkpoints.quantized import check_stored
 from cap_hf.checkpoints.weights import WeightFiles, find_weight_files
 from cap_hf.errors import CAPError, reason
@@ -63,7 +64,8 @@ def local_folder(
             allow_patterns=["*.json", "*.safetensors", "*.py", "*.txt", "*.model", "*.md", "*.png"],
         )
     except Exception as error:  # network, rights, a name that is none
-        raise CAPError(f"{name_or_path} is no folder and cannot be downloaded: {reason(error)}") from error
+        said = f"{name_or_path} is no folder and cannot be downloaded: {reason(error)}"
+        raise closed_cache(error, cache_dir) or CAPError(said) from error
     return Path(folder)
 
 
@@ -177,7 +179,7 @@ def load_checkpoint(
     except CAPError:
         raise
     except Exception as error:  # configuration, file format, foreign code
-        raise CAPError(explain(name_or_path, error)) from error
+        raise closed_cache(error, source.get("cache_dir")) or CAPError(explain(name_or_path, error)) from error
     if info["missing_keys"]:
         raise CAPError(explain_missing(name_or_path, model, info["missing_keys"], info["unexpected_keys"]))
     if info["mismatched_keys"]:

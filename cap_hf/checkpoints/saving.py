@@ -23,12 +23,16 @@ from cap_hf.checkpoints.compression import (
 )
 from cap_hf.checkpoints.files import check_file, digest_names, open_safetensors, save_file
 from cap_hf.checkpoints.folder import MODEL_CONFIG_NAME, REPORT_NAME, check_inside, copy_file, read_json
+from cap_hf.checkpoints.form import StoredForm, stored_in
 from cap_hf.checkpoints.weights import count_bytes, find_weight_files, to_stored
 from cap_hf.config import CAPConfig
 from cap_hf.errors import CAPError
 
 # Weights in any format: a copy of a checkpoint in another form leaves them behind.
 WEIGHT_SUFFIXES = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".h5", ".msgpack", ".onnx")
+
+# Of the tensors in one file; transformers' own default.
+SHARD_SIZE = "50GB"
 
 # What one weight file is written from: the names of its tensors and how to get one, which several threads do.
 Shard = tuple[Sequence[str], Callable[[str], torch.Tensor]]
@@ -42,6 +46,7 @@ def save_checkpoint(
     image_processor: BaseImageProcessor | None = None,
     compressed: bool = False,
     companions: Sequence[Path] = (),
+    form: StoredForm | None = None,
 ) -> None:
     """Save a model as safetensors with what belongs to it, atomically; an existing folder is replaced.
 
@@ -53,21 +58,24 @@ def save_checkpoint(
         image_processor: saved beside the model.
         compressed: store only what is non-zero; then `import cap_hf` is needed before `from_pretrained`.
         companions: files to copy beside the model, such as its tokenizer's, see `find_companions`.
+        form: the dtype and the size of the files; None for the model's dtype and transformers' size.
 
     Raises:
         CAPError: there is too little space, the folder cannot be written, the model cannot be compressed, or a
             companion is a link out of its folder or is called JSON and is none.
     """
+    form = form or StoredForm()
     with atomic_directory(directory) as folder:
         for path in companions:
             copy_file(path, path.parent, folder)
-        if compressed:
-            save_compressed(model, folder)
-        else:
-            needed, free = count_bytes(model.state_dict()), shutil.disk_usage(folder).free
-            if needed > free:
-                raise CAPError(f"{directory} needs {needed / 1e6:.0f} MB, its disk has {free / 1e6:.0f} MB free")
-            model.save_pretrained(folder)
+        with stored_in(model, form.dtype):
+            if compressed:
+                save_compressed(model, folder, form.max_shard_size or SHARD_SIZE)
+            else:
+                needed, free = count_bytes(model.state_dict()), shutil.disk_usage(folder).free
+                if needed > free:
+                    raise CAPError(f"{directory} needs {needed / 1e6:.0f} MB, its disk has {free / 1e6:.0f} MB free")
+                model.save_pretrained(folder, max_shard_size=form.max_shard_size or SHARD_SIZE)
         if image_processor is not None:
             image_processor.save_pretrained(folder)
         if config is not None:
@@ -76,7 +84,7 @@ def save_checkpoint(
             write_json(folder / REPORT_NAME, report)
 
 
-def save_compressed(model: PreTrainedModel, folder: Path, max_shard_size: int | str = "50GB") -> None:
+def save_compressed(model: PreTrainedModel, folder: Path, max_shard_size: int | str = SHARD_SIZE) -> None:
     """Write what `model.save_pretrained` writes, the weights compressed; no dense file is ever there.
 
     Args:

@@ -64,16 +64,21 @@ def disk_seconds(folder: Path) -> float:
             os.fsync(file.fileno())
             return (time.perf_counter() - start) / TRIAL_BYTES
     except OSError as error:
-        raise CAPError(f"--spill_dir {folder} cannot be written: {reason(error)}") from error
+        raise CAPError(f"{folder} cannot be written ({reason(error)}): name another folder with --spill_dir") from error
 
 
 def spill_folder(resources: Resources) -> Path:
     """Return the folder for what goes to the disk.
 
     Raises:
-        CAPError: it cannot be made.
+        CAPError: it cannot be made, or none is named and the system has none.
     """
-    folder = Path(resources.spill_dir or tempfile.gettempdir())
+    try:
+        folder = Path(resources.spill_dir or tempfile.gettempdir())
+    except FileNotFoundError as error:
+        raise CAPError(
+            f"there is no folder for temporary files ({reason(error)}): set TMPDIR, or name one with --spill_dir"
+        ) from error
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -19,11 +19,17 @@ class DiskTensors(MutableMapping[str, torch.Tensor]):
     Args:
         folder: made if need be.
         device: where tensors are read to.
+
+    Raises:
+        CAPError: the folder cannot be made; on writing: it is full or closed.
     """
 
     def __init__(self, folder: Path, device: torch.device) -> None:
         self.folder, self.device = folder, device
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise self._closed(error) from error
 
     def _path(self, name: str) -> Path:
         return self.folder / f"{name}.safetensors"
@@ -33,10 +39,13 @@ class DiskTensors(MutableMapping[str, torch.Tensor]):
             with atomic_file(self._path(name)) as path:
                 save_file({"tensor": tensor.detach().cpu().contiguous()}, path)
         except CAPError as error:
-            raise CAPError(
-                f"{self.folder} cannot be written ({reason(error.__cause__ or error)}): name another folder with "
-                "--spill_dir"
-            ) from error
+            raise self._closed(error.__cause__ or error) from error
+
+    def _closed(self, error: BaseException) -> CAPError:
+        return CAPError(
+            f"{self.folder} cannot be written ({reason(error)}): name another folder with --spill_dir, or with "
+            "--output_dir where --checkpoint_every keeps it beside that"
+        )
 
     def __getitem__(self, name: str) -> torch.Tensor:
         if name not in self:

@@ -3,17 +3,21 @@
 import fcntl
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, TextIO
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from cap_hf.checkpoints.atomic import atomic_directory, write_json
+from cap_hf.checkpoints.atomic import atomic_directory, is_empty, write_json
+from cap_hf.checkpoints.places import writing
 from cap_hf.collection.running import Batch
 from cap_hf.distributed.processes import Processes
 from cap_hf.errors import CAPError
@@ -119,12 +123,15 @@ class CollectionState:
         path = self._lock_path
         if path in LOCKS:
             return False
-        lock = path.open("w")
+        with writing(self.root):
+            lock = path.open("w")
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             lock.close()
             return True
+        except OSError:  # a file system without locks: nobody's run can be told there
+            pass
         LOCKS[path] = lock
         return False
 
@@ -178,12 +185,15 @@ class CollectionState:
         expected = None
         if steps:
             folder = self.folder / f"step-{number}-{steps}"
-            place = json.loads((folder / "place.json").read_text())
-            statistic.count, expected, self._steps = place["count"], place["digest"], steps
-            for index, target in enumerate(statistic.targets):
-                saved = load_file(folder / f"{index}.safetensors")
-                for key, strip in enumerate(statistic.sums[target.name].strips):
-                    strip.copy_(saved[str(key)])
+            try:
+                place = json.loads((folder / "place.json").read_text())
+                statistic.count, expected, self._steps = place["count"], place["digest"], steps
+                for index, target in enumerate(statistic.targets):
+                    saved = load_file(folder / f"{index}.safetensors")
+                    for key, strip in enumerate(statistic.sums[target.name].strips):
+                        strip.copy_(saved[str(key)])
+            except (OSError, SafetensorError, RuntimeError, ValueError, KeyError, TypeError) as error:
+                raise CAPError(f"{folder} cannot be read: remove {self.root} and begin anew") from error
         return self._rest(examples, steps, expected)
 
     def _rest(self, examples: Iterable[Item], steps: int, expected: str | None) -> Iterator[Item]:
@@ -259,13 +269,14 @@ class CollectionState:
         self.processes.gather_ints(0)
         if self.processes.rank == 0:
             (self.root / MARK).unlink(missing_ok=True)
-            if self.root.is_dir() and not any(self.root.iterdir()):
-                self.root.rmdir()
+            if self.root.is_dir() and not self.root.is_symlink() and not any(self.root.iterdir()):
+                with suppress(OSError):  # a mount point stays, and a folder whose parent may not be written
+                    self.root.rmdir()
 
 
 def is_foreign(folder: Path) -> bool:
     """Return whether a folder is there that holds something, and is not marked as a state's."""
-    return folder.exists() and not (folder / MARK).is_file() and (not folder.is_dir() or any(folder.iterdir()))
+    return os.path.exists(folder) and not (folder / MARK).is_file() and not (folder.is_dir() and is_empty(folder))
 
 
 def hash_weights(model: nn.Module) -> str:

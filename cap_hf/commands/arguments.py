@@ -137,14 +137,36 @@ def arguments_from_file(path: str) -> list[str]:
     return arguments
 
 
-def check_output(directory: Path, overwrite: bool) -> None:
-    """Raise a CAPError if a folder cannot be written, or holds something that may not be replaced."""
+def check_output(directory: str | Path, overwrite: bool, kept: Path | None = None) -> None:
+    """Raise a CAPError if a folder cannot be written, or holds something that may not be replaced.
+
+    Args:
+        directory: where to.
+        overwrite: whether what is there may be replaced.
+        kept: what `beside` gave for it, which may lie in it.
+    """
+    # Imported here: it is not needed for help and wrong arguments.
+    from cap_hf.checkpoints.atomic import is_empty, real_path
+
     # Where a link leads, also one to a folder that is not there yet.
-    directory = Path(os.path.realpath(directory))
-    existing = next(path for path in (directory, *directory.parents) if path.exists())
+    directory = real_path(directory)
+    existing = next(path for path in (directory, *directory.parents) if os.path.exists(path))
     if not existing.is_dir():
         raise CAPError(f"{existing} is a file: choose another --output_dir")
-    if not os.access(existing, os.W_OK):
+    if not os.access(existing, os.W_OK | os.X_OK):
         raise CAPError(f"{existing} cannot be written: choose another --output_dir")
-    if directory.exists() and any(directory.iterdir()) and not overwrite:
+    if directory == existing and not overwrite and not is_empty(directory, kept):
         raise CAPError(f"{directory} exists: choose another --output_dir or pass --overwrite_output_dir")
+
+
+def beside(output: str | Path, suffix: str) -> Path:
+    """Return the folder for what a run keeps until it is over: `OUTPUT-suffix`, where links of the output lead to.
+
+    It is `OUTPUT/suffix` where nothing can be written beside the output, or another disk begins with it.
+    """
+    from cap_hf.checkpoints.atomic import real_path
+
+    output = real_path(output)
+    if output.is_dir() and (os.path.ismount(output) or not os.access(output.parent, os.W_OK | os.X_OK)):
+        return output / suffix
+    return output.with_name(f"{output.name}-{suffix}")

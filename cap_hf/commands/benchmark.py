@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cap_hf.commands.arguments import DEFAULT_OUTPUT_DIR, ModelArguments, parse
+from cap_hf.commands.arguments import DEFAULT_OUTPUT_DIR, ModelArguments, check_output, parse
 from cap_hf.commands.tables import percent, table
 from cap_hf.errors import CAPError
 from cap_hf.extras import need
@@ -60,7 +60,7 @@ def measure(model_args: ModelArguments, args: BenchmarkArguments) -> None:
     import torch
     from tqdm import tqdm
 
-    from cap_hf.checkpoints.atomic import write_json
+    from cap_hf.checkpoints.atomic import atomic_file, write_json
     from cap_hf.checkpoints.processors import find_image_processor
     from cap_hf.commands.common import load_model, where_to_load
     from cap_hf.inference.benchmark import benchmark, losses
@@ -69,6 +69,7 @@ def measure(model_args: ModelArguments, args: BenchmarkArguments) -> None:
     from cap_hf.report import versions
     from cap_hf.targets import find_targets
 
+    check_output(args.output_dir, overwrite=True)
     threads = args.threads or [torch.get_num_threads()]
     model = usable_of_transformers(load_model(model_args))
     image_processor = None
@@ -107,7 +108,8 @@ def measure(model_args: ModelArguments, args: BenchmarkArguments) -> None:
     }
     write_json(folder / "benchmark.json", report)
     title = f"{model_args.model_name_or_path}, {percent(sparsity, 1)} % sparse, images of {height} x {width}"
-    draw_benchmark(found, title, folder / "benchmark.png")
+    with atomic_file(folder / "benchmark.png") as path:
+        draw_benchmark(found, title, path)
     print(format_table(found))
     for name, reason in missing.items():
         print(f"{name} was not measured: {reason}")

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from cap_hf.checkpoints import processors
+from cap_hf.checkpoints.form import StoredForm, find_form
 from cap_hf.checkpoints.loading import find_companions, load_checkpoint
 from cap_hf.commands.arguments import ModelArguments
 from cap_hf.data.arguments import DataArguments
@@ -58,6 +59,11 @@ def load_image_processor(args: ModelArguments) -> Any:
 def load_companions(args: ModelArguments) -> list[Path]:
     """Return the files of the checkpoint that go wherever its weights go; as `find_companions`, errors as there."""
     return find_companions(args.model_name_or_path, **where_to_load(args))
+
+
+def load_form(args: ModelArguments) -> StoredForm:
+    """Return the form that the weights of a checkpoint, which was loaded, are stored in; as `find_form`."""
+    return find_form(args.model_name_or_path, **where_to_load(args))
 
 
 def load_all(
@@ -121,9 +127,15 @@ def bank_split(split: datasets.Dataset, used: int, size: int, seed: int) -> data
 def image_dataset(
     split: datasets.Dataset, image_processor: Any, model: PreTrainedModel, args: DataArguments
 ) -> ImageDataset:
-    """Return a split as the inputs of a model, or of its vision tower; errors as of `ImageDataset`."""
+    """Return a split as the inputs of a model, or of its vision tower.
+
+    Raises:
+        CAPError: as `ImageDataset`, whose first example is made here, before anything takes its time.
+    """
     config = vision_config(model) or model.config
-    return ImageDataset(split, image_processor, config, args, has_head=picks_label(model))
+    dataset = ImageDataset(split, image_processor, config, args, has_head=picks_label(model))
+    dataset.__getitems__([0])
+    return dataset
 
 
 def where_to_load(args: ModelArguments) -> dict[str, Any]:

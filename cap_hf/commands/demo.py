@@ -1,9 +1,8 @@
 """`cap-hf demo`: train, prune, recover on the embedded digits, in minutes on a CPU and without a network."""
 
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 
-from cap_hf.commands.arguments import ModelArguments, parse
+from cap_hf.commands.arguments import ModelArguments, check_output, parse
 from cap_hf.commands.tables import percent, table
 from cap_hf.config import CAPConfig
 from cap_hf.data.arguments import DataArguments
@@ -40,7 +39,7 @@ def demo(args: DemoArguments) -> None:
     import transformers
     from transformers.utils import logging as transformers_logging
 
-    from cap_hf.checkpoints.atomic import write_json
+    from cap_hf.checkpoints.atomic import real_path, write_json
     from cap_hf.checkpoints.saving import save_checkpoint
     from cap_hf.commands.common import load_image_processor, load_model
     from cap_hf.commands.digits import check_loaded, recover, train_dense
@@ -51,9 +50,10 @@ def demo(args: DemoArguments) -> None:
     from cap_hf.distributed.accelerator import make_accelerator
     from cap_hf.report import Phases, versions
 
+    check_output(args.output_dir, overwrite=True)
     transformers_logging.disable_progress_bar()
     transformers.set_seed(args.seed)
-    output, phases, accelerator = Path(args.output_dir), Phases(), make_accelerator()
+    output, phases, accelerator = real_path(args.output_dir), Phases(), make_accelerator()
     data_args = DataArguments()
     splits = load_splits(data_args, args.seed)
     dense_folder = output / "dense"

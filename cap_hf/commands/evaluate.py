@@ -2,11 +2,16 @@
 
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from cap_hf.checkpoints.location import check_location
-from cap_hf.commands.arguments import DEFAULT_OUTPUT_DIR, ModelArguments, ProbeArguments, parse
+from cap_hf.commands.arguments import DEFAULT_OUTPUT_DIR, ModelArguments, ProbeArguments, check_output, parse
 from cap_hf.commands.tables import Row, results_table
 from cap_hf.data.arguments import DataArguments
+from cap_hf.errors import CAPError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @dataclass
@@ -51,6 +56,7 @@ def evaluate(
     from cap_hf.inference.example import size_of
     from cap_hf.report import versions
 
+    check_output(args.output_dir, overwrite=True)
     if args.disable_tqdm:
         hide_bars()
     accelerator = make_accelerator()
@@ -60,14 +66,15 @@ def evaluate(
     evaluation = Evaluation(
         model, splits, image_processor, data_args, args.per_device_eval_batch_size, accelerator, args.disable_tqdm
     )
-    dense = None
+    dense = sparsity_dense = None
     if args.dense_model_name_or_path is None:
         evaluation.check_alone()
     else:
         # A revision is one of the model that is measured.
         where = replace(model_args, model_name_or_path=args.dense_model_name_or_path, model_revision="main")
-        dense = evaluation.measure_dense(load_model(where))
-    metrics = evaluation.measure(model)
+        dense_model = load_model(where)
+        dense, sparsity_dense = evaluation.measure_dense(dense_model), known_sparsity(dense_model)
+    metrics, sparsity = evaluation.measure(model), known_sparsity(model)
     if accelerator.is_main_process:
         report = {
             "model_name_or_path": model_args.model_name_or_path,
@@ -76,13 +83,26 @@ def evaluate(
             "image_size": size_of(model, collate([evaluation.dataset[0]])),
             "dense": dense,
             "metrics": metrics,
+            "sparsity_dense": sparsity_dense,
+            "sparsity": sparsity,
             "versions": versions(),
         }
         path = Path(args.output_dir) / "eval_results.json"
         write_json(path, report)
-        rows: list[Row] = [(model_args.model_name_or_path, None, metrics)]
+        rows: list[Row] = [(model_args.model_name_or_path, sparsity, metrics)]
         if dense is not None:
-            rows.insert(0, (f"{args.dense_model_name_or_path} (dense)", None, dense))
+            rows.insert(0, (f"{args.dense_model_name_or_path} (dense)", sparsity_dense, dense))
         print(results_table(rows, dense))
         print(f"\nMeasured on {metrics['num_examples']} examples ({path})")
     accelerator.end_training()
+
+
+def known_sparsity(model: "PreTrainedModel") -> float | None:
+    """Return the share of a model's target weights that are 0; None where it has none of plain floats."""
+    from cap_hf.masks import target_sparsity
+    from cap_hf.targets import find_targets
+
+    try:
+        return target_sparsity(find_targets(model))
+    except (CAPError, NotImplementedError, RuntimeError):  # measured all the same, as it can be called
+        return None

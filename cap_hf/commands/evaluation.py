@@ -77,8 +77,8 @@ class Evaluation:
                 "leaves out, and the distance to a dense model: --dense_model_name_or_path"
             )
         raise CAPError(
-            "the images have no labels: name their column with --label_column_name, or a dense model to compare with, "
-            "--dense_model_name_or_path"
+            "the images have no labels: name their column with --label_column_name, put the images of each class into "
+            "a folder of their own, or name a dense model to compare with, --dense_model_name_or_path"
         )
 
     def measure_dense(self, model: PreTrainedModel) -> dict[str, float]:

@@ -1,32 +1,33 @@
 """`cap-hf finetune`: recovers a sparse checkpoint, or prunes it gradually, with every zero held."""
 
 import copy
-import logging
-import os
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields, make_dataclass, replace
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field, fields, make_dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import PreTrainedModel
-from transformers.utils import cached_file
 
+from cap_hf.checkpoints.atomic import real_path
+from cap_hf.checkpoints.form import round_weights
+from cap_hf.checkpoints.places import writing
 from cap_hf.checkpoints.saving import save_checkpoint
 from cap_hf.collection.resources import Resources
-from cap_hf.commands.arguments import ModelArguments, ProbeArguments, check_output, parse
-from cap_hf.commands.common import hide_bars, image_dataset, load_all, load_companions, load_image_processor, load_model
+from cap_hf.commands.arguments import ModelArguments, ProbeArguments, beside, check_output, parse
+from cap_hf.commands.common import hide_bars, image_dataset, load_all, load_companions, load_form
 from cap_hf.commands.evaluation import Evaluation
+from cap_hf.commands.pushing import open_push, push
 from cap_hf.commands.tables import percent, results_table
-from cap_hf.config import CONFIG_NAME, CAPConfig
+from cap_hf.commands.teaching import load_teacher, student_config
+from cap_hf.config import CAPConfig
 from cap_hf.data.arguments import DataArguments
 from cap_hf.data.images import collate
 from cap_hf.errors import CAPError, reason
 from cap_hf.inference.example import size_of
 from cap_hf.masks import describe_masks
 from cap_hf.outputs import check_task, label_names
-from cap_hf.recovery.distillation import check_pixels, without_head
+from cap_hf.recovery.distillation import without_head
 from cap_hf.recovery.gradual import GradualPruner
 from cap_hf.recovery.mask_holder import model_sparsity
 from cap_hf.recovery.metrics import check_metric, compute_metrics, first_logits
@@ -37,8 +38,6 @@ from cap_hf.recovery.training_arguments import SparseTrainingArguments
 from cap_hf.report import Phases, versions
 from cap_hf.targets import find_targets
 from cap_hf.towers import is_classifier
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -56,9 +55,32 @@ def main(argv: list[str]) -> None:
     model_args, data_args, args, training_args, probe_args, config, resources = read_arguments(argv)
     output = training_args.folder
     resume = prepare_output(training_args, args.overwrite_output_dir)
+    repo_id = open_push(training_args)
     if training_args.disable_tqdm:
         hide_bars()
+    with without_empty_folder(training_args.folder):
+        finetune(model_args, data_args, args, training_args, probe_args, config, resources, output, resume, repo_id)
 
+
+def finetune(
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    args: FinetuneArguments,
+    training_args: SparseTrainingArguments,
+    probe_args: ProbeArguments,
+    config: CAPConfig,
+    resources: Resources,
+    output: Path,
+    resume: str | None,
+    repo_id: str | None,
+) -> None:
+    """Do the work, once nothing is wrong with the arguments: load, train, evaluate, save, push.
+
+    Args:
+        output: gets the recovered checkpoint, whole; `training_args` has the Trainer's own folder.
+        resume: the Trainer's checkpoint to go on from.
+        repo_id: where to push to.
+    """
     phases = Phases()
     with phases("load"):
         needed = ["train", "eval"] if training_args.do_eval else ["train"]
@@ -66,7 +88,7 @@ def main(argv: list[str]) -> None:
         model, image_processor, splits = load_all(
             model_args, data_args, training_args.seed, needed, bank_size=bank_size
         )
-        companions = load_companions(model_args)
+        companions, form = load_companions(model_args), load_form(model_args)
         # What a recovered checkpoint was pruned with is what the checkpoint that it is made from was pruned with.
         pruned_with = config if training_args.schedule else student_config(model_args)
         teacher = load_teacher(args.teacher_model_name_or_path, model_args, image_processor)
@@ -85,7 +107,7 @@ def main(argv: list[str]) -> None:
         if teacher is None:
             train_dataset.need_labels()
             if eval_dataset is not None:
-                eval_dataset.need_labels()
+                eval_dataset.need_labels("leave the evaluation out with --do_eval false")
         # Without labels there is the loss alone.
         labelled = has_head and (eval_dataset is None or eval_dataset.labelled)
         check_metric(training_args.metric_for_best_model, len(label_names(model.config)) if labelled else 0)
@@ -131,8 +153,10 @@ def main(argv: list[str]) -> None:
     sparse, sparsity_before = evaluate("evaluate sparse", model), model_sparsity(model)
     if resume is None and trainer.is_world_process_zero():
         remove_checkpoints(training_args.folder)
-    with phases("train"):
+    with phases("train"), writing(training_args.folder):
         outcome = trainer.train(resume_from_checkpoint=resume)
+    # What is measured from here on is what will be stored.
+    round_weights(model, form.dtype)
     recovered = evaluate("evaluate recovered", model)
     report = {
         "model_name_or_path": model_args.model_name_or_path,
@@ -157,14 +181,25 @@ def main(argv: list[str]) -> None:
     }
     if trainer.is_world_process_zero():
         trainer.masks.verify()
-        save_checkpoint(output, model, pruned_with, report, image_processor, companions=companions)
+        save_checkpoint(output, model, pruned_with, report, image_processor, companions=companions, form=form)
         print(summary(report))
         print(f"\nThe recovered checkpoint and report.json are in {output}")
+        if repo_id is not None:
+            print(f"{repo_id} was pushed: {push(output, repo_id, training_args, model_args.trust_remote_code)}")
     trainer.accelerator.wait_for_everyone()
-    if training_args.push_to_hub:
-        with one_line(f"the checkpoint is in {output}, but was not pushed: "):
-            trainer.push_to_hub()
     trainer.accelerator.end_training()
+
+
+@contextmanager
+def without_empty_folder(folder: Path) -> Iterator[None]:
+    """Remove a folder in the end if it was not there before, and holds nothing: the Trainer makes it anyway."""
+    there = folder.exists()
+    try:
+        yield
+    finally:
+        if not there:
+            with suppress(OSError):
+                folder.rmdir()
 
 
 def read_arguments(argv: list[str]) -> tuple:
@@ -198,14 +233,14 @@ def read_arguments(argv: list[str]) -> tuple:
 
 
 @contextmanager
-def one_line(prefix: str = "") -> Iterator[None]:
-    """Turn what the Trainer says of its arguments into a CAPError: a package that is missing, a Hub that refuses."""
+def one_line() -> Iterator[None]:
+    """Turn what the Trainer says of its arguments into a CAPError: such as a package that is missing."""
     try:
         yield
     except CAPError:
         raise
     except (ImportError, OSError, RuntimeError, ValueError) as error:
-        raise CAPError(f"{prefix}{reason(error)}") from error
+        raise CAPError(reason(error)) from error
 
 
 def without_fields(kind: type, *names: str) -> type:
@@ -223,12 +258,11 @@ def prepare_output(args: SparseTrainingArguments, overwrite: bool) -> str | None
     Raises:
         CAPError: something is there already and may not be replaced, or there is nothing to resume from.
     """
-    output = args.folder
-    check_output(output, overwrite)
+    output, training = args.folder, beside(args.folder, "training")
+    check_output(output, overwrite, training)
     if args.hub_model_id is None:
-        args.hub_model_id = output.name
-    output = Path(os.path.abspath(output))
-    args.output_dir = str(output.with_name(f"{output.name}-training"))
+        args.hub_model_id = real_path(output).name
+    args.output_dir = str(training)
     # Pinning memory is for copies to an accelerator.
     args.dataloader_pin_memory = args.dataloader_pin_memory and torch.accelerator.is_available()
     resume = choose_checkpoint(args.folder, args.resume_from_checkpoint)
@@ -238,48 +272,6 @@ def prepare_output(args: SparseTrainingArguments, overwrite: bool) -> str | None
             "start again with --overwrite_output_dir"
         )
     return resume
-
-
-def load_teacher(name: str | None, model_args: ModelArguments, image_processor: Any) -> PreTrainedModel | None:
-    """Return the dense model to learn from, if one is named.
-
-    Raises:
-        CAPError: it cannot be loaded, or was trained on pixels that are normalised otherwise.
-    """
-    if name is None:
-        return None
-    teacher_args = replace(model_args, model_name_or_path=name, model_revision="main")
-    teacher = load_model(teacher_args)
-    try:
-        own = load_image_processor(teacher_args)
-    except CAPError as error:
-        logger.warning("The teacher is given the student's pixels, as %s", error)
-        return teacher
-    check_pixels(image_processor, own)
-    return teacher
-
-
-def student_config(model_args: ModelArguments) -> CAPConfig | None:
-    """Return the CAPConfig that the student was pruned with, if its checkpoint has one.
-
-    Raises:
-        CAPError: it has one that cannot be read.
-    """
-    found = cached_file(
-        model_args.model_name_or_path,
-        CONFIG_NAME,
-        revision=model_args.model_revision,
-        cache_dir=model_args.cache_dir,
-        token=model_args.token,
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,
-    )
-    if found is None:
-        return None
-    try:
-        return CAPConfig.load(Path(found).parent)
-    except (OSError, TypeError, ValueError) as error:
-        raise CAPError(f"{CONFIG_NAME} of {model_args.model_name_or_path} cannot be read: {reason(error)}") from error
 
 
 def summary(report: dict) -> str:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from cap_hf.commands.arguments import DEFAULT_OUTPUT_DIR, ModelArguments, parse
+from cap_hf.commands.arguments import DEFAULT_OUTPUT_DIR, ModelArguments, check_output, parse
 from cap_hf.commands.tables import percent, table
 from cap_hf.config import CAPConfig
 
@@ -33,6 +33,7 @@ def main(argv: list[str]) -> None:
     from cap_hf.masks import describe_masks, differing_layers, find_pattern, take_masks
     from cap_hf.targets import find_targets, left_alone, summarize
 
+    check_output(args.output_dir, overwrite=True)
     folder = local_folder(
         model_args.model_name_or_path, model_args.model_revision, model_args.cache_dir, model_args.token
     )

@@ -1,12 +1,18 @@
 """`cap-hf prune`: one collection, several sparsities, each evaluated and saved."""
 
-import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cap_hf.collection.resources import Resources
-from cap_hf.commands.arguments import DEFAULT_OUTPUT_DIR, ModelArguments, ProbeArguments, check_output, parse
+from cap_hf.commands.arguments import (
+    DEFAULT_OUTPUT_DIR,
+    ModelArguments,
+    ProbeArguments,
+    beside,
+    check_output,
+    parse,
+)
 from cap_hf.commands.tables import results_table
 from cap_hf.config import CAPConfig
 from cap_hf.data.arguments import DataArguments
@@ -51,7 +57,7 @@ def main(argv: list[str]) -> None:
     )
     sparsities = check_sparsities(args.sparsity, config)
     check_state(args)
-    check_output(Path(args.output_dir), args.overwrite_output_dir or args.resume)
+    check_output(args.output_dir, args.overwrite_output_dir or args.resume, state_folder(args))
     prune(model_args, data_args, args, probe_args, config, resources, sparsities)
 
 
@@ -66,24 +72,25 @@ def prune(
 ) -> None:
     """Do the work, once nothing is wrong with the arguments: load, collect, and per sparsity prune, evaluate, save."""
     # Imported here, because the arguments are checked before these take their seconds.
-    from cap_hf.checkpoints.atomic import write_json
+    from cap_hf.checkpoints.atomic import real_path, write_json
     from cap_hf.checkpoints.saving import save_checkpoint
     from cap_hf.collection.batch_norm import batch_norms
     from cap_hf.collection.examples import whole_groups
     from cap_hf.collection.objective import check_loss
     from cap_hf.collection.state import Checkpointing
-    from cap_hf.commands.common import hide_bars, image_dataset, load_all, load_companions
+    from cap_hf.commands.common import hide_bars, image_dataset, load_all, load_companions, load_form
     from cap_hf.commands.evaluation import Evaluation
     from cap_hf.compressor import CAPCompressor
     from cap_hf.data.images import calibration_split, collate, make_dataloader
     from cap_hf.distributed.accelerator import make_accelerator
     from cap_hf.inference.example import size_of
+    from cap_hf.masks import target_sparsity
     from cap_hf.report import Phases
     from cap_hf.targets import left_alone
 
     if args.disable_tqdm:
         hide_bars()
-    output = Path(os.path.realpath(args.output_dir))
+    output = real_path(args.output_dir)
     accelerator, phases = make_accelerator(), Phases()
     num_examples = config.num_examples
     with phases("load"):
@@ -95,8 +102,11 @@ def prune(
             num_examples,
             probe_args.knn_bank_size,
         )
-        companions = load_companions(model_args)
-        compressor = CAPCompressor(model, config, accelerator, args.disable_tqdm, resources, len(sparsities))
+        companions, form = load_companions(model_args), load_form(model_args)
+        compressor = CAPCompressor(
+            model, config, accelerator, args.disable_tqdm, resources, len(sparsities), form.dtype
+        )
+        sparsity_dense = target_sparsity(compressor.targets)
         examples = calibration_split(splits["train"], num_examples, config.seed)
         calibration = image_dataset(examples, image_processor, model, data_args)
         if config.fisher_loss == "labels":
@@ -133,7 +143,7 @@ def prune(
     # Now it also says which loss the Fisher is made from.
     config = compressor.config
     facts = describe(model_args, data_args, config, accelerator)
-    facts |= {"dense": dense, "left_alone": left_alone(model, compressor.targets)}
+    facts |= {"dense": dense, "sparsity_dense": sparsity_dense, "left_alone": left_alone(model, compressor.targets)}
     facts["image_size"] = size_of(model, collate([calibration[0]]))
     results = []
     for sparsity in sparsities:
@@ -150,11 +160,11 @@ def prune(
         folder = output / f"sparsity-{sparsity:.12g}"
         outcome = {"sparse": metrics, "pruning": report.to_dict(), "recalibrated_batch_norm": layers}
         if accelerator.is_main_process:
-            save_checkpoint(folder, model, config, facts | outcome, image_processor, companions=companions)
+            save_checkpoint(folder, model, config, facts | outcome, image_processor, companions=companions, form=form)
         results.append({"checkpoint": folder.name} | outcome)
     if accelerator.is_main_process:
         write_json(output / "report.json", facts | {"results": results, "phases": phases.records})
-        print(summary(dense, results))
+        print(summary(dense, sparsity_dense, results))
         print(f"\n{len(results)} checkpoint(s) and report.json are in {output}")
     compressor.discard_state()
     accelerator.wait_for_everyone()
@@ -163,8 +173,7 @@ def prune(
 
 def state_folder(args: PruneArguments) -> Path:
     """Return where the state of a collection lies: beside the output, which is not there before the end."""
-    output = Path(os.path.abspath(args.output_dir))
-    return output.with_name(f"{output.name}-collection")
+    return beside(args.output_dir, "collection")
 
 
 def check_state(args: PruneArguments) -> None:
@@ -222,11 +231,11 @@ def describe(
     }
 
 
-def summary(dense: dict | None, results: list[dict]) -> str:
-    """Return the table of the dense model and of every sparse one, as the report has them."""
+def summary(dense: dict | None, sparsity_dense: float, results: list[dict]) -> str:
+    """Return the table of the dense model, which may be sparse already, and of every sparse one, as in the report."""
     return results_table(
         [
-            ("dense", None, dense),
+            ("dense", sparsity_dense, dense),
             *((result["checkpoint"], result["pruning"]["sparsity"], result["sparse"]) for result in results),
         ],
         dense,

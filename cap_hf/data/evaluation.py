@@ -34,6 +34,10 @@ class ImageClassificationMetric(evaluate.Metric):
             ),
         )
 
+    def _build_data_dir(self) -> str:
+        # In memory nothing is written, and there need be no place for it.
+        return str(self._data_dir_root if self.keep_in_memory else super()._build_data_dir())
+
     def _compute(self, predictions: list, references: list) -> dict[str, float]:
         logits, labels = np.asarray(predictions, dtype=np.float64), np.asarray(references)
         wrong = (labels < 0) | (labels >= logits.shape[1])

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import datasets
+import numpy as np
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
@@ -10,6 +11,7 @@ from transformers import BaseImageProcessor, PretrainedConfig
 
 from cap_hf.data.arguments import DataArguments
 from cap_hf.data.labels import LabelNumbers, find_columns
+from cap_hf.data.pictures import in_eight_bits
 from cap_hf.errors import CAPError, reason
 from cap_hf.targets import summarize
 
@@ -29,7 +31,8 @@ class ImageDataset(Dataset):
 
     Raises:
         CAPError: a column is missing or its classes are not the model's; from `__getitems__`: an image is unreadable,
-            or its label is none of the classes.
+            or the image processor cannot take it or does not make of it what the model takes, or its label is none of
+            the classes.
     """
 
     def __init__(
@@ -51,15 +54,19 @@ class ImageDataset(Dataset):
         )
         self.decoder = datasets.Image()
         self.image_processor = image_processor
-        self.mode = "L" if getattr(config, "num_channels", 3) == 1 else "RGB"
+        self.channels = channels_of(config)
+        self.mode = "L" if self.channels == 1 else "RGB"
 
     @property
     def labelled(self) -> bool:
         """Return whether there is a column of labels."""
         return self.numbers is not None
 
-    def need_labels(self) -> "ImageDataset":
+    def need_labels(self, otherwise: str = "") -> "ImageDataset":
         """Return the dataset itself, for a caller that cannot do without labels.
+
+        Args:
+            otherwise: what else to do where there are none, for the error.
 
         Raises:
             CAPError: there are none.
@@ -67,7 +74,7 @@ class ImageDataset(Dataset):
         if not self.labelled:
             raise CAPError(
                 f"there is no column of labels among {summarize(self.columns)}: name one with --label_column_name, or "
-                "put the images of each class into a folder of their own"
+                f"put the images of each class into a folder of their own{otherwise and f', or {otherwise}'}"
             )
         return self
 
@@ -84,26 +91,92 @@ class ImageDataset(Dataset):
     def __getitems__(self, indices: Sequence[int]) -> list[dict[str, torch.Tensor]]:
         indices = list(indices)
         rows = self.rows[indices]
-        images = [self._decode(index, value) for index, value in zip(indices, rows[self.image_column], strict=True)]
-        made = self.image_processor(images=images, return_tensors="pt")
-        # Masks and sizes, which some models take beside the pixels.
-        tensors = {name: value for name, value in made.items() if isinstance(value, torch.Tensor)}
-        examples = {name: value for name, value in tensors.items() if value.dim() and len(value) == len(images)}
+        values = rows[self.image_column]
+        images = [self._decode(index, value) for index, value in zip(indices, values, strict=True)]
+        names = [f"image {index} ({self._place(value)})" for index, value in zip(indices, values, strict=True)]
+        examples = self._process(images, names)
         if self.numbers is not None:
             examples["labels"] = torch.from_numpy(self.numbers(rows[self.label_column], indices))
         return [dict(zip(examples, values, strict=True)) for values in zip(*examples.values(), strict=True)]
 
+    def _process(self, images: list[Image.Image], names: list[str]) -> dict[str, torch.Tensor]:
+        """Return what the image processor makes of images, `(n, ...)` each: pixels, and masks and sizes if any."""
+        try:
+            # What is divided by 0 is found below.
+            with np.errstate(all="ignore"):
+                made = self.image_processor(images=images, return_tensors="pt")
+        except Exception as error:  # each image processor has its own
+            raise self._misfit(images, names, error) from error
+        tensors = {name: value for name, value in made.items() if isinstance(value, torch.Tensor)}
+        examples = {name: value for name, value in tensors.items() if value.dim() and len(value) == len(images)}
+        kind, pixels = type(self.image_processor).__name__, examples.get("pixel_values")
+        if pixels is None:
+            raise CAPError(f"{kind} makes no pixel_values of each image, but {summarize(list(made))}")
+        if pixels.dim() == 4 and self.channels and pixels.shape[1] != self.channels:
+            raise CAPError(
+                f"{kind} makes images of {pixels.shape[1]} channels ({_size(pixels)} pixels) and the model takes "
+                f"{self.channels}: look at do_convert_rgb and data_format in preprocessor_config.json"
+            )
+        if pixels.is_floating_point() and not pixels.isfinite().all():
+            raise CAPError(f"{kind} makes pixels that are no numbers: look at image_std in preprocessor_config.json")
+        return examples
+
+    def _misfit(self, images: list[Image.Image], names: list[str], error: Exception) -> CAPError:
+        """Return what is wrong where the image processor refuses images: something of one of them, or their sizes."""
+        kind = type(self.image_processor).__name__
+        sizes: dict[str, str] = {}
+        for image, name in zip(images, names, strict=True):
+            try:
+                made = self.image_processor(images=[image], return_tensors="pt")["pixel_values"]
+            except Exception as alone:
+                size, why = f"{image.height}x{image.width} pixels", reason(alone).rstrip(".")
+                return CAPError(f"{kind} cannot take {name} of {size}: {why}: look at preprocessor_config.json")
+            sizes.setdefault(_size(made), name)
+        if len(sizes) < 2:
+            return CAPError(f"{kind} cannot take {summarize(names, 2)}: {reason(error)}")
+        (one, first), (two, second), *_ = sizes.items()
+        return CAPError(
+            f"{kind} makes {first} {one} pixels and {second} {two}, which do not fit into one batch: set do_resize and "
+            "size in preprocessor_config.json, as the model was trained"
+        )
+
     def _decode(self, index: int, value: dict | None) -> Image.Image:
         try:
-            return self.decoder.decode_example(value).convert(self.mode)
+            return in_eight_bits(self.decoder.decode_example(value)).convert(self.mode)
         except Exception as error:  # PIL and the file system raise many kinds
-            path = (value or {}).get("path") or f"column {self.image_column!r}"
-            raise CAPError(f"image {index} ({path}) cannot be read: {reason(error)}") from error
+            raise CAPError(f"image {index} ({self._place(value)}) cannot be read: {reason(error)}") from error
+
+    def _place(self, value: dict | None) -> str:
+        return (value or {}).get("path") or f"column {self.image_column!r}"
+
+
+def channels_of(config: PretrainedConfig) -> int:
+    """Return how many channels the images of a model have, 0 where its config does not say."""
+    timm = getattr(config, "pretrained_cfg", None) or {}
+    return timm["input_size"][0] if "input_size" in timm else getattr(config, "num_channels", 0)
+
+
+def _size(pixels: torch.Tensor) -> str:
+    return "x".join(map(str, pixels.shape[-2:]))
 
 
 def collate(examples: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """Stack examples into a batch."""
-    return {name: torch.stack([example[name] for example in examples]) for name in examples[0]}
+    """Stack examples into a batch.
+
+    Raises:
+        CAPError: they are not of one size.
+    """
+    batch = {}
+    for name, first in examples[0].items():
+        values = [example[name] for example in examples]
+        other = next((value for value in values if value.shape != first.shape), None)
+        if other is not None:
+            raise CAPError(
+                f"{name} of one batch are {tuple(first.shape)} and {tuple(other.shape)}: set do_resize and size in "
+                "preprocessor_config.json, or take one example at a time"
+            )
+        batch[name] = torch.stack(values)
+    return batch
 
 
 def make_dataloader(dataset: Dataset, batch_size: int, num_workers: int = 0) -> DataLoader:

@@ -1,5 +1,6 @@
 """What was streamed once is kept, so that each pass, each process and each later run has the same examples."""
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -21,6 +22,8 @@ from cap_hf.errors import CAPError, reason
 
 # Raised when the order or the choice of what is streamed changes: what older versions kept is then not read.
 FORMAT = 1
+# What the system says of a place where nothing can be written, or where a file stands in the way of a folder.
+CLOSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EISDIR)
 # Examples per record batch of the kept file.
 BATCH = 16
 
@@ -52,8 +55,8 @@ def kept_split(
         The encoded images, and the labels if there are any; fewer examples where the split has no more.
 
     Raises:
-        CAPError: the network or a file fails on the way, the disk is full, or a column is missing; nothing is kept
-            then.
+        CAPError: the network or a file fails on the way, the cache is full or cannot be written, or a column is
+            missing; nothing is kept then.
     """
     builder = streamer.builder
     # The cache folder of the builder names the dataset, its configuration and the revision, or state, of its files.
@@ -78,7 +81,30 @@ def kept_split(
     except CAPError:
         raise
     except Exception as error:  # whatever a builder, a file, the disk or the network raises
-        raise CAPError(f"--dataset_name {args.dataset_name} cannot be streamed: {reason(error)}") from error
+        said = f"--dataset_name {args.dataset_name} cannot be streamed: {reason(error)}"
+        raise cache_trouble(error) or CAPError(said) from error
+
+
+def cache_trouble(error: BaseException) -> CAPError | None:
+    """Return what is wrong with the folder in which `datasets` keeps what it reads, None where that is not the trouble.
+
+    Args:
+        error: what `datasets` or this module raised; what it was raised from is looked at too.
+    """
+    cache = os.path.realpath(datasets.config.HF_DATASETS_CACHE)
+    advice = "name another place with the environment variable HF_DATASETS_CACHE (or HF_HOME)"
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError):
+            if cause.errno in (errno.ENOSPC, errno.EDQUOT) or "Not enough disk space" in str(cause):
+                return CAPError(f"the disk of the datasets cache, {cache}, is full: free some space, or {advice}")
+            # In it, or above it where the first of its folders cannot be made.
+            places = [os.path.realpath(place) for place in (cause.filename, cause.filename2) if isinstance(place, str)]
+            near = any(os.path.commonpath([cache, place]) in (cache, place) for place in places)
+            if near and cause.errno in CLOSED:
+                return CAPError(f"the datasets cache, {cache}, cannot be written: {reason(cause)}: {advice}")
+        cause = cause.__cause__ or cause.__context__
+    return None
 
 
 def _write(

@@ -1,7 +1,6 @@
 """Labels as numbers: the model's own numbers of its classes, or the dataset's where the model has none."""
 
 import hashlib
-import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,11 +9,10 @@ import numpy as np
 from transformers import PretrainedConfig
 
 from cap_hf.data.arguments import DataArguments
+from cap_hf.data.classes import ClassNames, check_integers, check_numbers, pair
 from cap_hf.errors import CAPError
 from cap_hf.outputs import label_names
 from cap_hf.targets import summarize
-
-logger = logging.getLogger(__name__)
 
 STRINGS = ("string", "large_string")
 
@@ -55,18 +53,33 @@ def find_columns(features: datasets.Features, args: DataArguments) -> tuple[str,
     image = find_column(features, args.image_column_name, datasets.Image, "image")
     assert image is not None
     if not isinstance(features[image], datasets.Image):
-        raise CAPError(
-            f"column {image!r} holds no images: name one of {summarize(list(features))} with {_flag('image')}"
-        )
+        others = [column for column in features if column != image]
+        if isinstance(features[image], datasets.Value) and features[image].dtype in STRINGS:
+            raise CAPError(
+                f"column {image!r} holds text, not images. Of paths make a file metadata.csv with the column file_name "
+                "beside the images, and give --dataset_name their folder; else name one of "
+                f"{summarize(others)} with {_flag('image')}"
+            )
+        raise CAPError(f"column {image!r} holds no images: name one of {summarize(others)} with {_flag('image')}")
     return image, find_column(features, args.label_column_name, datasets.ClassLabel, "label", optional=True)
 
 
 class LabelNumbers:
-    """Maps the values of a label column to numbers, example by example: the column is never read as a whole.
+    """Maps the values of a label column to numbers, example by example: no example is read for it.
 
-    Class names that are the model's in another order are matched by name; other labels are taken as numbers. Without a
-    model's classes the labels are the dataset's own numbers, and strings have a number each that is made from them
-    alone: the same in every split, whichever names occur in it.
+    What the labels are called is compared with what the model calls its classes. Capitals, spaces, `-`, `_` and `/` do
+    not count, and one of several synonyms, as in `tench, Tinca tinca`, is enough. A dataset may have only some of the
+    model's classes.
+
+    - A name that is a whole number is that number: `3`, `03` and `LABEL_3` mean class 3, whether the column holds
+      classes or text. Where the model calls its classes by other numbers, they are names like any others.
+    - Classes are paired with the model's by name, or all of them by number, or not at all: see `pair`.
+    - Text is taken by name: each value must mean one class.
+    - Integers are the model's own numbers of its classes.
+    - A label that is missing, `None` or -1, is an error where it is met.
+
+    Without a model's classes the labels are the dataset's own numbers, and strings have a number each that is made from
+    them alone: the same in every split, whichever names occur in it.
 
     Args:
         split: with the column.
@@ -74,8 +87,9 @@ class LabelNumbers:
         config: of a model whose classes the labels are; None for a backbone.
 
     Raises:
-        CAPError: the column holds no labels, or not as many classes as the model has; from a call: a label is none of
-            the classes.
+        CAPError: the column holds no labels, or which classes they mean cannot be known, as where only some names are
+            the model's, names and numbers are mixed, or numbers begin with 1; from a call: a label is none of the
+            classes.
     """
 
     def __init__(self, split: datasets.Dataset, column: str, config: PretrainedConfig | None) -> None:
@@ -93,23 +107,22 @@ class LabelNumbers:
         if config is None:
             self.by_digest = is_string
             if isinstance(feature, datasets.ClassLabel):
-                self._set_classes(feature.names, "the dataset")
+                self.classes = feature.num_classes
+                self.known = f"the dataset has {feature.num_classes}: {summarize(feature.names)}"
             return
-        names = label_names(config)
-        self._set_classes(list(names.values()), "the model")
-        # Checkpoints in the wild spell the ids of label2id as strings.
-        ids = {name: number for number, name in names.items()}
+        model = ClassNames(label_names(config))
+        self.classes, self.known = len(model.names), str(model)
+        if isinstance(feature, datasets.ClassLabel):
+            self.ids = dict(enumerate(pair(feature.names, model, column)))
+            return
+        # Of the whole file, not only of what was chosen from it: numbers that begin with 1 may show at their end alone.
+        values = [value for value in split.data.column(column).unique().to_pylist() if value is not None]
         if is_string:
-            self.ids = dict(ids)
-        elif isinstance(feature, datasets.ClassLabel):
-            if feature.num_classes != self.classes:
-                raise CAPError(
-                    f"{column!r} has {feature.num_classes} classes ({summarize(feature.names)}), {self.known}"
-                )
-            if set(feature.names) == set(ids):
-                self.ids = {number: ids[name] for number, name in enumerate(feature.names)}
-            elif set(feature.names) & set(ids):
-                logger.warning("Only some classes of %r have the model's names: labels are taken as numbers.", column)
+            check_numbers(values, model, column)
+            meant = {value: model.meant_by(value) for value in values}
+            self.ids = {value: next(iter(numbers)) for value, numbers in meant.items() if len(numbers) == 1}
+        else:
+            check_integers(values, model, column)
 
     def __call__(self, values: list, indices: list[int]) -> np.ndarray:
         """Return the labels of some examples as numbers, `(n,)` int64.
@@ -120,10 +133,6 @@ class LabelNumbers:
         """
         return np.asarray([self._number(*pair) for pair in zip(values, indices, strict=True)], dtype=np.int64)
 
-    def _set_classes(self, names: list[str], owner: str) -> None:
-        self.classes = len(names)
-        self.known = f"{owner} has {len(names)}: {summarize(names)}"
-
     def _number(self, value: object, index: int) -> int:
         number: object
         if self.by_digest:
@@ -131,7 +140,7 @@ class LabelNumbers:
         else:
             number = value if self.ids is None else self.ids.get(value)
         if not isinstance(number, int) or number < 0 or (self.classes is not None and number >= self.classes):
-            raise CAPError(f"example {index} has label {value} in {self.column!r}, {self.known}")
+            raise CAPError(f"example {index} has label {value!r} in {self.column!r}, {self.known}")
         return number
 
 

@@ -1,23 +1,21 @@
 """The splits that a command reads, all through `datasets`: downloaded as a whole, or streamed in part."""
 
-import logging
 import os
 from collections.abc import Sequence
-from pathlib import Path, PurePosixPath
+from contextlib import suppress
+from pathlib import Path
 
 import datasets
 import numpy as np
-from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 from PIL import Image
 
 from cap_hf.data.arguments import DataArguments
-from cap_hf.data.keeping import kept_split
+from cap_hf.data.folders import open_builders
+from cap_hf.data.keeping import cache_trouble, kept_split
 from cap_hf.data.streaming import Streamer
 from cap_hf.errors import CAPError, reason
 from cap_hf.extras import need
 from cap_hf.targets import summarize
-
-logger = logging.getLogger(__name__)
 
 EVAL_SPLITS = ("validation", "test")
 
@@ -96,14 +94,14 @@ def whole_splits(
     args: DataArguments, seed: int, token: str | None, needed: Sequence[str]
 ) -> dict[str, datasets.Dataset]:
     """Return the splits of a dataset that is loaded as a whole."""
-    loaded = load_digits() if is_embedded(args) else None
-    if loaded is None:
+    loaded: dict[str, datasets.Dataset] = load_digits() if is_embedded(args) else {}
+    if not loaded:
         try:
-            builder = open_builder(args, token)
-            builder.download_and_prepare()
-            loaded = builder.as_dataset()
+            for builder in open_builders(args, token):
+                builder.download_and_prepare()
+                loaded |= builder.as_dataset()
         except Exception as error:  # whatever a builder, a file or the network raises
-            raise _cannot_load(args, error) from error
+            raise cannot_load(args, token, error) from error
     found = {name: loaded[split] for name, split in choose_splits(args, list(loaded), needed).items()}
     if held_out := held_share(args, list(loaded), needed):
         try:
@@ -124,36 +122,24 @@ def streamed_splits(
     args: DataArguments, seed: int, token: str | None, needed: Sequence[str], limits: dict[str, int | None]
 ) -> dict[str, datasets.Dataset]:
     """Return what is needed of the splits of a dataset that is streamed."""
+    streamers: dict[str, Streamer] = {}
     try:
-        streamer = Streamer(open_builder(args, token))
+        for builder in open_builders(args, token):
+            streamer = Streamer(builder)
+            streamers |= dict.fromkeys(streamer.splits, streamer)
     except Exception as error:  # whatever a builder, a file or the network raises
-        raise _cannot_load(args, error) from error
-    chosen = choose_splits(args, streamer.splits, needed)
-    share = held_share(args, streamer.splits, needed)
+        raise cannot_load(args, token, error) from error
+    chosen = choose_splits(args, list(streamers), needed)
+    share = held_share(args, list(streamers), needed)
     if share is not None:
         chosen["eval"] = chosen["train"]
     return {
-        name: kept_split(streamer, chosen[name], limits[name], args, seed, share, held_out=name == "eval")
+        name: kept_split(
+            streamers[chosen[name]], chosen[name], limits[name], args, seed, share, held_out=name == "eval"
+        )
         for name in ("train", "eval")
         if name in needed
     }
-
-
-def open_builder(args: DataArguments, token: str | None) -> datasets.DatasetBuilder:
-    """Return what `datasets` reads the dataset with: its files are known then, and none is read.
-
-    Folders of images with one folder per split, such as train/ and test/, have no labels; `datasets` would take the
-    names of the splits for classes.
-    """
-    where = {"path": args.dataset_name, "name": args.dataset_config_name, "token": token}
-    builder = datasets.load_dataset_builder(**where)
-    if isinstance(builder, ImageFolder):
-        files = [[PurePosixPath(file) for file in files] for files in builder.config.data_files.values()]
-        # An archive has folders of its own.
-        images_alone = all(file.suffix.lower() in builder.EXTENSIONS for each in files for file in each)
-        if images_alone and all(len({file.parent for file in each}) == 1 for each in files):
-            return datasets.load_dataset_builder(**where, drop_labels=True)
-    return builder
 
 
 def choose_splits(args: DataArguments, names: Sequence[str], needed: Sequence[str]) -> dict[str, str]:
@@ -199,5 +185,27 @@ def held_share(args: DataArguments, names: Sequence[str], needed: Sequence[str])
     return args.train_val_split
 
 
-def _cannot_load(args: DataArguments, error: Exception) -> CAPError:
+def cannot_load(args: DataArguments, token: str | None, error: Exception) -> CAPError:
+    """Return what is wrong where a dataset cannot be loaded: the configuration, the disk of the cache, or what it says.
+
+    Args:
+        args: which data.
+        token: for a private Hub dataset.
+        error: what was raised.
+    """
+    if isinstance(error, CAPError):
+        return error
+    if trouble := cache_trouble(error):
+        return trouble
+    names: list[str] = []
+    if isinstance(error, ValueError):
+        with suppress(Exception):  # what was raised first says more
+            names = datasets.get_dataset_config_names(args.dataset_name, token=token)
+    asked = args.dataset_config_name
+    if asked is None and len(names) > 1:
+        return CAPError(
+            f"{args.dataset_name} has several configurations: choose one with --dataset_config_name, {summarize(names)}"
+        )
+    if asked is not None and names and asked not in names:
+        return CAPError(f"{args.dataset_name} has no --dataset_config_name {asked}; it has {summarize(names)}")
     return CAPError(f"--dataset_name {args.dataset_name} cannot be loaded: {reason(error)}")

@@ -7,6 +7,8 @@ import weakref
 from contextlib import suppress
 from pathlib import Path
 
+from cap_hf.errors import CAPError, reason
+
 # Paths of folders that nobody needs once this process has ended.
 _folders: set[str] = set()
 
@@ -19,10 +21,18 @@ class TemporaryFolder(tempfile.TemporaryDirectory):
 
     Attributes:
         name: its path.
+
+    Raises:
+        CAPError: it cannot be made.
     """
 
     def __init__(self, dir: str | Path | None = None) -> None:
-        super().__init__(prefix="cap_hf-", dir=dir, ignore_cleanup_errors=True)
+        try:
+            super().__init__(prefix="cap_hf-", dir=dir, ignore_cleanup_errors=True)
+        except OSError as error:
+            where = "the system's folder for temporary files" if dir is None else dir
+            advice = "set TMPDIR to a folder that can be" if dir is None else "choose another folder"
+            raise CAPError(f"{where} cannot be written ({reason(error)}): {advice}") from error
         register(self.name)
         weakref.finalize(self, forget, self.name)
 

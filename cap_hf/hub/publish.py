@@ -2,7 +2,8 @@
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
@@ -13,7 +14,8 @@ from huggingface_hub.utils import validate_repo_id
 from transformers import BaseImageProcessor
 
 from cap_hf.checkpoints.atomic import atomic_directory
-from cap_hf.checkpoints.folder import COMPANIONS, MODEL_CONFIG_NAME, REPORT_NAME, copy_file, read_json
+from cap_hf.checkpoints.files import check_file, copy_weights
+from cap_hf.checkpoints.folder import COMPANIONS, MODEL_CONFIG_NAME, REPORT_NAME, check_inside, copy_file, read_json
 from cap_hf.checkpoints.saving import compress_weights
 from cap_hf.checkpoints.weights import find_weight_files
 from cap_hf.compressor import CAPCompressor
@@ -22,10 +24,13 @@ from cap_hf.distributed.temporary import TemporaryFolder
 from cap_hf.errors import CAPError, reason
 from cap_hf.hub.card import CARD_NAME, PICTURE_NAME, CardFacts, one_line
 from cap_hf.hub.picture import draw_sparsity
+from cap_hf.hub.privacy import Private, clean_folder
 
 PROCESSOR_NAME = "preprocessor_config.json"
 # What is published beside the weights, their index and the card.
 FILES = (MODEL_CONFIG_NAME, PROCESSOR_NAME, *COMPANIONS, CONFIG_NAME, REPORT_NAME)
+# What a card says that comes from a report or a config, and may be private.
+REPORTED = ("base_model", "license", "dataset", "dataset_config", "dataset_split", "config", "versions")
 WEIGHT_ENDINGS = (".safetensors", ".safetensors.index.json")
 # Seconds before each further attempt.
 WAITS = (1, 4)
@@ -95,6 +100,8 @@ def prepare_folder(
 ) -> CardFacts:
     """Write the folder exactly as `push_to_hub` would publish it, atomically; arguments and errors as there.
 
+    Paths of this machine and names of its user and host, which a checkpoint may hold, are not published.
+
     Returns:
         What its card says.
     """
@@ -104,7 +111,7 @@ def prepare_folder(
         raise CAPError(f"{checkpoint} is no folder: save the checkpoint first")
     if checkpoint.resolve() == Path(directory).resolve():
         raise CAPError(f"{directory} is the checkpoint itself: choose another --output_dir")
-    files = find_weight_files(checkpoint)
+    files, private = find_weight_files(checkpoint), Private.here()
     if not (checkpoint / PROCESSOR_NAME).is_file():
         raise CAPError(f"{checkpoint} has no {PROCESSOR_NAME}: save the model's image processor there first")
     with atomic_directory(directory) as folder:
@@ -113,12 +120,18 @@ def prepare_folder(
         if compressed and not files.compressed:
             compress_weights(checkpoint, folder)
         else:
-            for path in (*files.paths, *([files.index] if files.index else [])):
-                copy_file(path, checkpoint, folder)
+            for path in files.paths:
+                check_inside(path, checkpoint)
+                check_file(path)
+                copy_weights(path, folder / path.name, private.clean)
+            if files.index:
+                copy_file(files.index, checkpoint, folder)
         # Errors name the checkpoint's own files; what is published are the same ones, or their weights compressed.
         facts = CardFacts.gather(checkpoint, repo_id, base_model, license, trust_remote_code)
         published = find_weight_files(folder)
         facts = replace(facts, compressed=published.compressed, file_bytes=published.num_bytes)
+        facts = replace(facts, **{name: private.clean(getattr(facts, name)) for name in REPORTED})
+        clean_folder(folder, private, [layer["name"] for layer in facts.layers])
         facts.render().save(folder / CARD_NAME)
         draw_sparsity(
             [layer["name"] for layer in facts.layers],
@@ -143,6 +156,21 @@ def published_files(checkpoint: Path) -> list[Path]:
     return paths
 
 
+def open_repository(repo_id: str, private: bool | None = None, token: str | None = None) -> str:
+    """Create a repository unless it exists; return its whole name, with that of the token's owner if it had none.
+
+    Raises:
+        CAPError: the Hub refuses, or the repository is public and should be private.
+    """
+    check_repo_id(repo_id)
+    api = HfApi(token=token)
+    with hub_errors(repo_id):
+        repo_id = attempt(lambda: api.create_repo(repo_id, private=private, exist_ok=True)).repo_id
+        if private and not attempt(lambda: api.model_info(repo_id)).private:
+            raise CAPError(f"{repo_id} exists and is public: make it private on the Hub or choose another name")
+    return repo_id
+
+
 def upload_folder(
     folder: Path,
     repo_id: str,
@@ -153,14 +181,11 @@ def upload_folder(
     token: str | None = None,
 ) -> str:
     """Commit all files of a folder at once; arguments, result and errors as for `push_to_hub`."""
-    api = HfApi(token=token)
+    repo_id, api = open_repository(repo_id, private, token), HfApi(token=token)
     additions = [
         CommitOperationAdd(path_in_repo=path.name, path_or_fileobj=str(path)) for path in sorted(folder.iterdir())
     ]
-    try:
-        attempt(lambda: api.create_repo(repo_id, private=private, exist_ok=True))
-        if private and not attempt(lambda: api.model_info(repo_id)).private:
-            raise CAPError(f"{repo_id} exists and is public: make it private on the Hub or choose another name")
+    with hub_errors(repo_id):
         if revision is not None and revision != "main":
             attempt(lambda: api.create_branch(repo_id, branch=revision, exist_ok=True))
         names = {addition.path_in_repo for addition in additions}
@@ -185,13 +210,20 @@ def upload_folder(
             # Files committed twice are the same files; a pull request opened twice is two.
             waits=() if create_pr else WAITS,
         )
+    return commit.pr_url or commit.commit_url
+
+
+@contextmanager
+def hub_errors(repo_id: str) -> Iterator[None]:
+    """Turn what the Hub or the way there says into a CAPError."""
+    try:
+        yield
     except CAPError:
         raise
     except LocalTokenNotFoundError as error:
         raise CAPError("no Hub token was found: log in with `hf auth login`") from error
     except (HTTPError, OSError, ValueError) as error:
         raise CAPError(explain(repo_id, error)) from error
-    return commit.pr_url or commit.commit_url
 
 
 def attempt(action: Callable[[], T], waits: tuple[int, ...] = WAITS) -> T:

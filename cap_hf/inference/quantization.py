@@ -3,6 +3,7 @@
 from torch import nn
 from transformers import PreTrainedModel, TorchAoConfig
 
+from cap_hf.checkpoints.places import writing
 from cap_hf.distributed.temporary import TemporaryFolder
 from cap_hf.errors import CAPError, reason
 from cap_hf.extras import need
@@ -32,14 +33,14 @@ def quantize_int8(model: PreTrainedModel, activations: bool = False) -> PreTrain
     others = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and name not in chosen]
     kind = torchao.Int8DynamicActivationInt8WeightConfig if activations else torchao.Int8WeightOnlyConfig
     # By way of a folder, because transformers quantises when it loads, and then knows how to save it again.
-    with TemporaryFolder() as folder:
+    with TemporaryFolder() as folder, writing(folder):
+        model.save_pretrained(folder)
         try:
-            model.save_pretrained(folder)
             quantized = type(model).from_pretrained(
                 folder,
                 dtype=model.dtype,
                 quantization_config=TorchAoConfig(kind(), modules_to_not_convert=others),
             )
-        except Exception as error:  # torchao, transformers, or a disk that is full
-            raise CAPError(f"{type(model).__name__} cannot be quantised by way of {folder}: {reason(error)}") from error
+        except Exception as error:  # whatever torchao meets in a model
+            raise CAPError(f"{type(model).__name__} cannot be quantised: {reason(error)}") from error
     return quantized.eval()

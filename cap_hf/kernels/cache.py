@@ -23,7 +23,8 @@ CACHE_VARIABLE = "CAP_HF_CACHE"
 
 def cache_folder() -> Path:
     """Return the folder that compiled kernels are kept in; it need not exist."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    # A user in a container may have no home, which Path.home() would not take.
+    base = os.environ.get("XDG_CACHE_HOME") or Path(os.path.expanduser("~")) / ".cache"
     return Path(os.environ.get(CACHE_VARIABLE) or Path(base) / "cap_hf")
 
 

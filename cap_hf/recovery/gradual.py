@@ -15,7 +15,7 @@ from cap_hf.config import CAPConfig
 from cap_hf.data.arguments import DataArguments
 from cap_hf.data.images import ImageDataset, calibration_split, make_dataloader
 from cap_hf.errors import CAPError
-from cap_hf.recovery.mask_holder import count_zeros
+from cap_hf.masks import count_zeros
 from cap_hf.recovery.schedules import SparsitySchedule
 from cap_hf.report import PruneReport
 from cap_hf.targets import find_targets

@@ -1,6 +1,6 @@
 """Keep a model's zeros at zero while an optimizer trains it, and count them."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -8,7 +8,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from cap_hf.errors import CAPError
-from cap_hf.masks import Masks, apply_masks, take_masks, verify_masks
+from cap_hf.masks import Masks, apply_masks, take_masks, target_sparsity, verify_masks
 from cap_hf.targets import Target, find_targets, weight_layers
 
 
@@ -98,16 +98,9 @@ class MaskHolder:
         ]
 
 
-def count_zeros(targets: Sequence[Target]) -> tuple[int, int]:
-    """Return how many weights of the targets are 0, and how many there are."""
-    weights = [target.weight.detach() for target in targets]
-    return sum(int((weight == 0).sum()) for weight in weights), sum(weight.numel() for weight in weights)
-
-
 def model_sparsity(model: nn.Module) -> float:
     """Return the share of a model's target weights that are 0."""
-    zeros, total = count_zeros(find_targets(model))
-    return zeros / total
+    return target_sparsity(find_targets(model))
 
 
 def _gradient_mask(mask: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:

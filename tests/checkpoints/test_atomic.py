@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import signal
 import threading
+from pathlib import Path
 
 import pytest
 
@@ -139,7 +140,7 @@ def test_a_file_that_fails_keeps_the_old_one(tmp_path):
         file.write_text("new")
         raise RuntimeError
     assert (tmp_path / "deep" / "x").read_text() == "old"
-    with pytest.raises(CAPError, match="cannot write .*x: No such file"), atomic_file(tmp_path / "deep" / "x"):
+    with pytest.raises(CAPError, match="cannot write .*x .No such file"), atomic_file(tmp_path / "deep" / "x"):
         pass  # nothing was written
     assert names(tmp_path) == ["deep", "deep/x"]
 
@@ -191,6 +192,104 @@ def test_a_file_system_without_locks_still_writes_and_removes_nothing_of_others(
     with atomic_directory(tmp_path / "out") as folder:
         (folder / "x").write_text("")
     assert names(tmp_path) == [*left, "out", "out/x"]
+
+
+def fill(path, **files):
+    with atomic_directory(path) as folder:
+        for name, text in files.items():
+            (folder / name).mkdir()
+            (folder / name / "file").write_text(text)
+
+
+@pytest.fixture(params=["busy", "another disk", "mounted", "closed parent", "current folder"])
+def fixed(request, tmp_path, monkeypatch):
+    """A folder that cannot be renamed or replaced: the system says so, or it can be seen beforehand."""
+    folder = tmp_path / "up" / "out"
+    folder.mkdir(parents=True)
+    rename, mkdtemp = os.rename, atomic.tempfile.mkdtemp
+    number = {"busy": errno.EBUSY, "another disk": errno.EXDEV, "mounted": errno.EBUSY}.get(request.param)
+
+    def refused(source, destination):
+        inside = [Path(path).is_relative_to(folder) and Path(path) != folder for path in (source, destination)]
+        if number is not None and (folder in map(Path, (source, destination)) or inside[0] != inside[1]):
+            raise OSError(number, os.strerror(number), source)
+        rename(source, destination)
+
+    def closed(prefix, suffix, dir):
+        if Path(dir) == folder.parent:
+            raise PermissionError(errno.EACCES, "Permission denied", str(dir))
+        return mkdtemp(prefix=prefix, suffix=suffix, dir=dir)
+
+    monkeypatch.setattr(atomic.os, "rename", refused)
+    if request.param == "mounted":
+        monkeypatch.setattr(atomic.os.path, "ismount", lambda path: Path(path) == folder)
+    if request.param == "closed parent":
+        monkeypatch.setattr(atomic.tempfile, "mkdtemp", closed)
+    if request.param == "current folder":
+        monkeypatch.chdir(folder)
+    return folder
+
+
+def test_a_folder_that_has_to_stay_is_written_from_within(fixed, tmp_path):
+    (fixed / "lost+found").mkdir()
+    (tmp_path / "link").symlink_to(fixed)
+    inode = fixed.stat().st_ino
+    for path, name in ((fixed, "a"), (tmp_path / "link", "b")):
+        fill(path, both=name, **{name: name})
+        assert names(fixed) == sorted([name, f"{name}/file", "both", "both/file", "lost+found"])
+        assert (fixed / "both" / "file").read_text() == name
+    with pytest.raises(RuntimeError), atomic_directory(fixed) as folder:
+        (folder / "c").write_text("")
+        raise RuntimeError
+    assert names(tmp_path) == ["link", "up", "up/out", *(f"up/out/{name}" for name in names(fixed))]
+    assert "b" in names(fixed)
+    assert fixed.stat().st_ino == inode
+    assert os.listdir(".")  # the current folder is still one
+
+
+@pytest.mark.parametrize("moved", range(5))
+def test_a_kill_while_content_is_exchanged_leaves_the_old_or_the_new(tmp_path, monkeypatch, moved):
+    """The next run puts right what was between, whatever was moved before the kill."""
+    out = tmp_path / "out"
+    fill(out, a="old", b="old")
+    monkeypatch.setattr(atomic.os.path, "ismount", lambda path: Path(path) == out)
+
+    def kill_while_moving(path):
+        real, calls = os.rename, []
+
+        def rename(source, destination):
+            if "lock" not in str(source):
+                calls.append(source)
+                if len(calls) > moved:
+                    os.kill(os.getpid(), signal.SIGKILL)
+            real(source, destination)
+
+        os.rename = rename
+        fill(path, a="new", c="new")
+
+    run_and_kill(kill_while_moving, out)
+    with pytest.raises(RuntimeError), atomic_directory(out):
+        raise RuntimeError
+    new = moved >= 3  # two old ones out, then the new ones are ready
+    assert names(out) == (["a", "a/file", "c", "c/file"] if new else ["a", "a/file", "b", "b/file"])
+    assert (out / "a" / "file").read_text() == ("new" if new else "old")
+
+
+def test_links_are_followed_or_named(tmp_path, monkeypatch):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "out").symlink_to("disk/not-yet")
+    fill(tmp_path / "out", a="")
+    write_json(tmp_path / "out" / "x.json", {})
+    assert names(tmp_path) == ["disk", "disk/not-yet", *(f"disk/not-yet/{n}" for n in ("a", "a/file", "x.json")), "out"]
+    (tmp_path / "round").symlink_to("round")
+    for path in (tmp_path / "round", tmp_path / "round" / "below"):
+        with pytest.raises(CAPError, match="round is a link that leads back to itself: remove it"):
+            fill(path)
+    with pytest.raises(CAPError, match="round is a link that leads back to itself: remove it"):
+        write_json(tmp_path / "round" / "x.json", {})
+    monkeypatch.chdir(tmp_path / "disk")
+    fill("below", a="")
+    assert names(tmp_path / "disk" / "below") == ["a", "a/file"]
 
 
 def test_what_cannot_be_written_is_one_line(tmp_path):

@@ -46,7 +46,7 @@ def test_a_folder_that_cannot_be_made_or_written_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(CAPError, match="--spill_dir .*file/spill cannot be made"):
         room.spill_folder(Resources(spill_dir=str(tmp_path / "file" / "spill")))
-    with pytest.raises(CAPError, match="--spill_dir .*nowhere cannot be written"):
+    with pytest.raises(CAPError, match=r"nowhere cannot be written \(.*\): name another folder with --spill_dir"):
         room.disk_seconds(tmp_path / "nowhere")
     assert 0 < room.disk_seconds(tmp_path) < 1
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
@@ -54,3 +54,14 @@ def test_a_folder_that_cannot_be_made_or_written_is_named(tmp_path):
 
 def test_sizes_are_readable():
     assert [room.gigabytes(each) for each in (2.5e9, 1e8, 2.3e7)] == ["2.5 GB", "0.1 GB", "23.0 MB"]
+
+
+def test_without_a_folder_for_temporary_files_one_can_be_named(tmp_path, monkeypatch):
+    def nowhere():
+        raise FileNotFoundError(2, "No usable temporary directory found")
+
+    monkeypatch.setattr(room.tempfile, "gettempdir", nowhere)
+    with pytest.raises(CAPError, match="no folder for temporary files .*: set TMPDIR, or name one with --spill_dir"):
+        room.spill_folder(Resources())
+    (tmp_path / "link").symlink_to(tmp_path)
+    assert room.spill_folder(Resources(spill_dir=str(tmp_path / "link"))).is_dir()

@@ -40,6 +40,12 @@ def test_a_disk_that_fails_is_one_line(tmp_path, monkeypatch):
     assert list(tensors) == []
 
 
+def test_a_folder_that_cannot_be_made_is_one_line(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CAPError, match=r"file/new cannot be written \(.*\): name another folder with --spill_dir"):
+        DiskTensors(tmp_path / "file" / "new", CPU)
+
+
 def test_sums_come_back_one_target_at_a_time(tmp_path):
     targets = [Target(name, nn.Linear(48, 4), 48) for name in ("a", "b")]
     spilled, kept = SpilledSums(tmp_path, targets, CPU), {}

@@ -1,13 +1,14 @@
 """Arguments from the command line and from files become checked dataclasses."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pytest
 from transformers import HfArgumentParser
 
 from cap_hf import CAPConfig, CAPError
 from cap_hf.collection.resources import Resources
-from cap_hf.commands.arguments import ModelArguments, arguments_from_file, check_output, make_parser, parse
+from cap_hf.commands.arguments import ModelArguments, arguments_from_file, beside, check_output, make_parser, parse
 from cap_hf.commands.main import main
 from cap_hf.commands.prune import PruneArguments
 from cap_hf.data.arguments import DataArguments
@@ -65,6 +66,31 @@ def test_an_output_that_may_not_be_replaced_is_refused(tmp_path):
         check_output(tmp_path, False)
     with pytest.raises(CAPError, match="file is a file"):
         check_output(tmp_path / "file" / "below", True)
+    (tmp_path / "round").symlink_to("round")
+    with pytest.raises(CAPError, match="round is a link that leads back to itself: remove it"):
+        check_output(tmp_path / "round" / "below", True)
+    (tmp_path / "new disk" / "lost+found").mkdir(parents=True)
+    check_output(tmp_path / "new disk", False)
+
+
+def test_what_a_run_keeps_lies_beside_its_output_or_in_it(tmp_path, monkeypatch):
+    (tmp_path / "disk" / "out").mkdir(parents=True)
+    (tmp_path / "link").symlink_to("disk/out")
+    monkeypatch.chdir(tmp_path)
+    for output in ("disk/out", "link", tmp_path / "disk" / "out"):
+        assert beside(output, "training") == tmp_path / "disk" / "out-training"
+    assert beside("disk/new", "training") == tmp_path / "disk" / "new-training"
+    with monkeypatch.context() as patch:
+        patch.setattr("os.path.ismount", lambda path: Path(path) == tmp_path / "disk" / "out")
+        inside = beside("link", "training")
+    with monkeypatch.context() as patch:
+        patch.setattr("os.access", lambda path, _: Path(path) != tmp_path / "disk")
+        assert beside("link", "training") == inside == tmp_path / "disk" / "out" / "training"
+        # There it is no content that has to be replaced.
+        inside.mkdir()
+        check_output("link", False, inside)
+        with pytest.raises(CAPError, match="pass --overwrite_output_dir"):
+            check_output("link", False)
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import subprocess
 import threading
 
 import datasets
+import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support.backbones import backbone_checkpoint
@@ -19,6 +20,7 @@ from cap_hf.commands.common import bank_split, image_dataset, load_all
 from cap_hf.commands.main import main
 from cap_hf.data.arguments import DataArguments
 from cap_hf.data.images import calibration_split
+from cap_hf.errors import CAPError
 
 
 def test_a_model_that_does_not_fit_is_one_line(tiny_checkpoint, tmp_path, capsys):
@@ -114,6 +116,22 @@ print([path.name for path in load_companions(ModelArguments("user/m"))])
     assert done.stdout.splitlines()[-1] == "['tokenizer.json', 'merges.txt']"
     assert "Retrying" not in again.stderr
     assert "The Hub cannot be reached" in again.stderr
+
+
+def test_what_does_not_fit_is_said_before_anything_runs(tiny_checkpoint, tmp_path):
+    """A processor of other channels than the model's, or a first image that cannot be read."""
+    folder = image_folder(tmp_path / "d", ("train",), ("0", "1"))
+    data_args = DataArguments(str(folder))
+    model, processor, splits = load_all(ModelArguments(str(tiny_checkpoint)), data_args, 1, ["train"])
+    assert len(image_dataset(splits["train"], processor, model, data_args)) == 2
+    colours = type(processor)(size={"height": 8, "width": 8}, do_convert_rgb=True)
+    with pytest.raises(
+        CAPError, match="makes images of 3 channels .8x8 pixels. and the model takes 1: look at do_conv"
+    ):
+        image_dataset(splits["train"], colours, model, data_args)
+    (folder / "train" / "0" / "0.png").write_bytes(b"")
+    with pytest.raises(CAPError, match=r"image 0 \(.*0.png\) cannot be read"):
+        image_dataset(splits["train"], processor, model, data_args)
 
 
 def test_the_bank_is_apart_from_the_calibration_where_there_is_enough():

@@ -1,4 +1,4 @@
-"""`cap-hf finetune` end to end, alone and with two processes."""
+"""`cap-hf finetune` end to end on classifiers, alone and with two processes; backbones have a file of their own."""
 
 import json
 import os
@@ -8,20 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.backbones import tiny_clip, tiny_dinov2
-from support.image_files import jpegs
-from support.launching import ROOT, launch
-from support.recovery import image_processor, sparse, sparse_vit, tiny_vit, zeros
-from transformers import (
-    AutoImageProcessor,
-    AutoModelForImageClassification,
-    CLIPModel,
-    ResNetConfig,
-    ResNetForImageClassification,
-    ViTImageProcessorPil,
-)
+from support.finetuning import NAMES, QUICK, finetune, load, unlabelled_folder
+from support.recovery import image_processor, tiny_vit, zeros
+from transformers import AutoImageProcessor, ResNetConfig, ResNetForImageClassification
 
-from cap_hf.checkpoints.loading import load_checkpoint
 from cap_hf.commands.main import main
 from cap_hf.config import CAPConfig
 from cap_hf.data.arguments import DataArguments
@@ -31,31 +21,6 @@ from cap_hf.recovery.mask_holder import model_sparsity
 from cap_hf.recovery.resume import last_whole_checkpoint
 from cap_hf.recovery.trainer import SparseTrainer
 from cap_hf.targets import find_targets
-
-NAMES = {"id2label": {i: str(i) for i in range(10)}, "label2id": {str(i): i for i in range(10)}, "num_labels": 10}
-QUICK = [
-    *("--max_train_samples", "96", "--max_eval_samples", "60", "--max_steps", "4"),
-    *("--per_device_train_batch_size", "16", "--learning_rate", "1e-2", "--use_cpu", "True", "--disable_tqdm", "True"),
-]
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    """A sparse student that was pruned with a config, and a dense teacher."""
-    base = tmp_path_factory.mktemp("checkpoints")
-    for name, model in (("student", sparse_vit(0.6, **NAMES)), ("teacher", tiny_vit(1, **NAMES))):
-        model.save_pretrained(base / name)
-        image_processor().save_pretrained(base / name)
-    CAPConfig(num_grads=77).save(base / "student")
-    return base / "student", base / "teacher"
-
-
-def finetune(student, output, *arguments):
-    return main(["finetune", "--model_name_or_path", str(student), "--output_dir", str(output), *QUICK, *arguments])
-
-
-def load(folder):
-    return AutoModelForImageClassification.from_pretrained(folder)
 
 
 def test_recovery_keeps_exactly_the_zeros(tmp_path, folders, capsys):
@@ -223,13 +188,6 @@ def test_what_ctrl_c_leaves_can_be_gone_on_from(tmp_path, folders, monkeypatch, 
     assert all(torch.equal(resumed[name], whole[name]) for name in whole)
 
 
-def test_a_teacher_without_an_image_processor_is_given_the_students_pixels(tmp_path, folders, caplog):
-    load(folders[1]).save_pretrained(tmp_path / "teacher")
-    assert finetune(folders[0], tmp_path / "out", "--teacher_model_name_or_path", str(tmp_path / "teacher")) == 0
-    (message,) = [each.getMessage() for each in caplog.records if each.name == "cap_hf.commands.finetune"]
-    assert message.startswith(f"The teacher is given the student's pixels, as {tmp_path / 'teacher'} has no image proc")
-
-
 def test_without_evaluation_no_split_to_evaluate_on_is_needed(tmp_path, folders, capsys):
     rows = load_dataset_rows(40)
     rows.to_parquet(tmp_path / "data" / "train.parquet")
@@ -283,103 +241,6 @@ def test_two_processes_are_one_with_twice_the_batch(tmp_path, folders):
         torch.testing.assert_close(own, other, atol=1e-4, rtol=1e-3, msg=name)
 
 
-def unlabelled_folder(folder):
-    """Images in colour of 8x8, to train on and to test with, without labels; return the folder."""
-    for index, image in enumerate(jpegs(48, 8)):
-        path = folder / ("test" if index % 3 == 0 else "train") / f"{index}.jpg"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(image)
-    return folder
-
-
-@pytest.fixture(scope="module", params=["dinov2", "clip"])
-def backbones(request, tmp_path_factory):
-    """A sparse student without a head, the dense model that it was made of, and images in folders without labels."""
-    base = tmp_path_factory.mktemp("backbones")
-    make = {"dinov2": tiny_dinov2, "clip": tiny_clip}[request.param]
-    processor = ViTImageProcessorPil(size={"height": 8, "width": 8})
-    for name, model in (("student", sparse(make())), ("teacher", make())):
-        model.save_pretrained(base / name)
-        processor.save_pretrained(base / name)
-    return base / "student", base / "teacher", unlabelled_folder(base / "images")
-
-
-def test_a_backbone_is_recovered_without_labels(tmp_path, backbones, capsys):
-    student, teacher, data = backbones
-    output = tmp_path / "recovered"
-    arguments = (
-        "--teacher_model_name_or_path",
-        str(teacher),
-        "--dataset_name",
-        str(data),
-        "--max_steps",
-        "20",
-        "--learning_rate",
-        "2e-3",
-    )
-    evaluation = ("--eval_strategy", "steps", "--eval_steps", "10", "--save_steps", "10")
-    best = ("--load_best_model_at_end", "True", "--weight_decay", "0.1")
-    assert finetune(student, output, *arguments, *evaluation, *best) == 0
-    before, after = load_checkpoint(student), load_checkpoint(output)
-    assert type(after) is type(before)
-    for name, zero in zeros(before).items():
-        assert torch.equal(zeros(after)[name], zero), name
-    changed = {name for name, value in after.state_dict().items() if not torch.equal(value, before.state_dict()[name])}
-    assert changed
-    if isinstance(after, CLIPModel):
-        assert all(name.startswith("vision_model.") for name in changed)
-    report = json.loads((output / "report.json").read_text())
-    assert report["sparsity"] == report["sparsity_before"] == model_sparsity(before)
-    assert report["dense"]["cosine"] == 1
-    assert report["sparse"]["cosine"] < report["recovered"]["cosine"] < 1
-    assert report["sparse"]["patch_error"] > report["recovered"]["patch_error"] > 0
-    assert [entry["step"] for entry in report["log_history"] if "eval_loss" in entry] == [10, 20]
-    assert differing_layers(find_targets(after), report) == []
-    table = capsys.readouterr().out
-    assert all(word in table for word in ("dense", "sparse", "recovered", "cosine"))
-
-
-def test_a_backbone_is_pruned_while_it_learns(tmp_path, backbones):
-    _, teacher, data = backbones
-    arguments = ("--teacher_model_name_or_path", str(teacher), "--dataset_name", str(data), "--num_grads", "8")
-    assert finetune(teacher, tmp_path / "out", *arguments, "--sparsity_schedule", "0.3,0.6,2,linear") == 0
-    assert model_sparsity(load_checkpoint(tmp_path / "out")) == pytest.approx(0.6, abs=1e-2)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ((), "has no head to learn labels with: name the dense model, whose features it learns, with --teacher_model"),
-        (("--teacher_model_name_or_path", "WIDE"), "(1, 32) in the teacher and (1, "),
-        (("--teacher_model_name_or_path", "DENSE", "--dataset_name", "nowhere"), "--dataset_name nowhere cannot be"),
-        (
-            ("--teacher_model_name_or_path", "DENSE", "--metric_for_best_model", "top1"),
-            "--metric_for_best_model top1 is not one of loss",
-        ),
-        (
-            (
-                "--teacher_model_name_or_path",
-                "DENSE",
-                "--sparsity_schedule",
-                "0.6,0.7,2,linear",
-                "--fisher_loss",
-                "labels",
-            ),
-            "there is no column of labels among image",
-        ),
-    ],
-)
-def test_what_a_backbone_cannot_learn_from_is_one_line(tmp_path, backbones, capsys, arguments, message):
-    student, teacher, data = backbones
-    tiny_dinov2(hidden_size=32).save_pretrained(tmp_path / "wide")
-    names = {"WIDE": str(tmp_path / "wide"), "DENSE": str(teacher)}
-    assert finetune(student, tmp_path / "out", "--dataset_name", str(data), *(names.get(a, a) for a in arguments)) == 1
-    error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("cap-hf finetune:")]
-    assert len(error) == 1
-    assert message in error[0]
-    assert not (tmp_path / "out").exists()
-
-
 def test_a_classifier_learns_from_images_without_labels(tmp_path, folders, capsys):
     student, teacher = folders
     data = unlabelled_folder(tmp_path / "images")
@@ -390,19 +251,3 @@ def test_a_classifier_learns_from_images_without_labels(tmp_path, folders, capsy
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert report["sparse"]["cosine"] < 1
     assert "top1" not in report["recovered"]
-
-
-def test_two_processes_train_a_tower_as_one_does(tmp_path, backbones):
-    student, teacher, data = backbones
-    arguments = ["--teacher_model_name_or_path", str(teacher), "--dataset_name", str(data), "--optim", "sgd"]
-    arguments += ["--per_device_train_batch_size", "4"]
-    assert finetune(student, tmp_path / "one", *arguments, "--gradient_accumulation_steps", "2") == 0
-    names = ["--model_name_or_path", str(student), "--output_dir", str(tmp_path / "two"), *QUICK, *arguments]
-    launch(2, *names, script=ROOT / "scripts" / "finetune.py")
-    one, two = load_checkpoint(tmp_path / "one"), load_checkpoint(tmp_path / "two")
-    start = load_checkpoint(student).state_dict()
-    for (name, own), other in zip(one.state_dict().items(), two.state_dict().values(), strict=True):
-        torch.testing.assert_close(own, other, atol=1e-4, rtol=1e-3, msg=name)
-        if name.startswith("text_model."):
-            assert torch.equal(other, start[name])
-    assert any(not torch.equal(own, start[name]) for name, own in one.state_dict().items())

@@ -85,7 +85,7 @@ def test_only_our_line_is_printed(tmp_path):
         command, env=clean_environment(tmp_path, HF_HUB_OFFLINE="1"), capture_output=True, text=True, cwd=tmp_path
     )
     assert done.returncode == 1
-    assert done.stderr.startswith("cap-hf evaluate: empty has no config.json")
+    assert done.stderr.startswith("cap-hf evaluate: empty/config.json is not there")
     assert len(done.stderr.splitlines()) == 1, done.stderr
 
 

@@ -256,6 +256,7 @@ def test_images_without_labels_are_enough_for_a_backbone_and_for_a_classifier(ti
 )
 def test_a_mistake_about_a_backbones_labels_is_one_line(tmp_path, capsys, arguments, message):
     dense = backbone_checkpoint(tmp_path / "dense")
+    capsys.readouterr()  # the bar of saving it
     assert prune(dense, tmp_path / "out", "--sparsity", "0.5", *arguments) == 1
     error = capsys.readouterr().err.strip().splitlines()
     assert len(error) == 1

@@ -1,5 +1,6 @@
 """The metric against scikit-learn and plain torch."""
 
+import evaluate
 import numpy as np
 import pytest
 import torch
@@ -75,6 +76,15 @@ def test_a_model_that_returns_tuples_is_measured_like_any():
     other.forward = lambda *args, **kwargs: plain(*args, **kwargs).to_tuple()
     expected = evaluate_model(model, random_batches(model, 8), Accelerator(), disable_tqdm=True)
     assert evaluate_model(other, random_batches(model, 8), Accelerator(), disable_tqdm=True) == expected
+
+
+def test_what_is_counted_in_memory_needs_no_place_on_disk(tmp_path, monkeypatch):
+    """`evaluate` makes a folder for it all the same: a home that cannot be written ended in a traceback."""
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(evaluate.config, "HF_METRICS_CACHE", str(tmp_path / "file" / "metrics"))
+    metric = ImageClassificationMetric(keep_in_memory=True)
+    metric.add_batch(predictions=[[0.0, 1.0]], references=[1])
+    assert metric.compute()["top1"] == 1
 
 
 def test_a_model_that_gives_no_numbers_is_not_measured():

@@ -86,6 +86,8 @@ def test_without_labels_there_are_only_pixels(processor):
         assert len(batch["pixel_values"]) == 5
         with pytest.raises(CAPError, match="no column of labels among image: name one with --label_column_name"):
             dataset.need_labels()
+        with pytest.raises(CAPError, match="into a folder of their own, or leave the evaluation out$"):
+            dataset.need_labels("leave the evaluation out")
     with pytest.raises(CAPError, match="there is no column 'digit': name one of image with --label_column_name"):
         ImageDataset(split, processor, config_of(["a"]), DataArguments(label_column_name="digit"))
 
@@ -127,6 +129,56 @@ def test_a_missing_image_is_named(processor):
         ImageDataset(split, processor, config_of(["a"]), DataArguments())[0]
 
 
+def test_a_picture_of_16_bits_is_as_bright_as_one_of_8(tmp_path, processor):
+    """Its greys were cut off at 255: nearly all of it was white."""
+    plain = np.arange(64, dtype=np.uint8).reshape(8, 8) * 4
+    for name, values in (("plain", plain), ("deep", plain * np.uint16(257)), ("unknown", plain * np.int32(9999))):
+        (tmp_path / name).mkdir()
+        Image.fromarray(values).save(tmp_path / name / "0.tiff")
+    made = {}
+    for name in ("plain", "deep", "unknown"):
+        split = load_splits(DataArguments(dataset_name=str(tmp_path / name)), needed=["train"])["train"]
+        made[name] = ImageDataset(split, processor, config_of([]), DataArguments())
+    assert torch.equal(made["plain"][0]["pixel_values"], made["deep"][0]["pixel_values"])
+    with pytest.raises(CAPError, match=r"image 0 \(.*unknown/0.tiff\) cannot be read: its values are 0 to 2519748 and"):
+        made["unknown"][0]
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (
+            {"do_resize": False},
+            r"image 0 \(column 'image'\) 8x8 pixels and image 1 \(column 'image'\) 8x9, which do not",
+        ),
+        ({"size": None}, r"cannot take image 0 \(column 'image'\) of 8x8 pixels: `size` and .*must be specified"),
+        ({"image_mean": [0.5, 0.5]}, r"image 0 \(column 'image'\) of 8x8 pixels: mean must have 1 elements"),
+        ({"do_center_crop": True, "crop_size": None}, "`crop_size` must be specified .*: look at preprocessor_config"),
+        ({"image_std": [0.0]}, "makes pixels that are no numbers: look at image_std"),
+        (
+            {"do_convert_rgb": True, "image_mean": [0.5] * 3, "image_std": [0.5] * 3},
+            "3 channels .8x8.* takes 1: look at",
+        ),
+    ],
+)
+def test_an_image_processor_that_does_not_fit_is_named(settings, said, processor):
+    for name, value in settings.items():
+        setattr(processor, name, value)
+    images = [Image.new("L", (8, 8), 9), Image.new("L", (9, 8), 9)]
+    split = datasets.Dataset.from_dict({"image": images}, features=datasets.Features(image=datasets.Image()))
+    dataset = ImageDataset(split, processor, config_of([]), DataArguments())
+    with pytest.raises(CAPError, match=said) as caught:
+        next(iter(make_dataloader(dataset, 2)))
+    assert "\n" not in str(caught.value)
+
+
+def test_an_image_processor_without_pixels_is_named():
+    split = load_splits(DataArguments())["eval"].select([0])
+    dataset = ImageDataset(split, lambda **_: {"patches": [1]}, config_of([]), DataArguments(), has_head=False)
+    with pytest.raises(CAPError, match="function makes no pixel_values of each image, but patches"):
+        dataset[0]
+
+
 def test_calibration_split_is_seeded():
     train = load_splits(DataArguments())["train"]
     picks = [calibration_split(train, 50, seed)["label"][:] for seed in (1, 1, 2)]
@@ -137,5 +189,8 @@ def test_calibration_split_is_seeded():
 def test_collate_and_batch_size():
     examples = [{"pixel_values": torch.ones(1, 2, 2), "labels": torch.tensor(3)}] * 2
     assert collate(examples)["pixel_values"].shape == (2, 1, 2, 2)
+    other = {"pixel_values": torch.ones(1, 2, 3), "labels": torch.tensor(3)}
+    with pytest.raises(CAPError, match=r"pixel_values of one batch are \(1, 2, 2\) and \(1, 2, 3\): set do_resize"):
+        collate([*examples, other])
     with pytest.raises(CAPError, match="batch size 0"):
         make_dataloader(examples, 0)

@@ -28,11 +28,14 @@ def test_labels_that_are_not_the_models():
     assert numbers(names, [0, 1, 2], config) == [2, 0, 1]
     others = datasets.ClassLabel(names=["x", "y", "z"])
     assert numbers(others, [0, 1, 2], config) == [0, 1, 2]
-    with pytest.raises(CAPError, match=r"'label' has 2 classes \(a, b\), the model has 3: a, b, c"):
-        numbers(datasets.ClassLabel(names=["a", "b"]), [0], config)
+    assert numbers(datasets.ClassLabel(names=["b", "c"]), [0, 1], config) == [1, 2]
+    with pytest.raises(
+        CAPError, match=r"'label' has 2 classes \(x, y\), the model has 3: a, b, c, none of these names"
+    ):
+        numbers(datasets.ClassLabel(names=["x", "y"]), [0], config)
     strings = datasets.Value("string")
     assert numbers(strings, ["b", "a"], config) == [1, 0]
-    with pytest.raises(CAPError, match=r"example 1 has label q in 'label', the model has 3: a, b, c"):
+    with pytest.raises(CAPError, match=r"example 1 has label 'q' in 'label', the model has 3: a, b, c"):
         numbers(strings, ["b", "q"], config)
     config.label2id = {"a": "0", "b": "1", "c": "2"}  # as run_image_classification.py once wrote them
     assert numbers(names, [0, 1, 2], config) == [2, 0, 1]
@@ -49,10 +52,34 @@ def test_labels_that_are_not_the_models():
         numbers(datasets.Value("float32"), [0.5], config)
 
 
-def test_some_names_that_are_the_models_are_a_warning(caplog):
-    names = datasets.ClassLabel(names=["a", "x"])
-    assert numbers(names, [0, 1], config_of(["b", "a"])) == [0, 1]
-    assert "Only some classes of 'label' have the model's names" in caplog.text
+def test_text_is_taken_by_name_or_by_number():
+    text, default = datasets.Value("string"), ViTConfig(num_labels=12)
+    imagenet = config_of(["tench, Tinca tinca", "crane", "crane", "sports car, sport car"])
+    assert numbers(text, ["10", "03", "LABEL_2"], default) == [10, 3, 2]
+    assert numbers(text, ["2", "0"], config_of(["cat", "dog", "owl"])) == [2, 0]
+    assert numbers(text, ["Sport_Car", "TENCH"], imagenet) == [3, 0]
+    # As finetuning on folders names them, in the order of their names.
+    assert numbers(text, ["10", "2"], config_of(sorted(map(str, range(12))))) == [2, 4]
+    with pytest.raises(CAPError, match="example 1 has label 'crane' in 'label', the model has 4"):
+        numbers(text, ["tench", "crane"], imagenet)
+    with pytest.raises(CAPError, match=r"'label' mixes names \(cat\) and numbers \(1\): name each"):
+        numbers(text, ["cat", "1"], config_of(["cat", "dog"]))
+    with pytest.raises(CAPError, match="example 0 has label '12' in 'label', the model has 12"):
+        numbers(text, ["12", "0"], default)
+    with pytest.raises(CAPError, match="example 0 has label None"):
+        numbers(text, [None, "0"], default)
+
+
+def test_numbers_from_1_are_found_wherever_they_show():
+    """All but the last would be taken for the class after theirs, without a word."""
+    text, integers, default = datasets.Value("string"), datasets.Value("int64"), ViTConfig(num_labels=3)
+    for feature, values in ((text, ["1", "2", "3"]), (integers, [1, 2, 3, -1, None])):
+        whole = datasets.Dataset.from_dict({"label": values}, features=datasets.Features(label=feature))
+        with pytest.raises(CAPError, match="'label' counts the classes from 1 to 3, the model counts from 0"):
+            LabelNumbers(whole.shuffle(seed=0).select([0, 1]), "label", default)
+    assert numbers(integers, [1, 2], default) == [1, 2]
+    with pytest.raises(CAPError, match="'label' holds numbers, and the model calls its class 0 '1': whether"):
+        numbers(integers, [1, 2], config_of(["1", "2", "3"]))
 
 
 def test_without_a_head_labels_are_the_datasets_own():
@@ -113,3 +140,7 @@ def test_columns_are_found_or_named():
         find_columns(datasets.Features(left=image, right=image), DataArguments())
     with pytest.raises(CAPError, match="no column 'image': name one of kind, text with --image_column_name"):
         find_columns(datasets.Features(kind=names, text=text), DataArguments())
+    with pytest.raises(
+        CAPError, match="'image' holds text, not images. .* metadata.csv .* name one of label with --im"
+    ):
+        find_columns(datasets.Features(image=text, label=names), DataArguments())

@@ -1,11 +1,13 @@
 """Datasets of every kind are loaded as a whole, or streamed; what is missing is named in one line."""
 
+import errno
 import json
 import subprocess
 
 import datasets
 import numpy as np
 import pytest
+from datasets.arrow_writer import ArrowWriter
 from PIL import Image
 from support.checkpoints import PYTHON, clean_environment
 from support.dataset_hub import DatasetHub
@@ -61,6 +63,68 @@ def test_a_dataset_that_cannot_be_loaded_is_named(tmp_path):
     for streaming in (None, True):
         with pytest.raises(CAPError, match="--dataset_name .*nowhere cannot be loaded"):
             load_splits(DataArguments(dataset_name=str(tmp_path / "nowhere"), streaming=streaming))
+
+
+CONFIGS = """---
+configs:
+- config_name: small
+  data_files: [{split: train, path: a/train*}]
+- config_name: large
+  data_files: [{split: train, path: a/train*}]
+---
+"""
+
+
+@pytest.mark.parametrize("streaming", [None, True])
+def test_configurations_are_there_to_choose_from(streaming, tmp_path):
+    """The first line of what `datasets` says is "Config name is missing."."""
+    root = write_parquet(tmp_path / "d", shards=1, count=20, classes=2)
+    (root / "data").rename(root / "a")
+    (root / "README.md").write_text(CONFIGS)
+
+    def load(name=None, folder=root):
+        args = DataArguments(str(folder), dataset_config_name=name, streaming=streaming)
+        return load_splits(args, needed=["train"])["train"]
+
+    assert len(load("large")) == 20
+    with pytest.raises(
+        CAPError, match="d has several configurations: choose one with --dataset_config_name, small, large"
+    ):
+        load()
+    with pytest.raises(CAPError, match="d has no --dataset_config_name medium; it has small, large"):
+        load("medium")
+    with pytest.raises(CAPError, match="e has no --dataset_config_name small; it has default"):
+        load("small", write_parquet(tmp_path / "e", shards=1, count=20, classes=2))
+
+
+@pytest.mark.parametrize("streaming", [None, True])
+def test_a_cache_that_cannot_be_written_is_named_not_the_dataset(streaming, tmp_path, monkeypatch):
+    root = images(tmp_path / "d", "train/cat/a.png", "train/dog/b.png")
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "file" / "datasets")
+    args = DataArguments(root, streaming=streaming)
+    with pytest.raises(
+        CAPError, match="the datasets cache, .*/file/datasets, cannot be written: .*Not a dir"
+    ) as caught:
+        load_splits(args, needed=["train"])
+    assert "HF_DATASETS_CACHE" in str(caught.value)
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    # As it comes out of Arrow, which `datasets` wraps.
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr(ArrowWriter, "write", full)
+    with pytest.raises(CAPError, match="the disk of the datasets cache, .*/cache, is full: free some space, or name"):
+        load_splits(args, needed=["train"])
+    assert not list((tmp_path / "cache").rglob("*.arrow"))
+
+
+def test_metadata_without_names_of_files_is_one_line(tmp_path):
+    root = images(tmp_path / "d", "train/a.png")
+    (tmp_path / "d" / "train" / "metadata.csv").write_text("name,label\na.png,cat\n")
+    with pytest.raises(CAPError, match="cannot be loaded: `file_name`.*must be present.*metadata files"):
+        load_splits(DataArguments(root), needed=["train"])
 
 
 def test_limits_are_seeded_samples():

@@ -1,8 +1,13 @@
 """Temporary folders go with their object and at a forced end; no other folder does."""
 
+import errno
+import tempfile
 from pathlib import Path
 
+import pytest
+
 from cap_hf.distributed.temporary import TemporaryFolder, forget, register, remove_temporary
+from cap_hf.errors import CAPError
 
 
 def test_a_folder_goes_with_its_object(tmp_path):
@@ -33,3 +38,17 @@ def test_only_what_is_registered_is_removed(tmp_path):
     forget(given)
     # What is gone already is no trouble.
     folder.cleanup()
+
+
+def test_where_none_can_be_made_the_line_says_how_to_have_it_elsewhere(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CAPError, match=r"file cannot be written \(.*Not a directory.*\): choose another folder"):
+        TemporaryFolder(tmp_path / "file")
+
+    def nowhere():
+        raise FileNotFoundError(errno.ENOENT, "No usable temporary directory found in ['/tmp']")
+
+    monkeypatch.setattr(tempfile, "gettempdir", nowhere)
+    monkeypatch.setattr(tempfile, "_gettempdir", nowhere)
+    with pytest.raises(CAPError, match=r"temporary files cannot be written \(.*/tmp.*\): set TMPDIR to a folder"):
+        TemporaryFolder()

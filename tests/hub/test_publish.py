@@ -4,6 +4,8 @@ import json
 import subprocess
 
 import pytest
+import safetensors.torch
+import torch
 from support.checkpoints import (
     PYTHON,
     assert_same_weights,
@@ -14,7 +16,8 @@ from support.hub_server import Fault, HubServer
 from transformers import AutoModelForImageClassification
 
 from cap_hf import CAPError
-from cap_hf.checkpoints.weights import find_weight_files
+from cap_hf.checkpoints.files import check_file, open_safetensors
+from cap_hf.checkpoints.weights import find_weight_files, iterate_weights
 from cap_hf.hub.publish import prepare_folder
 
 TOKEN = "hf_writer"
@@ -257,3 +260,52 @@ def test_shards_are_published_with_their_index(tmp_path):
         assert files.num_bytes == facts_.file_bytes
         assert_same_weights(AutoModelForImageClassification.from_pretrained(tmp_path / name), model)
     assert not list((tmp_path / "compressed").glob("model-*"))
+
+
+def test_nothing_of_this_machine_is_in_any_byte_that_is_published(tmp_path, monkeypatch):
+    """Whatever has it: a report of absolute paths, configs, metadata of weights, the card, the picture."""
+    home = tmp_path / "people" / "alice"
+    home.mkdir(parents=True)
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.setattr("socket.gethostname", lambda: "lab-7.example.org")
+    monkeypatch.setattr("getpass.getuser", lambda: "alice")
+    facts = {
+        "model_name_or_path": str(home / "models" / "dense-vit"),
+        "teacher_model_name_or_path": r"C:\Users\alice\models\teacher",
+        "data": {"dataset_name": str(tmp_path / "cats"), "eval_split_name": "test", "cache_dir": "~/cache"},
+        "training_arguments": {"logging_dir": "runs/Jul05_12-00-00_lab-7", "run_name": str(home / "run")},
+        "resources": {"spill_dir": "/scratch/alice/spill"},
+        "versions": {"torch": f"2.13 from {home}/torch"},
+        "host": "lab-7.example.org",
+    }
+    folder = tmp_path / "m"
+    make_checkpoint(folder, facts=facts)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"_name_or_path": str(home / "models" / "vit"), "trained_on": "lab-7"}
+    (folder / "config.json").write_text(json.dumps(config))
+    processor = json.loads((folder / "preprocessor_config.json").read_text())
+    (folder / "preprocessor_config.json").write_text(json.dumps(processor | {"path": str(home)}))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"name_or_path": "/home/alice/clip"}))
+    weights = folder / "model.safetensors"
+    with open_safetensors(weights) as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    safetensors.torch.save_file(tensors, weights, metadata={"format": "pt", "made": f"by lab-7 in {home}/é"})
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    for compressed in (False, True):
+        ready = tmp_path / f"ready-{compressed}"
+        prepare_folder(folder, ready, "someone/small-vit", compressed)
+        names = {path.name for path in ready.iterdir()}
+        assert {"README.md", "sparsity.png", "report.json", "tokenizer_config.json", "cap_config.json"} < names
+        for path in ready.iterdir():
+            for private in (str(tmp_path), "alice", "lab-7", "Users", "scratch", "/home"):
+                assert private.encode() not in path.read_bytes(), (path.name, private)
+        report = json.loads((ready / "report.json").read_text())
+        assert report["model_name_or_path"] == "dense-vit"
+        assert report["data"]["dataset_name"] == "cats"
+        assert "cap-hf prune --model_name_or_path dense-vit --dataset_name cats" in (ready / "README.md").read_text()
+        published = dict(iterate_weights(ready))
+        assert published.keys() == tensors.keys()
+        assert all(torch.equal(published[name], value) for name, value in tensors.items())
+        check_file(find_weight_files(ready).paths[0])
+    # Here everything is as it was.
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before

@@ -7,7 +7,8 @@ from transformers import ResNetConfig, ResNetForImageClassification
 
 from cap_hf.data.images import collate
 from cap_hf.errors import CAPError
-from cap_hf.recovery.mask_holder import MaskHolder, count_zeros, model_sparsity
+from cap_hf.masks import count_zeros
+from cap_hf.recovery.mask_holder import MaskHolder, model_sparsity
 from cap_hf.targets import find_targets
 
 

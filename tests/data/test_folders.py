@@ -1,0 +1,171 @@
+"""Folders of images as people have them: links, capitals, splits without classes. Nothing is left out in silence."""
+
+import os
+from collections import Counter
+
+import datasets
+import numpy as np
+import pytest
+from PIL import Image
+
+from cap_hf.data.arguments import DataArguments
+from cap_hf.data.folders import folders_in, open_builders
+from cap_hf.data.once import warn_once
+from cap_hf.data.splits import load_splits
+from cap_hf.errors import CAPError
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+def images(root, *folders, count=3):
+    """Write a few images into each folder; return the root."""
+    for folder in folders:
+        (root / folder).mkdir(parents=True)
+        for number in range(count):
+            Image.fromarray(np.full((8, 8), number, np.uint8)).save(root / folder / f"{number}.png")
+    return root
+
+
+def found(root, streaming=None, needed=("train", "eval")):
+    """The images of each split, and of each class in it."""
+    splits = load_splits(DataArguments(str(root), streaming=streaming), needed=needed)
+    return {
+        name: Counter(split.features["label"].int2str(split["label"][:])) if "label" in split.features else len(split)
+        for name, split in splits.items()
+    }
+
+
+WHOLE = {"train": {"cat": 3, "dog": 3}, "eval": {"cat": 3, "dog": 3}}
+
+
+def classes_are_links(root):
+    """One class of the train split, both of the test split, and of one of these a folder within."""
+    disk = images(root / "disk", "a/cat", "a/dog")
+    images(root / "d", "train/cat")
+    (root / "d" / "test").mkdir()
+    (root / "d" / "train" / "dog").symlink_to(disk / "a" / "dog")
+    for name in ("cat", "dog"):
+        (root / "d" / "test" / name).symlink_to(disk / "a" / name)
+    return root / "d"
+
+
+def splits_are_links(root):
+    disk = images(root / "disk", "t [1]/cat", "t [1]/dog")
+    (root / "d").mkdir()
+    for name in ("train", "Test"):
+        (root / "d" / name).symlink_to(disk / "t [1]", target_is_directory=True)
+    (disk / "t [1]" / "dog" / "above").symlink_to(disk / "t [1]")  # a circle
+    return root / "d"
+
+
+def all_is_a_link(root):
+    (root / "d").symlink_to(images(root / "disk", "train/cat", "train/dog", "val/cat", "val/dog"))
+    return root / "d"
+
+
+def capitals(root):
+    return images(root / "d", "Training/cat", "Training/dog", "Testing/cat", "Testing/dog")
+
+
+LINKS = [classes_are_links, splits_are_links, all_is_a_link, capitals]
+
+
+@pytest.mark.parametrize("make", LINKS)
+@pytest.mark.parametrize("streaming", [None, True])
+def test_all_images_are_found(make, streaming, tmp_path):
+    """`datasets` follows no link to a folder: a class was missing without a word, or all were."""
+    assert found(make(tmp_path), streaming) == WHOLE
+
+
+def test_words_of_splits_in_names_of_classes_are_no_splits(tmp_path):
+    """`datasets` takes train/test_tube for a part of the test split."""
+    root = images(tmp_path / "d", "train/cat", "train/test_tube", "test/cat", "test/test_tube")
+    assert found(root) == {name: {"cat": 3, "test_tube": 3} for name in ("train", "eval")}
+    # Classes: Train is no split among them.
+    assert found(images(tmp_path / "e", "Car", "Train"), needed=["train"]) == {"train": {"Car": 3, "Train": 3}}
+
+
+def test_links_without_splits_are_one_train_split(tmp_path):
+    disk = images(tmp_path / "disk", "cat", "dog")
+    (tmp_path / "d").mkdir()
+    for name in ("cat", "dog"):
+        (tmp_path / "d" / name).symlink_to(disk / name)
+    assert found(tmp_path / "d", needed=["train"]) == {"train": {"cat": 3, "dog": 3}}
+
+
+def test_a_card_has_the_last_word(tmp_path):
+    root = classes_are_links(tmp_path)
+    (root / "README.md").write_text(
+        "---\nconfigs:\n- config_name: c\n  data_files:\n  - {split: train, path: train/**}\n---"
+    )
+    assert found(root, needed=["train"]) == {"train": 3}
+
+
+@pytest.mark.parametrize("streaming", [None, True])
+def test_classes_in_one_split_alone(streaming, tmp_path):
+    root = images(tmp_path / "d", "train/cat", "train/dog", "test")
+    assert found(root, streaming) == {"train": {"cat": 3, "dog": 3}, "eval": 3}
+    assert found(root, streaming, ["train"]) == {"train": {"cat": 3, "dog": 3}}
+    other = images(tmp_path / "e", "train", "test/cat", "test/dog")
+    assert found(other, streaming) == {"train": 3, "eval": {"cat": 3, "dog": 3}}
+
+
+def test_one_class_in_the_first_split_alone(tmp_path):
+    """`datasets` gives the images of a first split no labels where the second shows that there are classes."""
+    root = images(tmp_path / "d", "train/cat", "test/cat", "test/dog")
+    (root / "train" / "dog").mkdir()
+    assert found(root) == {"train": {"cat": 3}, "eval": {"cat": 3, "dog": 3}}
+
+
+def test_a_stray_image_costs_the_labels_of_its_split_and_is_named(tmp_path, caplog):
+    warn_once.cache_clear()
+    root = images(tmp_path / "d", "train/cat", "train/dog", "test/cat", "test/dog")
+    Image.new("L", (8, 8)).save(root / "train" / "stray.png")
+    assert found(root) == {"train": 7, "eval": {"cat": 3, "dog": 3}}
+    assert "The folders of split train are not taken for classes" in caplog.text
+    assert "train/stray.png and " in caplog.text
+
+
+def test_what_cannot_be_followed_is_named(tmp_path):
+    root = images(tmp_path / "d", "train/cat")
+    (root / "train" / "dog").symlink_to(tmp_path / "disk" / "dog")
+    with pytest.raises(CAPError, match="d/train/dog is a link to .*/disk/dog, where nothing is: remove or mend it"):
+        found(root)
+    data = datasets.Dataset.from_dict({"label": [0]})
+    (tmp_path / "parquet").mkdir()
+    data.to_parquet(tmp_path / "parquet" / "test-00000-of-00001.parquet")
+    (tmp_path / "e").mkdir()
+    (tmp_path / "e" / "data").symlink_to(tmp_path / "parquet")
+    with pytest.raises(CAPError, match="e/data is a link to a folder without images, which is not followed: put the"):
+        found(tmp_path / "e")
+    with pytest.raises(CAPError, match="--dataset_name .*parquet is a file: name the folder that it lies in"):
+        found(tmp_path / "parquet" / "test-00000-of-00001.parquet")
+
+
+def test_hidden_folders_are_left_out(tmp_path):
+    root = images(tmp_path / "d", "cat", ".cache/x", "__MACOSX/cat")
+    assert [os.path.relpath(folder, root) for folder in folders_in(root)] == ["cat"]
+
+
+def test_what_datasets_reads_rightly_is_left_to_it(tmp_path):
+    """So that what is in its cache already stays of use."""
+    root = images(tmp_path / "d", "train/cat", "train/dog", "test/cat", "test/dog")
+    (builder,) = open_builders(DataArguments(str(root)), None)
+    assert builder.cache_dir == datasets.load_dataset_builder(str(root)).cache_dir
+
+
+def test_a_folder_that_is_gone_is_not_taken_from_the_cache_of_another(tmp_path, monkeypatch, caplog):
+    """`datasets` finds what any folder of that name once held, and takes it for a dataset of the Hub."""
+    warn_once.cache_clear()
+    monkeypatch.chdir(tmp_path)
+    assert found(images(tmp_path / "e" / "d", "train/cat", "train/dog"), needed=["train"]) == {"train": WHOLE["train"]}
+    with pytest.raises(CAPError, match="--dataset_name d cannot be loaded: it is no folder, nor on the Hub"):
+        found("d", needed=["train"])
+    assert not caplog.records
+    (cached,) = (path for path in (tmp_path / "cache" / "d" / "default" / "0.0.0").iterdir() if path.is_dir())
+    os.renames(cached, tmp_path / "cache" / "someone___d" / "default" / "0.0.0" / ("0123456789" * 4))
+    assert found("someone/d", needed=["train"]) == {"train": WHOLE["train"]}
+    assert caplog.messages == ["The Hub cannot be asked for someone/d: what is cached of it is used."]
