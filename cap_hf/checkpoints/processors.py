@@ -15,9 +15,6 @@ from cap_hf.errors import CAPError
 
 logger = logging.getLogger(__name__)
 
-# What of the arguments of `from_pretrained` says where a checkpoint comes from.
-SOURCE = ("revision", "cache_dir", "token", "local_files_only", "subfolder")
-
 
 def load_image_processor(name_or_path: str | Path, trust_remote_code: bool = False, **source: Any) -> Any:
     """Return the image processor of a checkpoint.

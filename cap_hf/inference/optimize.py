@@ -9,8 +9,8 @@ import torch
 from torch import nn
 from transformers import BaseImageProcessor, PreTrainedModel
 
-from cap_hf.checkpoints.loading import load_checkpoint
-from cap_hf.checkpoints.processors import SOURCE, find_image_processor
+from cap_hf.checkpoints.loading import WHERE, load_checkpoint
+from cap_hf.checkpoints.processors import find_image_processor
 from cap_hf.errors import CAPError
 from cap_hf.inference.choice import is_faster, is_semi_structured_faster
 from cap_hf.inference.example import make_example
@@ -136,7 +136,7 @@ class SparseAutoModel:
         model = load_checkpoint(model_name_or_path, **kwargs)
         image_processor = None
         if backend == "auto" and example_inputs is None and image_size is None:
-            source = {name: kwargs[name] for name in ("trust_remote_code", *SOURCE) if name in kwargs}
+            source = {name: kwargs[name] for name in ("trust_remote_code", *WHERE) if name in kwargs}
             try:
                 image_processor = find_image_processor(model_name_or_path, **source)
             except CAPError as error:
