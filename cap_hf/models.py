@@ -178,9 +178,10 @@ def remade(model: nn.Module) -> Iterator[tuple[str, str, str]]:
 
 
 def check_finite(model: nn.Module) -> None:
-    """Raise a CAPError if a weight of a model is infinite or not a number."""
+    """Raise a CAPError if a weight of a model is infinite or not a number; what is quantised is not looked at."""
     for name, parameter in model.named_parameters():
-        if not parameter.detach().isfinite().all():
+        plain = type(parameter) in (nn.Parameter, torch.Tensor) and parameter.dtype in FLOATS and not parameter.is_meta
+        if plain and not parameter.detach().isfinite().all():
             raise CAPError(
                 f"{name} has entries that are NaN or infinite, in {parameter.dtype}: load a checkpoint whose weights "
                 "are finite (float16 ends at 65504: convert from the float32 checkpoint)"

@@ -36,6 +36,7 @@ from cap_hf.checkpoints.places import closed_cache
 from cap_hf.checkpoints.quantized import check_stored
 from cap_hf.checkpoints.weights import WeightFiles, find_weight_files
 from cap_hf.errors import CAPError, reason
+from cap_hf.models import check_finite
 from cap_hf.targets import summarize
 
 logger = logging.getLogger(__name__)
@@ -154,7 +155,7 @@ def load_checkpoint(
         source: what else `from_pretrained` takes, such as `revision` and `token`.
 
     Raises:
-        CAPError: it cannot be loaded or lacks weights.
+        CAPError: it cannot be loaded, lacks weights, or has some that are not finite.
     """
     arguments = source | {
         "dtype": dtype,
@@ -184,6 +185,7 @@ def load_checkpoint(
         raise CAPError(explain_missing(name_or_path, model, info["missing_keys"], info["unexpected_keys"]))
     if info["mismatched_keys"]:
         raise CAPError(explain_mismatch(name_or_path, model, list(info["mismatched_keys"])))
+    check_finite(model)
     if info["unexpected_keys"]:
         unused = summarize(sorted(info["unexpected_keys"]), 3)
         logger.warning("%s has weights that %s does not use: %s", name_or_path, type(model).__name__, unused)

@@ -12,16 +12,24 @@ from support.checkpoints import make_model, make_processor
 from support.odd import (
     Change,
     adapter,
+    below_file,
     broken_weight,
     classes,
     config,
     cut,
     damaged_picture,
+    is_file,
+    link,
+    painted,
     pickled,
     pictures,
     prefixed,
     processor,
+    quantised,
     remove,
+    text_model,
+    two_configurations,
+    unlabelled_test,
     write,
 )
 
@@ -101,12 +109,46 @@ ODD = {
     "an unknown processor": Odd(
         processor(image_processor_type="Odd"), READING, r"model has an image processor that tr"
     ),
-    # Data.
-    "no data": Odd(remove("data"), READING, r"--dataset_name data cannot be loaded: "),
-    "one class too many": Odd(classes("cat", "dog", "T-shirt-top", "owl"), READING, r"owl"),
+    "pictures are not resized": Odd(
+        processor(do_resize=False), READING, r"image 0 \(.*0\.png\) 8x8 pixels and image 1 .* do not fit into one batch"
+    ),
+    "pictures of another size": Odd(
+        processor(size={"height": 16, "width": 16}), READING, r"pixel_values of .*16, 16\) .*\(batch, 3, 8, 8\)"
+    ),
+    "a mean for two channels": Odd(
+        processor(image_mean=[0.5, 0.5]), READING, r"cannot take image 0 \(.*\.png\) .* mean must have 3 elements"
+    ),
+    "no deviation": Odd(processor(image_std=[0, 0, 0]), READING, r"pixels that are no numbers: look at image_std"),
+    # Pictures.
     "damaged pictures": Odd(damaged_picture, READING, r"image \d+ \(.*\.png\) cannot be read: "),
-    # Weights.
-    "NaN": Odd(broken_weight(float("nan")), ("prune",), r"NaN"),
+    "floats beyond 1": Odd(painted("F", 300.0, ".tiff"), READING, r"image 0 \(.*\.tiff\) .* values are 300 to 300"),
+    "32 bits": Odd(painted("I", 10**6, ".tiff"), READING, r"image 0 \(.*\.tiff\) .* white is taken to be 65535"),
+    # Datasets and labels.
+    "no data": Odd(remove("data"), READING, r"--dataset_name data cannot be loaded: it is no folder"),
+    "data is a file": Odd(is_file("data"), READING, r"--dataset_name data is a file"),
+    "two configurations": Odd(
+        two_configurations, READING, r"several configurations: .*--dataset_config_name, small, l"
+    ),
+    "no classes in test/": Odd(unlabelled_test, ("evaluate", "finetune"), r"no (column of )?labels"),
+    "one class too many": Odd(classes("cat", "dog", "T-shirt-top", "owl"), READING, r"4 classes .* not owl"),
+    "classes from 1": Odd(classes("1", "2", "3"), READING, r"counts the classes from 1 to 3, the model .* from 0"),
+    "names and numbers": Odd(classes("0", "dog", "2"), READING, r"mixes names \(dog\) and numbers \(0, 2\)"),
+    "names in other places": Odd(classes("aardvark", "cat", "dog"), READING, r"not aardvark"),
+    # Models for something else.
+    "text": Odd(text_model, LOADING, r"BertModel takes no images"),
+    "labels that are not one of several": Odd(
+        config(problem_type="multi_label_classification"), READING, r"pick one label of several, and .* multi_label_cl"
+    ),
+    "regression": Odd(config(problem_type="regression"), READING, r"pick one label of several, and .* regression"),
+    "int8": Odd(
+        quantised, ("prune", "finetune"), r"the weights of ViTForImageClassification are quantised \(torchao\)"
+    ),
+    "NaN": Odd(broken_weight(float("nan")), LOADING, r"vit.*\.weight has entries that are NaN or infinite"),
+    "infinite": Odd(broken_weight(float("inf")), LOADING, r"vit.*\.weight has entries that are NaN or infinite"),
+    # Where the output goes.
+    "a link to itself": Odd(link("out", "out"), EVERY, r"out is a link that leads back to itself"),
+    "a file": Odd(is_file("out"), EVERY, r"out is a file: choose another --output_dir"),
+    "below a file": Odd(below_file("out"), EVERY, r"is a file: choose another --output_dir"),
 }
 
 
@@ -158,6 +200,7 @@ def test_an_odd_input_is_one_line(work, name, command, capfd):
     odd = ODD[name]
     odd.change(work)
     before = everything(work)
+    capfd.readouterr()  # what was said while it was made
     assert run(command) == 1
     said = capfd.readouterr().err
     assert said.count("\n") == 1, said

@@ -9,6 +9,9 @@ from pathlib import Path
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from transformers import AutoImageProcessor, AutoModelForImageClassification, BertConfig, BertModel
+
+from cap_hf import quantize_int8
 
 # Changes the folders `model` and `data` in a folder.
 Change = Callable[[Path], object]
@@ -88,6 +91,21 @@ def adapter(work: Path) -> None:
     save_file({"base_model.model.x.lora_A.weight": torch.zeros(2, 2)}, work / "model" / "adapter_model.safetensors")
 
 
+def quantised(work: Path) -> None:
+    """Save the model with int8 weights."""
+    processor = AutoImageProcessor.from_pretrained(work / "model")
+    model = quantize_int8(AutoModelForImageClassification.from_pretrained(work / "model"))
+    model.save_pretrained(work / "model")
+    processor.save_pretrained(work / "model")
+
+
+def text_model(work: Path) -> None:
+    """Have a model that reads text in the model's place."""
+    BertModel(
+        BertConfig(vocab_size=16, hidden_size=16, num_hidden_layers=1, num_attention_heads=1, intermediate_size=16)
+    ).save_pretrained(work / "model")
+
+
 def broken_weight(value: float) -> Change:
     """Put a value into a weight."""
 
@@ -114,6 +132,61 @@ def pictures(folder: Path, classes: tuple[str, ...], splits: tuple[str, ...] = (
             for index in range(2):
                 grey = 20 * number + index
                 Image.new("RGB", (8 + index, 8), (grey, grey, grey)).save(folder / split / name / f"{index}.png")
+
+
+def painted(mode: str, value: float, suffix: str) -> Change:
+    """Have pictures of another mode, all of one value."""
+
+    def change(work: Path) -> None:
+        for path in sorted((work / "data").rglob("*.png")):
+            Image.new(mode, (8, 8), value).save(path.with_suffix(suffix))
+            if suffix != ".png":
+                path.unlink()
+
+    return change
+
+
+def unlabelled_test(work: Path) -> None:
+    """Have the pictures of test/ without folders of classes."""
+    for path in sorted((work / "data" / "test").rglob("*.png")):
+        path.rename(work / "data" / "test" / f"{path.parent.name}-{path.name}")
+    for path in [path for path in (work / "data" / "test").iterdir() if path.is_dir()]:
+        path.rmdir()
+
+
+def two_configurations(work: Path) -> None:
+    """Have a dataset of two configurations."""
+    entry = (
+        "- config_name: {}\n  data_files:\n  - {{split: train, path: train/**}}\n  - {{split: test, path: test/**}}\n"
+    )
+    text = f"---\nconfigs:\n{entry.format('small')}{entry.format('large')}---\n"
+    (work / "data" / "README.md").write_text(text)
+
+
+def is_file(name: str) -> Change:
+    """Have a file in the place of a folder."""
+
+    def change(work: Path) -> None:
+        if (work / name).is_dir():
+            shutil.rmtree(work / name)
+        (work / name).write_text("a file")
+
+    return change
+
+
+def below_file(name: str) -> Change:
+    """Have a link to what would lie below a file."""
+
+    def change(work: Path) -> None:
+        (work / "file").write_text("a file")
+        (work / name).symlink_to("file/below")
+
+    return change
+
+
+def link(name: str, target: str) -> Change:
+    """Make a link."""
+    return lambda work: (work / name).symlink_to(target)
 
 
 def classes(*names: str) -> Change:
