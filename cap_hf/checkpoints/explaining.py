@@ -80,7 +80,7 @@ def explain_processor(name_or_path: str | Path, error: Exception) -> str:
         )
     if "Unrecognized image processor" in said:
         return f"{folder} has an image processor that transformers does not know: correct its {PROCESSOR_NAMES[0]}"
-    return f"{folder} has no image processor: {said}"
+    return f"the image processor of {folder} cannot be loaded: {said}"
 
 
 def explain_adapter(name_or_path: str | Path) -> str:

@@ -71,7 +71,7 @@ def test_what_is_on_the_hub_is_no_folder_to_look_into():
     assert explain("a/b", error).startswith("a/b has no weights as safetensors: ")
     assert "--model_revision refs/pr/1" in explain("a/b", error)
     assert explain("a/b", OSError("two\nlines")) == "a/b cannot be loaded: two lines"
-    assert explain_processor("a/b", OSError("two\nlines")) == "a/b has no image processor: two lines"
+    assert explain_processor("a/b", OSError("two\nlines")) == "the image processor of a/b cannot be loaded: two lines"
 
 
 def test_every_kind_of_foreign_weights_is_named(tmp_path):

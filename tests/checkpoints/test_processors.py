@@ -17,7 +17,7 @@ def test_a_checkpoint_has_one_or_none_or_a_broken_one(tmp_path, caplog):
         assert isinstance(found, ViTImageProcessorPil)
         assert dict(found.size) == {"height": 8, "width": 8}
     (tmp_path / "preprocessor_config.json").write_text("{")
-    with pytest.raises(CAPError, match="has no image processor: .*JSON"):
+    with pytest.raises(CAPError, match="the image processor of .* cannot be loaded: .*JSON"):
         find_image_processor(tmp_path)
     with caplog.at_level(logging.WARNING, logger="cap_hf"):
         assert near_image_processor(model) is None
