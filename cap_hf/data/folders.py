@@ -42,6 +42,8 @@ COMMIT = re.compile("[0-9a-f]{40}")
 CARDS = ("README.md", ".huggingface.yaml")
 # Files that hold many examples each.
 TABLES = (".parquet", ".arrow", ".tar")
+# Lists of images, such as test.csv, which `datasets` reads in the place of the images.
+LISTS = (".csv", ".json", ".jsonl", ".tsv", ".txt")
 
 
 def open_builders(args: DataArguments, token: str | None) -> list[datasets.DatasetBuilder]:
@@ -184,13 +186,15 @@ def listed_splits(root: Path) -> dict[str, list[str]] | None:
             f"{root / listing.followed[0]} is a link to a folder, which is followed to images that are files of their "
             f"own, or where names tell the splits: remove it, or put the files themselves into {root}"
         )
-    warn_of_links(root, used, listing)
     if not splits:
-        doubtful = next(filter(has_split_word, [*map(os.path.dirname, used), *listing.inner]), None)
+        lists = [file for file in listing.files if "/" not in file and file.endswith(LISTS)]
+        doubtful = next(filter(has_split_word, [*map(os.path.dirname, used), *listing.inner, *lists]), None)
+        if doubtful in lists and not listing.followed:
+            return None
         if doubtful is not None:
             raise CAPError(
-                f"{root / doubtful} is called as a split, and which images are in it alone cannot be known: put those "
-                "of each split into a folder of their own, such as train and test"
+                f"{root / doubtful} is called as a split, and which images are in that split cannot be known: put "
+                "those of each split into a folder of their own, such as train and test"
             )
         splits = {TRAIN: used}
     elif lost := {*used}.difference(*splits.values()):
@@ -198,6 +202,7 @@ def listed_splits(root: Path) -> dict[str, list[str]] | None:
             logger,
             f"{len(lost)} of the {len(used)} files in {root} are in no split and are left out, such as {min(lost)}",
         )
+    warn_of_links(root, used, listing)
     if metadata := list(filter(is_metadata, listing.files)):
         whole = by_names([*used, *metadata]) or {TRAIN: [*used, *metadata]}
         splits = {split: each for split, each in whole.items() if split in splits}

@@ -212,8 +212,9 @@ def test_splits_and_labels_where_some_folders_are_links(spec, expected, said, tm
         (["a/", "b/", "a/test_1.png", "c -> DISK/a"], "has no split 'train'; it has test"),
         (
             ["pool/a/", "pool/b/", "test -> pool"],
-            "d/test is called as a split, and which images are in it alone cannot",
+            "d/test is called as a split, and which images are in that split",
         ),
+        (["a/", "b -> DISK/a", "test.csv"], "d/test.csv is called as a split"),
         (["train_test/a/", "train_test/b/", "train_test/c -> DISK/a"], "d/train_test/a is called as a split"),
     ],
 )
