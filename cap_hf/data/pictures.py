@@ -38,7 +38,11 @@ def read_picture(value: Mapping[str, Any] | None, white_level: float | None = No
         with xopen(path, "rb") as file:
             content = file.read()
     with Image.open(path if content is None else io.BytesIO(content)) as image:
+        # Of several channels PIL reads the upper 8 bits.
+        halved = ";16" in str(image.tile) and not image.mode.startswith("I")
         image.load()
+        if halved:
+            check_colors(image, white_level)
         return ImageOps.exif_transpose(in_eight_bits(image, white_level))
 
 
@@ -54,8 +58,8 @@ def in_eight_bits(image: Image.Image, white_level: float | None = None) -> Image
         white_level: the value of white; None for the largest one of its kind.
 
     Raises:
-        CAPError: what white is cannot be known: values below 0 or above white, or, in 16 bits and more, some above 0 and
-            none above 4095.
+        CAPError: what white is cannot be known: values below 0 or above white; or, in 16 bits and more, some above 0
+            and none above 4095.
     """
     if image.mode != "F" and not image.mode.startswith("I"):
         return image
@@ -78,6 +82,26 @@ def in_eight_bits(image: Image.Image, white_level: float | None = None) -> Image
         {tag: image.getexif()[tag] for tag in (ExifTags.Base.Orientation,) if tag in image.getexif()}
     )
     return picture
+
+
+def check_colors(image: Image.Image, white_level: float | None) -> None:
+    """Raise a CAPError where white is not what PIL takes it for, or may not be, in 16 bits of several channels.
+
+    Args:
+        image: the upper 8 bits of the values.
+        white_level: as of `in_eight_bits`.
+    """
+    high = max(band.getextrema()[1] for band, name in zip(image.split(), image.getbands(), strict=True) if name != "A")
+    if white_level is None and 0 < high <= CAMERA >> 8:
+        raise CAPError(
+            f"it has colours of 16 bits and no value above {CAMERA}: save it in 8 bits, scaled if a camera of 12 bits "
+            f"wrote it; or pass --white_level {WORD} if it is dark"
+        )
+    if white_level not in (None, WORD):
+        raise CAPError(
+            f"it has colours of 16 bits, whose white is taken to be {WORD} and not --white_level {white_level:g}: "
+            "scale them and save it in 8 bits"
+        )
 
 
 def white_of(image: Image.Image) -> float:

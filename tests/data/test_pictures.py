@@ -75,6 +75,19 @@ def test_pillow_itself_scales_colours_of_16_bits(color, channels):
     np.testing.assert_array_equal(np.asarray(image.convert("RGB"))[..., 0], RAMP)
 
 
+@pytest.mark.parametrize(("color", "channels"), [(2, 3), (6, 4), (4, 2)])
+def test_colours_of_12_bits_in_16(color, channels):
+    """PIL reads their upper 8 bits: they came out nearly black."""
+    values = np.stack([RAMP * 16] * channels, axis=-1)
+    values[..., -1] = 4095 if color == 2 else 65535  # opaque
+    value = {"bytes": png(values, color).fp.getvalue(), "path": None}
+    with pytest.raises(CAPError, match="colours of 16 bits and no value above 4095: .* or pass --white_level 65535 if"):
+        read_picture(value)
+    with pytest.raises(CAPError, match="white is taken to be 65535 and not --white_level 4095: scale"):
+        read_picture(value, 4095)
+    assert np.asarray(read_picture(value, 65535))[..., 0].max() == 15
+
+
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr", "HSV"])
 def test_pictures_of_8_bits_are_left_alone(mode):
     image = Image.new(mode, (4, 4))
