@@ -7,8 +7,8 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 
-from cap_hf.data.once import warn_once
 from cap_hf.errors import CAPError
+from cap_hf.notices import warn_once
 from cap_hf.targets import summarize
 
 logger = logging.getLogger(__name__)

@@ -8,8 +8,6 @@ import glob
 import logging
 import os
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -30,8 +28,8 @@ from cap_hf.data.listing import (
     is_picture,
     list_files,
 )
-from cap_hf.data.once import warn_once
 from cap_hf.errors import CAPError
+from cap_hf.notices import only_errors, warn_once
 from cap_hf.targets import summarize
 
 logger = logging.getLogger(__name__)
@@ -216,14 +214,3 @@ def warn_of_links(root: Path, used: list[str], listing: Listing) -> None:
     for links, why in ((useless, "no images lie behind them"), (listing.inner, "they lead to what is in it anyway")):
         if links:
             warn_once(logger, f"Links in {root} are left out, since {why}: {summarize(links)}")
-
-
-@contextmanager
-def only_errors() -> Iterator[None]:
-    """Keep the warnings of `datasets` to itself."""
-    verbosity = datasets.utils.logging.get_verbosity()
-    datasets.utils.logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        datasets.utils.logging.set_verbosity(verbosity)

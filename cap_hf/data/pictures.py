@@ -34,10 +34,11 @@ def read_picture(value: Mapping[str, Any] | None, white_level: float | None = No
     content, path = (value or {}).get("bytes"), (value or {}).get("path")
     if content is None and path is None:
         raise CAPError("there is no image")
-    if content is None and not os.path.exists(path):  # in an archive
-        with xopen(path, "rb") as file:
-            content = file.read()
-    with Image.open(path if content is None else io.BytesIO(content)) as image:
+    source: Any = path if content is None else io.BytesIO(content)
+    if content is None and not os.path.exists(str(path)):  # in an archive
+        with xopen(str(path), "rb") as file:
+            source = io.BytesIO(file.read())
+    with Image.open(source) as image:
         # Of several channels PIL reads the upper 8 bits.
         halved = ";16" in str(image.tile) and not image.mode.startswith("I")
         image.load()
@@ -91,7 +92,8 @@ def check_colors(image: Image.Image, white_level: float | None) -> None:
         image: the upper 8 bits of the values.
         white_level: as of `in_eight_bits`.
     """
-    high = max(band.getextrema()[1] for band, name in zip(image.split(), image.getbands(), strict=True) if name != "A")
+    colors = [number for number, name in enumerate(image.getbands()) if name != "A"]
+    high = np.asarray(image)[..., colors].max()
     if white_level is None and 0 < high <= CAMERA >> 8:
         raise CAPError(
             f"it has colours of 16 bits and no value above {CAMERA}: save it in 8 bits, scaled if a camera of 12 bits "

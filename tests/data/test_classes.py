@@ -6,8 +6,8 @@ import datasets
 import pytest
 
 from cap_hf.data.classes import ClassNames, key_of, number_in, pair
-from cap_hf.data.once import warn_once
 from cap_hf.errors import CAPError
+from cap_hf.notices import warn_once
 
 FASHION = ["T - shirt / top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"]
 IMAGENET = ["tench, Tinca tinca", "crane", "cassette player", "crane", "missile", "projectile, missile"]

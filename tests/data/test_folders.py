@@ -12,9 +12,9 @@ from PIL import Image
 
 from cap_hf.data.arguments import DataArguments
 from cap_hf.data.folders import open_builders
-from cap_hf.data.once import warn_once
 from cap_hf.data.splits import load_splits
 from cap_hf.errors import CAPError
+from cap_hf.notices import warn_once
 
 
 @pytest.fixture(autouse=True)

@@ -8,8 +8,8 @@ from transformers import ViTConfig
 
 from cap_hf.data.arguments import DataArguments
 from cap_hf.data.labels import LabelNumbers, find_columns
-from cap_hf.data.once import warn_once
 from cap_hf.errors import CAPError
+from cap_hf.notices import warn_once
 
 
 def config_of(names) -> ViTConfig:
