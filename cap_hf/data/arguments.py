@@ -52,5 +52,9 @@ class DataArguments:
         for name in ("dataloader_num_workers", "shuffle_buffer_size"):
             if getattr(self, name) < 0:
                 raise CAPError(f"{name}={getattr(self, name)} must be at least 0")
+        if not self.dataset_name:
+            raise CAPError("--dataset_name is empty: name a folder, a dataset of the Hub, or digits")
+        if self.train_val_split is not None and not 0 < self.train_val_split < 1:
+            raise CAPError(f"train_val_split={self.train_val_split} is not between 0 and 1")
         if self.white_level is not None and not 0 < self.white_level < float("inf"):
             raise CAPError(f"white_level={self.white_level} must be above 0")

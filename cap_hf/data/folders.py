@@ -148,10 +148,28 @@ def labelled_splits(files: dict[str, list[str]]) -> list[str]:
                 f"The folders of split {split} are not taken for classes: images lie beside and within them, as "
                 f"{ends[0]} and {ends[-1]}",
             )
+        warn_of_depth(split, folders[split])
     deepest = max(max(each) for each in depths.values())
     found = [split for split, each in depths.items() if each == {deepest}]
     # One folder alone is that of the split.
     return found if any(len(folders[split]) > 1 for split in found) else []
+
+
+def warn_of_depth(split: str, folders: set[PurePosixPath]) -> None:
+    """Say which folders are taken for the classes of a split where folders lie between it and them.
+
+    Args:
+        split: its name.
+        folders: that its images lie in.
+    """
+    parents = {folder.parent for folder in folders}
+    if len(parents) > 1 and len(folders) > len(parents):
+        names = sorted({folder.name for folder in folders})
+        warn_once(
+            logger,
+            f"The folders of split {split} lie in {len(parents)} others, such as {min(parents)}: the innermost ones, "
+            f"{summarize(names, 3)}, are taken for classes",
+        )
 
 
 def listed_splits(root: Path) -> dict[str, list[str]] | None:

@@ -1,5 +1,6 @@
 """Examples of a split as the model's inputs."""
 
+import logging
 from collections.abc import Sequence
 
 import datasets
@@ -13,7 +14,14 @@ from cap_hf.data.arguments import DataArguments
 from cap_hf.data.labels import LabelNumbers, find_columns
 from cap_hf.data.pictures import read_picture
 from cap_hf.errors import CAPError, reason
+from cap_hf.notices import warn_once
 from cap_hf.targets import summarize
+
+logger = logging.getLogger(__name__)
+
+# Grey levels, of 255, by which images differ that are not all but one colour; what an image processor makes of them
+# differs by more than the second, and hardly ever is as far from 0 as the third.
+CONTRAST, FLAT, FAR = 32, 0.05, 20.0
 
 
 class ImageDataset(Dataset):
@@ -48,6 +56,13 @@ class ImageDataset(Dataset):
         if self.label_column is not None:
             self.numbers = LabelNumbers(split, self.label_column, config if has_head else None)
         self.columns = list(split.features)
+        others = [column for column in self.columns if column != self.image_column]
+        if has_head and not self.labelled and others:
+            warn_once(
+                logger,
+                f"There is no column of labels among {summarize(self.columns)}: the images are taken as unlabelled; "
+                "name one with --label_column_name if it holds labels",
+            )
         # Images are decoded here, one by one, so that a broken file can be named.
         self.rows = split.select_columns([name for name in (self.image_column, self.label_column) if name]).cast_column(
             self.image_column, datasets.Image(decode=False)
@@ -119,6 +134,7 @@ class ImageDataset(Dataset):
             )
         if pixels.is_floating_point() and not pixels.isfinite().all():
             raise CAPError(f"{kind} makes pixels that are no numbers: look at image_std in preprocessor_config.json")
+        check_contrast(kind, images, pixels)
         return examples
 
     def _misfit(self, images: list[Image.Image], names: list[str], error: Exception) -> CAPError:
@@ -148,6 +164,35 @@ class ImageDataset(Dataset):
 
     def _place(self, value: dict | None) -> str:
         return (value or {}).get("path") or f"column {self.image_column!r}"
+
+
+def check_contrast(kind: str, images: list[Image.Image], pixels: torch.Tensor) -> None:
+    """Look at how dark and light the pixels are that an image processor makes.
+
+    Args:
+        kind: of the image processor.
+        images: what it was given.
+        pixels: what it made of them, `(n, ...)`.
+
+    Raises:
+        CAPError: images of some contrast have lost nearly all of it.
+    """
+    low, high = pixels.min().item(), pixels.max().item()
+    where = "look at do_rescale, rescale_factor, image_mean and image_std in preprocessor_config.json"
+    if high - low < FLAT and contrast(images) >= CONTRAST:
+        raise CAPError(f"{kind} makes pixels from {low:.3g} to {high:.3g}, which are all but the same: {where}")
+    if max(-low, high) > FAR:
+        warn_once(
+            logger,
+            f"{kind} makes pixels beyond {FAR:g}, where most models are trained on -3 to 3: {where}, unless this one "
+            "was trained so",
+        )
+
+
+def contrast(images: list[Image.Image]) -> int:
+    """Return how far the darkest and the lightest pixel of all images are apart, in grey levels from 0 to 255."""
+    bounds = [int(bound) for image in images for bound in np.asarray(image.convert("L").getextrema())]
+    return max(bounds) - min(bounds)
 
 
 def channels_of(config: PretrainedConfig) -> int:

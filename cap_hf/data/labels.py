@@ -56,7 +56,7 @@ def find_columns(features: datasets.Features, args: DataArguments) -> tuple[str,
     """
     image = find_column(features, args.image_column_name, datasets.Image, "image")
     assert image is not None
-    if not isinstance(features[image], datasets.Image):
+    if not (isinstance(features[image], datasets.Image) or is_encoded(features[image])):
         others = [column for column in features if column != image]
         if isinstance(features[image], datasets.Value) and features[image].dtype in STRINGS:
             raise CAPError(
@@ -66,6 +66,13 @@ def find_columns(features: datasets.Features, args: DataArguments) -> tuple[str,
             )
         raise CAPError(f"column {image!r} holds no images: name one of {summarize(others)} with {_flag('image')}")
     return image, find_column(features, args.label_column_name, datasets.ClassLabel, "label", optional=True)
+
+
+def is_encoded(feature: Any) -> bool:
+    """Return whether a column holds the bytes of image files, as it comes from a table that is not of `datasets`."""
+    if isinstance(feature, datasets.Value):
+        return feature.dtype in ("binary", "large_binary")
+    return isinstance(feature, dict) and set(feature) == {"bytes", "path"}
 
 
 class LabelNumbers:
@@ -79,7 +86,7 @@ class LabelNumbers:
       classes or text. Where the model calls its classes by other numbers, they are names like any others.
     - Classes are paired with the model's by name, or all of them by number, or not at all: see `pair`.
     - Text is taken by name: each value must mean one class.
-    - Integers are the model's own numbers of its classes.
+    - Integers are the model's own numbers of its classes, also where they are stored as floating-point numbers.
     - A label that is missing, `None` or -1, is an error where it is met.
 
     Without a model's classes the labels are the dataset's own numbers, and strings have a number each that is made from
@@ -105,9 +112,12 @@ class LabelNumbers:
         self.known = "the dataset numbers its labels from 0"
         feature = split.features[column]
         is_string = isinstance(feature, datasets.Value) and feature.dtype in STRINGS
-        is_integer = isinstance(feature, datasets.Value) and "int" in feature.dtype
-        if not (is_string or is_integer or isinstance(feature, datasets.ClassLabel)):
-            raise CAPError(f"{column!r} holds {feature}, not labels: name one with {_flag('label')}")
+        is_number = isinstance(feature, datasets.Value) and feature.dtype.startswith(("int", "uint", "float", "bool"))
+        if not (is_string or is_number or isinstance(feature, datasets.ClassLabel)):
+            raise CAPError(
+                f"{column!r} holds {feature}, not labels: name a column of numbers, text or classes with "
+                f"{_flag('label')}"
+            )
         if config is None:
             self.by_digest = is_string
             if isinstance(feature, datasets.ClassLabel):
@@ -121,7 +131,8 @@ class LabelNumbers:
             return
         # Of all examples that there are, not only of those chosen from them: numbers that begin with 1 may show at
         # their end alone. Of a stream there are those that were asked for.
-        values = [value for value in split.data.column(column).unique().to_pylist() if value is not None]
+        stored = split.data.column(column).unique().to_pylist()
+        values = [whole(value) for value in stored if value is not None]
         if is_string:
             check_numbers(values, model, column)
             meant = {value: model.meant_by(value) for value in values}
@@ -150,10 +161,16 @@ class LabelNumbers:
         if self.by_digest:
             number = digest_of(value) if isinstance(value, str) else None
         else:
-            number = value if self.ids is None else self.ids.get(value)
+            number = whole(value) if self.ids is None else self.ids.get(value)
         if not isinstance(number, int) or number < 0 or (self.classes is not None and number >= self.classes):
             raise CAPError(f"example {index} has label {value!r} in {self.column!r}, {self.known}")
         return number
+
+
+def whole(value: Any) -> Any:
+    """Return a whole number that is stored in floating point, or as a truth value, as an integer; all else as it is."""
+    is_whole = isinstance(value, bool) or (isinstance(value, float) and value.is_integer())
+    return int(value) if is_whole else value
 
 
 def _flag(role: str) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import datasets
 import numpy as np
+from datasets.exceptions import DatasetGenerationError
 from PIL import Image
 
 from cap_hf.data.arguments import DataArguments
@@ -180,8 +181,6 @@ def held_share(args: DataArguments, names: Sequence[str], needed: Sequence[str])
             f"{args.dataset_name} has no validation or test split, only {summarize(list(names))}: name one with "
             "--eval_split_name or hold a share out with --train_val_split 0.15"
         )
-    if not 0 < args.train_val_split < 1:
-        raise CAPError(f"train_val_split={args.train_val_split} is not between 0 and 1")
     return args.train_val_split
 
 
@@ -208,4 +207,6 @@ def cannot_load(args: DataArguments, token: str | None, error: Exception) -> CAP
         )
     if asked is not None and names and asked not in names:
         return CAPError(f"{args.dataset_name} has no --dataset_config_name {asked}; it has {summarize(names)}")
-    return CAPError(f"--dataset_name {args.dataset_name} cannot be loaded: {reason(error)}")
+    # That an error occurred while the dataset was generated is all that this one says.
+    cause = error.__cause__ if isinstance(error, DatasetGenerationError) and error.__cause__ else error
+    return CAPError(f"--dataset_name {args.dataset_name} cannot be loaded: {reason(cause)}")

@@ -11,6 +11,7 @@ from cap_hf.data.arguments import DataArguments
 from cap_hf.data.images import ImageDataset, calibration_split, collate, make_dataloader
 from cap_hf.data.splits import load_splits
 from cap_hf.errors import CAPError
+from cap_hf.notices import warn_once
 
 
 @pytest.fixture
@@ -196,3 +197,65 @@ def test_collate_and_batch_size():
         collate([*examples, other])
     with pytest.raises(CAPError, match="batch size 0"):
         make_dataloader(examples, 0)
+
+
+def one_image(image, **columns):
+    features = {"image": datasets.Image(), **{name: datasets.Value("int64") for name in columns}}
+    return datasets.Dataset.from_dict(
+        {"image": [image], **{name: [value] for name, value in columns.items()}}, features=datasets.Features(features)
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "raises", "warned"),
+    [
+        ({}, None, None),
+        ({"do_rescale": False}, None, "makes pixels beyond 20, where"),
+        ({"rescale_factor": 1.0}, None, "makes pixels beyond 20, where"),
+        (
+            {"image_mean": [127.5], "image_std": [127.5]},
+            "from -1 to -0.992, which are all but the same: look at do_",
+            None,
+        ),
+        # As some models are trained: the same pixels in two other steps.
+        ({"do_rescale": False, "image_mean": [127.5], "image_std": [127.5]}, None, None),
+    ],
+)
+def test_pixels_that_no_model_is_trained_on_are_named(processor, caplog, changes, raises, warned):
+    warn_once.cache_clear()
+    ramp = Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8) * 4)
+    for name, value in changes.items():
+        setattr(processor, name, value)
+    dataset = ImageDataset(one_image(ramp, label=0), processor, config_of(["cat", "dog"]), DataArguments())
+    if raises is not None:
+        with pytest.raises(CAPError, match=raises):
+            dataset[0]
+    else:
+        dataset[0]
+    assert [warned in record.message for record in caplog.records] == ([] if warned is None else [True])
+
+
+def test_a_picture_of_one_colour_has_no_contrast_to_lose(processor):
+    dataset = ImageDataset(
+        one_image(Image.new("L", (8, 8), 9), label=0), processor, config_of(["cat", "dog"]), DataArguments()
+    )
+    assert dataset[0]["pixel_values"].unique().numel() == 1
+
+
+def test_a_column_that_may_hold_labels_is_not_passed_over_in_silence(processor, caplog):
+    warn_once.cache_clear()
+    split = one_image(Image.new("L", (8, 8), 9), cls=1)
+    ImageDataset(split, processor, config_of(["cat", "dog"]), DataArguments(), has_head=False)
+    assert not caplog.records
+    ImageDataset(split, processor, config_of(["cat", "dog"]), DataArguments())
+    assert "no column of labels among image, cls" in caplog.text
+
+
+@pytest.mark.parametrize("kind", ["bytes", "bytes and path"])
+def test_encoded_images_of_other_tables_are_images(tmp_path, processor, kind):
+    Image.new("L", (8, 8), 9).save(tmp_path / "a.png")
+    content = (tmp_path / "a.png").read_bytes()
+    value = content if kind == "bytes" else {"bytes": content, "path": "a.png"}
+    split = datasets.Dataset.from_dict({"image": [value], "label": [1]})
+    dataset = ImageDataset(split, processor, config_of(["cat", "dog"]), DataArguments())
+    assert dataset[0]["pixel_values"].shape == (1, 8, 8)

@@ -49,8 +49,13 @@ def test_labels_that_are_not_the_models():
     for wrong in (-1, None):
         with pytest.raises(CAPError, match=f"example 1 has label {wrong}"):
             numbers(names, [0, wrong], config)
-    with pytest.raises(CAPError, match="not labels"):
+    # As a table with a missing value stores whole numbers.
+    assert numbers(datasets.Value("float32"), [2.0, 0.0], config) == [2, 0]
+    assert numbers(datasets.Value("bool"), [True, False], config) == [1, 0]
+    with pytest.raises(CAPError, match="example 0 has label 0.5 in"):
         numbers(datasets.Value("float32"), [0.5], config)
+    with pytest.raises(CAPError, match="not labels: name a column of numbers, text or classes"):
+        numbers(datasets.Value("date32"), [None], config)
 
 
 def test_text_is_taken_by_name_or_by_number():
