@@ -59,6 +59,10 @@ class Report(TypedDict, total=False):
     """The entries of a report.json that cap_hf reads again; it may hold more."""
 
     model_name_or_path: str | None
+    model_revision: str | None
+    teacher_model_name_or_path: str | None
+    training_arguments: dict | None
+    num_processes: int | None
     config: dict | None
     data: DataFacts | None
     seed: int | None

@@ -62,6 +62,7 @@ def measure(model_args: ModelArguments, args: BenchmarkArguments) -> None:
 
     from cap_hf.checkpoints.atomic import atomic_file, write_json
     from cap_hf.checkpoints.processors import find_image_processor
+    from cap_hf.checkpoints.quantized import quantization_of
     from cap_hf.commands.common import load_model, where_to_load
     from cap_hf.inference.benchmark import benchmark, losses
     from cap_hf.inference.plot import draw_benchmark
@@ -71,7 +72,14 @@ def measure(model_args: ModelArguments, args: BenchmarkArguments) -> None:
 
     check_output(args.output_dir, overwrite=True)
     threads = args.threads or [torch.get_num_threads()]
-    model = usable_of_transformers(load_model(model_args))
+    model = load_model(model_args)
+    quantization = quantization_of(model)
+    if quantization is not None:
+        raise CAPError(
+            f"{model_args.model_name_or_path} is quantised with {quantization}, and benchmark measures models in "
+            "floats: name the checkpoint that it was made from (cap-hf evaluate measures the accuracy of this one)"
+        )
+    model = usable_of_transformers(model)
     image_processor = None
     if not args.image_size:
         image_processor = find_image_processor(

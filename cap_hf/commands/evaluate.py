@@ -64,7 +64,14 @@ def evaluate(
         model_args, data_args, args.seed, ["eval"], bank_size=probe_args.knn_bank_size
     )
     evaluation = Evaluation(
-        model, splits, image_processor, data_args, args.per_device_eval_batch_size, accelerator, args.disable_tqdm
+        model,
+        splits,
+        image_processor,
+        data_args,
+        args.per_device_eval_batch_size,
+        accelerator,
+        args.disable_tqdm,
+        "load it in Python with from_pretrained, and measure it with a metric of that task",
     )
     dense = sparsity_dense = None
     if args.dense_model_name_or_path is None:

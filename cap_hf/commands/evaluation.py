@@ -31,6 +31,7 @@ class Evaluation:
         batch_size: examples per step and process.
         accelerator: from accelerate.
         disable_tqdm: no progress bars.
+        advice: what to do with a classifier that does not pick one label of several.
 
     Raises:
         CAPError: as `ImageDataset`, a classifier does not pick one label of several, or the bank is too small or has
@@ -46,6 +47,7 @@ class Evaluation:
         batch_size: int,
         accelerator: Accelerator,
         disable_tqdm: bool = False,
+        advice: str = "do not evaluate it, --do_eval false",
     ) -> None:
         self.accelerator, self.disable_tqdm = accelerator, disable_tqdm
         self.dataset = image_dataset(splits["eval"], image_processor, model, data_args)
@@ -56,7 +58,7 @@ class Evaluation:
 
         self.loader, bank = loader(self.dataset), None
         if is_classifier(model) and self.dataset.labelled:
-            check_task(model, "accuracy is", "do not evaluate it, --do_eval false")
+            check_task(model, "accuracy is", advice)
             return
         if "bank" in splits:
             neighbours = image_dataset(splits["bank"], image_processor, model, data_args)

@@ -160,6 +160,7 @@ def finetune(
     recovered = evaluate("evaluate recovered", model)
     report = {
         "model_name_or_path": model_args.model_name_or_path,
+        "model_revision": model_args.model_revision,
         "teacher_model_name_or_path": args.teacher_model_name_or_path,
         "data": asdict(data_args),
         "image_size": size_of(model, collate([train_dataset[0]])),

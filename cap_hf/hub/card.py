@@ -1,29 +1,25 @@
 """The model card: facts from a checkpoint and its report, rendered by `huggingface_hub.ModelCard`.
 
-What a checkpoint or its report does not say is left out of the card. Names come from elsewhere and are taken as text:
-on one line, with what Markdown, HTML or YAML would act on made harmless.
+What a checkpoint or its report does not say is left out of the card.
 """
 
-import html
 import json
 import os
 import re
-import shlex
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
 
 from cap_hf.checkpoints.folder import read_cap_config, read_report
 from cap_hf.checkpoints.loading import check_folder, load_checkpoint
 from cap_hf.checkpoints.metrics import Measured, measured_in
 from cap_hf.checkpoints.quantized import dequantize
 from cap_hf.checkpoints.weights import measure
-from cap_hf.config import CAPConfig
 from cap_hf.errors import CAPError
+from cap_hf.hub.names import code, hub_id, link, one_line, short_name, text
+from cap_hf.hub.origin import GRADUAL, PRUNED, RECOVERED, command_line, kind_of, run_of
 from cap_hf.hub.task import CLASSIFICATION, loader_name, pipeline_tag, purpose
 from cap_hf.masks import describe_masks, differing_layers, find_pattern, take_masks
 from cap_hf.outputs import label_names
@@ -51,7 +47,11 @@ class CardFacts:
         pattern: N:M, if every target keeps to it.
         layers: of each target what `describe_masks` says.
         labels: the names of the classes that it tells apart, where it does.
-        dense, sparse: what was measured, accuracies in [0, 1]; quantization: of the weights, where they are no floats.
+        kind: how it was made, as `kind_of` says; run: with what, as `run_of` does, in `num_processes`.
+        base_model: the dense model that it was pruned from; else, of a recovered one, the sparse model.
+        dense, before, sparse: what was measured, accuracies in [0, 1], of the dense model, of the one that a training
+            began with, and of this one.
+        quantization: of the weights, where they are no floats.
         file_bytes: of the weight files; dense_bytes, compressed_bytes: of their tensors in either form.
     """
 
@@ -68,12 +68,16 @@ class CardFacts:
     dense_bytes: int
     compressed_bytes: int
     quantization: str | None = None
+    kind: str = PRUNED
+    run: dict = field(default_factory=dict)
+    num_processes: int | None = None
     base_model: str | None = None
     license: dict[str, str] = field(default_factory=dict)
     dataset: str | None = None
     dataset_config: str | None = None
     dataset_split: str | None = None
     dense: Measured = field(default_factory=Measured)
+    before: Measured = field(default_factory=Measured)
     sparse: Measured = field(default_factory=Measured)
     config: dict = field(default_factory=dict)
     seed: int | None = None
@@ -125,8 +129,9 @@ class CardFacts:
                 "evaluate and save the checkpoint again, or remove its report"
             )
         patterns = {str(find_pattern(target, masks[target.name]) or "") for target in targets}
-        data = report.get("data") or {}
+        data, kind = report.get("data") or {}, kind_of(report)
         tag = pipeline_tag(model)
+        own_base = base_model or report.get("model_name_or_path")
         return cls(
             repo_id=repo_id,
             architecture=type(model).__name__,
@@ -142,16 +147,21 @@ class CardFacts:
             dense_bytes=dense_bytes,
             compressed_bytes=compressed_bytes,
             quantization=quantization,
-            base_model=base_model or report.get("model_name_or_path"),
-            license={"license": license} if license else base_license(base_model or report.get("model_name_or_path")),
+            kind=kind,
+            run=run_of(report, base_model),
+            num_processes=report.get("num_processes"),
+            base_model=own_base,
+            license={"license": license} if license else base_license(own_base),
             dataset=data.get("dataset_name"),
             dataset_config=data.get("dataset_config_name"),
             dataset_split=data.get("eval_split_name"),
             dense=report.get("dense") or {},
-            # A recovered checkpoint's report also says how accurate it was before.
-            sparse=report.get("recovered") or report.get("sparse") or {},
+            # Of what was trained the report also says how accurate it was before.
+            before={} if kind == PRUNED else report.get("sparse") or {},
+            sparse=(report.get("sparse") if kind == PRUNED else report.get("recovered")) or {},
             config=config,
-            seed=report.get("seed", config.get("seed")),
+            # A recovery has another seed than the pruning that its config tells of.
+            seed=report.get("seed", None if kind == RECOVERED else config.get("seed")),
             versions=report.get("versions") or {},
         )
 
@@ -196,9 +206,7 @@ class CardFacts:
         """Return the card, as `huggingface_hub` and the Hub read it."""
         facts: dict[str, Any] = {each.name: getattr(self, each.name) for each in fields(self)}
         method: str | None = self.config.get("method")
-        base_model = hub_id(self.base_model)
-        metrics = measured_in([self.sparse])
-        link = f"[{base_model}](https://huggingface.co/{base_model})" if base_model else None
+        model, teacher = self.run.get("model_name_or_path"), self.run.get("teacher_model_name_or_path")
         return ModelCard.from_template(
             self.metadata(),
             template_str=template_path().read_text(encoding="utf-8"),
@@ -210,16 +218,19 @@ class CardFacts:
                 "num_labels": len(self.labels),
                 "sparsity": self.sparsity,
                 "num_weights": self.num_weights,
-                "base_model_name": link or (self.base_model and text(short_name(self.base_model))),
+                # A recovery begins with a model that is sparse already.
+                "pruned_from": link(None if self.kind == RECOVERED and self.base_model == model else self.base_model),
+                "trained_from": link(model),
+                "teacher": link(teacher),
                 "dataset_name": self.dataset and text(short_name(self.dataset)),
                 "dataset_split": self.dataset_split and text(self.dataset_split),
                 "purpose": purpose(self.pipeline_tag),
                 "is_classifier": self.pipeline_tag == CLASSIFICATION,
-                "metrics": metrics,
-                "dense": self.dense if all(metric.key in self.dense for metric in metrics) else {},
+                "metrics": measured_in([self.sparse]),
+                "columns": self.columns(),
                 "method": method,
                 "method_text": METHOD_TEXTS.get(method or ""),
-                "command": code(self.command()),
+                "command": code(command_line(self.kind, self.run, self.config, self.sparsity) if self.run else None),
                 "config": code(json.dumps(self.config, indent=2)) if self.config else None,
                 "versions": [text(f"{name} {version}") for name, version in self.versions.items()],
                 "picture": PICTURE_NAME,
@@ -227,22 +238,13 @@ class CardFacts:
             },
         )
 
-    def command(self) -> str | None:
-        """Return the `cap-hf prune` call that the report's arguments amount to; folders go by their last name."""
-        if not (self.base_model and self.dataset and self.config):
-            return None
-        defaults = CAPConfig().to_dict()
-        arguments = {
-            "model_name_or_path": hub_id(self.base_model) or short_name(self.base_model),
-            "dataset_name": hub_id(self.dataset) or short_name(self.dataset),
-        }
-        arguments |= {name: value for name, value in self.config.items() if value != defaults.get(name)}
-        if ":" not in str(self.config.get("allocation")):
-            arguments["sparsity"] = f"{self.sparsity:.4f}".rstrip("0").rstrip(".")
-        words = ["cap-hf", "prune"]
-        for name, value in arguments.items():
-            words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
-        return " ".join(shlex.quote(one_line(word)) for word in words)
+    def columns(self) -> list[tuple[str, Measured]]:
+        """Return the models that were measured, each with the heading of its column; this one is the last."""
+        before = "before pruning" if self.kind == GRADUAL else "sparse"
+        this = "recovered (this model)" if self.kind == RECOVERED else "this model"
+        metrics = measured_in([self.sparse])
+        others = [("dense", self.dense), (before, self.before)]
+        return [each for each in others if all(metric.key in each[1] for metric in metrics)] + [(this, self.sparse)]
 
 
 def template_path() -> Path:
@@ -267,34 +269,3 @@ def base_license(base_model: str | None) -> dict[str, str]:
     if not isinstance(found["license"], str) or not re.fullmatch(r"[\w.+-]+", found["license"]):
         return {}
     return {name: one_line(value) for name, value in found.items() if isinstance(value, str)}
-
-
-def hub_id(name: str | None) -> str | None:
-    """Return a name if it can be a repository on the Hub and is no folder here, else None."""
-    if not name or "/" not in name or os.path.exists(name):
-        return None
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return None
-    return name
-
-
-def short_name(name: str | None) -> str | None:
-    """Return a Hub id as it is, and of a folder only its own name, not where it lies."""
-    return name and (hub_id(name) or one_line(Path(name).name or name))
-
-
-def one_line(value: Any) -> str:
-    """Return text without line breaks and control characters."""
-    return " ".join("".join(char if char.isprintable() else " " for char in str(value)).split())
-
-
-def text(value: Any) -> str:
-    """Return text that Markdown and HTML show as it is."""
-    return re.sub(r"([\\`*_{}\[\]()!|~$])", r"\\\1", html.escape(one_line(value), quote=False))
-
-
-def code(value: str | None) -> str | None:
-    """Return text that cannot end the code block it stands in."""
-    return value and value.replace("`", "'")

@@ -22,7 +22,8 @@ from cap_hf.compressor import CAPCompressor
 from cap_hf.config import CONFIG_NAME
 from cap_hf.distributed.temporary import TemporaryFolder
 from cap_hf.errors import CAPError, reason
-from cap_hf.hub.card import CARD_NAME, PICTURE_NAME, CardFacts, one_line
+from cap_hf.hub.card import CARD_NAME, PICTURE_NAME, CardFacts
+from cap_hf.hub.names import one_line
 from cap_hf.hub.picture import draw_sparsity
 from cap_hf.hub.privacy import Private, clean_folder
 
@@ -30,7 +31,7 @@ PROCESSOR_NAME = "preprocessor_config.json"
 # What is published beside the weights, their index and the card.
 FILES = (MODEL_CONFIG_NAME, PROCESSOR_NAME, *COMPANIONS, CONFIG_NAME, REPORT_NAME)
 # What a card says that comes from a report or a config, and may be private.
-REPORTED = ("base_model", "license", "dataset", "dataset_config", "dataset_split", "config", "versions")
+REPORTED = ("base_model", "run", "license", "dataset", "dataset_config", "dataset_split", "config", "versions")
 WEIGHT_ENDINGS = (".safetensors", ".safetensors.index.json")
 # Seconds before each further attempt.
 WAITS = (1, 4)

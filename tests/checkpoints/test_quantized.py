@@ -43,7 +43,7 @@ def test_a_quantised_model_is_named_and_its_zeros_are_seen(int8):
         ("inspect", [], 0, "Its weights are quantised with torchao; what is 0 is what they stand for"),
         ("push", ["--hub_model_id", "a/b", "--dry_run", "true"], 0, "is what would be pushed to a/b: sparsity 7"),
         ("compress", [], 1, "is quantised with torchao: compress the checkpoint in floats that it was made from"),
-        ("benchmark", [], 1, "are quantised (torchao): load the checkpoint in floating point that they were made from"),
+        ("benchmark", [], 1, "is quantised with torchao, and benchmark measures models in floats: name the"),
     ],
 )
 def test_commands_on_int8(int8, tmp_path, capsys, command, arguments, code, words):

@@ -71,7 +71,7 @@ def test_models_that_pick_no_label_of_several(tiny_checkpoint, tmp_path, change,
     (folder / "config.json").write_text(json.dumps(json.loads((folder / "config.json").read_text()) | change))
     name, task = ["--model_name_or_path", str(folder)], change["problem_type"]
     for command, advice in (
-        ("evaluate", "--do_eval false"),
+        ("evaluate", "load it in Python with from_pretrained, and measure it with a metric of that task"),
         ("finetune", "SparseTrainer"),
         ("prune", "--do_eval false"),
     ):
@@ -80,6 +80,7 @@ def test_models_that_pick_no_label_of_several(tiny_checkpoint, tmp_path, change,
         said = capsys.readouterr().err
         assert f"for models that pick one label of several, and ViTForImageClassification is for {task}" in said
         assert advice in said
+        assert ("--do_eval" in said) == (command == "prune")
         assert not (tmp_path / command).exists()
     assert prune(folder, tmp_path / "pruned", "--sparsity", "0.5", "--do_eval", "false") == 0
     assert json.loads((tmp_path / "pruned" / "report.json").read_text())["config"]["fisher_loss"] == "features"

@@ -14,7 +14,7 @@ from support.checkpoints import make_checkpoint, make_custom_checkpoint, make_pr
 
 from cap_hf import CAPCompressor, CAPConfig, CAPError
 from cap_hf.checkpoints.saving import save_checkpoint
-from cap_hf.hub.card import CardFacts, base_license, code, hub_id, text
+from cap_hf.hub.card import CardFacts, base_license
 
 NASTY = 'it\'s "x": {{ 1337 * 1337 }} {% if %} <script>alert(1)</script> | `a` [b](c)\n---\nlicense: evil\n\u2028# head'
 
@@ -125,9 +125,60 @@ def test_a_recovered_checkpoint_is_as_accurate_as_it_is_now(tmp_path):
     """Its report says under `sparse` how accurate it was before."""
     make_checkpoint(tmp_path / "m", facts={"recovered": {"top1": 0.7, "loss": 0.6, "num_examples": 8}})
     card = render(tmp_path / "m")
-    assert "| top-1 accuracy % | 75.00 | 70.00 |" in card.content
+    assert "| | dense | sparse | recovered (this model) |" in card.content
+    assert "| top-1 accuracy % | 75.00 | 62.50 | 70.00 |" in card.content
     _, results = model_index_to_eval_results(card.data.to_dict()["model-index"])
     assert [result.metric_value for result in results] == [0.7]
+
+
+TRAINED = {
+    "model_name_or_path": "/a/O/sparsity-0.75",
+    "teacher_model_name_or_path": "/a/dense",
+    "training_arguments": {"max_steps": 3, "learning_rate": 1e-4, "hub_model_id": "r", "disable_tqdm": True},
+    "recovered": {"top1": 0.7, "loss": 0.6, "num_examples": 8},
+    "num_processes": 2,
+}
+GRADUALLY = TRAINED | {"training_arguments": {"sparsity_schedule": "0.5,0.75,2,cubic", "seed": 7}}
+GRADUALLY |= {"teacher_model_name_or_path": None, "dense": None, "model_name_or_path": "/a/col"}
+
+
+@pytest.mark.parametrize(
+    ("facts", "base_model", "said", "command"),
+    [
+        (
+            TRAINED,
+            None,
+            [
+                "classification, recovered from sparsity-0.75 with dense as its teacher: 75.00 %",
+                "It ran in 2 processes.",
+            ],
+            "finetune --model_name_or_path sparsity-0.75 --teacher_model_name_or_path dense --dataset_name "
+            "someone/pictures --eval_split_name test --max_steps 3 --learning_rate 0.0001",
+        ),
+        (
+            TRAINED | {"recovered": None},
+            "someone/vit",
+            ["pruned from [someone/vit](https://huggingface.co/someone/vit) and recovered from sparsity-0.75 with"],
+            "finetune --model_name_or_path sparsity-0.75 --teacher_model_name_or_path dense --dataset_name "
+            "someone/pictures --eval_split_name test --max_steps 3 --learning_rate 0.0001",
+        ),
+        (
+            GRADUALLY,
+            None,
+            ["pruned gradually from col while it was trained: 75.00 %", "| top-1 accuracy % | 62.50 | 70.00 |"],
+            "finetune --model_name_or_path col --dataset_name someone/pictures --eval_split_name test --method "
+            "magnitude --sparsity_schedule 0.5,0.75,2,cubic --seed 7",
+        ),
+    ],
+)
+def test_the_run_that_is_told_of_was_run(tmp_path, facts, base_model, said, command):
+    """A card told of a checkpoint at 97 % that was pruned to 97 %, and of a gradual run that it was one `prune`."""
+    make_checkpoint(tmp_path / "m", facts=facts)
+    content = render(tmp_path / "m", base_model=base_model).content
+    for words in said:
+        assert words in content
+    assert re.findall(r"^cap-hf (?:prune|finetune).*$", content, re.MULTILINE) == [f"cap-hf {command}"]
+    assert ("## Accuracy" in content) == bool(facts["recovered"])
 
 
 def test_code_of_a_checkpoint_runs_only_if_it_is_trusted(tmp_path, monkeypatch):
@@ -155,14 +206,6 @@ def test_license_comes_from_the_base_model(tmp_path):
     card = render(tmp_path / "m")
     assert str(tmp_path) not in str(card)  # where folders lie is nobody's business
     assert "pruned from base" in card.content
-
-
-def test_names_of_folders_and_of_repositories():
-    assert hub_id("facebook/deit-small") == "facebook/deit-small"
-    for name in (None, "", "digits", "/a/b", "../a/b", "a/b/c", "a b/c"):
-        assert hub_id(name) is None
-    assert text("a_b*c <i>") == "a\\_b\\*c &lt;i&gt;"
-    assert code("a`b") == "a'b"
 
 
 FEATURES = {"knn_top1": 0.75, "knn_top1_drop_se": 0.004, "cosine": 0.98765, "bank_examples": 5000, "num_examples": 100}

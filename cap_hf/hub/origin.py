@@ -1,0 +1,104 @@
+"""The run that made a checkpoint, by its report: what it began with, and the command line that it amounts to.
+
+The model of a `cap-hf finetune` run was pruned before, and recovered; or it was pruned gradually, while it was trained.
+"""
+
+import re
+import shlex
+from dataclasses import asdict
+from typing import Any
+
+from cap_hf.checkpoints.folder import Report
+from cap_hf.config import CAPConfig
+from cap_hf.data.arguments import DataArguments
+from cap_hf.hub.names import one_line, short_name
+
+PRUNED, GRADUAL, RECOVERED = "pruned", "gradual", "recovered"
+# Arguments that say how a run was watched, shared out or gone on with, not what came of it.
+ASIDE = re.compile(
+    r"(hub|log|logging|trackio|ddp)_.*|.*_token|push_to_hub|run_name|project|disable_tqdm|resume_from_checkpoint|"
+    r"(activation|gradient)_checkpointing|dataloader_(pin_memory|num_workers)"
+)
+ARGUMENT = re.compile(r"[A-Za-z]\w*", re.ASCII)
+
+
+def kind_of(report: Report) -> str:
+    """Return how the checkpoint of a report was made: PRUNED in one shot, GRADUAL or RECOVERED."""
+    training = report.get("training_arguments")
+    if training and training.get("sparsity_schedule") is not None:
+        return GRADUAL
+    return RECOVERED if training is not None or report.get("recovered") else PRUNED
+
+
+def run_of(report: Report, base_model: str | None = None) -> dict[str, Any]:
+    """Return what a report says of its run: models, data and training, as JSON under the report's own names.
+
+    Args:
+        report: of a checkpoint.
+        base_model: another name of the dense model; a recovery did not begin with that one.
+    """
+    named = base_model is not None and kind_of(report) != RECOVERED
+    return {
+        "model_name_or_path": base_model if named else report.get("model_name_or_path"),
+        "model_revision": None if named else report.get("model_revision"),
+        "teacher_model_name_or_path": report.get("teacher_model_name_or_path"),
+        "data": dict(report.get("data") or {}),
+        "training_arguments": dict(report.get("training_arguments") or {}),
+    }
+
+
+def command_line(kind: str, run: dict[str, Any], config: dict[str, Any], sparsity: float) -> str | None:
+    """Return the `cap-hf` call that made a checkpoint, without its folder; other folders go by their last name.
+
+    Args:
+        kind: as `kind_of` says.
+        run: as `run_of` says.
+        config: the fields of the CAPConfig that the checkpoint was pruned with, if it is known.
+        sparsity: share of the targets' weights that are 0.
+
+    Returns:
+        The call; None where the report does not say enough.
+    """
+    model, dataset, training = run["model_name_or_path"], run["data"].get("dataset_name"), run["training_arguments"]
+    if not (model and dataset and (training if kind == RECOVERED else config)):
+        return None
+    arguments: dict[str, Any] = {"model_name_or_path": short_name(model)}
+    if run["model_revision"] not in (None, "main"):
+        arguments["model_revision"] = run["model_revision"]
+    if run["teacher_model_name_or_path"]:
+        arguments["teacher_model_name_or_path"] = short_name(run["teacher_model_name_or_path"])
+    arguments["dataset_name"] = short_name(dataset)
+    usual = asdict(DataArguments())
+    data = changed({name: value for name, value in run["data"].items() if name in usual}, usual)
+    arguments |= {name: value for name, value in single_values(data).items() if name not in arguments}
+    if kind != RECOVERED:
+        pruning = changed(config, CAPConfig().to_dict())
+        # What a gradual run prunes with has the seed of its training.
+        arguments |= {name: value for name, value in pruning.items() if kind == PRUNED or name != "seed"}
+    if kind == PRUNED and ":" not in str(config.get("allocation")):
+        arguments["sparsity"] = f"{sparsity:.4f}".rstrip("0").rstrip(".")
+    for name, value in single_values(training).items():
+        arguments[name] = short_name(value) if isinstance(value, str) else value
+    words = ["cap-hf", "prune" if kind == PRUNED else "finetune"]
+    for name, value in arguments.items():
+        words += [f"--{name}", *map(argument, value if isinstance(value, list) else [value])]
+    return " ".join(shlex.quote(word) for word in words)
+
+
+def changed(values: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
+    """Return the values that are not the default."""
+    return {name: value for name, value in values.items() if value != defaults.get(name)}
+
+
+def single_values(values: dict[str, Any]) -> dict[str, Any]:
+    """Return the entries of received JSON that can be arguments, and say what came of a run."""
+    return {
+        name: value
+        for name, value in values.items()
+        if isinstance(value, (str, int, float)) and ARGUMENT.fullmatch(name) and not ASIDE.fullmatch(name)
+    }
+
+
+def argument(value: Any) -> str:
+    """Return a value as a command line has it."""
+    return str(value).lower() if isinstance(value, bool) else one_line(value)
