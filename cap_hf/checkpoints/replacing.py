@@ -3,6 +3,7 @@
 A folder is replaced if it is empty, or if it has the config.json of a model and all that lies beside it has the name of
 a checkpoint's part: weights, ONNX, configs, a tokenizer, code that the configs ask for, reports, a card, logs. There is
 no folder among these but that of logs, so that no dataset, no other checkpoint and no current folder ever goes along.
+What the commands that measure a checkpoint write may also lie alone.
 """
 
 import filecmp
@@ -23,6 +24,8 @@ LOST_AND_FOUND = "lost+found"
 KEPT = (LOST_AND_FOUND, "training", "collection")
 # JSON that may ask for code.
 CONFIGS = (MODEL_CONFIG_NAME, "preprocessor_config.json", "processor_config.json", "tokenizer_config.json")
+# Of the commands that measure a checkpoint.
+RESULTS = {"eval_results.json", "inspect.json", "benchmark.json", "benchmark.png"}
 PARTS = {
     *CONFIGS,
     *COMPANIONS,
@@ -40,11 +43,6 @@ PARTS = {
     "trainer_state.json",
     "all_results.json",
     "train_results.json",
-    # Of the commands that measure a checkpoint.
-    "eval_results.json",
-    "inspect.json",
-    "benchmark.json",
-    "benchmark.png",
     # Of the Hub.
     "README.md",
     "sparsity.png",
@@ -76,10 +74,12 @@ def check_replaceable(folder: str | Path, source: str | Path | None = None) -> N
         raise CAPError(f"{folder} is the checkpoint itself: choose another --output_dir")
     with writing(folder):
         names = sorted(name for name in os.listdir(folder) if not stays(name, folder))
-    is_model = "model_type" in _json(folder / MODEL_CONFIG_NAME)
-    code = _code(folder) if is_model else set()
+    # A config.json beside weights may also be damaged.
+    is_model = MODEL_CONFIG_NAME in names and any(WEIGHTS.fullmatch(name) for name in names)
+    is_model = is_model or "model_type" in _json(folder / MODEL_CONFIG_NAME)
+    parts = RESULTS | PARTS | _code(folder) if is_model else RESULTS
     for name in names:
-        if is_model and _is_part(folder / name, code):
+        if _is_part(folder / name, parts, is_model):
             continue
         if source is not None and _is_same(folder / name, source / name):
             continue
@@ -121,12 +121,12 @@ def is_empty(folder: Path, but: Path | None = None) -> bool:
         return all(name == LOST_AND_FOUND or folder / name == but for name in os.listdir(folder))
 
 
-def _is_part(path: Path, code: set[str]) -> bool:
-    """Return whether something has a name that it has in a checkpoint, and is what it is there."""
+def _is_part(path: Path, parts: set[str], is_model: bool) -> bool:
+    """Return whether something is one of these files or, in the folder of a model, weights or the folder of logs."""
     if path.name == LOGS:
-        return all(file.startswith(LOG) for _, _, files in os.walk(path) for file in files)
+        return is_model and all(file.startswith(LOG) for _, _, files in os.walk(path) for file in files)
     is_file = path.is_symlink() or path.is_file()
-    return is_file and (path.name in PARTS or path.name in code or WEIGHTS.fullmatch(path.name) is not None)
+    return is_file and (path.name in parts or (is_model and WEIGHTS.fullmatch(path.name) is not None))
 
 
 def _is_same(path: Path, other: Path) -> bool:

@@ -46,7 +46,9 @@ def place(request, tmp_path, monkeypatch):
         ({**CHECKPOINT, "thesis.txt": "x"}, "thesis.txt"),
         ({"README.md": "mine"}, "README.md"),
         ({"config.json": '{"port": 80}', "README.md": "mine"}, "README.md|config.json"),
-        ({"config.json": "{", "model.safetensors": ""}, "config.json"),
+        ({"config.json": "{", "tokenizer.json": ""}, "config.json"),
+        ({"inspect.json": "{}", "report.json": "{}"}, "report.json"),
+        ({"model.safetensors": ""}, "model.safetensors"),
         ({"lora.safetensors": "mine", **CHECKPOINT}, "lora.safetensors"),
         ({**CHECKPOINT, "train.py": "mine"}, "train.py"),
         ({**CHECKPOINT, "data/cat/1.png": "x"}, "data"),
@@ -60,15 +62,15 @@ def test_what_would_be_lost_is_named_and_stays(place, files, lost):
     folder, called = place
     put(folder, files)
     before = tree(folder)
-    with pytest.raises(CAPError, match=f"home holds ({lost}|below), which would be lost: .*; choose another folder"):
-        with atomic_directory(called):
-            raise AssertionError("the work was done in vain")
+    line = f"home holds ({lost}|below), which would be lost: .*; choose another folder"
+    with pytest.raises(CAPError, match=line), atomic_directory(called):
+        raise AssertionError("the work was done in vain")
     # Also of what was put there meanwhile.
     for path in sorted(folder.rglob("*"), reverse=True):
         if path.name != "below":
             path.rmdir() if path.is_dir() else path.unlink()
     if not (folder / "below").exists():
-        with pytest.raises(CAPError, match="which would be lost"), atomic_directory(called) as new:
+        with pytest.raises(CAPError, match=line), atomic_directory(called) as new:
             put(new, CHECKPOINT)
             put(folder, files)
         assert tree(folder) == before
@@ -90,6 +92,8 @@ CODE = {
         {},
         CHECKPOINT,
         CODE,
+        {"config.json": "{", "model.safetensors": ""},
+        {"inspect.json": "", "eval_results.json": "", "benchmark.json": "", "benchmark.png": ""},
         {**CHECKPOINT, "training_args.bin": "", "runs/Jul05_12-00-00_host/events.out.tfevents.1": ""},
         {
             "config.json": CHECKPOINT["config.json"],
