@@ -23,7 +23,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
-from cap_hf.checkpoints.places import writing
+from cap_hf.checkpoints.places import real_path, writing
 from cap_hf.checkpoints.replacing import check_replaceable, has_to_stay, is_partial, stays
 from cap_hf.errors import CAPError
 
@@ -52,9 +52,7 @@ def atomic_directory(path: str | Path, source: str | Path | None = None) -> Iter
             folder cannot be written; nothing is changed then.
     """
     path = real_path(path)
-    if os.path.exists(path) and not os.path.isdir(path):
-        raise CAPError(f"{path} is a file: choose another name for the folder")
-    check_replaceable(path, source)
+    check_place(path, source)
     with _partial_folder(path) as partial:
         folder = partial / NEW / path.name
         folder.mkdir(parents=True)
@@ -70,6 +68,16 @@ def atomic_directory(path: str | Path, source: str | Path | None = None) -> Iter
             with _partial_folder(path, inside=True) as inside:
                 # To another disk this is a copy, so that only the next step says that it is whole.
                 _exchange_content(Path(shutil.move(folder, inside / NEW)), path, inside, source)
+
+
+def check_place(path: str | Path, source: str | Path | None = None) -> None:
+    """Raise the CAPError that `atomic_directory` would, if `path` is a file or something there would be lost."""
+    path = real_path(path)
+    if os.path.exists(path) and not os.path.isdir(path):
+        raise CAPError(f"{path} is a file: choose another name for the folder")
+    # Not of what is half exchanged; a folder that is not there, or just taken away, may be written.
+    with writing(path), suppress(FileNotFoundError), _alone_in(path):
+        check_replaceable(path, source)
 
 
 @contextmanager
@@ -97,19 +105,6 @@ def write_json(path: str | Path, content: dict) -> None:
     """
     with atomic_file(path) as file:
         file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
-def real_path(path: str | Path) -> Path:
-    """Return the absolute path that links lead to, there or not: what it names is replaced, and no link.
-
-    Raises:
-        CAPError: a link leads back to itself.
-    """
-    real = Path(os.path.realpath(path))
-    loop = next((each for each in (real, *real.parents) if each.is_symlink()), None)
-    if loop is not None:
-        raise CAPError(f"{loop} is a link that leads back to itself: remove it, or choose another folder")
-    return real
 
 
 @contextmanager
@@ -270,7 +265,7 @@ def _remove_stale(path: Path) -> None:
     _remove_stale_in(path.parent, path)
     if _partials(path, path):
         with suppress(FileNotFoundError), _alone_in(path):
-            pass  # it was done on the way
+            pass  # done on the way
 
 
 def _remove_stale_in(folder: Path, path: Path) -> None:

@@ -39,8 +39,8 @@ def demo(args: DemoArguments) -> None:
     import transformers
     from transformers.utils import logging as transformers_logging
 
-    from cap_hf.checkpoints.atomic import real_path, write_json
-    from cap_hf.checkpoints.replacing import check_replaceable
+    from cap_hf.checkpoints.atomic import check_place, write_json
+    from cap_hf.checkpoints.places import real_path
     from cap_hf.checkpoints.saving import save_checkpoint
     from cap_hf.commands.common import load_image_processor, load_model
     from cap_hf.commands.digits import check_loaded, recover, train_dense
@@ -57,7 +57,7 @@ def demo(args: DemoArguments) -> None:
     recovered_folder = output / f"recovered-{SPARSITIES[-1]:g}"
     # Now, and not only after the work.
     for folder in (dense_folder, saved_folder, recovered_folder):
-        check_replaceable(folder)
+        check_place(folder)
     transformers_logging.disable_progress_bar()
     transformers.set_seed(args.seed)
     phases, accelerator = Phases(), make_accelerator()

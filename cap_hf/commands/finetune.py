@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from cap_hf.checkpoints.atomic import real_path
+from cap_hf.checkpoints.atomic import check_place
 from cap_hf.checkpoints.form import round_weights
-from cap_hf.checkpoints.replacing import check_replaceable
+from cap_hf.checkpoints.places import real_path
 from cap_hf.checkpoints.saving import save_checkpoint
 from cap_hf.collection.resources import Resources
 from cap_hf.commands.arguments import ModelArguments, ProbeArguments, beside, check_output, parse
@@ -261,7 +261,7 @@ def prepare_output(args: SparseTrainingArguments, overwrite: bool) -> str | None
     output, training = args.folder, beside(args.folder, "training")
     check_output(output, overwrite, training)
     # Now, and not only after the training.
-    check_replaceable(output)
+    check_place(output)
     if args.hub_model_id is None:
         args.hub_model_id = real_path(output).name
     args.output_dir = str(training)

@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cap_hf.checkpoints.replacing import check_replaceable
+from cap_hf.checkpoints.atomic import check_place
 from cap_hf.collection.resources import Resources
 from cap_hf.commands.arguments import (
     DEFAULT_OUTPUT_DIR,
@@ -61,7 +61,7 @@ def main(argv: list[str]) -> None:
     check_output(args.output_dir, args.overwrite_output_dir or args.resume, state_folder(args))
     # Now, and not only after the pruning.
     for sparsity in sparsities:
-        check_replaceable(Path(args.output_dir) / checkpoint_name(sparsity))
+        check_place(Path(args.output_dir) / checkpoint_name(sparsity))
     prune(model_args, data_args, args, probe_args, config, resources, sparsities)
 
 
@@ -76,7 +76,8 @@ def prune(
 ) -> None:
     """Do the work, once nothing is wrong with the arguments: load, collect, and per sparsity prune, evaluate, save."""
     # Imported here, because the arguments are checked before these take their seconds.
-    from cap_hf.checkpoints.atomic import real_path, write_json
+    from cap_hf.checkpoints.atomic import write_json
+    from cap_hf.checkpoints.places import real_path
     from cap_hf.checkpoints.saving import save_checkpoint
     from cap_hf.collection.batch_norm import batch_norms
     from cap_hf.collection.examples import whole_groups

@@ -6,7 +6,7 @@ import os
 import pytest
 
 from cap_hf import CAPError
-from cap_hf.checkpoints.atomic import atomic_directory
+from cap_hf.checkpoints.atomic import atomic_directory, check_place
 from cap_hf.checkpoints.replacing import check_replaceable, is_empty
 
 CHECKPOINT = {"config.json": '{"model_type": "vit"}', "model.safetensors": "weights"}
@@ -134,6 +134,19 @@ def test_a_copy_is_not_lost_and_the_source_stays(tmp_path):
     with pytest.raises(CAPError, match="source is the checkpoint itself: choose another --output_dir"):
         check_replaceable(tmp_path / "link", source)
     check_replaceable(tmp_path / "not there", source)
+
+
+def test_what_a_killed_run_left_half_exchanged_is_put_right_before_it_is_looked_at(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    put(tmp_path, {**CHECKPOINT, "README.md": "card"})
+    # As a kill leaves it after the first two renames.
+    left = tmp_path / f".{tmp_path.name}.x.partial"
+    put(left, {"lock": "", "old/keep": ""})
+    (left / "old" / "keep").unlink()
+    for name in CHECKPOINT:
+        (tmp_path / name).rename(left / "old" / name)
+    check_place(".")
+    assert sorted(os.listdir()) == sorted([*CHECKPOINT, "README.md"])
 
 
 def test_what_mkfs_puts_onto_a_disk_is_nothing_and_stays(tmp_path):
