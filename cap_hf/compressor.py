@@ -225,13 +225,14 @@ class CAPCompressor:
         """Save the pruned model with its CAPConfig and report (main process), atomically.
 
         Args:
-            save_directory: replaced as a whole if it exists.
+            save_directory: replaced as a whole if it is empty or holds a checkpoint and nothing else.
             image_processor: saved beside the model if given.
             compressed: store only what is non-zero; then `import cap_hf` is needed before `from_pretrained`.
             max_shard_size: of the tensors in one file, such as "5GB"; None for transformers' default.
 
         Raises:
-            CAPError: there is too little space, the folder cannot be written, or the model is none of transformers.
+            CAPError: there is too little space, the folder cannot be written, something in it would be lost, or the
+                model is none of transformers.
         """
         usable_of_transformers(self.model)
         if self.accelerator.is_main_process:

@@ -6,7 +6,10 @@ what it wrote, whole, and the last one stays. A partial folder without a holder 
 by the next run that writes to the name.
 
 A folder that cannot be exchanged itself - a mount point, the current folder, one whose parent may not be written - is
-written from within: the partial folder lies in it, and what it holds is exchanged entry by entry.
+written from within: the partial folder lies in it, and what it holds is exchanged entry by entry. One run at a time
+does so, with a lock on the folder, and first puts right what a killed one has left: what lies there is never of two.
+
+What is replaced is nothing but a checkpoint, see `cap_hf.checkpoints.replacing`.
 """
 
 import errno
@@ -15,11 +18,13 @@ import json
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
-from cap_hf.checkpoints.places import writing
+from cap_hf.checkpoints.places import real_path, writing
+from cap_hf.checkpoints.replacing import check_replaceable, has_to_stay, is_partial, stays
 from cap_hf.errors import CAPError
 
 # In a partial folder: its lock, what is being written, and the folder that it takes the place of.
@@ -28,35 +33,51 @@ LOCK, NEW, OLD = "lock", "new", "old"
 READY = "ready"
 # What the system says of a folder that has to stay where it is: it is a mount point, on another disk, or another's.
 FIXED = (errno.EBUSY, errno.EXDEV, errno.EACCES, errno.EPERM, errno.EROFS)
-# What is no content of a disk: mkfs makes it.
-LOST_AND_FOUND = "lost+found"
+# Seconds between two looks at a lock that another run holds, and how many: entries are exchanged in less than one.
+PAUSE, LOOKS = 0.05, 1200
 
 
 @contextmanager
-def atomic_directory(path: str | Path) -> Iterator[Path]:
-    """Yield an empty folder to fill; once it is whole it takes the name `path`, and another folder's place there.
+def atomic_directory(path: str | Path, source: str | Path | None = None) -> Iterator[Path]:
+    """Yield an empty folder to fill; once it is whole it takes the name `path`, and another checkpoint's place there.
 
     A link stays, and the folder that it leads to is replaced.
 
+    Args:
+        path: of the folder.
+        source: a checkpoint that is copied into it, whose own place it does not take.
+
     Raises:
-        CAPError: the disk is full, or the folder cannot be written; nothing is changed then.
+        CAPError: something else than a checkpoint would be lost (see `check_replaceable`), the disk is full, or the
+            folder cannot be written; nothing is changed then.
     """
     path = real_path(path)
-    if os.path.exists(path) and not os.path.isdir(path):
-        raise CAPError(f"{path} is a file: choose another name for the folder")
+    check_place(path, source)
     with _partial_folder(path) as partial:
         folder = partial / NEW / path.name
         folder.mkdir(parents=True)
         yield folder
         try:
-            _publish_directory(folder, path, partial)
+            published = _publish_directory(folder, path, partial, source)
         except OSError as error:
             if error.errno not in FIXED or not os.path.isdir(path):
                 raise
             # Tried, because nothing tells beforehand of a folder that is mounted from the same disk.
+            published = False
+        if not published:
             with _partial_folder(path, inside=True) as inside:
                 # To another disk this is a copy, so that only the next step says that it is whole.
-                _exchange_content(Path(shutil.move(folder, inside / NEW)), path, inside)
+                _exchange_content(Path(shutil.move(folder, inside / NEW)), path, inside, source)
+
+
+def check_place(path: str | Path, source: str | Path | None = None) -> None:
+    """Raise the CAPError that `atomic_directory` would, if `path` is a file or something there would be lost."""
+    path = real_path(path)
+    if os.path.exists(path) and not os.path.isdir(path):
+        raise CAPError(f"{path} is a file: choose another name for the folder")
+    # Not of what is half exchanged; a folder that is not there, or just taken away, may be written.
+    with writing(path), suppress(FileNotFoundError), _alone_in(path):
+        check_replaceable(path, source)
 
 
 @contextmanager
@@ -86,34 +107,6 @@ def write_json(path: str | Path, content: dict) -> None:
         file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def real_path(path: str | Path) -> Path:
-    """Return the absolute path that links lead to, there or not: what it names is replaced, and no link.
-
-    Raises:
-        CAPError: a link leads back to itself.
-    """
-    real = Path(os.path.realpath(path))
-    loop = next((each for each in (real, *real.parents) if each.is_symlink()), None)
-    if loop is not None:
-        raise CAPError(f"{loop} is a link that leads back to itself: remove it, or choose another folder")
-    return real
-
-
-def is_empty(folder: Path, but: Path | None = None) -> bool:
-    """Return whether a folder that is there holds nothing but one path; what mkfs puts onto a new disk is nothing.
-
-    Raises:
-        CAPError: it may not be looked into.
-    """
-    with writing(folder):
-        return all(name == LOST_AND_FOUND or folder / name == but for name in os.listdir(folder))
-
-
-def is_fixed(folder: Path) -> bool:
-    """Return whether a folder has to stay where it is: a mount point, or what the current folder lies in."""
-    return folder.is_dir() and (os.path.ismount(folder) or Path(os.path.realpath(".")).is_relative_to(folder))
-
-
 @contextmanager
 def _partial_folder(path: Path, inside: bool | None = None) -> Iterator[Path]:
     """Yield a folder that holds this process's lock, and remove it in the end.
@@ -126,62 +119,98 @@ def _partial_folder(path: Path, inside: bool | None = None) -> Iterator[Path]:
         CAPError: in place of any error of the system, also of one in the body.
     """
     with writing(path):
-        if inside is None:
-            inside = is_fixed(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
         _remove_stale(path)
+        if inside is None:
+            inside = has_to_stay(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
         partial = _make_partial(path, inside)
         try:
             with open(partial / f"{LOCK}.new", "w") as lock:
-                _try_lock(lock.fileno())
+                _lock(lock.fileno())
                 # A lock without a holder is never seen under the name that `_remove_stale` looks for.
                 os.rename(lock.name, partial / LOCK)
                 yield partial
         finally:
-            _give_back(partial, path)
-            shutil.rmtree(partial, ignore_errors=True)
+            _end(partial, path)
 
 
 def _make_partial(path: Path, inside: bool) -> Path:
     """Make a new partial folder in `path` or beside it; in it also where nothing can be made beside it."""
     try:
-        folder = path if inside else path.parent
-        return Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=folder))
+        # Nobody takes a folder away for something new that is about to be written in it.
+        with _alone_in(path) if inside else nullcontext():
+            folder = path if inside else path.parent
+            return Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=folder))
     except OSError as error:
         if inside or error.errno not in FIXED or not os.path.isdir(path):
             raise
     return _make_partial(path, inside=True)
 
 
-def _publish_directory(folder: Path, path: Path, partial: Path) -> None:
+def _publish_directory(folder: Path, path: Path, partial: Path, source: str | Path | None) -> bool:
     """Give a folder the name `path`; what has the name moves into the partial folder.
 
     There is no call that exchanges two folders on every system, so for a moment nothing has the name.
+
+    Returns:
+        Whether it was done; not where the folder that has the name has to stay, as it had not when the run began.
     """
     if partial.parent == path:
-        _exchange_content(folder, path, partial)
-        return
+        _exchange_content(folder, path, partial, source)
+        return True
     while True:
         taken = not _rename(folder, path)
         # What was replaced goes at once; another run may take the name at any time, and is replaced in its turn.
         shutil.rmtree(partial / OLD, ignore_errors=True)
         if not taken:
-            return
-        with suppress(FileNotFoundError):
+            return True
+        with suppress(FileNotFoundError), _alone_in(path):
+            # Again, since something may have been put there while the new was made.
+            check_replaceable(path, source)
+            if has_to_stay(path):
+                return False
             os.rename(path, partial / OLD)
 
 
-def _exchange_content(folder: Path, path: Path, partial: Path) -> None:
+def _exchange_content(folder: Path, path: Path, partial: Path, source: str | Path | None) -> None:
     """Move what `path` holds into the partial folder in it, and what another folder there holds in its place.
 
     A kill leaves what there was, or what is new, to be put right by `_give_back`.
     """
-    (partial / OLD).mkdir()
-    for name in _content(path):
-        with suppress(FileNotFoundError):  # another run moved it
-            os.rename(path / name, partial / OLD / name)
-    os.rename(folder, partial / READY)
-    _move_in(partial / READY, path)
+    with _alone_in(path):
+        check_replaceable(path, source)
+        try:
+            (partial / OLD).mkdir()
+            for name in os.listdir(path):
+                if not stays(name, path):
+                    os.rename(path / name, partial / OLD / name)
+            os.rename(folder, partial / READY)
+            _move_in(partial / READY, path)
+        except BaseException:
+            _give_back(partial, path)
+            raise
+
+
+@contextmanager
+def _alone_in(path: Path) -> Iterator[None]:
+    """Hold the lock on a folder, in which no other run exchanges anything then, and nothing is half exchanged.
+
+    Raises:
+        CAPError: another run does not give it back.
+        FileNotFoundError: the folder is not there.
+    """
+    for _ in range(LOOKS):
+        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            # While this waited, another folder may have taken the name.
+            if _lock(descriptor) is not False and os.path.samestat(os.fstat(descriptor), os.stat(path)):
+                _remove_stale_in(path, path)
+                yield
+                return
+        finally:
+            os.close(descriptor)
+        time.sleep(PAUSE)
+    raise CAPError(f"another run is writing to {path}: wait for it, or choose another folder")
 
 
 def _move_in(folder: Path, path: Path) -> None:
@@ -191,26 +220,33 @@ def _move_in(folder: Path, path: Path) -> None:
             shutil.rmtree(path / name, ignore_errors=True)
 
 
-def _content(path: Path) -> list[str]:
-    """Return the names of what a folder holds, without partial folders of its own and what mkfs made."""
-    return [name for name in os.listdir(path) if name != LOST_AND_FOUND and not _is_partial(name, path)]
-
-
-def _is_partial(name: str, path: Path) -> bool:
-    return name.startswith(f".{path.name}.") and name.endswith(".partial")
+def _moving(partial: Path) -> Path | None:
+    """Return the folder of a partial one, in the final folder, that holds what has still to move there, or None."""
+    moving = partial / (READY if (partial / READY).exists() else OLD)
+    return moving if moving.exists() and os.listdir(moving) else None
 
 
 def _give_back(partial: Path, path: Path) -> None:
     """Put a final name right after a kill, an interrupt or an error between two renames.
 
-    The folder that was moved away comes back if nothing took its place; what is whole and was moving in moves in.
+    The folder that was moved away comes back if nothing took its place; what is whole and was moving in moves in. Where
+    that is done in `path`, the lock on it is held.
     """
-    if (partial / READY).exists():
-        _move_in(partial / READY, path)
-    elif (partial / OLD).exists() and partial.parent == path:
-        _move_in(partial / OLD, path)
+    if partial.parent == path:
+        if moving := _moving(partial):
+            _move_in(moving, path)
     elif (partial / OLD).exists() and not path.exists():
+        # Not in the place of what another run puts there at this moment.
         _rename(partial / OLD, path)
+
+
+def _end(partial: Path, path: Path) -> None:
+    """Remove a partial folder of this run, unless something in it has still to move: then the next run does it."""
+    if partial.parent != path:
+        _give_back(partial, path)
+    elif _moving(partial):
+        return
+    shutil.rmtree(partial, ignore_errors=True)
 
 
 def _rename(source: Path, path: Path) -> bool:
@@ -226,28 +262,34 @@ def _rename(source: Path, path: Path) -> bool:
 
 def _remove_stale(path: Path) -> None:
     """Remove the partial folders of `path` that killed runs left; those of runs that are alive are locked."""
-    for folder in (path.parent, path):
-        try:
-            names = os.listdir(folder)
-        except OSError:  # not there, a file, or one that may not be looked into
-            continue
-        for name in names:
-            if _is_partial(name, path):
-                _remove_if_stale(folder / name, path)
+    _remove_stale_in(path.parent, path)
+    if _partials(path, path):
+        with suppress(FileNotFoundError), _alone_in(path):
+            pass  # done on the way
 
 
-def _remove_if_stale(partial: Path, path: Path) -> None:
-    """Remove a partial folder unless a run that is alive holds its lock, or it is nobody's."""
-    with suppress(OSError), open(partial / LOCK, "r+") as lock:  # another run removed it, or may be about to fill it
-        if _try_lock(lock.fileno()):
-            _give_back(partial, path)
-            shutil.rmtree(partial, ignore_errors=True)
+def _remove_stale_in(folder: Path, path: Path) -> None:
+    for partial in _partials(folder, path):
+        # Another run removed it, or may be about to fill it.
+        with suppress(OSError), open(partial / LOCK, "r+") as lock:
+            if _lock(lock.fileno()):
+                _give_back(partial, path)
+                shutil.rmtree(partial, ignore_errors=True)
 
 
-def _try_lock(descriptor: int) -> bool:
-    """Return whether this process has the lock of an open file now; never where the file system has no locks."""
+def _partials(folder: Path, path: Path) -> list[Path]:
+    """Return the partial folders of `path` in a folder; none if it is not there, or may not be looked into."""
+    with suppress(OSError):
+        return [folder / name for name in os.listdir(folder) if is_partial(name, path)]
+    return []
+
+
+def _lock(descriptor: int) -> bool | None:
+    """Return whether this process has the lock of an open file or folder now; None where there are no locks."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except BlockingIOError:
         return False
+    except OSError:
+        return None
     return True

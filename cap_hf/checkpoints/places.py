@@ -111,6 +111,19 @@ def full_place(place: Path) -> Path:
     return temporary
 
 
+def real_path(path: str | Path) -> Path:
+    """Return the absolute path that links lead to, there or not: what it names is replaced, and no link.
+
+    Raises:
+        CAPError: a link leads back to itself.
+    """
+    real = Path(os.path.realpath(path))
+    loop = next((each for each in (real, *real.parents) if each.is_symlink()), None)
+    if loop is not None:
+        raise CAPError(f"{loop} is a link that leads back to itself: remove it, or choose another folder")
+    return real
+
+
 def free_bytes(place: Path) -> int:
     """Return what is free on the disk of a place that need not be there yet."""
     existing = next(path for path in (place.absolute(), *place.absolute().parents) if os.path.exists(path))

@@ -48,7 +48,7 @@ def save_checkpoint(
     companions: Sequence[Path] = (),
     form: StoredForm | None = None,
 ) -> None:
-    """Save a model as safetensors with what belongs to it, atomically; an existing folder is replaced.
+    """Save a model as safetensors with what belongs to it, atomically; another checkpoint there is replaced.
 
     Args:
         directory: where to.
@@ -61,8 +61,8 @@ def save_checkpoint(
         form: the dtype and the size of the files; None for the model's dtype and transformers' size.
 
     Raises:
-        CAPError: there is too little space, the folder cannot be written, the model cannot be compressed, or a
-            companion is a link out of its folder or is called JSON and is none.
+        CAPError: there is too little space, the folder cannot be written or holds something else than a checkpoint,
+            the model cannot be compressed, or a companion is a link out of its folder or is called JSON and is none.
     """
     form = form or StoredForm()
     with atomic_directory(directory) as folder:
@@ -114,7 +114,7 @@ def save_compressed(model: PreTrainedModel, folder: Path, max_shard_size: int | 
 
 
 def compress_checkpoint(source: str | Path, directory: str | Path) -> None:
-    """Write a compressed copy of a plain checkpoint, atomically; an existing folder is replaced.
+    """Write a compressed copy of a plain checkpoint, atomically; another checkpoint there is replaced.
 
     Args:
         source: a folder with a plain checkpoint; everything beside its weights is copied.
@@ -122,12 +122,10 @@ def compress_checkpoint(source: str | Path, directory: str | Path) -> None:
 
     Raises:
         CAPError: the source cannot be compressed, a file of it is a link out of it or is called JSON and is none, the
-            disk is full, or the folder cannot be written.
+            disk is full, or the folder cannot be written or holds something else than a checkpoint.
     """
     source = Path(source)
-    if source.resolve() == Path(directory).resolve():
-        raise CAPError(f"{directory} is the checkpoint itself: choose another --output_dir")
-    with atomic_directory(directory) as folder:
+    with atomic_directory(directory, source) as folder:
         for path in sorted(source.iterdir()):
             if path.is_file() and not path.name.endswith(WEIGHT_SUFFIXES):
                 copy_file(path, source, folder)

@@ -16,8 +16,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from cap_hf.checkpoints.atomic import atomic_directory, is_empty, write_json
+from cap_hf.checkpoints.atomic import atomic_directory, write_json
 from cap_hf.checkpoints.places import writing
+from cap_hf.checkpoints.replacing import is_empty
 from cap_hf.collection.running import Batch
 from cap_hf.distributed.processes import Processes
 from cap_hf.errors import CAPError

@@ -146,7 +146,8 @@ def check_output(directory: str | Path, overwrite: bool, kept: Path | None = Non
         kept: what `beside` gave for it, which may lie in it.
     """
     # Imported here: it is not needed for help and wrong arguments.
-    from cap_hf.checkpoints.atomic import is_empty, real_path
+    from cap_hf.checkpoints.places import real_path
+    from cap_hf.checkpoints.replacing import is_empty
 
     # Where a link leads, also one to a folder that is not there yet.
     directory = real_path(directory)
@@ -164,7 +165,7 @@ def beside(output: str | Path, suffix: str) -> Path:
 
     It is `OUTPUT/suffix` where nothing can be written beside the output, or another disk begins with it.
     """
-    from cap_hf.checkpoints.atomic import real_path
+    from cap_hf.checkpoints.places import real_path
 
     output = real_path(output)
     if output.is_dir() and (os.path.ismount(output) or not os.access(output.parent, os.W_OK | os.X_OK)):

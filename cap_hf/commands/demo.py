@@ -39,7 +39,8 @@ def demo(args: DemoArguments) -> None:
     import transformers
     from transformers.utils import logging as transformers_logging
 
-    from cap_hf.checkpoints.atomic import real_path, write_json
+    from cap_hf.checkpoints.atomic import check_place, write_json
+    from cap_hf.checkpoints.places import real_path
     from cap_hf.checkpoints.saving import save_checkpoint
     from cap_hf.commands.common import load_image_processor, load_model
     from cap_hf.commands.digits import check_loaded, recover, train_dense
@@ -51,12 +52,17 @@ def demo(args: DemoArguments) -> None:
     from cap_hf.report import Phases, versions
 
     check_output(args.output_dir, overwrite=True)
+    output = real_path(args.output_dir)
+    dense_folder, saved_folder = output / "dense", output / f"sparsity-{SAVED:g}"
+    recovered_folder = output / f"recovered-{SPARSITIES[-1]:g}"
+    # Now, and not only after the work.
+    for folder in (dense_folder, saved_folder, recovered_folder):
+        check_place(folder)
     transformers_logging.disable_progress_bar()
     transformers.set_seed(args.seed)
-    output, phases, accelerator = real_path(args.output_dir), Phases(), make_accelerator()
+    phases, accelerator = Phases(), make_accelerator()
     data_args = DataArguments()
     splits = load_splits(data_args, args.seed)
-    dense_folder = output / "dense"
     if (dense_folder / "config.json").exists():
         print(f"Using the dense model of an earlier run in {dense_folder}")
     else:
@@ -76,7 +82,6 @@ def demo(args: DemoArguments) -> None:
     facts = {"data": asdict(data_args), "seed": args.seed, "dense": dense_metrics, "versions": versions()}
     accuracies: dict[str, list[float]] = {}
     reports = {}
-    saved_folder = output / f"sparsity-{SAVED:g}"
     for label, method in METHODS.items():
         print(f"Pruning with {label} ...", flush=True)
         model = load_model(model_args)
@@ -103,7 +108,6 @@ def demo(args: DemoArguments) -> None:
         dataset = ImageDataset(splits["train"], image_processor, sparsest.config, data_args)
         recover(output, sparsest, dense, dataset, args.num_recovery_epochs, args.seed)
     recovered = evaluate_model(sparsest, test_loader, accelerator)
-    recovered_folder = output / f"recovered-{SPARSITIES[-1]:g}"
     save_checkpoint(recovered_folder, sparsest, config, facts | {"recovered": recovered}, image_processor)
     check_loaded(recovered_folder, sparsest, test_loader)
     reports[f"cap {SPARSITIES[-1]:g} recovered"] = {"recovered": recovered}

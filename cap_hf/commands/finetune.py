@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from cap_hf.checkpoints.atomic import real_path
+from cap_hf.checkpoints.atomic import check_place
 from cap_hf.checkpoints.form import round_weights
-from cap_hf.checkpoints.places import writing
+from cap_hf.checkpoints.places import real_path
 from cap_hf.checkpoints.saving import save_checkpoint
 from cap_hf.collection.resources import Resources
 from cap_hf.commands.arguments import ModelArguments, ProbeArguments, beside, check_output, parse
@@ -153,7 +153,7 @@ def finetune(
     sparse, sparsity_before = evaluate("evaluate sparse", model), model_sparsity(model)
     if resume is None and trainer.is_world_process_zero():
         remove_checkpoints(training_args.folder)
-    with phases("train"), writing(training_args.folder):
+    with phases("train"):
         outcome = trainer.train(resume_from_checkpoint=resume)
     # What is measured from here on is what will be stored.
     round_weights(model, form.dtype)
@@ -261,6 +261,8 @@ def prepare_output(args: SparseTrainingArguments, overwrite: bool) -> str | None
     """
     output, training = args.folder, beside(args.folder, "training")
     check_output(output, overwrite, training)
+    # Now, and not only after the training.
+    check_place(output)
     if args.hub_model_id is None:
         args.hub_model_id = real_path(output).name
     args.output_dir = str(training)

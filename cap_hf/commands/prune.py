@@ -4,6 +4,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from cap_hf.checkpoints.atomic import check_place
 from cap_hf.collection.resources import Resources
 from cap_hf.commands.arguments import (
     DEFAULT_OUTPUT_DIR,
@@ -58,6 +59,9 @@ def main(argv: list[str]) -> None:
     sparsities = check_sparsities(args.sparsity, config)
     check_state(args)
     check_output(args.output_dir, args.overwrite_output_dir or args.resume, state_folder(args))
+    # Now, and not only after the pruning.
+    for sparsity in sparsities:
+        check_place(Path(args.output_dir) / checkpoint_name(sparsity))
     prune(model_args, data_args, args, probe_args, config, resources, sparsities)
 
 
@@ -72,7 +76,8 @@ def prune(
 ) -> None:
     """Do the work, once nothing is wrong with the arguments: load, collect, and per sparsity prune, evaluate, save."""
     # Imported here, because the arguments are checked before these take their seconds.
-    from cap_hf.checkpoints.atomic import real_path, write_json
+    from cap_hf.checkpoints.atomic import write_json
+    from cap_hf.checkpoints.places import real_path
     from cap_hf.checkpoints.saving import save_checkpoint
     from cap_hf.collection.batch_norm import batch_norms
     from cap_hf.collection.examples import whole_groups
@@ -157,7 +162,7 @@ def prune(
         if evaluation is not None:
             with phases(f"evaluate {sparsity:g}"):
                 metrics = evaluation.measure(model)
-        folder = output / f"sparsity-{sparsity:.12g}"
+        folder = output / checkpoint_name(sparsity)
         outcome = {"sparse": metrics, "pruning": report.to_dict(), "recalibrated_batch_norm": layers}
         if accelerator.is_main_process:
             save_checkpoint(folder, model, config, facts | outcome, image_processor, companions=companions, form=form)
@@ -169,6 +174,11 @@ def prune(
     compressor.discard_state()
     accelerator.wait_for_everyone()
     accelerator.end_training()
+
+
+def checkpoint_name(sparsity: float) -> str:
+    """Return the name of the folder for a checkpoint of this sparsity."""
+    return f"sparsity-{sparsity:.12g}"
 
 
 def state_folder(args: PruneArguments) -> Path:

@@ -110,12 +110,10 @@ def prepare_folder(
     checkpoint = Path(checkpoint)
     if not checkpoint.is_dir():
         raise CAPError(f"{checkpoint} is no folder: save the checkpoint first")
-    if checkpoint.resolve() == Path(directory).resolve():
-        raise CAPError(f"{directory} is the checkpoint itself: choose another --output_dir")
     files, private = find_weight_files(checkpoint), Private.here()
     if not (checkpoint / PROCESSOR_NAME).is_file():
         raise CAPError(f"{checkpoint} has no {PROCESSOR_NAME}: save the model's image processor there first")
-    with atomic_directory(directory) as folder:
+    with atomic_directory(directory, checkpoint) as folder:
         for path in published_files(checkpoint):
             copy_file(path, checkpoint, folder)
         if compressed and not files.compressed:

@@ -42,7 +42,8 @@ def export_onnx(
 
     Args:
         model: a vision model, dense or pruned, in float32 on the CPU; not one that was optimised for inference.
-        output_dir: replaced if it exists.
+        output_dir: replaced if it is empty or holds a checkpoint or an export and nothing else; not the folder that the
+            model was loaded from.
         image_processor: that decides the size of the images, written to the folder if given; default: the size that the
             one beside the checkpoint that the model was loaded from gives, if it is on this machine.
         image_size: height and width, or one number for both, in the place of what the image processor says. Where there
@@ -55,12 +56,14 @@ def export_onnx(
 
     Raises:
         CAPError: a package is missing, the model cannot be used as it is (see `cap_hf.models.usable_of_transformers`)
-            or not be exported, it fails on images of this size, or ONNX Runtime gives other results.
+            or not be exported, it fails on images of this size, ONNX Runtime gives other results, or something in the
+            folder would be lost.
     """
     model = usable_of_transformers(model)
     runtime = prepare(model)
     example = make_example(model, 2, image_processor, image_size)
-    with atomic_directory(output_dir) as folder:
+    # The folder that the model was loaded from, if it is one, keeps its weights; a model that was made has no name.
+    with atomic_directory(output_dir, model.name_or_path or None) as folder:
         write_checked(runtime, model, example, folder / ONNX_NAME, free_size)
         model.config.save_pretrained(folder)
         if image_processor is not None:

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, Trainer
 from transformers.trainer_utils import EvalLoopOutput, SchedulerType, TrainOutput
 from transformers.training_args import OptimizerNames
 
+from cap_hf.checkpoints.places import writing
 from cap_hf.errors import CAPError, reason
 from cap_hf.models import usable_of_transformers
 from cap_hf.outputs import check_task, label_names
@@ -233,6 +234,11 @@ class SparseTrainer(Trainer):
         # Without a folder of its own it is no checkpoint: a push saves the model as it is.
         if average is not None and _internal_call and output_dir is not None and self.args.should_save:
             average.save(output_dir)
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        # Only here is what goes wrong about the folder: training itself may fill other disks, such as /dev/shm.
+        with writing(self.args.folder):
+            super()._save_checkpoint(*args, **kwargs)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         load_weights(self.model, resume_from_checkpoint)

@@ -1,11 +1,13 @@
 """A final name never holds half of what is written to it, whoever else writes there and whenever a run is killed."""
 
 import errno
+import fcntl
 import json
 import multiprocessing
 import os
 import signal
 import threading
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,12 @@ import pytest
 from cap_hf import CAPError
 from cap_hf.checkpoints import atomic
 from cap_hf.checkpoints.atomic import atomic_directory, atomic_file, write_json
+
+
+@pytest.fixture(autouse=True)
+def any_content(monkeypatch):
+    """Which content may be replaced is test_replacing's; here it is what tells who wrote it."""
+    monkeypatch.setattr(atomic, "check_replaceable", lambda *_: None)
 
 
 def names(folder):
@@ -273,6 +281,97 @@ def test_a_kill_while_content_is_exchanged_leaves_the_old_or_the_new(tmp_path, m
     new = moved >= 3  # two old ones out, then the new ones are ready
     assert names(out) == (["a", "a/file", "c", "c/file"] if new else ["a", "a/file", "b", "b/file"])
     assert (out / "a" / "file").read_text() == ("new" if new else "old")
+
+
+def exchange_with_a_stop(folder, monkeypatch, at, stop, **files):
+    """Write a folder from within, and call a function before one of the renames that exchange what it holds."""
+    real, calls = os.rename, []
+
+    def rename(source, destination):
+        if threading.current_thread() is threading.main_thread() and "lock" not in str(source):
+            calls.append(source)
+            if len(calls) == at:
+                stop()
+        real(source, destination)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(atomic.os, "rename", rename)
+        fill(folder, **files)
+
+
+@pytest.mark.parametrize("at", [2, 4, 5])  # the second old one, the first new one, the second new one
+@pytest.mark.parametrize("fails", [False, True])
+def test_what_is_exchanged_is_never_of_two_runs(tmp_path, monkeypatch, at, fails):
+    """Another run that publishes while one exchanges waits for it, and what it publishes stays."""
+    monkeypatch.chdir(tmp_path)
+    fill(tmp_path, a="old", b="old")
+    other = threading.Thread(target=fill, args=(tmp_path,), kwargs={"a": "other", "d": "other"})
+    seen = []
+
+    def stop():
+        other.start()
+        other.join(0.3)
+        seen.append(other.is_alive())
+        if fails:
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError) if fails else nullcontext():
+        exchange_with_a_stop(tmp_path, monkeypatch, at, stop, a="first", b="first", c="first")
+    other.join()
+    assert seen == [True]
+    assert names(tmp_path) == ["a", "a/file", "d", "d/file"]
+    assert (tmp_path / "a" / "file").read_text() == (tmp_path / "d" / "file").read_text() == "other"
+
+
+@pytest.mark.parametrize("at", [2, 4, 5])
+def test_what_a_killed_run_has_left_comes_back_before_another_publishes_and_not_after(tmp_path, monkeypatch, at):
+    """The other one had begun before the kill: it has not seen what that run was going to leave."""
+    monkeypatch.chdir(tmp_path)
+    fill(tmp_path, a="old", b="old")
+
+    def kill(path):
+        exchange_with_a_stop(path, monkeypatch, at, lambda: os.kill(os.getpid(), 9), a="killed", b="killed", c="killed")
+
+    with atomic_directory(tmp_path) as folder:
+        run_and_kill(kill, tmp_path)
+        (folder / "d").write_text("other")
+    fill("elsewhere", a="")  # and one more run looks around
+    with pytest.raises(RuntimeError), atomic_directory(tmp_path):
+        raise RuntimeError
+    assert names(tmp_path) == ["d", "elsewhere", "elsewhere/a", "elsewhere/a/file"]
+
+
+def test_a_folder_is_not_taken_away_from_a_run_that_writes_in_it(tmp_path, monkeypatch):
+    """As two runs see one folder that is the current folder of the first alone."""
+    out = tmp_path / "out"
+    fill(out, a="old")
+    monkeypatch.chdir(out)
+    with atomic_directory(out) as first:
+        (first / "a").write_text("first")
+        monkeypatch.chdir(tmp_path)
+        fill(out, a="second", b="second")
+        assert names(first) == ["a"]
+        assert (out / "b" / "file").read_text() == "second"
+    assert names(tmp_path) == ["out", "out/a"]
+
+
+def test_a_run_that_does_not_give_the_folder_back_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(atomic, "LOOKS", 2)
+    fill(tmp_path / "out", a="old")
+    lock = os.open(tmp_path / "out", os.O_RDONLY)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    with pytest.raises(CAPError, match="another run is writing to .*out: wait for it"):
+        fill(tmp_path / "out", a="new")
+    os.close(lock)
+    assert (tmp_path / "out" / "a" / "file").read_text() == "old"
+
+
+def test_what_a_run_keeps_in_an_output_stays_there(tmp_path):
+    fill(tmp_path / "out", training="mine", collection="mine", a="old")
+    fill(tmp_path / "out", a="new")
+    assert (tmp_path / "out" / "a" / "file").read_text() == "new"
+    for name in ("training", "collection"):
+        assert (tmp_path / "out" / name / "file").read_text() == "mine"
 
 
 def test_links_are_followed_or_named(tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 """Under SparseTrainer zeros hold with any option, losses are what they say, and the rest is the Trainer's own."""
 
+import errno
 import math
 
 import pytest
@@ -204,6 +205,21 @@ def test_a_model_that_diverged_is_never_saved(tmp_path):
         trainer.train()
     assert "\n" not in str(caught.value)
     assert not list(tmp_path.glob("checkpoint-*"))
+
+
+@pytest.mark.parametrize("where", ["_save", "training_step"])
+def test_only_what_is_saved_can_fill_the_disk_of_the_folder(tmp_path, monkeypatch, where):
+    """Training itself fills other disks, such as that of shared memory: then the system's own words stay."""
+    trainer = make_trainer(tmp_path, sparse_vit(), save_steps=1)
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(trainer, where, full)
+    with pytest.raises((OSError, CAPError)) as caught:
+        trainer.train()
+    assert isinstance(caught.value, CAPError) == (where == "_save")
+    assert where != "_save" or f"the disk of {tmp_path} is full" in str(caught.value)
 
 
 def test_a_trainer_may_evaluate_alone(tmp_path):
