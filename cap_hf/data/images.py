@@ -14,6 +14,7 @@ from cap_hf.data.labels import LabelNumbers, find_columns
 from cap_hf.data.pictures import in_eight_bits
 from cap_hf.errors import CAPError, reason
 from cap_hf.targets import summarize
+from cap_hf.towers import channels_in
 
 
 class ImageDataset(Dataset):
@@ -25,6 +26,8 @@ class ImageDataset(Dataset):
         config: the model's, for its labels and number of channels.
         args: the names of the columns.
         has_head: whether the model's classes are those of its config; without, labels are the dataset's own numbers.
+        channels: of the images that the model takes, 0 where that is not known; None for what the config itself says,
+            which a composite one does not.
 
     Attributes:
         labelled: whether batches have `labels`, because there is a column of labels.
@@ -42,6 +45,7 @@ class ImageDataset(Dataset):
         config: PretrainedConfig,
         args: DataArguments,
         has_head: bool = True,
+        channels: int | None = None,
     ) -> None:
         self.image_column, self.label_column = find_columns(split.features, args)
         self.numbers = None
@@ -54,7 +58,7 @@ class ImageDataset(Dataset):
         )
         self.decoder = datasets.Image()
         self.image_processor = image_processor
-        self.channels = channels_of(config)
+        self.channels = channels_in([config]) if channels is None else channels
         self.mode = "L" if self.channels == 1 else "RGB"
 
     @property
@@ -148,12 +152,6 @@ class ImageDataset(Dataset):
 
     def _place(self, value: dict | None) -> str:
         return (value or {}).get("path") or f"column {self.image_column!r}"
-
-
-def channels_of(config: PretrainedConfig) -> int:
-    """Return how many channels the images of a model have, 0 where its config does not say."""
-    timm = getattr(config, "pretrained_cfg", None) or {}
-    return timm["input_size"][0] if "input_size" in timm else getattr(config, "num_channels", 0)
 
 
 def _size(pixels: torch.Tensor) -> str:

@@ -8,10 +8,11 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 from cap_hf.errors import CAPError, reason
+from cap_hf.failures import explained
 from cap_hf.outputs import label_names
 from cap_hf.recovery.augmentation import pixel_statistics
 from cap_hf.recovery.tower import Features, Tower
-from cap_hf.towers import explained, is_classifier
+from cap_hf.towers import image_shape, is_classifier
 
 
 class Teacher:
@@ -37,7 +38,7 @@ class Teacher:
     ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
         """Return logits `(b, classes)` and, if asked for, every hidden state, in float32."""
         pixel_values = pixel_values.to(self.model.device, self.model.dtype)
-        with explained(self.model, {"pixel_values": pixel_values}):
+        with explained(self.model, {"pixel_values": pixel_values}, image_shape):
             outputs = self.model(pixel_values=pixel_values, output_hidden_states=hidden_states)
         return outputs.logits.float(), tuple(state.float() for state in outputs.hidden_states or ())
 
@@ -110,7 +111,7 @@ def check_outputs(student: PreTrainedModel, teacher: Teacher, pixel_values: torc
     training = student.training
     student.eval()
     pixels = pixel_values.to(student.device, student.dtype)
-    with explained(student, {"pixel_values": pixels}):
+    with explained(student, {"pixel_values": pixels}, image_shape):
         own = student(pixel_values=pixels, output_hidden_states=hidden_states).hidden_states or ()
     student.train(training)
     try:
