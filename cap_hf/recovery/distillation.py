@@ -8,7 +8,7 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 from cap_hf.errors import CAPError, reason
-from cap_hf.failures import explained
+from cap_hf.failures import explained, is_for_others
 from cap_hf.outputs import label_names
 from cap_hf.recovery.augmentation import pixel_statistics
 from cap_hf.recovery.tower import Features, Tower
@@ -117,6 +117,8 @@ def check_outputs(student: PreTrainedModel, teacher: Teacher, pixel_values: torc
     try:
         other = teacher(pixel_values, hidden_states)[1]
     except Exception as error:  # whatever a model raises on images of another size or number of channels
+        if is_for_others(error):
+            raise
         raise CAPError(f"the teacher cannot take the student's images: {reason(error)}") from error
     if hidden_states:
         check_states(student, own, other)
@@ -137,6 +139,8 @@ def check_features(student: Tower, teacher: Teacher, batch: Mapping[str, torch.T
     try:
         other, states = teacher.features(batch, hidden_states)
     except Exception as error:  # whatever a model raises on images of another size or number of channels
+        if is_for_others(error):
+            raise
         raise CAPError(f"the teacher cannot take the student's images: {reason(error)}") from error
     advice = "choose the dense model that the student was pruned from, or one of its architecture"
     for name, each in own.items():
