@@ -34,6 +34,7 @@ from cap_hf.method.methods import METHODS
 from cap_hf.models import usable, usable_of_transformers
 from cap_hf.report import LayerReport, PruneReport
 from cap_hf.targets import Target, find_targets, summarize
+from cap_hf.towers import taken_by, tower_of
 
 logger = logging.getLogger(__name__)
 
@@ -135,7 +136,7 @@ class CAPCompressor:
             self.paths = RemovalPaths(self.targets, Solver(self.config, None), self.processes)
             return self
         check_precision(self.targets, self.accelerator.device)
-        examples = CalibrationExamples(dataloader, self.config, self.processes)
+        examples = CalibrationExamples(dataloader, self.config, self.processes, taken_by(tower_of(self.model)))
         if METHODS[self.config.method].statistic == "gradients":
             chosen = choose_loss(self.config.fisher_loss, self.model, examples.first(), self.processes)
             self.config = replace(self.config, fisher_loss=chosen)
@@ -210,7 +211,7 @@ class CAPCompressor:
         batch_size = getattr(getattr(dataloader, "batch_sampler", None), "batch_size", None) or 1
         wanted = max(num_examples, self.processes.world * batch_size)
         config = replace(self.config, num_grads=wanted, samples_per_grad=1)
-        examples = CalibrationExamples(dataloader, config, self.processes)
+        examples = CalibrationExamples(dataloader, config, self.processes, taken_by(tower_of(self.model)))
         names = recalibrate_batch_norm(self.model, (batch for batch, _ in examples.batches()), self.processes)
         round_weights(self.model, self.dtype)
         return names

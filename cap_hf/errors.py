@@ -9,9 +9,16 @@ LONGEST_REASON = 400
 IN_WORKER = re.compile(r"Caught \w+ in DataLoader worker process \d+\.")
 RAISED = re.compile(r"^(?:[\w.]+\.)?\w*(?:Error|Exception|Interrupt|Exit)(?:: |$)", re.MULTILINE)
 
+# What PyTorch says on a CPU where there is no more memory.
+NO_ROOM = "can't allocate memory"
+
 
 class CAPError(ValueError):
     """Something the user can mend: the message names the thing and what to change, in one line."""
+
+
+class ModelFailure(CAPError):
+    """What a model's own code or a hook on it raised: of its images, or a mistake that only a traceback shows."""
 
 
 def reason(error: BaseException) -> str:
@@ -44,7 +51,7 @@ def foreign_line(error: Exception) -> str:
     """
     number, said = getattr(error, "errno", None), reason(error)
     place = getattr(error, "filename", None)
-    if isinstance(error, MemoryError) or "out of memory" in said or "not enough memory" in said:
+    if isinstance(error, MemoryError) or "out of memory" in said or "not enough memory" in said or NO_ROOM in said:
         return f"there is too little memory ({said}): use smaller batches, or a machine with more"
     if number in (errno.ENOSPC, errno.EDQUOT) or "No space left" in said:
         return f"a disk is full ({place or said}): free some space there"

@@ -1,11 +1,12 @@
 """A model is looked at before it is used: what wraps it is taken off, what would come out wrong is refused."""
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from types import FunctionType, MethodType
 from typing import Any
 
 import torch
-from accelerate.utils import extract_model_from_parallel
+from accelerate.utils import extract_model_from_parallel, is_compiled_module
 from torch import nn
 from torch.nn.utils import parametrize, prune
 from torch.nn.utils.spectral_norm import SpectralNorm
@@ -19,6 +20,18 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 SPLIT = ("FullyShardedDataParallel", "DeepSpeedEngine")
 # Wrappers that share batches out among whole copies.
 SHARING = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+# Layers whose weights and biases are parameters, finite and in the checkpoint.
+LAYERS = (
+    nn.Linear,
+    nn.modules.conv._ConvNd,
+    nn.Embedding,
+    nn.modules.batchnorm._NormBase,
+    nn.LayerNorm,
+    nn.GroupNorm,
+    nn.RMSNorm,
+)
+# Where the functions are written that put a `forward` under autocast: those of `accelerator.prepare`, and of PyTorch.
+AUTOCAST = ("accelerate.utils.operations", "torch.amp.autocast_mode")
 
 
 def usable(model: Any) -> Any:
@@ -33,7 +46,7 @@ def usable(model: Any) -> Any:
 
     Raises:
         CAPError: it is no module, a part of it is wrapped, it has adapters, is spread over devices, quantised or
-            optimised for inference, a weight is made anew in every pass, or one is not finite.
+            optimised for inference, a weight is made anew before every forward pass, or one is not finite.
     """
     if not isinstance(model, nn.Module):
         raise CAPError(
@@ -89,14 +102,15 @@ def check_parts(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if type(module).__name__ in SPLIT:
             raise CAPError(f"{name} is in {type(module).__name__}, which splits its weights: use DDP")
-        within = "_orig_mod" if "_orig_mod" in module._modules else "module" if isinstance(module, SHARING) else None
+        within = "_orig_mod" if is_compiled_module(module) else "module" if isinstance(module, SHARING) else None
         if within is not None:
             raise CAPError(
                 f"{name} is wrapped in {type(module).__name__} inside the model, whose weights then have other names: "
                 f"take it off, model.{name} = model.{name}.{within}, and wrap the whole model"
             )
         if getattr(module, "inference_only", False):
-            raise CAPError(f"the model was optimised for inference, and so was its layer {name}: load it anew")
+            part = f"its layer {name}" if name else type(model).__name__
+            raise CAPError(f"the model was optimised for inference, and so was {part}: load it anew")
 
 
 def check_placement(model: nn.Module) -> None:
@@ -107,9 +121,21 @@ def check_placement(model: nn.Module) -> None:
             f"device_map has put parts of the model on {', '.join(places)}: load it without device_map; several GPUs "
             "share the work under accelerate launch"
         )
+    lazy = next((name for name, each in model.named_parameters() if nn.parameter.is_lazy(each)), None)
+    if lazy is not None:
+        raise CAPError(f"{lazy} has no size yet, since its layer is lazy: call the model on a batch first")
     empty = next((name for name, parameter in model.named_parameters() if parameter.is_meta), None)
     if empty is not None:
         raise CAPError(f"{empty} is on the device meta, which holds no numbers: load the model with from_pretrained")
+
+
+def is_plain(parameter: torch.Tensor) -> bool:
+    """Return whether a parameter is held as plain numbers: of a class of its own they have to be floating-point ones.
+
+    What libraries of quantization hold is another kind of tensor, or a kind of parameter with codes in it.
+    """
+    own = type(parameter)
+    return own in (nn.Parameter, torch.Tensor) or (nn.Parameter in own.__mro__ and parameter.dtype in FLOATS)
 
 
 def check_quantized(model: nn.Module) -> None:
@@ -121,7 +147,7 @@ def check_quantized(model: nn.Module) -> None:
             raise CAPError(f"{name} is spread over processes (DTensor), and whole weights are needed: use DDP")
         if held.startswith("SparseSemiStructured"):
             raise CAPError(f"the model was optimised for inference, and so was {name}: load it anew")
-        if type(parameter) not in (nn.Parameter, torch.Tensor):
+        if not is_plain(parameter):
             kind = kind or held
     for module in model.modules():
         weight = module._parameters.get("weight")
@@ -140,19 +166,19 @@ def check_quantized(model: nn.Module) -> None:
 
 
 def check_remade(model: nn.Module) -> None:
-    """Raise a CAPError if a layer makes a weight anew in every pass: what is written into it would not stay."""
+    """Raise a CAPError if a layer makes a weight anew before every forward pass: what is written into it is lost."""
     found = list(remade(model))
     if found:
         name, what, call = found[0]
         others = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
         raise CAPError(
-            f"{name}{others} is made anew in every pass by {what}, so that what is written into it is lost: call "
-            f"{call} on the module first"
+            f"{name}{others} is made anew before every forward pass by {what}, so that what is written into it is "
+            f"lost: call {call} on the module first"
         )
 
 
 def remade(model: nn.Module) -> Iterator[tuple[str, str, str]]:
-    """Yield each tensor that a module makes anew in every pass: its name, what makes it, and what ends that."""
+    """Yield each tensor that a module makes anew before every forward pass: its name, what makes it, what ends that."""
     for path, module in model.named_modules():
         dot = f"{path}." if path else ""
         if parametrize.is_parametrized(module):
@@ -171,21 +197,30 @@ def remade(model: nn.Module) -> Iterator[tuple[str, str, str]]:
                 continue
             known.add(name)
             yield f"{dot}{name}", f"a hook ({type(hook).__name__})", f"torch.nn.utils.{call}"
-        plain = module.__dict__.get("weight")
-        if isinstance(plain, torch.Tensor) and "weight" not in known:
-            end = "weight = module.weight.detach(); del module.weight; module.weight = torch.nn.Parameter(weight)"
-            yield f"{dot}weight", "code that sets it as a plain tensor", end
+        for name in ("weight", "bias"):
+            plain = module.__dict__.get(name)
+            # On another module it may be a constant, which no checkpoint was ever to have.
+            lost = isinstance(plain, torch.Tensor) and (isinstance(module, LAYERS) or plain.requires_grad)
+            if lost and name not in known:
+                end = f"{name} = module.{name}.detach(); del module.{name}; module.{name} = torch.nn.Parameter({name})"
+                yield f"{dot}{name}", "code that sets it as a plain tensor", end
 
 
 def check_finite(model: nn.Module) -> None:
-    """Raise a CAPError if a weight of a model is infinite or not a number; what is quantised is not looked at."""
-    for name, parameter in model.named_parameters():
-        plain = type(parameter) in (nn.Parameter, torch.Tensor) and parameter.dtype in FLOATS and not parameter.is_meta
-        if plain and not parameter.detach().isfinite().all():
-            raise CAPError(
-                f"{name} has entries that are NaN or infinite, in {parameter.dtype}: load a checkpoint whose weights "
-                "are finite (float16 ends at 65504: convert from the float32 checkpoint)"
-            )
+    """Raise a CAPError if a weight of a model is not a number, or one of a layer is infinite, as a mask may be.
+
+    What is quantised is not looked at.
+    """
+    for path, module in model.named_modules():
+        for name, parameter in module.named_parameters(prefix=path, recurse=False):
+            if not is_plain(parameter) or parameter.dtype not in FLOATS or parameter.is_meta:
+                continue
+            values = parameter.detach()
+            if values.isnan().any() or (isinstance(module, LAYERS) and values.isinf().any()):
+                raise CAPError(
+                    f"{name} has entries that are NaN or infinite, in {parameter.dtype}: load a checkpoint whose "
+                    "weights are finite (float16 ends at 65504: convert from the float32 checkpoint)"
+                )
 
 
 def uncompiled(model: nn.Module) -> AbstractContextManager[Any]:
@@ -195,3 +230,39 @@ def uncompiled(model: nn.Module) -> AbstractContextManager[Any]:
     """
     compiled = any(getattr(module, "_compiled_call_impl", None) is not None for module in model.modules())
     return torch.compiler.set_stance("force_eager") if compiled else nullcontext()
+
+
+@contextmanager
+def full_precision(model: nn.Module) -> Iterator[None]:
+    """Inside the context a model computes in its own dtype, without autocast around it or on its `forward`.
+
+    accelerate has `unwrap_model(model, keep_fp32_wrapper=False)` for this, which does not serve here: it cannot put
+    the autocast back for the training that goes on, and of a transformers model it takes transformers' own decorators
+    of `forward` away as well. However often a model was prepared, what was its `forward` before is called.
+    """
+    forward, own = model.forward, "forward" in model.__dict__
+    plain = without_autocast(forward)
+    with ExitStack() as stack:
+        for kind in {"cpu", "cuda", *(parameter.device.type for parameter in model.parameters())}:
+            if torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        if plain is not forward:
+            stack.callback(setattr, model, "forward", forward) if own else stack.callback(delattr, model, "forward")
+            model.forward = plain
+        yield
+
+
+def without_autocast(forward: Callable) -> Callable:
+    """Return a function without the decorators around it that compute in half precision; itself if there are none."""
+    function: Any = forward.__func__ if isinstance(forward, MethodType) else forward
+    inner = function
+    while hasattr(inner, "__wrapped__") and written_in(inner) in AUTOCAST:
+        inner = inner.__wrapped__
+    if inner is function:
+        return forward
+    return MethodType(inner, forward.__self__) if isinstance(forward, MethodType) else inner
+
+
+def written_in(function: Any) -> str:
+    """Return the module that a function is written in, which a decorator's own name says nothing of."""
+    return function.__globals__["__name__"] if isinstance(function, FunctionType) else type(function).__module__

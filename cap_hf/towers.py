@@ -2,17 +2,18 @@
 
 import inspect
 import math
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
-from accelerate.utils.memory import should_reduce_batch_size
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from cap_hf.errors import CAPError, reason
+from cap_hf.errors import CAPError
+from cap_hf.failures import explained
 from cap_hf.outputs import main_output, other_task
+from cap_hf.unmasking import unmasked
 
 # Parameters that stand for one token before those of the image.
 PREFIX_PARAMETERS = ("cls_token", "class_embedding", "class_token", "distillation_token", "dist_token")
@@ -84,16 +85,23 @@ def image_shape(model: nn.Module) -> tuple[int, int, int]:
     configs = vision_configs(model)
     timm = first_of(configs, "pretrained_cfg") or {}
     if "input_size" in timm:
-        channels, height, width = timm["input_size"]
-        return channels, height, width
-    size = first_of(configs, "image_size")
-    if size is None:
-        patches, side = first_of(configs, "num_patches"), patch_size(model)
-        size = math.isqrt(patches) * side if patches and side else 224
-    height, width = size if isinstance(size, (list, tuple)) else (size, size)
+        height, width = timm["input_size"][1:]
+    else:
+        size = first_of(configs, "image_size")
+        if size is None:
+            patches, side = first_of(configs, "num_patches"), patch_size(model)
+            size = math.isqrt(patches) * side if patches and side else 224
+        height, width = size if isinstance(size, (list, tuple)) else (size, size)
     convolution = next((module for module in tower_of(model).modules() if isinstance(module, nn.Conv2d)), None)
     shown = convolution.in_channels if convolution is not None else 0
-    return first_of(configs, "num_channels") or shown, height, width
+    return channels_in(configs) or shown, height, width
+
+
+def channels_in(configs: Iterable[Any]) -> int:
+    """Return how many channels the images of a model have, by some configs; 0 where none says."""
+    configs = list(configs)
+    timm = first_of(configs, "pretrained_cfg") or {}
+    return timm["input_size"][0] if "input_size" in timm else first_of(configs, "num_channels") or 0
 
 
 def patch_size(model: nn.Module) -> int:
@@ -105,6 +113,13 @@ def patch_size(model: nn.Module) -> int:
 def first_of(configs: Iterable[Any], name: str) -> Any:
     """Return the first value that is not None or 0 of those that some configs have by a name; None if none has."""
     return next((getattr(config, name) for config in configs if getattr(config, name, None)), None)
+
+
+def taken_by(tower: nn.Module) -> set[str]:
+    """Return what the part of a model that sees images can be called with, by name: `pixel_values`, and others."""
+    parameters = inspect.signature(tower.forward).parameters
+    takes_any = any(each.kind is each.VAR_KEYWORD for each in parameters.values())
+    return {*parameters} | ({"pixel_values"} if takes_any else set())
 
 
 def see(model: nn.Module, batch: Mapping[str, torch.Tensor], through: nn.Module | None = None, **options: Any) -> Any:
@@ -125,18 +140,17 @@ def see(model: nn.Module, batch: Mapping[str, torch.Tensor], through: nn.Module 
     """
     tower = tower_of(model)
     # An image processor may make more than its model takes.
-    taken = inspect.signature(tower.forward).parameters
-    takes_any = any(each.kind is each.VAR_KEYWORD for each in taken.values())
-    if "pixel_values" in batch and "pixel_values" not in taken and not takes_any:
+    taken = taken_by(tower)
+    if "pixel_values" in batch and "pixel_values" not in taken:
         raise CAPError(
             f"{type(tower).__name__} takes no pixel_values: load the model with transformers, such as "
             "AutoModelForImageClassification.from_pretrained(...), which has timm's models too"
         )
-    inputs = {name: value for name, value in batch.items() if name == "pixel_values" or name in taken}
+    inputs = {name: value for name, value in batch.items() if name in taken}
     inputs.pop("labels", None)
     inputs = in_precision_of(tower, inputs)
     # What a compiler or an exporter follows is not to be caught.
-    explaining = nullcontext() if torch.compiler.is_compiling() else explained(tower, inputs)
+    explaining = nullcontext() if torch.compiler.is_compiling() else explained(tower, inputs, image_shape)
     with unmasked(tower) as noise, explaining:
         if noise is not None:
             inputs["noise"] = noise(inputs["pixel_values"])
@@ -173,56 +187,6 @@ def in_precision_of(tower: nn.Module, inputs: Mapping[str, Any]) -> dict[str, An
     return dict(inputs) | {"pixel_values": pixels.to(dtype)}
 
 
-@contextmanager
-def explained(model: nn.Module, inputs: Mapping[str, Any]) -> Iterator[None]:
-    """Turn what a model's forward or backward pass raises into one line: on what it failed, and what it takes.
-
-    Raises:
-        CAPError: the pass failed; one from within goes through as it is, and so does what another process causes.
-    """
-    try:
-        yield
-    except CAPError:
-        raise
-    except Exception as error:
-        if is_of_other_processes(error):
-            raise
-        pixels = inputs.get("pixel_values")
-        shape = f"{tuple(pixels.shape)}" if isinstance(pixels, torch.Tensor) else f"a {type(pixels).__name__}"
-        if isinstance(error, MemoryError) or should_reduce_batch_size(error):
-            raise CAPError(
-                f"{type(model).__name__} needs more memory than there is for pixel_values of {shape}: choose a smaller "
-                f"batch size ({reason(error)})"
-            ) from error
-        raise CAPError(
-            f"{type(model).__name__} fails on pixel_values of {shape}{what_is_taken(model, pixels)}: {reason(error)}"
-        ) from error
-
-
-def what_is_taken(model: nn.Module, pixels: Any) -> str:
-    """Return what a model's config says of its images, and what is wrong with some if that can be told."""
-    if getattr(getattr(model, "config", None), "model_type", None) is None or not isinstance(pixels, torch.Tensor):
-        return ""
-    channels, height, width = image_shape(model)
-    takes = f"{channels or 'channels'}, {height}, {width}"
-    shape = tuple(pixels.shape)
-    if pixels.dim() == 3 and shape[0] == channels:
-        hint = ": the batch is missing, see unsqueeze(0)"
-    elif pixels.dim() == 4 and channels and shape[1] != channels == shape[3]:
-        hint = ": channels come first, see permute(0, 3, 1, 2)"
-    else:
-        hint = ""
-    return f" (its config tells of (batch, {takes}){hint})"
-
-
-def is_of_other_processes(error: Exception) -> bool:
-    """Return whether an error comes from a collective, and so from another process that has ended or is late."""
-    last = error.__traceback__
-    while last is not None and last.tb_next is not None:
-        last = last.tb_next
-    return last is not None and "/torch/" in (name := last.tb_frame.f_code.co_filename) and "distributed" in name
-
-
 def is_channels_last(tower: nn.Module, tokens: torch.Tensor) -> bool:
     """Return whether a map of features is `(b, h, w, d)`, as of timm's Swin and some Hieras, not `(b, d, h, w)`."""
     if tokens.dim() != 4:
@@ -247,34 +211,6 @@ class MainOutput(nn.Module):
         """Return `(b, ...)` of pixels `(b, channels, height, width)`; errors as of `see` and `main_output`."""
         batch = {"pixel_values": pixel_values, **others}
         return main_output(self.model(**batch) if self.plain else see(self.model, batch))[1]
-
-
-@contextmanager
-def unmasked(tower: nn.Module) -> Iterator[Any]:
-    """Have a masked autoencoder mask nothing; yield what makes the noise by which it sorts patches, or None."""
-    config = getattr(tower, "config", None)
-    # Some modules have a copy of the config's ratio.
-    holders: list[Any] = [each for each in (config, *tower.modules()) if "mask_ratio" in getattr(each, "__dict__", {})]
-    before = [each.mask_ratio for each in holders]
-    sorts = "noise" in inspect.signature(tower.forward).parameters and hasattr(
-        getattr(tower, "embeddings", None), "random_masking"
-    )
-    if config is None or not holders:
-        yield None
-        return
-
-    def rising(pixels: torch.Tensor) -> torch.Tensor:
-        patch = config.patch_size
-        number = (pixels.shape[-2] // patch) * (pixels.shape[-1] // patch)
-        return torch.arange(number, device=pixels.device, dtype=torch.float32).expand(pixels.shape[0], -1)
-
-    for each in holders:
-        each.mask_ratio = 0.0
-    try:
-        yield rising if sorts else None
-    finally:
-        for each, ratio in zip(holders, before, strict=True):
-            each.mask_ratio = ratio
 
 
 def prefix_tokens(model: nn.Module) -> int:

@@ -53,6 +53,10 @@ def test_of_an_error_in_a_worker_the_reason_is_what_was_raised_there():
     [
         (MemoryError(), "too little memory"),
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), "use smaller batches"),
+        (
+            RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+            "use smaller batches",
+        ),
         (OSError(errno.ENOSPC, "No space left on device", "/data/x"), "a disk is full (/data/x)"),
         (OSError(errno.EROFS, "Read-only file system", "/data/x"), "/data/x cannot be opened or written"),
         (PermissionError(errno.EACCES, "Permission denied", "/data/x"), "/data/x cannot be opened or written"),

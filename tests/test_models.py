@@ -4,6 +4,8 @@ import copy
 
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from support.models import build, random_batches
 from torch import nn
 from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
@@ -13,7 +15,9 @@ from cap_hf import CAPCompressor, CAPConfig, CAPError, SparseTrainer, SparseTrai
 from cap_hf.inference.benchmark import benchmark
 from cap_hf.inference.export import export_onnx
 from cap_hf.inference.quantization import quantize_int8
-from cap_hf.models import usable
+from cap_hf.models import full_precision, usable
+from cap_hf.outputs import main_output
+from cap_hf.towers import see
 
 FC1 = "vit.layers.0.mlp.fc1"
 
@@ -45,7 +49,7 @@ def told_quantized():
 
 
 def set_infinite(module):
-    module.weight.data[0, 0] = torch.inf
+    module.weight.data.view(-1)[0] = torch.inf
 
 
 class Doubled(nn.Module):
@@ -58,15 +62,19 @@ class Held(torch.Tensor):
     """As libraries of quantization hold a weight."""
 
 
+class Own(nn.Parameter):
+    """A user's, or one of a library of quantization, by what it holds."""
+
+
 def hold(module):
     weight = module.weight.data.as_subclass(Held)
     module.weight = nn.Parameter(weight)
 
 
-def as_plain_tensor(module):
-    weight = module.weight.detach()
-    del module.weight
-    module.weight = weight
+def as_plain_tensor(module, name="weight"):
+    value = getattr(module, name).detach()
+    delattr(module, name)
+    setattr(module, name, value)
 
 
 def named(name):
@@ -82,7 +90,7 @@ def optimised(layer):
 REFUSED = {
     "pruned with torch": (
         pruned_everywhere,
-        r"vit.layers.0.attention.q_proj.weight \(and 12 more\) is made anew in every pass by a hook "
+        r"vit.layers.0.attention.q_proj.weight \(and 12 more\) is made anew before every forward pass by a hook "
         r"\(L1Unstructured\), .*: call torch.nn.utils.prune.remove\(module, 'weight'\) on the module first",
     ),
     "in a head too": (
@@ -125,7 +133,53 @@ REFUSED = {
     ),
     "a path": (lambda: "some/checkpoint", "'some/checkpoint' is no model but of type str: load one first"),
     "nothing": (lambda: None, "None is no model"),
+    "optimised itself": (lambda: optimised(build("ViT")), "and so was ViTForImageClassification: load it anew"),
+    "a bias as a plain tensor": (
+        lambda: changed(lambda module: as_plain_tensor(module, "bias"), "vit.layernorm"),
+        r"vit.layernorm.bias is made .* module.bias = torch.nn.Parameter\(bias\)",
+    ),
+    "a weight that a module computes": (
+        lambda: changed(lambda module: setattr(module, "weight", torch.ones(2, requires_grad=True) * 2), "vit"),
+        "vit.weight is made .* by code that sets it as a plain tensor",
+    ),
+    "a kind of parameter that holds codes": (
+        lambda: changed(lambda m: setattr(m, "weight", Own(m.weight.data.to(torch.uint8), False))),
+        r"are quantised \(Own\)",
+    ),
+    "a mask that is no number": (
+        lambda: changed(lambda m: m.register_parameter("mask", nn.Parameter(torch.full((2,), torch.nan))), "vit"),
+        "vit.mask has entries that are NaN",
+    ),
+    "an infinite norm": (lambda: changed(set_infinite, "vit.layernorm"), "vit.layernorm.weight has entries"),
+    "a lazy layer": (
+        lambda: with_part(lambda layer: nn.LazyLinear(4)),
+        f"{FC1}.weight has no size yet, since its layer is lazy: call the model on a batch first",
+    ),
 }
+
+
+class Holding(nn.Module):
+    """Has children of the names that wrappers have, and wraps nothing."""
+
+    def __init__(self):
+        super().__init__()
+        self.module, self._orig_mod = nn.Linear(3, 3), nn.Linear(2, 2)
+
+
+TAKEN = {
+    "names of wrappers": Holding,
+    "a parameter of a class of its own": lambda: changed(lambda m: setattr(m, "weight", Own(m.weight.data))),
+    "a constant": lambda: changed(lambda module: setattr(module, "weight", torch.ones(3)), "vit"),
+    "an infinite mask": lambda: changed(
+        lambda m: m.register_parameter("mask", nn.Parameter(torch.full((3,), -torch.inf))), "vit"
+    ),
+}
+
+
+@pytest.mark.parametrize("case", TAKEN)
+def test_what_only_looks_wrong_is_taken(case):
+    model = TAKEN[case]()
+    assert usable(model) is model
 
 
 @pytest.mark.parametrize("case", REFUSED)
@@ -155,7 +209,7 @@ def test_every_documented_call_looks_first(tmp_path):
     for name, call in documented_calls(tmp_path).items():
         model = pruned_everywhere()
         before = copy.deepcopy(model.state_dict())
-        with pytest.raises(CAPError, match="is made anew in every pass"):
+        with pytest.raises(CAPError, match="is made anew before every forward pass"):
             call(model)
             pytest.fail(f"{name} took it")
         assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
@@ -250,3 +304,74 @@ def test_a_part_in_half_precision_is_found():
     compressor = CAPCompressor(model, CAPConfig(num_grads=8), disable_tqdm=True)
     with pytest.raises(CAPError, match="the model is in torch.float16"):
         compressor.collect(random_batches(model, 8))
+
+
+def prepare(model, times=1):
+    """Return a model as accelerate has it in a run in bfloat16; other tests of this process have runs in float32."""
+    AcceleratorState._reset_state()
+    accelerator = Accelerator(cpu=True, mixed_precision="bf16")
+    for _ in range(times):
+        model = accelerator.prepare_model(model)
+    AcceleratorState._reset_state()
+    return model
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_full_precision_is_the_models_own_and_autocast_comes_back(times):
+    model, batch = build("ViT").eval(), {"pixel_values": torch.randn(8, 3, 8, 8)}
+    with torch.no_grad():
+        expected = model(**batch).logits
+        # A trainer that evaluates before it trains prepares the model twice.
+        prepare(model, times)
+        rounded = model(**batch).logits
+        with full_precision(model):
+            assert torch.equal(model(**batch).logits, expected)
+        assert not torch.equal(rounded, expected)
+        assert torch.equal(model(**batch).logits, rounded)
+        with pytest.raises(KeyboardInterrupt), full_precision(model):
+            raise KeyboardInterrupt
+        assert torch.equal(model(**batch).logits, rounded)
+
+
+def test_full_precision_of_a_model_that_was_never_prepared_changes_nothing():
+    model = build("ViT")
+    with full_precision(model):
+        assert "forward" not in vars(model)
+    assert "forward" not in vars(model)
+
+
+@pytest.mark.parametrize("method", ["cap", "obs", "sparsegpt"])
+def test_autocast_does_not_reach_the_gradients(method):
+    """Neither the user's own around it nor what accelerate has put on the model."""
+    weights = []
+    for prepared, around in ((False, False), (False, True), (True, False), (True, True)):
+        model = build("ViT")
+        batches = random_batches(model, 8)
+        given = prepare(model) if prepared else model
+        with torch.autocast("cpu", torch.bfloat16, enabled=around):
+            CAPCompressor(given, CAPConfig(num_grads=8, method=method), disable_tqdm=True).collect(batches).prune(0.5)
+        weights.append(model.state_dict())
+    for other in weights[1:]:
+        assert all(torch.equal(value, other[name]) for name, value in weights[0].items())
+
+
+def test_a_forward_of_the_users_own_stays():
+    model = build("ViT")
+    plain, pixels = model.forward, torch.randn(2, 3, 8, 8)
+    model.forward = torch.autocast("cpu", torch.bfloat16)(lambda *args, **kwargs: plain(*args, **kwargs).to_tuple())
+    before = model.forward
+    with full_precision(model):
+        (logits,) = model(pixel_values=pixels)
+        assert torch.equal(logits, main_output(see(build("ViT"), {"pixel_values": pixels}))[1])
+    assert model.forward is before
+
+
+def test_autocast_in_the_models_own_code_is_refused():
+    class Rounding(nn.Sequential):
+        def forward(self, inputs):
+            with torch.autocast("cpu", torch.bfloat16):
+                return super().forward(inputs)
+
+    model = with_part(Rounding)
+    with pytest.raises(CAPError, match="computes in torch.bfloat16 with a weight in torch.float32, .* autocast out"):
+        CAPCompressor(model, CAPConfig(num_grads=8), disable_tqdm=True).collect(random_batches(model, 8))

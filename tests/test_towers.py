@@ -5,7 +5,7 @@ import torch
 import transformers
 from PIL import Image
 from support.backbones import IMAGE, TINY, tiny_clip
-from support.families import BACKBONES, CLASSIFIERS, HIERA, Family
+from support.families import BACKBONES, CLASSIFIERS
 from support.models import build
 from torch import nn
 from transformers import (
@@ -15,15 +15,12 @@ from transformers import (
     DetrForObjectDetection,
     DINOv3ConvNextConfig,
     DINOv3ConvNextModel,
-    HieraModel,
     PreTrainedConfig,
     PreTrainedModel,
     ResNetConfig,
     Siglip2ImageProcessorPil,
     Siglip2VisionConfig,
     Siglip2VisionModel,
-    ViTMAEConfig,
-    ViTMAEForPreTraining,
     set_seed,
 )
 from transformers.modeling_outputs import BaseModelOutput
@@ -95,85 +92,12 @@ def test_where_no_config_has_the_number_of_channels_the_first_convolution_shows_
     assert image_shape(nn.Linear(2, 2))[0] == 0
 
 
-def test_a_masked_autoencoder_sees_the_whole_image_in_order():
-    set_seed(0)
-    sizes = {f"decoder_{name}": value for name, value in TINY.items()}
-    model = ViTMAEForPreTraining(ViTMAEConfig(**TINY, **IMAGE, **sizes, mask_ratio=0.75)).eval()
-    assert tower_name(model) == "vit"
-    pixels = torch.randn(2, 3, 8, 8)
-    with torch.no_grad():
-        first, second = (see(model, {"pixel_values": pixels}) for _ in range(2))
-    assert first.last_hidden_state.shape == (2, 5, 16)
-    assert torch.equal(first.last_hidden_state, second.last_hidden_state)
-    assert first.ids_restore.tolist() == [[0, 1, 2, 3]] * 2
-    assert model.config.mask_ratio == 0.75
-    assert all(target.name.startswith("vit.") for target in find_targets(model))
-
-
-FAILURES = {
-    "another size": (
-        torch.zeros(2, 3, 12, 12),
-        r"\(2, 3, 12, 12\) \(its config tells of \(batch, 3, 8, 8\)\): Input image",
-    ),
-    "other channels": (
-        torch.zeros(2, 1, 8, 8),
-        r"\(2, 1, 8, 8\) \(its config tells of \(batch, 3, 8, 8\)\): .* channel",
-    ),
-    "channels last": (torch.zeros(2, 8, 8, 3), r"8, 8\): channels come first, see permute\(0, 3, 1, 2\)\)"),
-    "one image": (torch.zeros(3, 8, 8), r"8, 8\): the batch is missing, see unsqueeze\(0\)\)"),
-    "whole numbers": (torch.zeros(2, 3, 8, 8, dtype=torch.uint8), "pixel_values are torch.uint8, as an image has them"),
-    "an array": (torch.zeros(2, 3, 8, 8).numpy(), "fails on pixel_values of a ndarray"),
-}
-
-
-@pytest.mark.parametrize("case", FAILURES)
-def test_what_a_model_fails_on_is_one_line(case):
-    pixels, message = FAILURES[case]
-    with pytest.raises(CAPError, match=message) as caught:
-        see(build("ViT"), {"pixel_values": pixels})
-    assert "\n" not in str(caught.value)
-
-
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
 def test_pixels_are_given_in_the_precision_of_the_model(dtype):
     for model in (build("ViT"), tiny_clip().double()):
         pixels = torch.randn(2, 3, 8, 8).to(dtype)
         found = main_output(see(model, {"pixel_values": pixels}))[1]
         assert torch.equal(found, main_output(see(model, {"pixel_values": pixels.to(model.dtype)}))[1])
-
-
-@pytest.mark.parametrize(
-    ("error", "kind", "message"),
-    [
-        (
-            torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
-            CAPError,
-            "choose a smaller batch size",
-        ),
-        (RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes"), CAPError, "choose a smaller batch size"),
-        (MemoryError(), CAPError, "choose a smaller batch size"),
-        (CAPError("a hook's own"), CAPError, "^a hook's own$"),
-        (KeyboardInterrupt("now"), KeyboardInterrupt, "now"),
-    ],
-)
-def test_errors_from_within_a_forward_pass(error, kind, message):
-    model = build("ViT")
-
-    def hook(*_):
-        raise error
-
-    model.vit.layers[1].register_forward_hook(hook)
-    with pytest.raises(kind, match=message):
-        see(model, {"pixel_values": torch.zeros(2, 3, 8, 8)})
-
-
-def test_what_another_process_causes_is_not_blamed_on_the_images(monkeypatch):
-    """The launcher ends the run with a line of its own."""
-    model = build("ViT")
-    model.vit.layers[1].register_forward_hook(lambda *_: torch.distributed.barrier())
-    with pytest.raises(ValueError, match="process group") as caught:
-        see(model, {"pixel_values": torch.zeros(2, 3, 8, 8)})
-    assert not isinstance(caught.value, CAPError)
 
 
 def test_a_module_that_takes_no_pixel_values_is_refused():
@@ -219,20 +143,6 @@ def test_the_features_of_a_backbone(name, config, prefix, parts):
     if "class" in parts:
         assert torch.equal(features["class"][:, 0], outputs.last_hidden_state[:, 0])
     assert torch.equal(features["patch"], outputs.last_hidden_state[:, prefix:])
-
-
-def test_hiera_for_pretraining_sees_the_whole_image_too():
-    """Its embeddings have a copy of the config's ratio."""
-    model = Family(
-        "HieraForPreTraining", {**HIERA, "decoder_hidden_size": 8, "decoder_depth": 1, "decoder_num_heads": 2}, 32, 0
-    ).build()
-    whole = HieraModel(model.config, add_pooling_layer=False).eval()
-    whole.load_state_dict(model.hiera.state_dict())
-    pixels = torch.randn(2, 3, 32, 32)
-    with torch.no_grad():
-        found = see(model, {"pixel_values": pixels}).last_hidden_state
-        assert torch.equal(found, whole(pixel_values=pixels).last_hidden_state)
-        assert model.hiera.embeddings.patch_embeddings.mask_ratio == model.config.mask_ratio > 0
 
 
 def test_the_mean_that_dinov3_convnext_puts_first_is_no_patch():

@@ -1,6 +1,6 @@
 """What a batch of calibration examples is: a dict of tensors, made from what data come in elsewhere."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader, SequentialSampler
 
 from cap_hf.collection.running import Batch
 from cap_hf.errors import CAPError, foreign_line
-from cap_hf.towers import is_of_other_processes
+from cap_hf.failures import is_for_others
 
 # Names that transformers' own collator takes for labels too.
 LABEL_NAMES = ("labels", "label", "label_ids")
@@ -37,7 +37,7 @@ def read(dataloader: Iterable[Any]) -> Iterator[Any]:
     except CAPError:
         raise
     except Exception as error:
-        if is_of_other_processes(error):
+        if is_for_others(error):
             raise
         raise CAPError(f"the dataloader failed at {place(dataloader, number)}: {foreign_line(error)}") from error
 
@@ -50,18 +50,20 @@ def place(dataloader: Iterable[Any], number: int) -> str:
     return f"batch {number}"
 
 
-def to_batch(given: object, needed: Sequence[str]) -> Batch:
+def to_batch(given: object, needed: Sequence[str], taken: Collection[str] = ()) -> Batch:
     """Return a batch as a dict of tensors with one entry per example.
 
-    A pair, as a TensorDataset has it, is pixels and labels; arrays and lists of numbers become tensors; what is none of
-    these, such as a column of file names, is left out.
+    A pair, as a TensorDataset has it, is pixels and labels; arrays and lists of numbers become tensors. What the model
+    has no use for, such as a column of file names or the number of an epoch, is left out.
 
     Args:
         given: what a dataloader yields.
         needed: the names that must be there, `pixel_values` among them.
+        taken: further names that the model can be called with, see `cap_hf.towers.taken_by`; labels always count.
 
     Raises:
-        CAPError: it is no batch, something that is needed is missing, or its tensors are not equally long.
+        CAPError: it is no batch, something that is needed is missing, or what the model takes are not tensors of one
+            length.
     """
     given = named(given)
     wanted = "give dicts of tensors with " + " and ".join(needed)
@@ -76,12 +78,11 @@ def to_batch(given: object, needed: Sequence[str]) -> Batch:
             f"a batch has {', '.join(sorted(found)) or 'nothing in it'}; it needs {' and '.join(needed)}, so named"
         )
     batch = {}
-    for name, value in found.items():
-        tensor = to_tensor(value)
-        if tensor is not None and tensor.dim():
-            batch[name] = tensor
-        elif tensor is not None or name in ("pixel_values", "labels"):
-            raise CAPError(f"{name!r} of a batch is {describe(value)}: give a tensor with one entry per example")
+    for name in ("pixel_values", *sorted({"labels", *taken} & found.keys() - {"pixel_values"})):
+        tensor = to_tensor(found[name])
+        if tensor is None or not tensor.dim():
+            raise CAPError(f"{name!r} of a batch is {describe(found[name])}: give a tensor with one entry per example")
+        batch[name] = tensor
     length = len(batch["pixel_values"])
     for name, tensor in batch.items():
         if len(tensor) != length:
@@ -91,7 +92,7 @@ def to_batch(given: object, needed: Sequence[str]) -> Batch:
 
 def named(given: Any) -> Any:
     """Return pixels, alone or in a pair with labels, under their names; anything else as it is."""
-    if isinstance(given, torch.Tensor) and given.dim() > 2:
+    if isinstance(given, (torch.Tensor, np.ndarray)) and given.ndim > 2:
         return {"pixel_values": given}
     pair = given if type(given) in (tuple, list) and len(given) in (1, 2) else ()
     if pair and isinstance(pair[0], (torch.Tensor, np.ndarray)) and pair[0].ndim > 2:
@@ -100,16 +101,23 @@ def named(given: Any) -> Any:
 
 
 def to_tensor(value: Any) -> torch.Tensor | None:
-    """Return numbers as a tensor, those of equally large tensors in a list stacked; None of what is no numbers."""
+    """Return numbers as a tensor, those of equally large tensors in a list stacked; None of what is no numbers.
+
+    PyTorch takes no array in another byte order, with a negative stride (as flipped images have) or of more than 64
+    bits: such a one is copied.
+    """
     if isinstance(value, torch.Tensor):
         return value
     if isinstance(value, (list, tuple)) and value and all(isinstance(each, torch.Tensor) for each in value):
         return torch.stack(list(value)) if len({each.shape for each in value}) == 1 else None
     try:
         array = np.asarray(value)
-    except ValueError:  # rows of different lengths
+    except (ValueError, TypeError, RuntimeError):  # rows of different lengths, or objects that make no array
         return None
-    return torch.from_numpy(array) if array.dtype.kind in "biuf" else None
+    if array.dtype.kind not in "biuf":
+        return None
+    dtype = np.dtype(np.float64) if array.dtype.itemsize > 8 else array.dtype.newbyteorder("=")
+    return torch.from_numpy(np.require(array, dtype, ["C_CONTIGUOUS", "WRITEABLE"]))
 
 
 def describe(value: Any) -> str:

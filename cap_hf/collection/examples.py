@@ -1,7 +1,7 @@
 """The examples a Fisher is estimated from: the same, in the same order, however often and by however many processes."""
 
 import random
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Collection, Iterable, Iterator, Sized
 from contextlib import contextmanager
 from itertools import chain, islice
 from typing import Any
@@ -29,6 +29,7 @@ class CalibrationExamples:
             between the processes; any other iterable holds this process's own share.
         config: for the number of gradient samples, their grouping and the seed.
         processes: of the run.
+        taken: what the model can be called with beside `pixel_values`, by name.
 
     Attributes:
         limit: gradient samples of a step, at most; larger batches are split.
@@ -37,9 +38,15 @@ class CalibrationExamples:
         CAPError: what is given is no dataloader.
     """
 
-    def __init__(self, dataloader: DataLoader | Iterable[Batch], config: CAPConfig, processes: Processes) -> None:
+    def __init__(
+        self,
+        dataloader: DataLoader | Iterable[Batch],
+        config: CAPConfig,
+        processes: Processes,
+        taken: Collection[str] = (),
+    ) -> None:
         check_dataloader(dataloader)
-        self.dataloader, self.config, self.processes = dataloader, config, processes
+        self.dataloader, self.config, self.processes, self.taken = dataloader, config, processes, taken
         self.limit: int | None = None
         # What can be gone through once is peeked into by the plan, and then gone through.
         self.once = isinstance(dataloader, Iterator)
@@ -80,7 +87,7 @@ class CalibrationExamples:
         """
         if self.once:
             self._first = self._first or list(islice(read(self.dataloader), 1))
-            return to_batch(self._first[0], self.needed) if self._first else None
+            return to_batch(self._first[0], self.needed, self.taken) if self._first else None
         return next((batch for batch, _ in islice(self.batches(), 1)), None)
 
     def peek(self) -> Iterator[tuple[Batch, int, torch.Tensor | None]]:
@@ -88,7 +95,7 @@ class CalibrationExamples:
         if not self.once:
             return islice(self, 1)
         self.first()
-        alone = CalibrationExamples(self._first, self.config, self.processes)
+        alone = CalibrationExamples(self._first, self.config, self.processes, self.taken)
         alone.needed, alone.repeats, alone.draws, alone.wanted = self.needed, self.repeats, self.draws, self.wanted
         return iter(alone)
 
@@ -117,7 +124,7 @@ class CalibrationExamples:
             loader, rank, world, size = self._share()
             seen = 0
             for index, given in enumerate(read(loader)):
-                batch = to_batch(given, self.needed)
+                batch = to_batch(given, self.needed, self.taken)
                 count = len(batch["pixel_values"])
                 full = size or count
                 if full % group:

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from cap_hf.method.losses import FisherLoss
-from cap_hf.models import uncompiled
+from cap_hf.models import full_precision, uncompiled
 from cap_hf.towers import see
 
 # What switches activations to being computed again in the backward pass: transformers' name for it, and timm's, whose
@@ -24,7 +24,8 @@ def frozen(model: nn.Module) -> Iterator[None]:
 
     Gradients of activations alone are needed, and `.grad` of the parameters is nobody's business here. Nothing is
     computed again in the backward pass: hooks would meet it twice, or, where no parameter needs a gradient, not at all.
-    Nothing runs compiled, which would pass over them.
+    Nothing runs compiled, which would pass over them, and nothing in half precision, for which the gradients of single
+    examples are too small.
     """
     training = {module: module.training for module in model.modules()}
     required = {parameter: parameter.requires_grad for parameter in model.parameters()}
@@ -35,7 +36,7 @@ def frozen(model: nn.Module) -> Iterator[None]:
     for module, name in recomputing:
         setattr(module, name, False)
     try:
-        with uncompiled(model):
+        with uncompiled(model), full_precision(model):
             yield
     finally:
         for parameter, requires_grad in required.items():

@@ -22,7 +22,7 @@ from cap_hf.data.images import ImageDataset
 from cap_hf.data.labels import find_columns
 from cap_hf.data.splits import load_splits
 from cap_hf.errors import CAPError, reason
-from cap_hf.towers import is_classifier, picks_label, tower_name, vision_config
+from cap_hf.towers import image_shape, is_classifier, picks_label, tower_name, vision_config
 
 logger = logging.getLogger(__name__)
 
@@ -133,7 +133,8 @@ def image_dataset(
         CAPError: as `ImageDataset`, whose first example is made here, before anything takes its time.
     """
     config = vision_config(model) or model.config
-    dataset = ImageDataset(split, image_processor, config, args, has_head=picks_label(model))
+    channels, _, _ = image_shape(model)
+    dataset = ImageDataset(split, image_processor, config, args, picks_label(model), channels)
     dataset.__getitems__([0])
     return dataset
 

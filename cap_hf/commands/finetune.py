@@ -26,12 +26,12 @@ from cap_hf.data.images import collate
 from cap_hf.errors import CAPError, reason
 from cap_hf.inference.example import size_of
 from cap_hf.masks import describe_masks
+from cap_hf.models import full_precision
 from cap_hf.outputs import check_task, label_names
 from cap_hf.recovery.distillation import without_head
 from cap_hf.recovery.gradual import GradualPruner
 from cap_hf.recovery.mask_holder import model_sparsity
 from cap_hf.recovery.metrics import check_metric, compute_metrics, first_logits
-from cap_hf.recovery.precision import full_precision
 from cap_hf.recovery.resume import checkpoint_folders, choose_checkpoint, remove_checkpoints
 from cap_hf.recovery.trainer import SparseTrainer
 from cap_hf.recovery.training_arguments import SparseTrainingArguments

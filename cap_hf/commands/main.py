@@ -8,7 +8,7 @@ import sys
 import traceback
 from collections.abc import Callable
 
-from cap_hf.errors import CAPError, foreign_line, own_words
+from cap_hf.errors import CAPError, ModelFailure, foreign_line, own_words
 
 # Set to anything, an error is shown with where it was raised.
 TRACEBACK = "CAP_HF_TRACEBACK"
@@ -65,10 +65,14 @@ def attempt(command: str, argv: list[str], explain: Callable[[Exception], str] |
 
 def message(error: Exception) -> str:
     """Return what went wrong, on one line: what a CAPError says, or what another library does and what to do."""
+    shows = f" ({TRACEBACK}=1 shows where)"
     if isinstance(error, CAPError):
         # From a worker of a DataLoader it comes with the traceback there, and may say nothing.
-        return " ".join(own_words(str(error)).split()) or "failed, and the error does not say why"
-    return f"{foreign_line(error)} ({TRACEBACK}=1 shows where)"
+        line = " ".join(own_words(str(error)).split()) or "failed, and the error does not say why"
+        # A model that finds its images wrong says so with a ValueError; anything else may be a mistake in its code.
+        in_code = isinstance(error, ModelFailure) and not isinstance(error.__cause__, (OSError, ValueError))
+        return line + shows if in_code else line
+    return foreign_line(error) + shows
 
 
 def is_worth_a_line(record: logging.LogRecord) -> bool:

@@ -16,6 +16,7 @@ from cap_hf.data.pictures import read_picture
 from cap_hf.errors import CAPError, reason
 from cap_hf.notices import warn_once
 from cap_hf.targets import summarize
+from cap_hf.towers import channels_in
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +34,8 @@ class ImageDataset(Dataset):
         config: the model's, for its labels and number of channels.
         args: the names of the columns, and the value of white.
         has_head: whether the model's classes are those of its config; without, labels are the dataset's own numbers.
+        channels: of the images that the model takes, 0 where that is not known; None for what the config itself says,
+            which a composite one does not.
 
     Attributes:
         labelled: whether batches have `labels`, because there is a column of labels.
@@ -50,6 +53,7 @@ class ImageDataset(Dataset):
         config: PretrainedConfig,
         args: DataArguments,
         has_head: bool = True,
+        channels: int | None = None,
     ) -> None:
         self.image_column, self.label_column = find_columns(split.features, args)
         self.numbers = None
@@ -69,7 +73,7 @@ class ImageDataset(Dataset):
         )
         self.white_level = args.white_level
         self.image_processor = image_processor
-        self.channels = channels_of(config)
+        self.channels = channels_in([config]) if channels is None else channels
         self.mode = "L" if self.channels == 1 else "RGB"
 
     @property
@@ -193,12 +197,6 @@ def contrast(images: list[Image.Image]) -> int:
     """Return how far the darkest and the lightest pixel of all images are apart, in grey levels from 0 to 255."""
     bounds = [int(bound) for image in images for bound in np.asarray(image.convert("L").getextrema())]
     return max(bounds) - min(bounds)
-
-
-def channels_of(config: PretrainedConfig) -> int:
-    """Return how many channels the images of a model have, 0 where its config does not say."""
-    timm = getattr(config, "pretrained_cfg", None) or {}
-    return timm["input_size"][0] if "input_size" in timm else getattr(config, "num_channels", 0)
 
 
 def _size(pixels: torch.Tensor) -> str:

@@ -238,6 +238,11 @@ class GradientSamples:
                     f"{target.name} mixes examples (its input has {len(inputs)} rows for {self.samples} gradient "
                     f"samples): leave it out with --exclude '{target.name}'"
                 )
+            if output.dtype.itemsize < target.weight.dtype.itemsize:
+                raise CAPError(
+                    f"{target.name} computes in {output.dtype} with a weight in {target.weight.dtype}, too coarse for "
+                    "gradients of single examples: take the autocast out of the model's own code"
+                )
             self.seen.add(target.name)
             self._calls[target.name] = self._calls.get(target.name, 0) + 1
             if not output.requires_grad:

@@ -12,7 +12,6 @@ from transformers import PreTrainedModel, TrainerCallback, TrainerControl, Train
 from cap_hf.errors import CAPError
 from cap_hf.recovery.averaging import WeightAverage
 from cap_hf.recovery.mask_holder import MaskHolder
-from cap_hf.recovery.precision import full_precision
 from cap_hf.recovery.schedules import SparsitySchedule
 from cap_hf.report import PruneReport
 
@@ -85,7 +84,7 @@ class PruningCallback(TrainerCallback):
             return
         model: PreTrainedModel = kwargs["model"]
         # A collection is the same whenever it happens, and training draws the same numbers with it and without.
-        with isolated_random_state(self.accelerator.device), full_precision(model):
+        with isolated_random_state(self.accelerator.device):
             report = self.prune(model, self.steps[state.global_step], self.accelerator)
         self.holder.verify()
         self.holder.take()

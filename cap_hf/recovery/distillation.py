@@ -8,10 +8,11 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 from cap_hf.errors import CAPError, reason
+from cap_hf.failures import explained, is_for_others
 from cap_hf.outputs import label_names
 from cap_hf.recovery.augmentation import pixel_statistics
 from cap_hf.recovery.tower import Features, Tower
-from cap_hf.towers import explained, is_classifier
+from cap_hf.towers import image_shape, is_classifier
 
 
 class Teacher:
@@ -37,7 +38,7 @@ class Teacher:
     ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
         """Return logits `(b, classes)` and, if asked for, every hidden state, in float32."""
         pixel_values = pixel_values.to(self.model.device, self.model.dtype)
-        with explained(self.model, {"pixel_values": pixel_values}):
+        with explained(self.model, {"pixel_values": pixel_values}, image_shape):
             outputs = self.model(pixel_values=pixel_values, output_hidden_states=hidden_states)
         return outputs.logits.float(), tuple(state.float() for state in outputs.hidden_states or ())
 
@@ -110,12 +111,14 @@ def check_outputs(student: PreTrainedModel, teacher: Teacher, pixel_values: torc
     training = student.training
     student.eval()
     pixels = pixel_values.to(student.device, student.dtype)
-    with explained(student, {"pixel_values": pixels}):
+    with explained(student, {"pixel_values": pixels}, image_shape):
         own = student(pixel_values=pixels, output_hidden_states=hidden_states).hidden_states or ()
     student.train(training)
     try:
         other = teacher(pixel_values, hidden_states)[1]
     except Exception as error:  # whatever a model raises on images of another size or number of channels
+        if is_for_others(error):
+            raise
         raise CAPError(f"the teacher cannot take the student's images: {reason(error)}") from error
     if hidden_states:
         check_states(student, own, other)
@@ -136,6 +139,8 @@ def check_features(student: Tower, teacher: Teacher, batch: Mapping[str, torch.T
     try:
         other, states = teacher.features(batch, hidden_states)
     except Exception as error:  # whatever a model raises on images of another size or number of channels
+        if is_for_others(error):
+            raise
         raise CAPError(f"the teacher cannot take the student's images: {reason(error)}") from error
     advice = "choose the dense model that the student was pruned from, or one of its architecture"
     for name, each in own.items():

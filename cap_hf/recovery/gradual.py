@@ -19,7 +19,7 @@ from cap_hf.masks import count_zeros
 from cap_hf.recovery.schedules import SparsitySchedule
 from cap_hf.report import PruneReport
 from cap_hf.targets import find_targets
-from cap_hf.towers import picks_label, vision_config
+from cap_hf.towers import image_shape, picks_label, vision_config
 
 
 @dataclass
@@ -64,7 +64,7 @@ class GradualPruner:
         """
         examples = calibration_split(split, config.num_grads * config.samples_per_grad, config.seed)
         shown = vision_config(model) or model.config
-        dataset = ImageDataset(examples, image_processor, shown, data_args, has_head=picks_label(model))
+        dataset = ImageDataset(examples, image_processor, shown, data_args, picks_label(model), image_shape(model)[0])
         if config.fisher_loss == "labels":
             dataset.need_labels()
         loader = make_dataloader(dataset, whole_groups(batch_size, config), data_args.dataloader_num_workers)

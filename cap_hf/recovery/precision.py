@@ -1,12 +1,10 @@
-"""In which precision a model computes: its own within a run in another, and whether bfloat16 pays on this processor."""
+"""Whether bfloat16 pays on this processor."""
 
 import logging
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 import torch
-from torch import nn
 from torch.nn import functional as F
 
 from cap_hf.errors import CAPError
@@ -53,22 +51,3 @@ def bfloat16_ratio() -> float:
             if turn:
                 best[dtype] = min(best[dtype], time.perf_counter() - start)
     return best[torch.bfloat16] / best[torch.float32]
-
-
-@contextmanager
-def full_precision(model: nn.Module) -> Iterator[None]:
-    """Inside the context the model computes in its own dtype, without the autocast that accelerate put on `forward`.
-
-    Gradients of single examples are too small for float16.
-
-    accelerate has `unwrap_model(model, keep_fp32_wrapper=False)` for this, which does not serve here: it cannot put
-    the autocast back for the training that goes on, and of a transformers model it takes transformers' own decorators
-    of `forward` away as well. accelerate wraps by setting `forward` on the instance, however often it prepares the
-    model; without that the class's own `forward` is called.
-    """
-    wrapped = model.__dict__.pop("forward", None)
-    try:
-        yield
-    finally:
-        if wrapped is not None:
-            model.forward = wrapped

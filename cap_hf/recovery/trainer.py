@@ -1,7 +1,7 @@
 """Extend transformers' Trainer: keep zeros, prune on a schedule, learn from a teacher."""
 
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -15,6 +15,7 @@ from transformers.training_args import OptimizerNames
 
 from cap_hf.checkpoints.places import writing
 from cap_hf.errors import CAPError, reason
+from cap_hf.failures import explained
 from cap_hf.models import usable_of_transformers
 from cap_hf.outputs import check_task, label_names
 from cap_hf.recovery.augmentation import PRESETS, make_augmentation
@@ -30,7 +31,7 @@ from cap_hf.recovery.resume import choose_checkpoint, load_weights
 from cap_hf.recovery.schedules import cyclic_linear
 from cap_hf.recovery.training_arguments import SparseTrainingArguments
 from cap_hf.targets import summarize
-from cap_hf.towers import explained, in_precision_of
+from cap_hf.towers import image_shape, in_precision_of
 
 
 class SparseTrainer(Trainer):
@@ -186,13 +187,13 @@ class SparseTrainer(Trainer):
         recovering = model.training and self.own_loss
         # The model's own loss of a batch without any label is 0 / 0.
         if self.takes_labels and not recovering and has_labels(inputs, self.label_names):
-            with self._explained(inputs):
+            with explained(self.model, inputs, image_shape):
                 return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         inputs = dict(inputs)
         labels = inputs.pop("labels", None)
         if recovering and self.augmentation is not None:
             inputs["pixel_values"], labels = self.augmentation(inputs["pixel_values"], labels)
-        with self._explained(inputs):
+        with explained(self.model, inputs, image_shape):
             loss, outputs = self.objective(model, inputs, labels, recovering)
         return (loss, {"loss": loss, **outputs}) if return_outputs else loss
 
@@ -204,14 +205,10 @@ class SparseTrainer(Trainer):
         if not any(name in inputs for name in names):
             self.label_names = []
         try:
-            with self._explained(inputs):
+            with explained(self.model, inputs, image_shape):
                 return super().prediction_step(model, inputs, *args, **kwargs)
         finally:
             self.label_names = names
-
-    def _explained(self, inputs: Mapping[str, Any]) -> AbstractContextManager[None]:
-        # What finds the batch size looks for PyTorch's own error.
-        return nullcontext() if self.args.auto_find_batch_size else explained(self.model, inputs)
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         return in_precision_of(self.model, super()._prepare_inputs(inputs))

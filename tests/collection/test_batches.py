@@ -1,5 +1,6 @@
 """What data come in becomes a batch, or one line that says what a batch must be."""
 
+import numpy as np
 import pytest
 import torch
 from support.models import build, random_batches
@@ -22,6 +23,11 @@ MADE = {
     "list of labels": {"pixel_values": PIXELS, "labels": LABELS.tolist()},
     "lists of tensors": {"pixel_values": list(PIXELS), "labels": list(LABELS)},
     "of an image processor": BatchFeature({"pixel_values": PIXELS, "labels": LABELS}),
+    "the number of an epoch beside": {"pixel_values": PIXELS, "labels": LABELS, "epoch": 3},
+    "a count beside": {"pixel_values": PIXELS, "labels": LABELS, "num_boxes": torch.tensor([5])},
+    "big-endian": {"pixel_values": PIXELS.numpy().astype(">f4"), "labels": LABELS.numpy().astype(">i8")},
+    "flipped": {"pixel_values": PIXELS.flip(3).numpy()[..., ::-1], "labels": LABELS.flip(0).numpy()[::-1]},
+    "128 bits": {"pixel_values": PIXELS.numpy().astype(np.longdouble), "labels": LABELS},
     "another name of labels": {"pixel_values": PIXELS, "label": LABELS},
 }
 REFUSED = {
@@ -46,14 +52,28 @@ REFUSED = {
 def test_what_can_be_made_a_batch_is(case):
     batch = to_batch(MADE[case], BOTH)
     assert batch.keys() == set(BOTH)
-    assert torch.equal(batch["pixel_values"], PIXELS)
+    assert torch.equal(batch["pixel_values"].float(), PIXELS)
     assert torch.equal(batch["labels"], LABELS)
 
 
 def test_images_alone_are_enough_where_no_label_is_needed():
-    for given in (PIXELS, (PIXELS,), [PIXELS]):
+    for given in (PIXELS, (PIXELS,), [PIXELS], PIXELS.numpy()):
         (found,) = to_batch(given, ("pixel_values",)).values()
         assert torch.equal(found, PIXELS)
+
+
+def test_what_the_model_takes_is_kept_and_must_be_whole():
+    mask = torch.ones(4, 2)
+    given = {"pixel_values": PIXELS, "pixel_attention_mask": mask}
+    assert to_batch(given, ("pixel_values",)).keys() == {"pixel_values"}
+    assert to_batch(given, ("pixel_values",), {"pixel_attention_mask"})["pixel_attention_mask"] is mask
+    for value, message in (
+        (mask[:3], "4 pixel_values and 3 pixel_att"),
+        (True, "is a bool"),
+        (["a"] * 4, "list of str"),
+    ):
+        with pytest.raises(CAPError, match=message):
+            to_batch(given | {"pixel_attention_mask": value}, ("pixel_values",), {"pixel_attention_mask"})
 
 
 @pytest.mark.parametrize("case", REFUSED)

@@ -8,12 +8,14 @@ import threading
 import datasets
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from support.backbones import backbone_checkpoint
 from support.checkpoints import PYTHON, clean_environment, make_checkpoint
 from support.commands import image_folder, prune
+from support.families import VIT, Family
 from support.hub_server import HubServer, Repo
-from transformers import ViTConfig, ViTModel
+from transformers import SiglipImageProcessorPil, ViTConfig, ViTModel
 
 from cap_hf.commands.arguments import ModelArguments
 from cap_hf.commands.common import bank_split, image_dataset, load_all
@@ -21,6 +23,8 @@ from cap_hf.commands.main import main
 from cap_hf.data.arguments import DataArguments
 from cap_hf.data.images import calibration_split
 from cap_hf.errors import CAPError
+
+SIDES = {"height": 8, "width": 8}
 
 
 def test_a_model_that_does_not_fit_is_one_line(tiny_checkpoint, tmp_path, capsys):
@@ -132,6 +136,22 @@ def test_what_does_not_fit_is_said_before_anything_runs(tiny_checkpoint, tmp_pat
     (folder / "train" / "0" / "0.png").write_bytes(b"")
     with pytest.raises(CAPError, match=r"image 0 \(.*0.png\) cannot be read"):
         image_dataset(splits["train"], processor, model, data_args)
+
+
+def test_a_composite_model_of_grey_images_gets_grey_images():
+    """Its config has the number of channels in its vision part: pictures were made RGB, and nothing was checked."""
+    vision = {"vision_config": VIT | {"num_channels": 1}, "num_labels": 2}
+    model = Family("SiglipForImageClassification", vision, 8, 12).build()
+    split = datasets.Dataset.from_dict({"image": [Image.new("RGB", (8, 8), "red")] * 2})
+    found = image_dataset(
+        split,
+        SiglipImageProcessorPil(size=SIDES, image_mean=[0.5], image_std=[0.5], do_convert_rgb=False),
+        model,
+        DataArguments(),
+    )
+    assert found[0]["pixel_values"].shape == (1, 8, 8)
+    with pytest.raises(CAPError, match="makes images of 3 channels .8x8 pixels. and the model takes 1"):
+        image_dataset(split, SiglipImageProcessorPil(size=SIDES, do_convert_rgb=True), model, DataArguments())
 
 
 def test_the_bank_is_apart_from_the_calibration_where_there_is_enough():

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 from cap_hf import CAPError
 from cap_hf.commands import main as module
 from cap_hf.commands.main import COMMANDS, main
+from cap_hf.errors import ModelFailure
 
 
 def test_help_and_unknown_commands(capsys):
@@ -126,6 +127,13 @@ def test_an_error_is_one_line_wherever_it_is_raised(fail, capsys, workers, error
     fail(error, workers)
     assert module.run("inspect", []) == 1
     assert capsys.readouterr().err == f"cap-hf inspect: {line}\n"
+
+
+@pytest.mark.parametrize(("cause", "shows"), [(TypeError("a mistake"), True), (ValueError("Input image size"), False)])
+def test_where_a_model_may_have_a_mistake_the_line_says_how_to_see_it(cause, shows):
+    error = ModelFailure("ViT fails on pixels")
+    error.__cause__ = cause
+    assert module.message(error) == f"ViT fails on pixels{' (CAP_HF_TRACEBACK=1 shows where)' if shows else ''}"
 
 
 def test_a_traceback_is_shown_to_those_who_ask(fail, capsys, monkeypatch):
