@@ -15,7 +15,15 @@ from transformers import BaseImageProcessor
 
 from cap_hf.checkpoints.atomic import atomic_directory
 from cap_hf.checkpoints.files import check_file, copy_weights
-from cap_hf.checkpoints.folder import COMPANIONS, MODEL_CONFIG_NAME, REPORT_NAME, check_inside, copy_file, read_json
+from cap_hf.checkpoints.folder import (
+    COMPANIONS,
+    MODEL_CONFIG_NAME,
+    PROCESSOR_NAME,
+    REPORT_NAME,
+    check_inside,
+    copy_file,
+    read_json,
+)
 from cap_hf.checkpoints.saving import compress_weights
 from cap_hf.checkpoints.weights import find_weight_files
 from cap_hf.compressor import CAPCompressor
@@ -26,7 +34,6 @@ from cap_hf.hub.card import CARD_NAME, PICTURE_NAME, CardFacts, one_line
 from cap_hf.hub.picture import draw_sparsity
 from cap_hf.hub.privacy import Private, clean_folder
 
-PROCESSOR_NAME = "preprocessor_config.json"
 # What is published beside the weights, their index and the card.
 FILES = (MODEL_CONFIG_NAME, PROCESSOR_NAME, *COMPANIONS, CONFIG_NAME, REPORT_NAME)
 # What a card says that comes from a report or a config, and may be private.
