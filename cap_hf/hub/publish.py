@@ -24,6 +24,7 @@ from cap_hf.checkpoints.folder import (
     copy_file,
     read_json,
 )
+from cap_hf.checkpoints.loading import check_folder
 from cap_hf.checkpoints.saving import compress_weights
 from cap_hf.checkpoints.weights import find_weight_files
 from cap_hf.compressor import CAPCompressor
@@ -135,10 +136,13 @@ def prepare_folder(
                 copy_file(files.index, checkpoint, folder)
         # Errors name the checkpoint's own files; what is published are the same ones, or their weights compressed.
         facts = CardFacts.gather(checkpoint, repo_id, base_model, license, trust_remote_code)
-        published = find_weight_files(folder)
+        clean_folder(folder, private)
+        try:
+            published = check_folder(folder, trust_remote_code)
+        except CAPError as error:
+            raise CAPError(f"{checkpoint} cannot be loaded without what is private in it: {error}") from error
         facts = replace(facts, compressed=published.compressed, file_bytes=published.num_bytes)
-        facts = replace(facts, **{name: private.clean(getattr(facts, name)) for name in REPORTED})
-        clean_folder(folder, private, [layer["name"] for layer in facts.layers])
+        facts = replace(facts, **private.clean({name: getattr(facts, name) for name in REPORTED}))
         facts.render().save(folder / CARD_NAME)
         draw_sparsity(
             [layer["name"] for layer in facts.layers],
