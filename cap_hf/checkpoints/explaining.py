@@ -16,8 +16,25 @@ PROCESSOR_NAMES = (PROCESSOR_NAME, "processor_config.json")
 ADAPTER_CONFIG_NAME = "adapter_config.json"
 # What is unpickled, or is of another framework.
 FOREIGN_WEIGHTS = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack", "*.gguf")
-# Packages that an extra of cap_hf installs, and those of another name than the one to install.
-INSTALLED_AS = {"timm": "'cap_hf[timm]'", "torchao": "'cap_hf[quantization]'", "auto_gptq": "gptqmodel"}
+# What may be lacking and is called as what installs it. A name that is not here may be a module of the checkpoint's own
+# code: nobody is told to install whatever has that name.
+PACKAGES = (
+    *("accelerate", "autoawq", "bitsandbytes", "compressed-tensors", "einops", "gptqmodel", "hqq", "kornia", "optimum"),
+    *("peft", "scipy", "sentencepiece", "torchvision", "vptq"),
+)
+# The same, by the name that it is imported by, and what to install.
+INSTALLED_AS = {
+    "timm": "'cap_hf[timm]'",
+    "torchao": "'cap_hf[quantization]'",
+    "PIL": "pillow",
+    "cv2": "opencv-python",
+    "sklearn": "scikit-learn",
+    "auto_gptq": "gptqmodel",
+    "awq": "autoawq",
+    "compressed_tensors": "compressed-tensors",
+    "quanto": "optimum-quanto",
+}
+LACKING = re.compile(r"requires?\b|missing|not found|not installed|no module named|too old|pip install", re.IGNORECASE)
 # Who leaves a prefix before the name of every weight, and what to save instead.
 WRAPPERS = {
     "_orig_mod.": ("torch.compile", "save model._orig_mod"),
@@ -35,7 +52,7 @@ def explain(name_or_path: str | Path, error: Exception) -> str:
         error: what was raised.
     """
     said, folder = reason(error), Path(name_or_path)
-    if "trust_remote_code" in said:
+    if "trust_remote_code=True" in said:
         return f"{folder} brings code of its own along: read it, and pass --trust_remote_code true if it may run"
     if found := re.search(r"model type [`'\"](.+?)[`'\"]", said):
         return (
@@ -43,14 +60,14 @@ def explain(name_or_path: str | Path, error: Exception) -> str:
             "--trust_remote_code true if the checkpoint brings its code along"
         )
     if package := missing_package(said):
-        return f"{folder} needs a package that is not installed: pip install {package}"
+        return f"{folder} needs a package that is not installed, or too old: pip install -U {package}"
     if "model.safetensors" in said and re.search(r"[Nn]o file named|not appear to have a file", said):
         return explain_format(folder)
     try:
         # What is damaged is named as every command names it.
         if folder.is_dir():
-            stated = read_json(folder / MODEL_CONFIG_NAME).get("quantization_config", {"quant_method": None})
-            if not isinstance(stated, dict) or "quant_method" not in stated:
+            stated = read_json(folder / MODEL_CONFIG_NAME).get("quantization_config")
+            if stated is not None and not (isinstance(stated, dict) and "quant_method" in stated):
                 return (
                     f"{folder} has a quantization_config without a quant_method in its config.json: remove it, if the "
                     "weights are floats"
@@ -70,7 +87,7 @@ def explain_processor(name_or_path: str | Path, error: Exception) -> str:
         error: what was raised.
     """
     said, folder = reason(error), Path(name_or_path)
-    if "trust_remote_code" in said:
+    if "trust_remote_code=True" in said:
         return explain(name_or_path, error)
     if package := missing_package(said):
         return f"the image processor of {folder} needs a package that is not installed: pip install {package}"
@@ -163,15 +180,9 @@ def prefix_of(missing: Collection[str], unexpected: Collection[str]) -> str:
 
 
 def missing_package(said: str) -> str | None:
-    """Return what to install, where a library says that it needs a package."""
-    for pattern in (
-        r"[Mm]issing optional dependencies: ([\w, -]+)",
-        r"requires the ([\w-]+) library",
-        r"No module named '([\w]+)",
-        r"requires? ([\w-]+):? \(?`pip install",
-        r"pip install (?:-U |--upgrade )?([\w-]+)(?![\w+-])",
-    ):
-        if (found := re.search(pattern, said)) and found[1].lower() != "transformers":
-            names = [name.strip().lower() for name in found[1].split(",")]
-            return " ".join(INSTALLED_AS.get(name, name) for name in names if name)
-    return None
+    """Return what to install, where a library says that it needs a package that is known here."""
+    if not LACKING.search(said):
+        return None
+    known = {name: name for name in PACKAGES} | INSTALLED_AS
+    named = [name for name in known if re.search(rf"(?<![\w.-]){re.escape(name)}(?![\w-])", said, re.IGNORECASE)]
+    return " ".join(dict.fromkeys(known[name] for name in named)) or None

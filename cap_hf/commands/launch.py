@@ -17,8 +17,8 @@ def launch(command: str) -> None:
         # Without this accelerate sees no devices to share out, and connects no processes.
         os.environ["ACCELERATE_USE_CPU"] = "true"
     if world == 1 and "MASTER_ADDR" in os.environ and "ACCELERATE_MIXED_PRECISION" in os.environ:
-        message = "accelerate started one process only: for several on CPUs add --multi_gpu to its arguments"
-        print(f"cap-hf {command}: {message}", file=sys.stderr)
+        advice = "accelerate started one process only: for several on CPUs add --multi_gpu to its arguments"
+        print(f"cap-hf {command}: {advice}", file=sys.stderr)
     sys.exit(run_among_others(command) if world > 1 else main([command, *sys.argv[1:]]))
 
 

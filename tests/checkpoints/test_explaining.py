@@ -26,8 +26,15 @@ from cap_hf.checkpoints.explaining import (
         ("model requires torchao library (`pip install torchao`)", "'cap_hf[quantization]'"),
         ("8-bit quantization requires bitsandbytes: `pip install -U bitsandbytes>=0.46.1`", "bitsandbytes"),
         ("No module named 'kornia.geometry'", "kornia"),
+        ("No module named 'PIL'", "pillow"),
+        ("No module named 'sklearn.utils'", "scikit-learn"),
+        ("The installed version of bitsandbytes (<0.39) is too old; `pip install -U bitsandbytes`", "bitsandbytes"),
+        # A module of the checkpoint's own code, which is nothing to install.
+        ("No module named 'modeling_helpers'", None),
+        ("Please pip install -U 'flash-attn>=2'", None),
         ("update Transformers with the command `pip install --upgrade transformers`", None),
         ("Error no file named model.safetensors found", None),
+        ("operator torchvision::nms does not exist", None),
     ],
 )
 def test_a_package_that_is_missing_is_found_in_what_a_library_says(said, package):
@@ -72,6 +79,16 @@ def test_what_is_on_the_hub_is_no_folder_to_look_into():
     assert "--model_revision refs/pr/1" in explain("a/b", error)
     assert explain("a/b", OSError("two\nlines")) == "a/b cannot be loaded: two lines"
     assert explain_processor("a/b", OSError("two\nlines")) == "the image processor of a/b cannot be loaded: two lines"
+
+
+def test_what_is_said_of_trust_is_about_code_only_where_code_is_brought_along():
+    error = TypeError("got an unexpected keyword argument 'trust_remote_code'")
+    assert explain("a/b", error) == "a/b cannot be loaded: got an unexpected keyword argument 'trust_remote_code'"
+
+
+def test_an_empty_quantization_config_is_not_to_blame(tmp_path):
+    (tmp_path / "config.json").write_text('{"quantization_config": null}')
+    assert explain(tmp_path, ValueError("nonsense")) == f"{tmp_path} cannot be loaded: nonsense"
 
 
 def test_every_kind_of_foreign_weights_is_named(tmp_path):
