@@ -11,9 +11,9 @@ from accelerate import Accelerator
 from torch.utils.data import DataLoader
 from transformers import BaseImageProcessor, PreTrainedModel
 
-from cap_hf.checkpoints.form import StoredForm, round_weights
+from cap_hf.checkpoints.form import StoredForm, check_range, round_weights, too_large
 from cap_hf.checkpoints.saving import save_checkpoint
-from cap_hf.collection.batch_norm import recalibrate_batch_norm
+from cap_hf.collection.batch_norm import batch_norms, recalibrate_batch_norm, unchanged_on_error
 from cap_hf.collection.collection import Collection
 from cap_hf.collection.examples import CalibrationExamples
 from cap_hf.collection.objective import choose_loss
@@ -177,7 +177,10 @@ class CAPCompressor:
             pruned[target.name], loss = paths.reconstruct(target, count, advance)
             own_losses.append(loss or 0.0)
         losses = self.processes.sum(torch.tensor(own_losses, dtype=torch.float64))
-        # Nothing is changed before everything is solved.
+        # Nothing is changed before everything is solved, and fits into what it is stored in.
+        names = {target.weight: target.name for target in self.targets}
+        wrong = too_large(self.model, self.dtype, lambda each: pruned[names[each]] if each in names else each)
+        check_range(self.processes.share_first(wrong))
         report = PruneReport(config.method, config.allocation, config.selection, sparsity)
         for target in self.targets:
             blocks = self.processes.assemble(pruned.pop(target.name), block_shares(target, self.processes))
@@ -212,8 +215,9 @@ class CAPCompressor:
         wanted = max(num_examples, self.processes.world * batch_size)
         config = replace(self.config, num_grads=wanted, samples_per_grad=1)
         examples = CalibrationExamples(dataloader, config, self.processes, taken_by(tower_of(self.model)))
-        names = recalibrate_batch_norm(self.model, (batch for batch, _ in examples.batches()), self.processes)
-        round_weights(self.model, self.dtype)
+        with unchanged_on_error(batch_norms(self.model)):
+            names = recalibrate_batch_norm(self.model, (batch for batch, _ in examples.batches()), self.processes)
+            round_weights(self.model, self.dtype)
         return names
 
     def save_pretrained(

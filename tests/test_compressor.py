@@ -336,3 +336,13 @@ def test_a_model_that_device_map_has_spread_is_refused(tmp_path):
         collected(spread)
     whole = kind.from_pretrained(tmp_path / "dense", device_map="cpu")
     assert zeros_of(collected(whole)) == 0
+
+
+def test_statistics_of_batch_norm_that_do_not_fit_are_as_before():
+    model = build("ResNet")
+    compressor = CAPCompressor(model, CAPConfig(method="magnitude"), disable_tqdm=True, dtype=torch.float16)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    rows = [{"pixel_values": 1e6 * torch.randn(3, 16, 16)} for _ in range(8)]
+    with pytest.raises(CAPError, match=r"running_mean holds .*, too much for torch.float16"):
+        compressor.recalibrate_batch_norm(DataLoader(rows, batch_size=4), num_examples=8)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

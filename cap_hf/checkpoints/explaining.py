@@ -7,11 +7,12 @@ from pathlib import Path
 from torch import nn
 
 from cap_hf.checkpoints.files import check_file
-from cap_hf.checkpoints.folder import MODEL_CONFIG_NAME, read_json
+from cap_hf.checkpoints.folder import MODEL_CONFIG_NAME, PROCESSOR_NAME, read_json
 from cap_hf.errors import CAPError, reason
 from cap_hf.targets import summarize
 
-PROCESSOR_NAMES = ("preprocessor_config.json", "processor_config.json")
+# Where an image processor may be described: in a file of its own, or in that of several towers.
+PROCESSOR_NAMES = (PROCESSOR_NAME, "processor_config.json")
 ADAPTER_CONFIG_NAME = "adapter_config.json"
 # What is unpickled, or is of another framework.
 FOREIGN_WEIGHTS = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack", "*.gguf")
@@ -96,7 +97,7 @@ def explain_processor(name_or_path: str | Path, error: Exception) -> str:
             "AutoImageProcessor.from_pretrained(...).save_pretrained(folder)"
         )
     if "Unrecognized image processor" in said:
-        return f"{folder} has an image processor that transformers does not know: correct its {PROCESSOR_NAMES[0]}"
+        return f"{folder} has an image processor that transformers does not know: correct its {PROCESSOR_NAME}"
     return f"the image processor of {folder} cannot be loaded: {said}"
 
 

@@ -40,14 +40,14 @@ class FileContents:
         names: of the tensors that are stored, parts of packed ones among them.
         num_entries: of all tensors once they are unpacked.
         dense_bytes: what these take.
-        entries: how many of them have each floating point dtype, by its name in the file, such as BF16.
+        dtypes: of those of them that are floating point, by their names, as the file calls it, such as BF16.
         digests: of each stored tensor, by its name; None if the file has none.
     """
 
     names: set[str]
     num_entries: int
     dense_bytes: int
-    entries: Counter[str]
+    dtypes: dict[str, str]
     digests: dict[str, str] | None
 
 
@@ -92,15 +92,18 @@ def check_file(path: str | Path) -> FileContents:
         packed = packed_names(names)
         shapes = {name: _shape(file, name, path) for name in names}
         found: Counter[str] = Counter()
+        dtypes: dict[str, str] = {}
         for name in names:
             if name.rpartition(".")[2] not in PARTS:
-                found[file.get_slice(name).get_dtype()] += math.prod(shapes[name])
+                dtypes[name] = file.get_slice(name).get_dtype()
+                found[dtypes[name]] += math.prod(shapes[name])
         for base, suffixes in packed.items():
             if base in names:
                 raise CAPError(f"{path} holds {base} both dense and packed: the file is damaged")
             parts = {suffix: _peek(file, f"{base}.{suffix}", path) for suffix in suffixes}
             check_parts(parts, f"{base} in {path}")
-            found[file.get_slice(f"{base}.{VALUES}").get_dtype()] += math.prod(parts[SHAPE].shape[1:])
+            dtypes[base] = file.get_slice(f"{base}.{VALUES}").get_dtype()
+            found[dtypes[base]] += math.prod(parts[SHAPE].shape[1:])
     if digests is not None:
         if len(digests) != DIGEST_LENGTH * len(names):
             raise CAPError(f"{path} has not one digest per tensor: the file is damaged")
@@ -109,7 +112,7 @@ def check_file(path: str | Path) -> FileContents:
             name: digests[first : first + DIGEST_LENGTH] for name, first in zip(sorted(names), places, strict=True)
         }
     dense_bytes = sum(count * _bits(dtype) // 8 for dtype, count in found.items())
-    floating = Counter({dtype: count for dtype, count in found.items() if dtype[:1] in ("F", "B") and dtype != "BOOL"})
+    floating = {name: dtype for name, dtype in dtypes.items() if dtype[:1] in ("F", "B") and dtype != "BOOL"}
     return FileContents(names, found.total(), dense_bytes, floating, digests)
 
 

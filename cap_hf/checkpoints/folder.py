@@ -16,6 +16,7 @@ from cap_hf.config import CONFIG_NAME, CAPConfig
 from cap_hf.errors import CAPError, reason
 
 MODEL_CONFIG_NAME = "config.json"
+PROCESSOR_NAME = "preprocessor_config.json"
 REPORT_NAME = "report.json"
 # What a text tower is used with, and the processor of several towers: they go wherever the weights go.
 COMPANIONS = (

@@ -72,7 +72,7 @@ def recalibrate_batch_norm(model: nn.Module, batches: Iterable[Batch], processes
         for name, layer in layers.items()
     ]
     try:
-        with frozen(model), _unchanged_on_error(layers), torch.no_grad():
+        with frozen(model), unchanged_on_error(layers), torch.no_grad():
             see(model, inputs)
     finally:
         for handle in handles:
@@ -130,7 +130,7 @@ def _one_batch(batches: Iterable[Batch]) -> Batch:
 
 
 @contextmanager
-def _unchanged_on_error(layers: dict[str, _BatchNorm]) -> Iterator[None]:
+def unchanged_on_error(layers: dict[str, _BatchNorm]) -> Iterator[None]:
     """Put the statistics of some layers back if something fails."""
     buffers = [buffer for layer in layers.values() for buffer in (layer.running_mean, layer.running_var)]
     before = [buffer.clone() for buffer in buffers if buffer is not None]

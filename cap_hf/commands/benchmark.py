@@ -66,6 +66,7 @@ def measure(model_args: ModelArguments, args: BenchmarkArguments) -> None:
     from cap_hf.commands.common import load_model, where_to_load
     from cap_hf.inference.benchmark import benchmark, losses
     from cap_hf.inference.plot import draw_benchmark
+    from cap_hf.masks import target_sparsity
     from cap_hf.models import usable_of_transformers
     from cap_hf.report import versions
     from cap_hf.targets import find_targets
@@ -85,9 +86,7 @@ def measure(model_args: ModelArguments, args: BenchmarkArguments) -> None:
         image_processor = find_image_processor(
             model_args.model_name_or_path, model_args.trust_remote_code, **where_to_load(model_args)
         )
-    targets = find_targets(model)
-    zeros = sum(int((target.weight == 0).sum()) for target in targets)
-    sparsity = zeros / sum(target.weight.numel() for target in targets)
+    sparsity = target_sparsity(find_targets(model))
     with tqdm(desc="Benchmark", bar_format="{desc}: {postfix} [{elapsed}]", disable=args.disable_tqdm) as bar:
         found, missing = benchmark(
             model,

@@ -61,9 +61,9 @@ def load_companions(args: ModelArguments) -> list[Path]:
     return find_companions(args.model_name_or_path, **where_to_load(args))
 
 
-def load_form(args: ModelArguments) -> StoredForm:
-    """Return the form that the weights of a checkpoint, which was loaded, are stored in; as `find_form`."""
-    return find_form(args.model_name_or_path, **where_to_load(args))
+def load_form(args: ModelArguments, model: PreTrainedModel) -> StoredForm:
+    """Return the form that the weights of a checkpoint are stored in, from which a model was loaded; as `find_form`."""
+    return find_form(args.model_name_or_path, model, **where_to_load(args))
 
 
 def load_all(

@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from cap_hf.checkpoints.atomic import check_place
-from cap_hf.checkpoints.form import round_weights
+from cap_hf.checkpoints.form import fitting_form, round_weights
 from cap_hf.checkpoints.places import real_path
 from cap_hf.checkpoints.saving import save_checkpoint
 from cap_hf.collection.resources import Resources
@@ -88,7 +88,7 @@ def finetune(
         model, image_processor, splits = load_all(
             model_args, data_args, training_args.seed, needed, bank_size=bank_size
         )
-        companions, form = load_companions(model_args), load_form(model_args)
+        companions, form = load_companions(model_args), load_form(model_args, model)
         # What a recovered checkpoint was pruned with is what the checkpoint that it is made from was pruned with.
         pruned_with = config if training_args.schedule else student_config(model_args)
         teacher = load_teacher(args.teacher_model_name_or_path, model_args, image_processor)
@@ -155,7 +155,8 @@ def finetune(
         remove_checkpoints(training_args.folder)
     with phases("train"):
         outcome = trainer.train(resume_from_checkpoint=resume)
-    # What is measured from here on is what will be stored.
+    # What is measured from here on is what will be stored, and hours of training are.
+    form = fitting_form(form, model)
     round_weights(model, form.dtype)
     recovered = evaluate("evaluate recovered", model)
     report = {

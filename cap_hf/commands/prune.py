@@ -107,7 +107,7 @@ def prune(
             num_examples,
             probe_args.knn_bank_size,
         )
-        companions, form = load_companions(model_args), load_form(model_args)
+        companions, form = load_companions(model_args), load_form(model_args, model)
         compressor = CAPCompressor(
             model, config, accelerator, args.disable_tqdm, resources, len(sparsities), form.dtype
         )

@@ -13,8 +13,8 @@ from cap_hf.extras import need
 from cap_hf.hub.publish import open_repository, push_to_hub
 from cap_hf.recovery.training_arguments import SparseTrainingArguments
 
-# They publish the Trainer's checkpoints.
-PICKLED = (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS)
+# The others publish the Trainer's checkpoints. EVERY_SAVE is the Trainer's default, so it may not have been asked for.
+AT_THE_END = (HubStrategy.END, HubStrategy.EVERY_SAVE)
 
 
 def open_push(args: SparseTrainingArguments) -> str | None:
@@ -27,11 +27,13 @@ def open_push(args: SparseTrainingArguments) -> str | None:
     if not args.push_to_hub:
         return None
     strategy = HubStrategy(args.hub_strategy)
-    if strategy in PICKLED:
+    if strategy not in AT_THE_END:
         raise CAPError(
             f"--hub_strategy {strategy.value} would publish the Trainer's checkpoints, which hold pickles and paths of "
             "this machine: leave it out, and the recovered checkpoint is pushed at the end"
         )
+    if args.hub_always_push:
+        raise CAPError("--hub_always_push has nothing to push while it trains: leave it out")
     need("matplotlib", "plots")
     args.push_to_hub = False
     if args.process_index != 0:

@@ -15,7 +15,16 @@ from transformers import BaseImageProcessor
 
 from cap_hf.checkpoints.atomic import atomic_directory
 from cap_hf.checkpoints.files import check_file, copy_weights
-from cap_hf.checkpoints.folder import COMPANIONS, MODEL_CONFIG_NAME, REPORT_NAME, check_inside, copy_file, read_json
+from cap_hf.checkpoints.folder import (
+    COMPANIONS,
+    MODEL_CONFIG_NAME,
+    PROCESSOR_NAME,
+    REPORT_NAME,
+    check_inside,
+    copy_file,
+    read_json,
+)
+from cap_hf.checkpoints.loading import check_folder
 from cap_hf.checkpoints.saving import compress_weights
 from cap_hf.checkpoints.weights import find_weight_files
 from cap_hf.compressor import CAPCompressor
@@ -27,7 +36,6 @@ from cap_hf.hub.names import one_line
 from cap_hf.hub.picture import draw_sparsity
 from cap_hf.hub.privacy import Private, clean_folder
 
-PROCESSOR_NAME = "preprocessor_config.json"
 # What is published beside the weights, their index and the card.
 FILES = (MODEL_CONFIG_NAME, PROCESSOR_NAME, *COMPANIONS, CONFIG_NAME, REPORT_NAME)
 # What a card says that comes from a report or a config, and may be private.
@@ -127,10 +135,13 @@ def prepare_folder(
                 copy_file(files.index, checkpoint, folder)
         # Errors name the checkpoint's own files; what is published are the same ones, or their weights compressed.
         facts = CardFacts.gather(checkpoint, repo_id, base_model, license, trust_remote_code)
-        published = find_weight_files(folder)
+        clean_folder(folder, private)
+        try:
+            published = check_folder(folder, trust_remote_code)
+        except CAPError as error:
+            raise CAPError(f"{checkpoint} cannot be loaded without what is private in it: {error}") from error
         facts = replace(facts, compressed=published.compressed, file_bytes=published.num_bytes)
-        facts = replace(facts, **{name: private.clean(getattr(facts, name)) for name in REPORTED})
-        clean_folder(folder, private, [layer["name"] for layer in facts.layers])
+        facts = replace(facts, **private.clean({name: getattr(facts, name) for name in REPORTED}))
         facts.render().save(folder / CARD_NAME)
         draw_sparsity(
             [layer["name"] for layer in facts.layers],

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 from transformers import SchedulerType, TrainingArguments
+from transformers.trainer_utils import HubStrategy
 
 from cap_hf.distributed.accelerator import TIMEOUT
 from cap_hf.errors import CAPError
@@ -25,6 +26,17 @@ class SparseTrainingArguments(TrainingArguments):
         metadata={"help": "Seconds that a process waits for the others; a pruning step has one of many minutes."},
     )
     do_eval: bool = field(default=True, metadata={"help": "Evaluate the model before and after."})
+    hub_strategy: HubStrategy | str = field(
+        default="every_save",
+        metadata={
+            "help": "When SparseTrainer pushes, in Python. The command pushes the recovered checkpoint, once, at the "
+            "end, and refuses checkpoint and all_checkpoints."
+        },
+    )
+    hub_always_push: bool = field(
+        default=False,
+        metadata={"help": "Have SparseTrainer, in Python, not skip a push while one is under way; not the command."},
+    )
     sparsity_schedule: str | None = field(
         default=None,
         metadata={

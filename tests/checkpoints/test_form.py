@@ -52,11 +52,34 @@ def make_like(model, dtype):
     return copied
 
 
-def test_a_mixture_is_what_most_of_it_is(tmp_path):
+@pytest.mark.parametrize(
+    ("main", "head", "said"),
+    [
+        (torch.bfloat16, torch.float32, "bfloat16 and float32: they are used and saved in float32, which loses not"),
+        (torch.float16, torch.bfloat16, "bfloat16 and float16: they are used and saved in float32, which loses not"),
+        (torch.float64, torch.float64, "float64: they are used and saved in float32, which rounds float64"),
+    ],
+)
+def test_a_mixture_is_saved_in_float32_and_loses_nothing(tmp_path, caplog, main, head, said):
+    model = make_model().to(main)
+    model.classifier.to(head)
+    model.save_pretrained(tmp_path, max_shard_size="30KB")
+    form = find_form(str(tmp_path), make_model())
+    assert form.dtype is None
+    assert form.max_shard_size > 20_000
+    (line,) = caplog.messages
+    assert f"{tmp_path} has weights in {said}" in line
+
+
+def test_what_the_model_keeps_in_float32_is_no_mixture(tmp_path, caplog, monkeypatch):
     model = make_model().bfloat16()
     model.classifier.float()
     model.save_pretrained(tmp_path)
-    assert stored_form(tmp_path).dtype == torch.bfloat16
+    monkeypatch.setattr(model, "_keep_in_fp32_modules_strict", {"classifier"})
+    assert stored_form(tmp_path, model) == StoredForm(torch.bfloat16)
+    monkeypatch.setattr(model, "_keep_in_fp32_modules_strict", {"vit"})
+    assert not caplog.messages
+    assert stored_form(tmp_path, model) == StoredForm()
     with pytest.raises(CAPError, match=r"nowhere has no config\.json"):
         find_form(str(tmp_path / "nowhere"), local_files_only=True)
 
@@ -160,6 +183,26 @@ def test_a_compressor_reports_the_zeros_of_what_it_saves(tmp_path, dtype, compre
             )
         assert_same_weights(loaded.float(), model)
     assert (found["vit.layers.0.mlp.fc1"]["num_zeros"] > 0) == (dtype == torch.float16)
+
+
+def test_a_compressor_changes_nothing_where_a_weight_does_not_fit():
+    """Outside the targets or in them; a target that is too large before it is pruned may fit afterwards."""
+    model = make_model()
+    compressor = CAPCompressor(model, CAPConfig(method="magnitude"), disable_tqdm=True, dtype=torch.float16)
+    for tensor in (model.classifier.bias, model.vit.layers[0].mlp.fc1.weight):
+        with torch.no_grad():
+            tensor.view(-1)[0] = 1e6
+        compressor.collect([])
+        before = {name: value.clone() for name, value in model.state_dict().items()}
+        with pytest.raises(CAPError, match=r"holds 1e\+06, too much for .*float16.*: store it in bfloat16 or float32"):
+            compressor.prune(0.5)
+        assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+        assert compressor.report is None
+        with torch.no_grad():
+            tensor.view(-1)[0] = 0
+    solved = compressor.paths.reconstruct
+    compressor.paths.reconstruct = lambda *args: (solved(*args)[0].clamp(-1, 1), None)
+    assert compressor.prune(0.5).sparsity == 0.5
 
 
 def test_metadata_of_a_foreign_file_is_no_trouble(tmp_path):

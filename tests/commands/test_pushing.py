@@ -52,6 +52,10 @@ def test_the_recovered_checkpoint_alone_is_published(tmp_path, folders, hub, mon
     ("arguments", "message"),
     [
         (("--hub_strategy", "all_checkpoints"), "--hub_strategy all_checkpoints would publish the Trainer's checkpoi"),
+        (
+            ("--hub_strategy", "end", "--hub_always_push", "True"),
+            "--hub_always_push has nothing to push while it trains",
+        ),
         (("--hub_model_id", "a/b/c"), "--hub_model_id 'a/b/c' cannot be a repository: user/name is"),
     ],
 )

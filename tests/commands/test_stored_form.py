@@ -9,6 +9,7 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from cap_hf import find_targets
 from cap_hf.checkpoints.weights import find_weight_files
+from cap_hf.collection.removal_paths import RemovalPaths
 from cap_hf.commands.main import main
 from cap_hf.masks import describe_masks, target_sparsity
 
@@ -91,16 +92,32 @@ def test_a_plain_checkpoint_stays_in_one_file_of_float32(tiny_checkpoint, tmp_pa
     assert " 75.00 " in table[3]
 
 
-def test_a_weight_too_large_for_float16_is_one_line(tiny_checkpoint, tiny_vit, tmp_path, capsys):
-    """Joint reconstruction may make one; here training does."""
+def test_training_is_not_lost_to_a_weight_too_large_for_float16(tiny_checkpoint, tiny_vit, tmp_path, capsys, caplog):
+    """It is saved in float32, with the weights that it has."""
     half = tmp_path / "half"
     tiny_vit.half().save_pretrained(half)
     AutoImageProcessor.from_pretrained(tiny_checkpoint).save_pretrained(half)
     training = ["--max_train_samples", "32", "--max_steps", "1", "--use_cpu", "True", "--learning_rate", "1e6", *DATA]
-    arguments = ["--optim", "sgd", "--max_grad_norm", "1e6", "--learning_rate", "1e9"]
-    names = ["--model_name_or_path", str(half), "--output_dir", str(tmp_path / "out")]
-    capsys.readouterr()
-    assert main(["finetune", *names, *training, *arguments]) == 1
-    (line,) = [each for each in capsys.readouterr().err.splitlines() if each.startswith("cap-hf")]
-    assert "too much for torch.float16, which the checkpoint is stored in" in line
-    assert not (tmp_path / "out").exists()
+    run("finetune", half, tmp_path / "out", *training, "--optim", "sgd", "--max_grad_norm", "1e6")
+    (line,) = [each.message for each in caplog.records if "too much for" in each.message]
+    assert "too much for torch.float16, which the checkpoint is stored in: it is saved in float32 instead" in line
+    recovered = stored(tmp_path / "out", torch.float32)
+    assert recovered.get_parameter(line.split()[0]).abs().max() > torch.finfo(torch.float16).max
+
+
+def test_a_sparsity_that_does_not_fit_leaves_those_before_it(tiny_checkpoint, tiny_vit, tmp_path, capsys, monkeypatch):
+    half = tmp_path / "half"
+    tiny_vit.half().save_pretrained(half)
+    AutoImageProcessor.from_pretrained(tiny_checkpoint).save_pretrained(half)
+    reconstruct = RemovalPaths.reconstruct
+
+    def huge(self, target, counts, advance):
+        """As a joint reconstruction may be that removes many weights."""
+        blocks, loss = reconstruct(self, target, counts, advance)
+        return blocks * (1e7 if (tmp_path / "out" / "sparsity-0.5").is_dir() else 1), loss
+
+    monkeypatch.setattr(RemovalPaths, "reconstruct", huge)
+    assert prune(half, tmp_path / "out", "--sparsity", "0.5", "0.9") == 1
+    assert "too much for torch.float16" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["sparsity-0.5"]
+    stored(tmp_path / "out" / "sparsity-0.5", torch.float16)

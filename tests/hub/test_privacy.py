@@ -21,6 +21,9 @@ PRIVATE = Private(("/srv/people/alice", "/tmp"), ("alice",), ("lab-7.example.org
         (r"C:\Users\alice\models\vit", "vit"),
         ("D:/data/cats", "cats"),
         (r"\\server\share\cats", "cats"),
+        ("//nas/share/cats", "cats"),
+        (r"see C:\Users\John Smith\models\x now", "see x now"),
+        ("s3://bucket/x /data/secret project/a b", "s3://bucket/x a b"),
         ("~/models/vit", "vit"),
         ("~alice/models/vit", "vit"),
         ("file:///data/cats", "cats"),
@@ -48,48 +51,83 @@ PRIVATE = Private(("/srv/people/alice", "/tmp"), ("alice",), ("lab-7.example.org
         ("/", "/"),
     ],
 )
-def test_what_is_private_is_told_by_its_value(value, published):
-    assert PRIVATE.clean(value, words=True) == published
-    assert PRIVATE.clean([{"x": [value]}], words=True) == [{"x": [published]}]
-    assert PRIVATE.clean(published, words=True) == published
+def test_what_is_private_in_a_report_is_told_by_its_value(value, published):
+    assert PRIVATE.clean(value, PRIVATE.hide) == published
+    assert PRIVATE.clean([{"x": [value]}], PRIVATE.hide) == [{"x": [published]}]
+    assert PRIVATE.clean({"_name_or_path": value}) == {"_name_or_path": published}
+    assert PRIVATE.clean(published, PRIVATE.hide) == published
 
 
-def test_a_host_that_is_called_like_something_else():
-    private = Private((), (), ("vit",))
-    # An architecture stays; of a report what is for people alone is taken out, names of layers are not.
-    assert private.clean({"model_type": "vit", "host": "vit"}) == {"model_type": "vit", "host": "vit"}
-    report = {"host": "vit", "vit": 1, "name": "vit.layers.0", "by": "ran on vit."}
-    assert private.clean(report, words=True, kept=["vit.layers.0"]) == {
-        "host": "host",
-        "vit": 1,
-        "name": "vit.layers.0",
-        "by": "ran on host.",
-    }
+@pytest.mark.parametrize(
+    ("value", "published"),
+    [
+        ("/scratch/somebody/models/vit", "vit"),
+        (r"C:\Users\John Smith\models\x", "x"),
+        ("//nas/share/x", "x"),
+        ("data/John Smith/x y", "x y"),
+        ("../John Smith/vit", "vit"),
+        ("John Smith/vit", "vit"),
+        ("from /srv/John Smith/runs/a: no", "from a: no"),
+        ("from /mnt/old disk/John Smith/a b", "from a b"),
+        ("in /tmp/x.", "in x."),
+        ("hf_abcdefghijklmnopqrstuv", "token"),
+        # What a library may go by: never the host, no path that is none.
+        *(
+            (text, text)
+            for text in (
+                *("lab-7", "modeling_lab-7.MyVit", "google/lab-7", "/think", "/", "~", "C:\\", "a:/", "//", "/ /"),
+                *("/(?:a|b)/", "/a|b/c", r"\d+/\w+", r"\\", "a /b/c d", "1/2/3", "https://x.org/John Smith/a"),
+            )
+        ),
+    ],
+)
+def test_elsewhere_a_path_is_one_as_a_whole_or_has_a_name_of_this_machine(value, published):
+    private = Private(("/srv/John Smith", "/tmp"), ("John Smith",), ("lab-7",))
+    assert private.clean({"x": [value]}) == {"x": [published]}
+    assert private.clean({"x": [published]}) == {"x": [published]}
 
 
-def test_classes_keep_their_names_and_keys_that_are_paths_do_not():
-    config = {
-        "id2label": {"0": "/m/01yrx", "1": "lab-7", "2": "/srv/people/alice/cat"},
-        "label2id": {"/m/01yrx": 0, "lab-7": 1, "/srv/people/alice/cat": 2},
-    }
-    assert PRIVATE.clean(config) == {
-        "id2label": {"0": "/m/01yrx", "1": "lab-7", "2": "cat"},
-        "label2id": {"/m/01yrx": 0, "lab-7": 1, "cat": 2},
-    }
-    assert PRIVATE.clean({"/data/a/vit": {"top1": 0.5, "n": None, "ok": True}}) == {
-        "vit": {"top1": 0.5, "n": None, "ok": True}
-    }
+@pytest.mark.parametrize(
+    "technical",
+    [
+        {"architecture": "vit_small_patch16_224.vit", "model_type": "vit", "architectures": ["vit"]},
+        {"auto_map": {"AutoModel": "modeling_vit.MyVit"}},
+        {"weight_map": {"vit.layers.0.weight": "vit-00001-of-00002.safetensors"}},
+        {"quantization_config": {"weights_file": "vit.safetensors", "path": "/a/b"}},
+        {"label_names": ["/m/01yrx", "vit"], "label_descriptions": {"/m/01yrx": "a vit"}},
+        {"id2label": {"0": "/m/01yrx"}, "label2id": {"/m/01yrx": 0, "vit": 1}},
+        {"additional_special_tokens": ["/think/a"], "eos_token": {"content": "/m/a"}},
+        {"include": ["*.layer.*/x"], "config": {"method": "vit"}, "layers": [{"name": "vit.layers.0"}]},
+    ],
+)
+def test_what_libraries_go_by_stays_wherever_it_is(technical):
+    private = Private(("/m",), ("layer",), ("vit",))
+    for change in (None, private.hide):
+        assert private.clean(technical, change) == technical
+        assert private.clean([{"a": technical}], change) == [{"a": technical}]
+
+
+def test_keys_that_are_paths_are_shortened_and_none_is_lost():
+    results = {"/data/a/vit": {"top1": 0.5, "n": None, "ok": True}, "/data/b/vit": 1, "vit": 2, "lab-7": 3}
+    assert PRIVATE.clean(results) == {"vit": {"top1": 0.5, "n": None, "ok": True}, "vit_": 1, "vit__": 2, "lab-7": 3}
 
 
 def test_files_without_anything_private_keep_their_bytes(tmp_path):
     (tmp_path / "config.json").write_text('{"a":   "vit",\t"b": [1]}')
     (tmp_path / "tokenizer.json").write_text('{"merges": ["/tmp/x /srv/people/alice"]}')
+    (tmp_path / "tokenizer_config.json").write_text(
+        json.dumps(
+            {"name_or_path": "/a/lab-7", "vocab_file": "lab-7.txt", "special_tokens_map_file": "/a/b", "x": "/tmp/x"}
+        )
+    )
     (tmp_path / "report.json").write_text('{"data": {"dataset_name": "/data/cats"}}')
     (tmp_path / "vocab.txt").write_text("/tmp/x\n")
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     clean_folder(tmp_path, PRIVATE)
     changed = {path.name for path in tmp_path.iterdir() if path.read_bytes() != before[path.name]}
-    assert changed == {"report.json"}
+    assert changed == {"report.json", "tokenizer_config.json"}
+    tokenizer = {"name_or_path": "host", "vocab_file": "lab-7.txt", "special_tokens_map_file": "b", "x": "/tmp/x"}
+    assert json.loads((tmp_path / "tokenizer_config.json").read_text()) == tokenizer
     assert json.loads((tmp_path / "report.json").read_text()) == {"data": {"dataset_name": "cats"}}
 
 

@@ -18,6 +18,7 @@ from transformers import AutoModelForImageClassification
 from cap_hf import CAPError
 from cap_hf.checkpoints.files import check_file, open_safetensors
 from cap_hf.checkpoints.weights import find_weight_files, iterate_weights
+from cap_hf.hub import publish
 from cap_hf.hub.publish import prepare_folder
 
 TOKEN = "hf_writer"
@@ -262,6 +263,33 @@ def test_shards_are_published_with_their_index(tmp_path):
     assert not list((tmp_path / "compressed").glob("model-*"))
 
 
+@pytest.mark.parametrize("host", ["model", "vit"])
+def test_a_host_that_is_called_like_a_file_or_a_model_breaks_nothing(tmp_path, monkeypatch, host):
+    monkeypatch.setattr("socket.gethostname", lambda: host)
+    model = make_checkpoint(tmp_path / "m")
+    (tmp_path / "m" / "model.safetensors").unlink()
+    model.save_pretrained(tmp_path / "m", max_shard_size="60KB")
+    for compressed in (False, True):
+        prepare_folder(tmp_path / "m", tmp_path / "out", "user/x", compressed)
+        assert_same_weights(AutoModelForImageClassification.from_pretrained(tmp_path / "out"), model)
+        unchanged = () if compressed else ("config.json", "model.safetensors.index.json")
+        for name in ("preprocessor_config.json", "cap_config.json", *unchanged):
+            assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "m" / name).read_bytes()
+
+
+def test_what_could_not_be_loaded_is_not_published(tmp_path, monkeypatch):
+    """Whatever cleaning does to it."""
+
+    def damage(folder, private):
+        (folder / "config.json").write_text('{"model_type": "host"}')
+
+    make_checkpoint(tmp_path / "m")
+    monkeypatch.setattr(publish, "clean_folder", damage)
+    with pytest.raises(CAPError, match=r"m cannot be loaded without what is private in it: .*'host'"):
+        prepare_folder(tmp_path / "m", tmp_path / "out", "user/x")
+    assert not (tmp_path / "out").exists()
+
+
 def test_nothing_of_this_machine_is_in_any_byte_that_is_published(tmp_path, monkeypatch):
     """Whatever has it: a report of absolute paths, configs, metadata of weights, the card, the picture."""
     home = tmp_path / "people" / "alice"
@@ -281,7 +309,7 @@ def test_nothing_of_this_machine_is_in_any_byte_that_is_published(tmp_path, monk
     folder = tmp_path / "m"
     make_checkpoint(folder, facts=facts)
     config = json.loads((folder / "config.json").read_text())
-    config |= {"_name_or_path": str(home / "models" / "vit"), "trained_on": "lab-7"}
+    config |= {"_name_or_path": str(home / "models" / "vit"), "log_dir": "lab-7", "file": "C:\\Users\\x"}
     (folder / "config.json").write_text(json.dumps(config))
     processor = json.loads((folder / "preprocessor_config.json").read_text())
     (folder / "preprocessor_config.json").write_text(json.dumps(processor | {"path": str(home)}))
@@ -289,7 +317,7 @@ def test_nothing_of_this_machine_is_in_any_byte_that_is_published(tmp_path, monk
     weights = folder / "model.safetensors"
     with open_safetensors(weights) as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    safetensors.torch.save_file(tensors, weights, metadata={"format": "pt", "made": f"by lab-7 in {home}/é"})
+    safetensors.torch.save_file(tensors, weights, metadata={"format": "pt", "path": f"by lab-7 in {home}/é"})
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     for compressed in (False, True):
         ready = tmp_path / f"ready-{compressed}"
