@@ -336,3 +336,52 @@ def test_a_model_that_device_map_has_spread_is_refused(tmp_path):
         collected(spread)
     whole = kind.from_pretrained(tmp_path / "dense", device_map="cpu")
     assert zeros_of(collected(whole)) == 0
+
+
+@pytest.mark.parametrize(
+    ("call", "line"),
+    [
+        (lambda model: CAPCompressor(model, {"method": "cap"}), r"^{'method': 'cap'} is no CAPConfig: pass CAPConfig"),
+        (lambda model: CAPCompressor(model, "cap"), "^'cap' is no CAPConfig"),
+        (lambda model: CAPCompressor(model, {}), "^{} is no CAPConfig"),
+        (lambda model: magnitude(model).prune("0.5"), "^sparsity '0.5' is of type str: pass a number, such as 0.5"),
+        (lambda model: magnitude(model, allocation="2:4").prune("0.5"), "^sparsity '0.5' is of type str"),
+        (lambda model: magnitude(model).save_pretrained(None), "^None is no name of a folder, but of type NoneType"),
+        (lambda model: magnitude(model).save_pretrained(3), "^3 is no name of a folder"),
+        (lambda model: CAPConfig(damp="0.1"), "^damp='0.1' must be a number"),
+        (lambda model: CAPConfig(patch_weight=None), "^patch_weight=None must be a number"),
+        (lambda model: CAPConfig(exclude=3), "^exclude=3 must be a list of patterns"),
+    ],
+)
+def test_a_value_of_another_type_is_one_line(call, line):
+    with pytest.raises(CAPError, match=line):
+        call(build("ViT"))
+
+
+def magnitude(model, **config) -> CAPCompressor:
+    return CAPCompressor(model, CAPConfig(method="magnitude", **config))
+
+
+def test_inference_mode_changes_nothing():
+    expected, found = build("ViT"), build("ViT")
+    collected(expected).prune(0.5)
+    with torch.inference_mode():
+        # The batches are made inside.
+        collected(found).prune(0.5)
+    for name, value in expected.state_dict().items():
+        assert torch.equal(value, found.state_dict()[name]), name
+    with (
+        torch.inference_mode(),
+        pytest.raises(CAPError, match=r"made inside torch\.inference_mode\(\).*: load it outside"),
+    ):
+        collected(build("ViT"))
+
+
+def test_a_sparsity_below_the_models_is_known_before_anything_is_collected():
+    compressor = collected(build("ViT"))
+    compressor.check_sparsity(0.5)
+    compressor.prune(0.9)
+    with pytest.raises(CAPError, match="sparse already: sparsity 0.5 would be less"):
+        CAPCompressor(compressor.model).check_sparsity(0.5)
+    # This one goes on from the weights at `collect`.
+    compressor.prune(0.5)
