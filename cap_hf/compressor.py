@@ -25,7 +25,7 @@ from cap_hf.collection.running import Batch, differentiable
 from cap_hf.collection.shares import block_shares
 from cap_hf.collection.solver import Solver
 from cap_hf.collection.state import Checkpointing
-from cap_hf.config import CAPConfig
+from cap_hf.config import CAPConfig, check_type
 from cap_hf.distributed.processes import Processes
 from cap_hf.errors import CAPError
 from cap_hf.masks import count_zeros, describe_masks
@@ -81,9 +81,10 @@ class CAPCompressor:
         if isinstance(self.model, PreTrainedModel):
             # What could not be saved in the end is said before the work.
             check_shared(self.model)
-        self.config = CAPConfig() if config is None else config
-        if not isinstance(self.config, CAPConfig):
-            raise CAPError(f"{config!r:.80} is no CAPConfig: pass CAPConfig(method='cap'), or CAPConfig(**fields)")
+        check_type("config", config, CAPConfig, "pass CAPConfig(method='cap'), or CAPConfig(**fields)")
+        check_type("resources", resources, Resources, "pass Resources(max_memory='8GB')")
+        check_type("dtype", dtype, torch.dtype, "pass such as torch.bfloat16")
+        self.config = config or CAPConfig()
         self.accelerator = accelerator or Accelerator()
         self.resources, self.prunes, self.dtype = resources or Resources(), prunes, dtype
         self.processes = Processes(self.accelerator)
@@ -134,6 +135,7 @@ class CAPCompressor:
             CAPError: there is too little memory, no data, a batch that does not fit, or a gradient that is not
                 finite.
         """
+        check_type("checkpointing", checkpointing, Checkpointing, "pass Checkpointing(folder, 128)")
         self._forget()
         with differentiable(self.model):
             return self._collect(dataloader, checkpointing)

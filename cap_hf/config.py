@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from numbers import Real
 from pathlib import Path
@@ -48,6 +49,12 @@ class NMPattern:
 def is_number(value: object) -> bool:
     """Return whether a value is a real number, and no bool, which Python takes for one."""
     return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def check_type(name: str, value: object, kind: type, advice: str) -> None:
+    """Raise a CAPError that names an argument, unless its value is None or of a type."""
+    if value is not None and not isinstance(value, kind):
+        raise CAPError(f"{name}={value!r:.80} is of type {type(value).__name__} and no {kind.__name__}: {advice}")
 
 
 @dataclass(frozen=True)
@@ -221,6 +228,8 @@ class CAPConfig:
         Raises:
             CAPError: a field is unknown, or its value is outside what it allows.
         """
+        if not isinstance(values, Mapping):
+            raise CAPError(f"{values!r:.80} holds no fields of CAPConfig: pass a dict of them")
         values = dict(values)
         if "fisher_type" in values:
             values["fisher_loss"] = FISHER_TYPES.get(values.pop("fisher_type"))

@@ -11,7 +11,8 @@ from support.models import ARCHITECTURES, build, random_batches
 from torch.utils.data import DataLoader
 
 import cap_hf.collection.solver as solver_module
-from cap_hf import CAPCompressor, CAPConfig, CAPError
+from cap_hf import CAPCompressor, CAPConfig, CAPError, export_onnx, find_targets, push_to_hub
+from cap_hf.inference.example import check_size
 from cap_hf.masks import find_pattern
 from cap_hf.method import methods
 from cap_hf.method.elimination import LostPivotError, invert
@@ -341,9 +342,24 @@ def test_a_model_that_device_map_has_spread_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("call", "line"),
     [
-        (lambda model: CAPCompressor(model, {"method": "cap"}), r"^{'method': 'cap'} is no CAPConfig: pass CAPConfig"),
-        (lambda model: CAPCompressor(model, "cap"), "^'cap' is no CAPConfig"),
-        (lambda model: CAPCompressor(model, {}), "^{} is no CAPConfig"),
+        (
+            lambda model: CAPCompressor(model, {"method": "cap"}),
+            "^config={'method': 'cap'} is of type dict and no CAPConfig",
+        ),
+        (lambda model: CAPCompressor(model, "cap"), "^config='cap' is of type str and no CAPConfig: pass CAPConfig"),
+        (lambda model: CAPCompressor(model, {}), "^config={} is of type dict"),
+        (lambda model: CAPCompressor(model, resources="4GB"), "^resources='4GB' is of type str and no Resources"),
+        (lambda model: CAPCompressor(model, dtype="bfloat16"), "^dtype='bfloat16' is of type str and no dtype"),
+        (lambda model: CAPCompressor(model).collect([], "x"), "^checkpointing='x' is of type str and no Checkpointing"),
+        (lambda model: find_targets("vit"), "^model='vit' is of type str and no Module"),
+        (lambda model: find_targets(model, pattern="2:4"), "^pattern='2:4' is of type str and no NMPattern"),
+        (lambda model: find_targets(model, include=3), "^include=3 is of type int and no Sequence"),
+        (lambda model: find_targets(model, None), "^block_size=None is neither 'row' nor a number"),
+        (lambda model: push_to_hub(None, "a/b"), "^None is no name of a checkpoint's folder"),
+        (lambda model: push_to_hub("out", None), "^None is no name of a repository"),
+        (lambda model: export_onnx(model, None), "^None is no name of a folder"),
+        (lambda model: CAPConfig.from_dict(None), "^None holds no fields of CAPConfig"),
+        (lambda model: check_size(1.5), "^image_size=1.5 is no size"),
         (lambda model: magnitude(model).prune("0.5"), "^sparsity '0.5' is of type str: pass a number, such as 0.5"),
         (lambda model: magnitude(model, allocation="2:4").prune("0.5"), "^sparsity '0.5' is of type str"),
         (lambda model: magnitude(model).save_pretrained(None), "^None is no name of a folder, but of type NoneType"),

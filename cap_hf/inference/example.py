@@ -90,7 +90,7 @@ def check_size(image_size: int | Sequence[int]) -> tuple[int, int]:
     Raises:
         CAPError: it is neither one number nor two, or one is not positive.
     """
-    numbers = [image_size] if isinstance(image_size, int) else list(image_size)
+    numbers = list(image_size) if isinstance(image_size, Sequence) else [image_size]
     if len(numbers) not in (1, 2) or not all(isinstance(each, int) and each > 0 for each in numbers):
         raise CAPError(f"image_size={image_size!r} is no size: one number is, or two, height and width")
     return numbers[0], numbers[-1]

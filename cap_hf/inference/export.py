@@ -13,6 +13,7 @@ from transformers import BaseImageProcessor, PreTrainedModel
 
 from cap_hf.checkpoints.atomic import atomic_directory
 from cap_hf.checkpoints.loading import only_errors
+from cap_hf.checkpoints.location import check_name
 from cap_hf.errors import CAPError, reason
 from cap_hf.extras import need
 from cap_hf.inference.example import make_example
@@ -57,6 +58,7 @@ def export_onnx(
         CAPError: a package is missing, the model cannot be used as it is (see `cap_hf.models.usable_of_transformers`)
             or not be exported, it fails on images of this size, or ONNX Runtime gives other results.
     """
+    check_name(output_dir, "a folder")
     model = usable_of_transformers(model)
     runtime = prepare(model)
     example = make_example(model, 2, image_processor, image_size)

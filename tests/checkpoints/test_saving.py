@@ -58,9 +58,7 @@ def test_a_full_disk_is_one_line_and_changes_nothing(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(places.shutil, "disk_usage", lambda _: usage(10**6, 10**6, 4096))
         for folder in ("out", "new/out"):
-            with pytest.raises(
-                CAPError, match=r"out needs .* kB, and its disk has 4\.1 kB free: free some space, or"
-            ):
+            with pytest.raises(CAPError, match=r"out needs .* kB, and its disk has 4\.1 kB free: free some space, or"):
                 save_checkpoint(tmp_path / folder, build("ViT"))
 
     def full(*_, **__):
