@@ -2,8 +2,6 @@
 
 import inspect
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +18,6 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
 from transformers.utils import find_adapter_config_file
-from transformers.utils import logging as transformers_logging
 from transformers.utils.hub import cached_files
 
 from cap_hf.checkpoints.explaining import (
@@ -38,6 +35,7 @@ from cap_hf.checkpoints.quantized import check_stored
 from cap_hf.checkpoints.weights import WeightFiles, find_weight_files
 from cap_hf.errors import CAPError, reason
 from cap_hf.models import check_finite
+from cap_hf.notices import only_errors
 from cap_hf.targets import summarize
 
 logger = logging.getLogger(__name__)
@@ -214,17 +212,3 @@ def load_checkpoint(
         unused = summarize(sorted(info["unexpected_keys"]), 3)
         logger.warning("%s has weights that %s does not use: %s", name_or_path, type(model).__name__, unused)
     return model
-
-
-@contextmanager
-def only_errors() -> Iterator[None]:
-    """Keep transformers' warnings and bars to itself: its report of what was loaded is a table of many lines."""
-    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-        if bars:
-            transformers_logging.enable_progress_bar()

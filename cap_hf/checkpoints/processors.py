@@ -10,8 +10,8 @@ from transformers import AutoImageProcessor
 from transformers.utils.hub import cached_files
 
 from cap_hf.checkpoints.explaining import PROCESSOR_NAMES, explain_processor
-from cap_hf.checkpoints.loading import only_errors
 from cap_hf.errors import CAPError
+from cap_hf.notices import only_errors
 
 logger = logging.getLogger(__name__)
 

@@ -39,9 +39,18 @@ class DataArguments:
             "files whose neighbours are alike."
         },
     )
+    white_level: float | None = field(
+        default=None,
+        metadata={
+            "help": "Value of white in pictures of more than 8 bits. Default: 65535 in 16 bits, 32767 in signed ones, "
+            "1.0 in floating point; pictures of 16 bits without a value above 4095 are an error then."
+        },
+    )
     dataloader_num_workers: int = field(default=0, metadata={"help": "Processes that load images."})
 
     def __post_init__(self) -> None:
         for name in ("dataloader_num_workers", "shuffle_buffer_size"):
             if getattr(self, name) < 0:
                 raise CAPError(f"{name}={getattr(self, name)} must be at least 0")
+        if self.white_level is not None and not 0 < self.white_level < float("inf"):
+            raise CAPError(f"white_level={self.white_level} must be above 0")

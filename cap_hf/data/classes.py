@@ -3,10 +3,12 @@
 import logging
 import re
 import unicodedata
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
 
-from cap_hf.data.once import warn_once
 from cap_hf.errors import CAPError
+from cap_hf.notices import warn_once
 from cap_hf.targets import summarize
 
 logger = logging.getLogger(__name__)
@@ -15,6 +17,8 @@ logger = logging.getLogger(__name__)
 WHOLE_NUMBER = re.compile(r"(?:label[\s_-]*)?([0-9]+)")
 # What stands between the words of a name; that of a folder cannot have all of these.
 BETWEEN_WORDS = re.compile(r"[\s_/-]+")
+# class10, 10th, 10.0
+COUNTED = re.compile(r"(\D*)([0-9]+(?:\.[0-9]+)?)(\D*)")
 ADVICE = "name each class as the model does, or call all of them by the model's numbers, from 0"
 
 
@@ -34,9 +38,9 @@ def key_of(name: str) -> str | int:
 
 
 def synonyms_in(name: str) -> set[str | int]:
-    """Return the keys of the synonyms that a name lists, as `tench, Tinca tinca` does; none where it lists none."""
+    """Return the keys of the synonyms that a name lists, as `tench, Tinca tinca` does; a number is none."""
     parts = [part for part in name.split(",") if part.strip()]
-    return {key_of(part) for part in parts} if len(parts) > 1 else set()
+    return {key_of(part) for part in parts if number_in(part) is None} if len(parts) > 1 else set()
 
 
 class ClassNames:
@@ -84,8 +88,8 @@ def pair(names: Sequence[str], model: ClassNames, column: str) -> list[int]:
 
     Names that all mean a class of the model, each another one, are paired by name. Else, where the dataset has as many
     classes as the model and no name means one in another place than its own, they are paired by number, and a warning
-    shows some pairs: the names are other words. Nothing is said where the model has no names to compare with. Names
-    that are whole numbers are these numbers, wherever they stand.
+    shows some pairs: the names are other words, or the model has none. Names that are whole numbers are these numbers,
+    wherever they stand; those with a number in them, as class10, have to stand in the order of their numbers.
 
     Args:
         names: of the classes of the dataset, in its order.
@@ -103,8 +107,10 @@ def pair(names: Sequence[str], model: ClassNames, column: str) -> list[int]:
     if all(len(each) == 1 for each in meant) and len({*meant}) == len(names) and (in_place or not mixed):
         return [number for each in meant for number in each]
     if in_place and (words or not unknown):
-        if unknown and model.named:
-            pairs = [f"{name} for {model.names[place]}" for place, name in enumerate(names) if not meant[place]]
+        if unknown:
+            places = {place: name for place, name in enumerate(names) if not meant[place]}
+            check_counted(places, model, column)
+            pairs = [f"{name} for {model.names[place]}" for place, name in places.items()]
             warn_once(
                 logger,
                 f"{len(pairs)} of the {len(names)} classes of {column!r} are not called as in the model and are paired "
@@ -132,6 +138,38 @@ def check_numbers(names: Sequence[str], model: ClassNames, column: str) -> None:
     count, found = len(model.names), {int(key_of(name)): name for name in numbers}
     if not words and found and min(found) > 0 and max(found) == count and not model.meant_by(found[count]):
         raise CAPError(f"{column!r} counts the classes from 1 to {count}, the model counts from 0: take 1 from each")
+
+
+def check_counted(names: Mapping[int, str], model: ClassNames, column: str) -> None:
+    """Raise a CAPError if names with a number in them do not stand in the order of their numbers, or count from 1.
+
+    Such are class1, class10, class2, as folders are sorted. Names of the model with the same numbers make it right.
+
+    Args:
+        names: that mean no class of the model, by the classes they would be paired with.
+        model: its classes.
+        column: of the labels.
+    """
+    groups: dict[tuple[str, str], list[tuple[float, int]]] = defaultdict(list)
+    for place, name in names.items():
+        if (found := COUNTED.fullmatch(_plain(name))) is not None:
+            groups[found[1], found[3]].append((float(found[2]), place))
+    for group in groups.values():
+        own = [COUNTED.fullmatch(_plain(model.names[place])) for _, place in group]
+        numbers = [number for number, _ in group]
+        if [each and float(each[2]) for each in own] == numbers:
+            continue
+        advice = f"which class of the model each of them is cannot be known ({model}): call the classes 0, 1, 2 ... "
+        advice += "by the model's numbers, or give the model these names in the id2label of its config.json"
+        for (one, place), (other, following) in pairwise(group):
+            if one >= other:
+                raise CAPError(
+                    f"{column!r} has {names[place]} before {names[following]}, against their numbers: {advice}"
+                )
+        if numbers == list(range(1, len(model.names) + 1)):
+            raise CAPError(
+                f"{column!r} counts from {names[group[0][1]]} to {names[group[-1][1]]}, not from 0: {advice}"
+            )
 
 
 def check_integers(values: Iterable[int], model: ClassNames, column: str) -> None:

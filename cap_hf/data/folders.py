@@ -1,36 +1,47 @@
 """What `datasets` reads a dataset with, and what it would not see by itself in a folder of images.
 
-By itself it follows no link to a folder, knows the names of splits in small letters alone, finds them in the names of
-classes too, and takes folders for classes only where all splits have such folders.
+By itself it follows no link to a folder and puts files into the wrong splits, see `listing`, and takes folders for
+classes only where all splits have such folders.
 """
 
 import glob
 import logging
 import os
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import datasets
-from datasets.data_files import NON_WORDS_CHARS, SPLIT_KEYWORDS
+from datasets.data_files import DataFilesDict, DataFilesList
+from datasets.fingerprint import Hasher
 from datasets.packaged_modules.cache.cache import Cache
 from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 
 from cap_hf.data.arguments import DataArguments
-from cap_hf.data.once import warn_once
+from cap_hf.data.listing import (
+    TRAIN,
+    Listing,
+    by_names,
+    has_split_word,
+    is_image,
+    is_metadata,
+    is_picture,
+    list_files,
+)
 from cap_hf.errors import CAPError
+from cap_hf.notices import only_errors, warn_once
+from cap_hf.targets import summarize
 
 logger = logging.getLogger(__name__)
 
-# train -> train, training -> train, valid -> validation, ...
-SPLIT_WORDS = {word: str(split) for split, words in SPLIT_KEYWORDS.items() for word in words}
-# Where `datasets` finds such a word in the name of a folder.
-WITHIN = re.compile(f"(?:^|[{NON_WORDS_CHARS}])(?:{'|'.join(SPLIT_WORDS)})(?:$|[{NON_WORDS_CHARS}])")
 # The directory of a cached dataset from the Hub is named by its commit, that of a folder by a shorter hash.
 COMMIT = re.compile("[0-9a-f]{40}")
 # What may say in a folder of its own accord which files its splits have.
 CARDS = ("README.md", ".huggingface.yaml")
+# Files that hold many examples each.
+TABLES = (".parquet", ".arrow", ".tar")
+# Lists of images, such as test.csv, which `datasets` reads in the place of the images.
+LISTS = (".csv", ".json", ".jsonl", ".tsv", ".txt")
 
 
 def open_builders(args: DataArguments, token: str | None) -> list[datasets.DatasetBuilder]:
@@ -41,34 +52,78 @@ def open_builders(args: DataArguments, token: str | None) -> list[datasets.Datas
     would take the names of the splits for classes.
 
     Raises:
-        CAPError: the dataset is a file, or has a link that leads nowhere or cannot be followed; or it is nowhere, and
-            `datasets` has kept what another folder of its name held.
+        CAPError: the dataset is a file, or has a link that leads nowhere or cannot be followed, or links alone tell its
+            splits; or it is nowhere, and `datasets` has kept what another folder of its name held.
         Exception: whatever `datasets` raises where it cannot open the dataset.
     """
     if os.path.isfile(args.dataset_name):
         raise CAPError(f"--dataset_name {args.dataset_name} is a file: name the folder that it lies in")
-    where = {"path": args.dataset_name, "name": args.dataset_config_name, "token": token}
-    patterns = unseen_patterns(Path(args.dataset_name)) if os.path.isdir(args.dataset_name) else None
-    with only_errors():
-        builder = datasets.load_dataset_builder(**where, data_files=patterns)
+    where: dict[str, Any] = {"path": args.dataset_name, "name": args.dataset_config_name, "token": token}
+    listed = None
+    if os.path.isdir(args.dataset_name) and args.dataset_config_name in (None, "default"):
+        listed = listed_splits(Path(args.dataset_name).resolve())
+    if listed and not any(is_image(file) for each in listed.values() for file in each):
+        # Parquet files and the like, behind links.
+        where["data_files"] = {split: [glob.escape(file) for file in each] for split, each in listed.items()}
+        listed = None
+    try:
+        with only_errors():
+            builder = datasets.load_dataset_builder(**where)
+    except Exception:
+        # It finds no files, or files of several kinds; the images among them are known.
+        if listed is None:
+            raise
+        return by_labels(image_folder(listed, args.dataset_name))
     if isinstance(builder, Cache):
         # Folders are cached by their last name alone: it may have been any folder of that name, long ago.
         if not COMMIT.fullmatch(str(builder.hash)):
             raise CAPError(f"--dataset_name {args.dataset_name} cannot be loaded: it is no folder, nor on the Hub")
         warn_once(logger, f"The Hub cannot be asked for {args.dataset_name}: what is cached of it is used.")
-    if not isinstance(builder, ImageFolder):
-        return [builder]
+    if listed is not None and listed != {split: sorted(each) for split, each in builder.config.data_files.items()}:
+        builder = image_folder(listed, args.dataset_name)
+    return by_labels(builder) if isinstance(builder, ImageFolder) else [builder]
+
+
+def image_folder(splits: dict[str, list[str]], name: str) -> ImageFolder:
+    """Return what reads a folder of images.
+
+    Args:
+        splits: the images of each split.
+        name: of the folder.
+    """
+    # The times of their last changes, as `datasets` has them: it reads the files anew where these differ.
+    files = DataFilesDict(
+        {
+            split: DataFilesList(each, [(str(os.stat(file).st_mtime),) for file in each])
+            for split, each in splits.items()
+        }
+    )
+    return ImageFolder(
+        dataset_name=Path(name).resolve().name, base_path=name, hash=Hasher.hash(files), data_files=files
+    )
+
+
+def by_labels(builder: ImageFolder) -> list[datasets.DatasetBuilder]:
+    """Return a builder as it is, or two of its kind: for the splits with folders of classes, and for the others."""
     files = builder.config.data_files
     # An archive has folders of its own, and metadata say what the labels are.
-    if any(os.path.splitext(file)[1].lower() not in builder.EXTENSIONS for each in files.values() for file in each):
+    if any(not is_image(file) for each in files.values() for file in each):
         return [builder]
     labelled = labelled_splits(files)
     if len(labelled) == len(files) and all(len(set(map(os.path.dirname, each))) > 1 for each in files.values()):
         return [builder]
     groups = [(labelled, False), ([split for split in files if split not in labelled], True)]
     return [
-        datasets.load_dataset_builder(
-            **where, data_files={str(split): files[split] for split in splits}, drop_labels=drop_labels
+        type(builder)(
+            dataset_name=builder.dataset_name,
+            config_name=builder.config.name,
+            hash=builder.hash,
+            base_path=builder.base_path,
+            token=builder.token,
+            repo_id=builder.repo_id,
+            storage_options=builder.storage_options,
+            data_files=DataFilesDict({str(split): files[split] for split in splits}),
+            drop_labels=drop_labels,
         )
         for splits, drop_labels in groups
         if splits
@@ -99,72 +154,63 @@ def labelled_splits(files: dict[str, list[str]]) -> list[str]:
     return found if any(len(folders[split]) > 1 for split in found) else []
 
 
-def unseen_patterns(root: Path) -> dict[str, list[str]] | None:
-    """Return patterns of the files of each split in a folder where `datasets` by itself finds too few or too many.
+def listed_splits(root: Path) -> dict[str, list[str]] | None:
+    """Return the files of each split of a folder of images, or of one with links.
+
+    What is left out of it, links to what holds no images and images that lie in no split, is named in a warning.
+
+    Args:
+        root: the folder, as a real path.
 
     Returns:
-        None where it finds the right ones, or a card says which they are.
+        Paths in order; None where `datasets` finds the right files by itself, or a card says which they are.
 
     Raises:
-        CAPError: a link leads nowhere, or to files that are no images and whose splits no folder tells.
+        CAPError: a link leads nowhere; or to files that are no images and whose splits no name tells; or splits are
+            told by links within the folder alone.
     """
     cards = [root / name for name in CARDS if (root / name).is_file()]
     if any("configs:" in card.read_text(encoding="utf-8", errors="replace") for card in cards):
         return None
-    folders = list(folders_in(root))
-    links = [folder for folder in folders if folder.is_symlink()]
-    top = [folder for folder in folders if folder.parent == root]
-    within = [folder for folder in folders if folder.parent != root]
-    splits = {folder: SPLIT_WORDS[folder.name.lower()] for folder in top if folder.name.lower() in SPLIT_WORDS}
-    misread = any(folder.name not in SPLIT_WORDS for folder in top) or any(WITHIN.search(each.name) for each in within)
-    if len(splits) < len(top):
-        # Classes, as Car and Train, or something beside the splits, which `datasets` leaves out.
-        splits, misread = {folder: split for folder, split in splits.items() if folder.name in SPLIT_WORDS}, False
-    if not links and not (splits and misread):
+    listing = list_files(root)
+    tables = [file for file in listing.files if file.endswith(TABLES) and not is_metadata(file)]
+    images = any(is_image(file) for file in listing.files)
+    if (tables or not images) and not listing.followed:
         return None
-    found: dict[str, list[str]] = {} if splits else {"train": ["**"]}
-    for folder in (*splits, *links):
-        relative = folder.relative_to(root)
-        split = splits.get(root / relative.parts[0]) if splits else "train"
-        if not splits and not any(file.suffix.lower() in ImageFolder.EXTENSIONS for file in folder.rglob("*")):
-            raise CAPError(
-                f"{folder} is a link to a folder without images, which is not followed: put the files themselves into "
-                f"{root}, or a link to each of them"
-            )
-        if split is not None:
-            found.setdefault(split, []).append(f"{glob.escape(str(relative))}/**")
-    return {split: list(dict.fromkeys(each)) for split, each in found.items()}
-
-
-def folders_in(folder: Path, above: frozenset[str] = frozenset()) -> Iterator[Path]:
-    """Yield the folders in a folder, and in these, links to folders too; but none that is hidden or lies above itself.
-
-    Raises:
-        CAPError: a link leads nowhere.
-    """
-    above |= {os.path.realpath(folder)}
-    with os.scandir(folder) as entries:
-        children = sorted(
-            entry.path for entry in entries if not entry.name.startswith((".", "__")) and not _is_file(entry)
+    used = [file for file in listing.files if is_picture(file)] if images else tables
+    splits = by_names(used)
+    if not used or (tables and (images or not splits)):
+        raise CAPError(
+            f"{root / listing.followed[0]} is a link to a folder, which is followed to images that are files of their "
+            f"own, or where names tell the splits: remove it, or put the files themselves into {root}"
         )
-    for child in children:
-        if os.path.realpath(child) not in above:
-            yield Path(child)
-            yield from folders_in(Path(child), above)
+    if not splits:
+        lists = [file for file in listing.files if "/" not in file and file.endswith(LISTS)]
+        doubtful = next(filter(has_split_word, [*map(os.path.dirname, used), *listing.inner, *lists]), None)
+        if doubtful in lists and not listing.followed:
+            return None
+        if doubtful is not None:
+            raise CAPError(
+                f"{root / doubtful} is called as a split, and which images are in that split cannot be known: put "
+                "those of each split into a folder of their own, such as train and test"
+            )
+        splits = {TRAIN: used}
+    elif lost := {*used}.difference(*splits.values()):
+        warn_once(
+            logger,
+            f"{len(lost)} of the {len(used)} files in {root} are in no split and are left out, such as {min(lost)}",
+        )
+    warn_of_links(root, used, listing)
+    if metadata := list(filter(is_metadata, listing.files)):
+        whole = by_names([*used, *metadata]) or {TRAIN: [*used, *metadata]}
+        splits = {split: each for split, each in whole.items() if split in splits}
+    return {split: sorted(str(root / file) for file in each) for split, each in splits.items()}
 
 
-@contextmanager
-def only_errors() -> Iterator[None]:
-    """Keep the warnings of `datasets` to itself."""
-    verbosity = datasets.utils.logging.get_verbosity()
-    datasets.utils.logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        datasets.utils.logging.set_verbosity(verbosity)
-
-
-def _is_file(entry: os.DirEntry) -> bool:
-    if entry.is_symlink() and not os.path.exists(entry.path):
-        raise CAPError(f"{entry.path} is a link to {os.readlink(entry.path)}, where nothing is: remove or mend it")
-    return not entry.is_dir()
+def warn_of_links(root: Path, used: list[str], listing: Listing) -> None:
+    """Name the links that are left out: they lead to nothing that is used, or to what is used anyway."""
+    folders = {parent for file in used for parent in map(str, PurePosixPath(file).parents)}
+    useless = [link for link in listing.followed if link not in folders]
+    for links, why in ((useless, "no images lie behind them"), (listing.inner, "they lead to what is in it anyway")):
+        if links:
+            warn_once(logger, f"Links in {root} are left out, since {why}: {summarize(links)}")

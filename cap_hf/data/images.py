@@ -11,7 +11,7 @@ from transformers import BaseImageProcessor, PretrainedConfig
 
 from cap_hf.data.arguments import DataArguments
 from cap_hf.data.labels import LabelNumbers, find_columns
-from cap_hf.data.pictures import in_eight_bits
+from cap_hf.data.pictures import read_picture
 from cap_hf.errors import CAPError, reason
 from cap_hf.targets import summarize
 
@@ -23,7 +23,7 @@ class ImageDataset(Dataset):
         split: with a column of images and, for labels, one of labels.
         image_processor: the model's.
         config: the model's, for its labels and number of channels.
-        args: the names of the columns.
+        args: the names of the columns, and the value of white.
         has_head: whether the model's classes are those of its config; without, labels are the dataset's own numbers.
 
     Attributes:
@@ -52,7 +52,7 @@ class ImageDataset(Dataset):
         self.rows = split.select_columns([name for name in (self.image_column, self.label_column) if name]).cast_column(
             self.image_column, datasets.Image(decode=False)
         )
-        self.decoder = datasets.Image()
+        self.white_level = args.white_level
         self.image_processor = image_processor
         self.channels = channels_of(config)
         self.mode = "L" if self.channels == 1 else "RGB"
@@ -142,7 +142,7 @@ class ImageDataset(Dataset):
 
     def _decode(self, index: int, value: dict | None) -> Image.Image:
         try:
-            return in_eight_bits(self.decoder.decode_example(value)).convert(self.mode)
+            return read_picture(value, self.white_level).convert(self.mode)
         except Exception as error:  # PIL and the file system raise many kinds
             raise CAPError(f"image {index} ({self._place(value)}) cannot be read: {reason(error)}") from error
 

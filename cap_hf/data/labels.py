@@ -1,6 +1,7 @@
 """Labels as numbers: the model's own numbers of its classes, or the dataset's where the model has none."""
 
 import hashlib
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,10 +10,13 @@ import numpy as np
 from transformers import PretrainedConfig
 
 from cap_hf.data.arguments import DataArguments
-from cap_hf.data.classes import ClassNames, check_integers, check_numbers, pair
+from cap_hf.data.classes import ClassNames, check_integers, check_numbers, number_in, pair
 from cap_hf.errors import CAPError
+from cap_hf.notices import warn_once
 from cap_hf.outputs import label_names
 from cap_hf.targets import summarize
+
+logger = logging.getLogger(__name__)
 
 STRINGS = ("string", "large_string")
 
@@ -115,7 +119,8 @@ class LabelNumbers:
         if isinstance(feature, datasets.ClassLabel):
             self.ids = dict(enumerate(pair(feature.names, model, column)))
             return
-        # Of the whole file, not only of what was chosen from it: numbers that begin with 1 may show at their end alone.
+        # Of all examples that there are, not only of those chosen from them: numbers that begin with 1 may show at
+        # their end alone. Of a stream there are those that were asked for.
         values = [value for value in split.data.column(column).unique().to_pylist() if value is not None]
         if is_string:
             check_numbers(values, model, column)
@@ -123,6 +128,13 @@ class LabelNumbers:
             self.ids = {value: next(iter(numbers)) for value, numbers in meant.items() if len(numbers) == 1}
         else:
             check_integers(values, model, column)
+        numbers = {number_in(str(value)) for value in values}
+        if not model.has_numbers and 1 in numbers and 0 not in numbers and split.data.num_rows >= 10 * self.classes:
+            warn_once(
+                logger,
+                f"None of {split.data.num_rows} examples has label 0 in {column!r}: its numbers are taken for the "
+                "model's, which count from 0. If they count from 1, take 1 from each",
+            )
 
     def __call__(self, values: list, indices: list[int]) -> np.ndarray:
         """Return the labels of some examples as numbers, `(n,)` int64.

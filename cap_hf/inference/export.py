@@ -18,6 +18,7 @@ from cap_hf.errors import CAPError, reason
 from cap_hf.extras import need
 from cap_hf.inference.example import make_example
 from cap_hf.models import usable_of_transformers
+from cap_hf.notices import only_errors
 from cap_hf.outputs import main_output
 from cap_hf.towers import MainOutput, see, vision_configs
 

@@ -6,7 +6,6 @@ what is exchanged after the check is not what is read.
 """
 
 import errno
-import functools
 import logging
 import os
 import secrets
@@ -14,6 +13,8 @@ import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from cap_hf.notices import warn_once
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +37,7 @@ def take(library: Path) -> bytes | None:
     except FileNotFoundError:
         return None
     except OSError as error:
-        warn_once(describe(library.parent, error))
+        warn_once(logger, describe(library.parent, error))
         return None
 
 
@@ -50,7 +51,7 @@ def keep(library: Path, content: bytes) -> None:
         with open_folder(library.parent) as folder:
             write(folder, library.name, content)
     except OSError as error:
-        warn_once(describe(library.parent, error))
+        warn_once(logger, describe(library.parent, error))
 
 
 @contextmanager
@@ -86,7 +87,7 @@ def read(folder: int, name: str) -> bytes | None:
         return None
     except OSError as error:
         fault = "it is a link" if error.errno == errno.ELOOP else error.strerror
-        warn_once(f"The compiled kernel {name} in the cache is not used and is made anew: {fault}")
+        warn_once(logger, f"The compiled kernel {name} in the cache is not used and is made anew: {fault}")
         return None
 
 
@@ -123,9 +124,3 @@ def describe(folder: Path, error: OSError) -> str:
         f"Compiled kernels cannot be kept in {folder} ({error.strerror}): they are compiled anew each time. "
         f"Make that folder yours alone (chmod 700), or set {CACHE_VARIABLE} to another one"
     )
-
-
-@functools.cache
-def warn_once(message: str) -> None:
-    """Log a warning, the same one once per process."""
-    logger.warning(message)

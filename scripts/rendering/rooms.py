@@ -18,7 +18,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("masks",),
     ("targets", "kernels", "memory"),
     ("models", "towers"),
-    ("config", "report", "extras", "outputs"),
+    ("config", "report", "extras", "outputs", "notices"),
     ("errors",),
 )
 ROOMS = [room for floor in FLOORS for room in floor]

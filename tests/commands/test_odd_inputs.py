@@ -125,6 +125,9 @@ ODD = {
     "damaged pictures": Odd(damaged_picture, READING, r"image \d+ \(.*\.png\) cannot be read: "),
     "floats beyond 1": Odd(painted("F", 300.0, ".tiff"), READING, r"image 0 \(.*\.tiff\) .* values are 300 to 300"),
     "32 bits": Odd(painted("I", 10**6, ".tiff"), READING, r"image 0 \(.*\.tiff\) .* white is taken to be 65535"),
+    "12 bits or dark": Odd(
+        painted("I;16", 300, ".png"), READING, r"image 0 \(.*\.png\) .* above 300: .* --white_level"
+    ),
     # Datasets and labels.
     "no data": Odd(remove("data"), READING, r"--dataset_name data cannot be loaded: it is no folder"),
     "data is a file": Odd(is_file("data"), READING, r"--dataset_name data is a file"),

@@ -27,3 +27,9 @@ def test_a_buffer_has_no_less_than_no_examples():
 def test_fewer_than_no_workers_are_refused():
     with pytest.raises(CAPError, match="dataloader_num_workers=-1 must be at least 0"):
         DataArguments(dataloader_num_workers=-1)
+
+
+@pytest.mark.parametrize("white", [0, -1.0, float("nan"), float("inf")])
+def test_white_is_above_black(white):
+    with pytest.raises(CAPError, match=f"white_level={white} must be above 0"):
+        DataArguments(white_level=white)

@@ -6,8 +6,8 @@ import datasets
 import pytest
 
 from cap_hf.data.classes import ClassNames, key_of, number_in, pair
-from cap_hf.data.once import warn_once
 from cap_hf.errors import CAPError
+from cap_hf.notices import warn_once
 
 FASHION = ["T - shirt / top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"]
 IMAGENET = ["tench, Tinca tinca", "crane", "cassette player", "crane", "missile", "projectile, missile"]
@@ -57,8 +57,6 @@ def test_spellings_and_numbers():
         (["1", "2", "3"], ["1", "2", "3"], [0, 1, 2]),
         (["00", "01", "10"], DEFAULT, [0, 1, 10]),
         # Nothing contradicts that they are paired by number.
-        (["cat", "dog"], DEFAULT[:2], [0, 1]),
-        (["0", "1", "A", "B"], DEFAULT[:4], [0, 1, 2, 3]),
         (["cat", "1"], ["cat", "dog"], [0, 1]),
     ],
 )
@@ -71,6 +69,16 @@ def test_pairs(names, model, expected, caplog):
     ("names", "model", "said"),
     [
         (["n01440764", "n02012849"], ["tench", "crane"], "2 of the 2 .*: n01440764 for tench, n02012849 for crane. If"),
+        (["cat", "dog"], DEFAULT[:2], "2 of the 2 .*: cat for LABEL_0, dog for LABEL_1. If"),
+        (["0", "1", "A", "B"], DEFAULT[:4], "2 of the 4 .*: A for LABEL_2, B for LABEL_3. If"),
+        (["no", "yes"], ["0", "1"], ": no for 0, yes for 1. If"),
+        (["chat", "cheval", "chien"], ["cat", "dog", "horse"], "chat for cat, cheval for dog, chien for horse. If"),
+        # Numbers in names that stand in their order, and a number that is no synonym.
+        ([f"class{number}" for number in range(10)], DEFAULT[:10], "class0 for LABEL_0, class1 for LABEL_1, class2"),
+        (["0.0", "1.0", "2.0"], DEFAULT[:3], "0.0 for LABEL_0"),
+        (["c0", "c1", "c10", "c2"], ["nr 0", "nr 1", "nr 10", "nr 2"], "c10 for nr 10"),
+        (["grade 2", "grade 4"], ["mild", "severe"], "grade 2 for mild, grade 4 for severe. If"),
+        (["cat, 1", "dog, 0"], DEFAULT[:2], "cat, 1 for LABEL_0, dog, 0 for LABEL_1. If"),
         (["Hund", "Katze", "Maus", "Vogel"], ["dog", "cat", "mouse", "bird"], "Maus for mouse ... .4 in all.. If"),
         # As `datasets` has ImageNet-1k, where the model calls two classes the same.
         (["tench", "crane", "cassette player", "crane2", "missile", "projectile"], IMAGENET, "crane2 for crane. If"),
@@ -99,6 +107,19 @@ def test_other_words_are_paired_by_number_and_one_line_shows_how(names, model, s
         ),
         (["1", "2", "3"], ["cat", "dog", "owl"], "'label' counts the classes from 1 to 3, the model counts from 0"),
         (["1", "cat"], ["cat", "dog"], r"'label' mixes names \(cat\) and numbers \(1\): name each"),
+        # As folders are sorted; from 1.
+        (
+            sorted(f"class{n}" for n in range(1, 11)),
+            DEFAULT[:10],
+            "has class10 before class2, against their .*: call the",
+        ),
+        (sorted(f"Nr. {n}" for n in range(12)), DEFAULT, "has Nr. 11 before Nr. 2, against"),
+        (sorted(f"c{n}" for n in range(11)), [f"klasse {n}" for n in range(11)], "has c10 before c2, against"),
+        (sorted(f"{n}th" for n in range(12)), DEFAULT, "has 11th before 1th, against"),
+        (["1.0", "2.0", "0.0"], DEFAULT[:3], "has 2.0 before 0.0, against"),
+        (["other", "t1", "t10", "t2"], DEFAULT[:4], "has t10 before t2, against"),
+        ([f"class {n}" for n in range(1, 10)], DEFAULT[:9], "counts from class 1 to class 9, not from 0: .* id2label"),
+        (["type1", "type2"], ["cat", "dog"], "counts from type1 to type2, not from 0"),
         (["crane", "tench"], IMAGENET, "several classes of the model are called as 'label' has it, crane: name each"),
         (
             ["hot dog", "hot-dog", "tea"],

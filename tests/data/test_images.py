@@ -142,6 +142,8 @@ def test_a_picture_of_16_bits_is_as_bright_as_one_of_8(tmp_path, processor):
     assert torch.equal(made["plain"][0]["pixel_values"], made["deep"][0]["pixel_values"])
     with pytest.raises(CAPError, match=r"image 0 \(.*unknown/0.tiff\) cannot be read: its values are 0 to 2519748 and"):
         made["unknown"][0]
+    said = ImageDataset(made["unknown"].rows, processor, config_of([]), DataArguments(white_level=255 * 9999.0))
+    assert torch.equal(said[0]["pixel_values"], made["plain"][0]["pixel_values"])
 
 
 @pytest.mark.parametrize(

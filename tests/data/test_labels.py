@@ -9,6 +9,7 @@ from transformers import ViTConfig
 from cap_hf.data.arguments import DataArguments
 from cap_hf.data.labels import LabelNumbers, find_columns
 from cap_hf.errors import CAPError
+from cap_hf.notices import warn_once
 
 
 def config_of(names) -> ViTConfig:
@@ -80,6 +81,22 @@ def test_numbers_from_1_are_found_wherever_they_show():
     assert numbers(integers, [1, 2], default) == [1, 2]
     with pytest.raises(CAPError, match="'label' holds numbers, and the model calls its class 0 '1': whether"):
         numbers(integers, [1, 2], config_of(["1", "2", "3"]))
+
+
+@pytest.mark.parametrize("kind", ["int64", "string"])
+def test_a_sample_without_a_0_is_said(kind, caplog):
+    """Of a stream there is the sample alone: that its labels count from 1 may not show."""
+    warn_once.cache_clear()
+    config = config_of(["a", "b", "c", "d"])
+
+    def values(*found):
+        return [value if kind == "int64" else str(value) for value in found]
+
+    for few in ([1, 2] * 19, [0, 1] * 20, [2, 3] * 20):
+        numbers(datasets.Value(kind), values(*few), config)
+    assert not caplog.messages
+    assert numbers(datasets.Value(kind), values(*[1, 2] * 20), config)[:2] == [1, 2]
+    assert "None of 40 examples has label 0 in 'label': its numbers are taken for the model's" in caplog.text
 
 
 def test_without_a_head_labels_are_the_datasets_own():

@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cap_hf.data.once import warn_once
-from cap_hf.data.pictures import in_eight_bits
+from cap_hf.data.pictures import in_eight_bits, read_picture
 from cap_hf.errors import CAPError
 
 # All 256 greys; 257 * 255 is 65535, so each has an exact value of 16 bits.
@@ -22,14 +21,15 @@ def saved(image, kind, **options):
     return Image.open(io.BytesIO(file.getvalue()))
 
 
-def tiff(values, bits, sample_format):
+def tiff(values, bits, sample_format, more=None):
     """A little-endian TIFF of one row of packed samples, which PIL reads and does not write."""
     packed = values.tobytes()
     if bits == 12:
         pairs = values.reshape(-1, 2).astype(int)
         packed = b"".join(bytes((a >> 4, (a & 15) << 4 | b >> 8, b & 255)) for a, b in pairs)
     tags = {256: values.size, 257: 1, 258: bits, 259: 1, 262: 1, 273: 8, 277: 1, 278: 1, 279: len(packed)}
-    tags[339] = sample_format
+    tags |= {339: sample_format} | (more or {})
+    tags = dict(sorted(tags.items()))
     entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
     place = 8 + len(packed)
     file = b"II*\0" + struct.pack("<I", place) + packed + struct.pack("<H", len(tags)) + entries + bytes(4)
@@ -75,6 +75,19 @@ def test_pillow_itself_scales_colours_of_16_bits(color, channels):
     np.testing.assert_array_equal(np.asarray(image.convert("RGB"))[..., 0], RAMP)
 
 
+@pytest.mark.parametrize(("color", "channels"), [(2, 3), (6, 4), (4, 2)])
+def test_colours_of_12_bits_in_16(color, channels):
+    """PIL reads their upper 8 bits: they came out nearly black."""
+    values = np.stack([RAMP * 16] * channels, axis=-1)
+    values[..., -1] = 4095 if color == 2 else 65535  # opaque
+    value = {"bytes": png(values, color).fp.getvalue(), "path": None}
+    with pytest.raises(CAPError, match="colours of 16 bits and no value above 4095: .* or pass --white_level 65535 if"):
+        read_picture(value)
+    with pytest.raises(CAPError, match="white is taken to be 65535 and not --white_level 4095: scale"):
+        read_picture(value, 4095)
+    assert np.asarray(read_picture(value, 65535))[..., 0].max() == 15
+
+
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr", "HSV"])
 def test_pictures_of_8_bits_are_left_alone(mode):
     image = Image.new(mode, (4, 4))
@@ -89,16 +102,17 @@ def test_what_lies_between_is_rounded():
 @pytest.mark.parametrize(
     ("values", "said"),
     [
-        (np.array([[0, 70000]], np.int32), "its values are 0 to 70000 and white is taken to be 65535: scale them"),
+        (np.array([[0, 70000]], np.int32), "its values are 0 to 70000 and white is taken to be 65535: pass"),
         (np.array([[-5, 700]], np.int32), "its values are -5 to 700 and"),
-        (np.array([[0, 255]], np.float32), "its values are 0 to 255 and white is taken to be 1: scale them"),
+        (np.array([[0, 255]], np.float32), "its values are 0 to 255 and white is taken to be 1: pass"),
         (np.array([[-0.5, 1]], np.float32), "its values are -0.5 to 1 and"),
         (np.array([[np.nan, 1]], np.float32), "its values are nan to nan and"),
+        (np.array([[0, 255]], np.uint16), "no value above 255: pass the value of white with --white_level, 4095 for a"),
         (
-            np.array([[0, 255]], np.uint16),
-            "no value above 255: whether white is 255 or 65535 cannot be known. Save it in 8",
+            np.array([[0, 4095]], np.uint16),
+            "no value above 4095: .* camera of 12 bits, 65535 if the picture is dark, 255",
         ),
-        (np.array([[0, 17]], np.int32), "no value above 17: whether white is 255 or 65535"),
+        (np.array([[0, 17]], np.int32), "no value above 17: pass"),
     ],
 )
 def test_white_that_cannot_be_known_is_an_error(values, said):
@@ -106,12 +120,45 @@ def test_white_that_cannot_be_known_is_an_error(values, said):
         in_eight_bits(Image.fromarray(values))
 
 
-def test_twelve_bits_in_sixteen_are_said_once(caplog):
-    warn_once.cache_clear()
-    for high in (0, 65535, 4096):
-        in_eight_bits(Image.fromarray(np.array([[0, high]], np.uint16)))
-    assert not caplog.records
-    for high in (4095, 300):
-        assert np.asarray(in_eight_bits(Image.fromarray(np.array([[0, high]], np.uint16)))).max() == round(high / 257)
-    assert len(caplog.records) == 1
-    assert "no value above 4095" in caplog.text
+@pytest.mark.parametrize(
+    ("values", "white", "expected"),
+    [
+        (np.array([[0, 4095, 1024]], np.uint16), 4095, [0, 255, 64]),
+        (np.array([[0, 4095, 257]], np.uint16), 65535, [0, 16, 1]),
+        (np.array([[0, 255, 7]], np.int32), 255, [0, 255, 7]),
+        (np.array([[0, 300, 150]], np.float32), 300, [0, 255, 128]),
+        # What is black is black whatever white is; and there is none to be said of 8 bits.
+        (np.array([[0, 0]], np.uint16), None, [0, 0]),
+        (np.array([[0, 255]], np.uint8), 4095, [0, 255]),
+    ],
+)
+def test_white_as_the_user_says_it(values, white, expected):
+    assert np.asarray(in_eight_bits(Image.fromarray(values), white)).tolist() == [expected]
+
+
+def test_values_beyond_the_white_that_was_said():
+    with pytest.raises(
+        CAPError, match="values are 0 to 4096 and white is taken to be 4095: pass .* with --white_level"
+    ):
+        in_eight_bits(Image.fromarray(np.array([[0, 4096]], np.uint16)), 4095)
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+@pytest.mark.parametrize("orientation", [None, 1, 2])
+def test_a_tiff_whose_white_is_0(bits, orientation, tmp_path):
+    """PIL turns the values of 8 bits round, and not those of 16; `datasets` loses what says so."""
+    values = np.array([0, 32768, 65535], "<u2") if bits == 16 else np.array([0, 128, 255], np.uint8)
+    image = tiff(values, bits, 1, {262: 0} | ({} if orientation is None else {274: orientation}))
+    expected = [[0, 127, 255]] if orientation == 2 else [[255, 127, 0]]
+    content = image.fp.getvalue()
+    (tmp_path / "1.tiff").write_bytes(content)
+    for value in ({"bytes": content, "path": None}, {"bytes": None, "path": str(tmp_path / "1.tiff")}):
+        assert np.asarray(read_picture(value)).tolist() == expected
+
+
+def test_what_is_no_picture():
+    for value in (None, {"bytes": None, "path": None}):
+        with pytest.raises(CAPError, match="there is no image"):
+            read_picture(value)
+    with pytest.raises(OSError, match="cannot identify"):
+        read_picture({"bytes": b"x", "path": None})

@@ -36,7 +36,7 @@ RUN, WRITTEN, READ = ("bash", "python"), ("yaml", "json"), ("text",)
 DENSE = ("facebook/deit-small-patch16-224", "M", "vit-fashion")
 BACKBONE = "facebook/dinov2-small"
 SPARSE = {"O/sparsity-0.75": 0.75, "O/sparsity-0.9": 0.9, "user/name": 0.9, "pruned/sparsity-0.9": 0.9}
-DATASETS = ("imagenet-1k", "D", "fashion-mnist")
+DATASETS = ("imagenet-1k", "D", "fashion-mnist", "cifar10")
 
 # What cannot run here, by the beginning of the command, and why. Its arguments are parsed all the same, so that a
 # renamed one fails; of a bash script the syntax is checked.

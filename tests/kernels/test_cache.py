@@ -1,6 +1,5 @@
 """The cache of compiled kernels: nothing is loaded that another user could have written, and nothing half written."""
 
-import logging
 import os
 import stat
 import subprocess
@@ -255,11 +254,3 @@ def test_the_folder_follows_the_environment(monkeypatch, tmp_path):
     assert cache.CACHE_VARIABLE == "CAP_HF_CACHE"
     monkeypatch.setenv("CAP_HF_CACHE", str(tmp_path / "own"))
     assert cache.cache_folder() == tmp_path / "own"
-
-
-def test_warnings_are_logged_once(caplog):
-    cache.warn_once.cache_clear()
-    with caplog.at_level(logging.WARNING):
-        cache.warn_once("the same")
-        cache.warn_once("the same")
-    assert caplog.messages == ["the same"]
