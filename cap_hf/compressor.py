@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 from transformers import BaseImageProcessor, PreTrainedModel
 
 from cap_hf.checkpoints.form import StoredForm, check_range, round_weights, too_large
-from cap_hf.checkpoints.saving import save_checkpoint
+from cap_hf.checkpoints.saving import check_shared, save_checkpoint
 from cap_hf.collection.batch_norm import batch_norms, recalibrate_batch_norm, unchanged_on_error
 from cap_hf.collection.collection import Collection
 from cap_hf.collection.examples import CalibrationExamples
@@ -21,14 +21,14 @@ from cap_hf.collection.plan import Plan
 from cap_hf.collection.progress import Progress
 from cap_hf.collection.removal_paths import RemovalPaths, with_changes
 from cap_hf.collection.resources import Resources
-from cap_hf.collection.running import Batch
+from cap_hf.collection.running import Batch, differentiable
 from cap_hf.collection.shares import block_shares
 from cap_hf.collection.solver import Solver
 from cap_hf.collection.state import Checkpointing
-from cap_hf.config import CAPConfig
+from cap_hf.config import CAPConfig, check_type
 from cap_hf.distributed.processes import Processes
 from cap_hf.errors import CAPError
-from cap_hf.masks import describe_masks
+from cap_hf.masks import count_zeros, describe_masks
 from cap_hf.method.fisher import BlockFisher
 from cap_hf.method.methods import METHODS
 from cap_hf.models import usable, usable_of_transformers
@@ -79,6 +79,12 @@ class CAPCompressor:
         dtype: torch.dtype | None = None,
     ) -> None:
         self.model: PreTrainedModel = usable(model)
+        if isinstance(self.model, PreTrainedModel):
+            # What could not be saved in the end is said before the work.
+            check_shared(self.model)
+        check_type("config", config, CAPConfig, "pass CAPConfig(method='cap'), or CAPConfig(**fields)")
+        check_type("resources", resources, Resources, "pass Resources(max_memory='8GB')")
+        check_type("dtype", dtype, torch.dtype, "pass such as torch.bfloat16")
         self.config = config or CAPConfig()
         self.accelerator = accelerator or Accelerator()
         self.resources, self.prunes, self.dtype = resources or Resources(), prunes, dtype
@@ -130,7 +136,19 @@ class CAPCompressor:
             CAPError: there is too little memory, no data, a batch that does not fit, or a gradient that is not
                 finite.
         """
+        check_type("checkpointing", checkpointing, Checkpointing, "pass Checkpointing(folder, 128)")
         self._forget()
+        with differentiable(self.model):
+            return self._collect(dataloader, checkpointing)
+
+    def check_sparsity(self, sparsity: float | None = None) -> None:
+        """Raise the CAPError of `prune` about a sparsity that the model, as it is, cannot be pruned to; any time."""
+        zeros, total = count_zeros(self.targets)
+        self.config.check_sparsity(sparsity, total, zeros)
+
+    def _collect(
+        self, dataloader: DataLoader | Iterable[Batch], checkpointing: Checkpointing | None
+    ) -> "CAPCompressor":
         self.model.to(self.accelerator.device)
         if METHODS[self.config.method].statistic is None:
             self.paths = RemovalPaths(self.targets, Solver(self.config, None), self.processes)
@@ -167,7 +185,7 @@ class CAPCompressor:
                 called; a block Fisher cannot be inverted; a weight is too large for the dtype.
         """
         paths, config = self._collected_paths(), with_changes(self.config, allocation, selection)
-        sparsity = check_sparsity(sparsity, config, paths)
+        sparsity = config.check_sparsity(sparsity, paths.num_weights, paths.count_zeros())
         if not paths.is_eliminated(config.pattern):
             paths.eliminate(config.pattern, self.progress.phase("eliminating", "block", paths.work))
         counts = paths.allocate(config, sparsity)
@@ -274,24 +292,6 @@ def check_precision(targets: Sequence[Target], device: torch.device) -> None:
         raise CAPError(f"the model is in {half.pop()}: load it in float32 to collect gradients")
     if device.type == "mps":
         raise CAPError("Apple's MPS has no float64, which the solver needs: set ACCELERATE_USE_CPU=true")
-
-
-def check_sparsity(sparsity: float | None, config: CAPConfig, paths: RemovalPaths) -> float:
-    """Return the sparsity to prune to: the one asked for, or an N:M pattern's.
-
-    Raises:
-        CAPError: it is out of range, below the model's, or not the pattern's.
-    """
-    if config.pattern is not None:
-        if sparsity is not None:
-            config.pattern.check_sparsity(sparsity)
-        return config.pattern.sparsity
-    if sparsity is None or not 0 <= sparsity < 1:
-        raise CAPError(f"sparsity {sparsity} is not in [0, 1)")
-    total, zeros = paths.num_weights, paths.count_zeros()
-    if round(total * sparsity) < zeros:
-        raise CAPError(f"the model is {zeros / total:.4%} sparse already: sparsity {sparsity} would be less")
-    return sparsity
 
 
 def layer_report(target: Target, loss: float | None) -> LayerReport:

@@ -2,7 +2,9 @@
 
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
+from numbers import Real
 from pathlib import Path
 
 from cap_hf.errors import CAPError
@@ -42,6 +44,17 @@ class NMPattern:
 
     def __str__(self) -> str:
         return f"{self.n}:{self.m}"
+
+
+def is_number(value: object) -> bool:
+    """Return whether a value is a real number, and no bool, which Python takes for one."""
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def check_type(name: str, value: object, kind: type, advice: str) -> None:
+    """Raise a CAPError that names an argument, unless its value is None or of a type."""
+    if value is not None and not isinstance(value, kind):
+        raise CAPError(f"{name}={value!r:.80} is of type {type(value).__name__} and no {kind.__name__}: {advice}")
 
 
 @dataclass(frozen=True)
@@ -144,6 +157,10 @@ class CAPConfig:
             object.__setattr__(self, "fisher_block_size", size)
         if not isinstance(self.seed, int) or not 0 <= self.seed < 2**32:
             raise CAPError(f"seed={self.seed!r} must be a whole number from 0 to 2^32 - 1")
+        for name in ("damp", "class_weight", "patch_weight", "pooled_weight"):
+            value = getattr(self, name)
+            if not is_number(value) and not (name == "damp" and value is None):
+                raise CAPError(f"{name}={value!r} must be a number")
         if self.damp is not None and not 0 < self.damp < float("inf"):
             raise CAPError(f"damp={self.damp!r} must be greater than 0 and finite")
         weights = [getattr(self, f"{kind}_weight") for kind in ("class", "patch", "pooled")]
@@ -152,6 +169,11 @@ class CAPConfig:
         for name in ("include", "exclude"):
             if isinstance(getattr(self, name), str):
                 object.__setattr__(self, name, [getattr(self, name)])
+            patterns = getattr(self, name)
+            if patterns is not None and not (
+                isinstance(patterns, list | tuple) and all(isinstance(each, str) for each in patterns)
+            ):
+                raise CAPError(f"{name}={patterns!r} must be a list of patterns, such as ['*.mlp.*']")
         _ = self.pattern
 
     @property
@@ -170,6 +192,31 @@ class CAPConfig:
             raise CAPError(f"allocation={self.allocation!r} is not global, uniform or N:M with 0 < N < M")
         return NMPattern(int(match[1]), int(match[2]))
 
+    def check_sparsity(self, sparsity: float | None, total: int, zeros: int) -> float:
+        """Return the sparsity to prune to: the one asked for, or an N:M pattern's.
+
+        Args:
+            sparsity: None for the pattern's.
+            total: weights of all targets.
+            zeros: of them that are 0 already.
+
+        Raises:
+            CAPError: it is no number, out of range, below the model's, or not the pattern's.
+        """
+        if sparsity is not None and not is_number(sparsity):
+            raise CAPError(
+                f"sparsity {sparsity!r:.80} is of type {type(sparsity).__name__}: pass a number, such as 0.5"
+            )
+        if self.pattern is not None:
+            if sparsity is not None:
+                self.pattern.check_sparsity(sparsity)
+            return self.pattern.sparsity
+        if sparsity is None or not 0 <= sparsity < 1:
+            raise CAPError(f"sparsity {sparsity} is not in [0, 1)")
+        if round(total * sparsity) < zeros:
+            raise CAPError(f"the model is {zeros / total:.4%} sparse already: sparsity {sparsity} would be less")
+        return sparsity
+
     def to_dict(self) -> dict:
         """Return the fields, for JSON."""
         return asdict(self)
@@ -181,6 +228,8 @@ class CAPConfig:
         Raises:
             CAPError: a field is unknown, or its value is outside what it allows.
         """
+        if not isinstance(values, Mapping):
+            raise CAPError(f"{values!r:.80} holds no fields of CAPConfig: pass a dict of them")
         values = dict(values)
         if "fisher_type" in values:
             values["fisher_loss"] = FISHER_TYPES.get(values.pop("fisher_type"))

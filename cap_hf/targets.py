@@ -8,7 +8,7 @@ from fnmatch import fnmatchcase
 import torch
 from torch import nn
 
-from cap_hf.config import NMPattern
+from cap_hf.config import NMPattern, check_type
 from cap_hf.errors import CAPError
 from cap_hf.models import check_adapters
 from cap_hf.towers import tower_of
@@ -124,6 +124,10 @@ def find_targets(
         CAPError: there is no target, the model takes no images, a pattern matches nothing, N:M does not divide a row,
             the block size is no size, or the model has adapters of PEFT, whose weights are no layers of their own.
     """
+    check_type("model", model, nn.Module, "load one first")
+    check_type("pattern", pattern, NMPattern, "pass such as NMPattern(2, 4)")
+    for name, patterns in (("include", include), ("exclude", exclude)):
+        check_type(name, patterns, Sequence, "pass a list of patterns, such as ['*.mlp.*']")
     check_adapters(model)
     layers = weight_layers(model)
     unfit = reasons_against(model, layers)
@@ -244,7 +248,7 @@ def fit_block_size(name: str, module: Layer, block_size: int | str, pattern: NMP
         unit = pattern.m
     if block_size == "row":
         return row
-    if isinstance(block_size, str):
+    if not isinstance(block_size, int):
         raise CAPError(f"block_size={block_size!r} is neither 'row' nor a number")
     if block_size >= row:
         return row * max(count for count in range(1, min(rows, block_size // row) + 1) if rows % count == 0)

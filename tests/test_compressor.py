@@ -11,7 +11,8 @@ from support.models import ARCHITECTURES, build, random_batches
 from torch.utils.data import DataLoader
 
 import cap_hf.collection.solver as solver_module
-from cap_hf import CAPCompressor, CAPConfig, CAPError
+from cap_hf import CAPCompressor, CAPConfig, CAPError, export_onnx, find_targets, push_to_hub
+from cap_hf.inference.example import check_size
 from cap_hf.masks import find_pattern
 from cap_hf.method import methods
 from cap_hf.method.elimination import LostPivotError, invert
@@ -346,3 +347,67 @@ def test_statistics_of_batch_norm_that_do_not_fit_are_as_before():
     with pytest.raises(CAPError, match=r"running_mean holds .*, too much for torch.float16"):
         compressor.recalibrate_batch_norm(DataLoader(rows, batch_size=4), num_examples=8)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("call", "line"),
+    [
+        (
+            lambda model: CAPCompressor(model, {"method": "cap"}),
+            "^config={'method': 'cap'} is of type dict and no CAPConfig",
+        ),
+        (lambda model: CAPCompressor(model, "cap"), "^config='cap' is of type str and no CAPConfig: pass CAPConfig"),
+        (lambda model: CAPCompressor(model, {}), "^config={} is of type dict"),
+        (lambda model: CAPCompressor(model, resources="4GB"), "^resources='4GB' is of type str and no Resources"),
+        (lambda model: CAPCompressor(model, dtype="bfloat16"), "^dtype='bfloat16' is of type str and no dtype"),
+        (lambda model: CAPCompressor(model).collect([], "x"), "^checkpointing='x' is of type str and no Checkpointing"),
+        (lambda model: find_targets("vit"), "^model='vit' is of type str and no Module"),
+        (lambda model: find_targets(model, pattern="2:4"), "^pattern='2:4' is of type str and no NMPattern"),
+        (lambda model: find_targets(model, include=3), "^include=3 is of type int and no Sequence"),
+        (lambda model: find_targets(model, None), "^block_size=None is neither 'row' nor a number"),
+        (lambda model: push_to_hub(None, "a/b"), "^None is no name of a checkpoint's folder"),
+        (lambda model: push_to_hub("out", None), "^None is no name of a repository"),
+        (lambda model: export_onnx(model, None), "^None is no name of a folder"),
+        (lambda model: CAPConfig.from_dict(None), "^None holds no fields of CAPConfig"),
+        (lambda model: check_size(1.5), "^image_size=1.5 is no size"),
+        (lambda model: magnitude(model).prune("0.5"), "^sparsity '0.5' is of type str: pass a number, such as 0.5"),
+        (lambda model: magnitude(model, allocation="2:4").prune("0.5"), "^sparsity '0.5' is of type str"),
+        (lambda model: magnitude(model).save_pretrained(None), "^None is no name of a folder, but of type NoneType"),
+        (lambda model: magnitude(model).save_pretrained(3), "^3 is no name of a folder"),
+        (lambda model: CAPConfig(damp="0.1"), "^damp='0.1' must be a number"),
+        (lambda model: CAPConfig(patch_weight=None), "^patch_weight=None must be a number"),
+        (lambda model: CAPConfig(exclude=3), "^exclude=3 must be a list of patterns"),
+    ],
+)
+def test_a_value_of_another_type_is_one_line(call, line):
+    with pytest.raises(CAPError, match=line):
+        call(build("ViT"))
+
+
+def magnitude(model, **config) -> CAPCompressor:
+    return CAPCompressor(model, CAPConfig(method="magnitude", **config))
+
+
+def test_inference_mode_changes_nothing():
+    expected, found = build("ViT"), build("ViT")
+    collected(expected).prune(0.5)
+    with torch.inference_mode():
+        # The batches are made inside.
+        collected(found).prune(0.5)
+    for name, value in expected.state_dict().items():
+        assert torch.equal(value, found.state_dict()[name]), name
+    with (
+        torch.inference_mode(),
+        pytest.raises(CAPError, match=r"made inside torch\.inference_mode\(\).*: load it outside"),
+    ):
+        collected(build("ViT"))
+
+
+def test_a_sparsity_below_the_models_is_known_before_anything_is_collected():
+    compressor = collected(build("ViT"))
+    compressor.check_sparsity(0.5)
+    compressor.prune(0.9)
+    with pytest.raises(CAPError, match="sparse already: sparsity 0.5 would be less"):
+        CAPCompressor(compressor.model).check_sparsity(0.5)
+    # This one goes on from the weights at `collect`.
+    compressor.prune(0.5)

@@ -176,6 +176,16 @@ def copy_weights(path: Path, destination: Path, change: Callable[[dict[str, str]
             shutil.copyfileobj(source, copy)
 
 
+def read_tensor(path: str | Path, name: str) -> torch.Tensor:
+    """Return a stored tensor; a part of a packed one as it is.
+
+    Raises:
+        CAPError: the file cannot be read, or has no such tensor.
+    """
+    with open_safetensors(path) as file:
+        return file.get_tensor(name)
+
+
 def packed_names(names: Iterable[str]) -> dict[str, list[str]]:
     """Return the suffixes of the parts among tensor names, by the name of the packed tensor they belong to."""
     packed: dict[str, list[str]] = {}

@@ -25,6 +25,7 @@ from cap_hf.checkpoints.explaining import (
     explain_adapter,
     explain_mismatch,
     explain_missing,
+    missing_package,
 )
 from cap_hf.checkpoints.files import check_file
 from cap_hf.checkpoints.folder import COMPANIONS, check_inside, check_model_config, read_json
@@ -103,14 +104,7 @@ def check_folder(folder: str | Path, trust_remote_code: bool = False) -> WeightF
     contents = [check_file(path) for path in files.paths]
     check_model_config(folder, sum(len(each.names) for each in contents))
     try:
-        with only_errors(), torch.device("meta"):
-            config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-            kind = model_class(config, trust_remote_code)
-            # Not in the config's dtype, of which there may be no random numbers.
-            if issubclass(kind, PreTrainedModel):
-                model = kind._from_config(config, dtype=torch.float32)
-            else:
-                model = kind.from_config(config, dtype=torch.float32, trust_remote_code=trust_remote_code)
+        model = build_empty(folder, trust_remote_code)
     except Exception as error:  # configuration, foreign code
         raise CAPError(explain(folder, error)) from error
     asked, stored = model.num_parameters(), sum(each.num_entries for each in contents)
@@ -118,6 +112,35 @@ def check_folder(folder: str | Path, trust_remote_code: bool = False) -> WeightF
     if asked > 2 * stored:
         raise CAPError(f"{folder} has a config.json for {asked:,} parameters, and weights for {stored:,}")
     return files
+
+
+def build_empty(folder: str | Path, trust_remote_code: bool = False) -> PreTrainedModel:
+    """Return the model that a checkpoint's config asks for, on the meta device, where weights take no memory."""
+    with only_errors(), torch.device("meta"):
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        kind = model_class(config, trust_remote_code)
+        # Not in the config's dtype, of which there may be no random numbers.
+        if issubclass(kind, PreTrainedModel):
+            return kind._from_config(config, dtype=torch.float32)
+        return kind.from_config(config, dtype=torch.float32, trust_remote_code=trust_remote_code)
+
+
+def check_names(folder: str | Path, trust_remote_code: bool = False) -> None:
+    """Raise the CAPError of `load_checkpoint` about weights that are lacking or of another name or shape; read none.
+
+    Of a model that cannot be built here, for want of a package or of leave to run its code, the weights cannot be
+    checked: a line says so.
+    """
+    find_weight_files(folder)
+    try:
+        build_empty(folder, trust_remote_code)
+    except Exception as error:  # configuration, foreign code
+        said = reason(error)
+        if missing_package(said) is None and "trust_remote_code" not in said:
+            raise CAPError(explain(folder, error)) from error
+        logger.warning("It was not checked whether all weights are there: %s", explain(folder, error))
+        return
+    load_checkpoint(folder, trust_remote_code, device_map="meta")
 
 
 def model_class(config: PreTrainedConfig, trust_remote_code: bool = False) -> Any:
@@ -155,6 +178,7 @@ def load_checkpoint(
     Raises:
         CAPError: it cannot be loaded, lacks weights, or has some that are not finite.
     """
+    check_location(name_or_path)
     arguments = source | {
         "dtype": dtype,
         "trust_remote_code": trust_remote_code,

@@ -12,6 +12,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from cap_hf.errors import CAPError, reason
+from cap_hf.memory import readable
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
 CLOSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
@@ -49,6 +50,9 @@ def write_error(place: str | Path, error: Exception) -> CAPError:
     """
     named, number = getattr(error, "filename", None), getattr(error, "errno", None)
     is_full = number in FULL or any(os.strerror(each) in str(error) for each in FULL)
+    if is_full:
+        # Of a copy the first file is the one that is read.
+        named = getattr(error, "filename2", None) or named
     said = getattr(error, "strerror", None) or reason(error)
     where = Path(place)
     if isinstance(named, (str, bytes)):
@@ -122,6 +126,15 @@ def real_path(path: str | Path) -> Path:
     if loop is not None:
         raise CAPError(f"{loop} is a link that leads back to itself: remove it, or choose another folder")
     return real
+
+
+def check_space(place: Path, needed: int) -> None:
+    """Raise a CAPError if the disk of a place, which need not be there yet, has fewer bytes free than are needed."""
+    if needed > (free := free_bytes(place)):
+        raise CAPError(
+            f"{place} needs {readable(needed)}, and its disk has {readable(free)} free: free some space, or "
+            f"{advice(place)}"
+        )
 
 
 def free_bytes(place: Path) -> int:

@@ -1,10 +1,9 @@
 """Save models and copy checkpoints, plain or compressed, so that a final name never holds half of one."""
 
 import os
-import shutil
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,9 +20,11 @@ from cap_hf.checkpoints.compression import (
     IMPORT_HINT,
     QUANT_METHOD,
 )
-from cap_hf.checkpoints.files import check_file, digest_names, open_safetensors, save_file
+from cap_hf.checkpoints.files import check_file, digest_names, read_tensor, save_file
 from cap_hf.checkpoints.folder import MODEL_CONFIG_NAME, REPORT_NAME, check_inside, copy_file, read_json
 from cap_hf.checkpoints.form import StoredForm, stored_in
+from cap_hf.checkpoints.location import check_name
+from cap_hf.checkpoints.places import check_space
 from cap_hf.checkpoints.weights import count_bytes, find_weight_files, to_stored
 from cap_hf.config import CAPConfig
 from cap_hf.errors import CAPError
@@ -64,24 +65,52 @@ def save_checkpoint(
         CAPError: there is too little space, the folder cannot be written or holds something else than a checkpoint,
             the model cannot be compressed, or a companion is a link out of its folder or is called JSON and is none.
     """
+    check_name(directory, "a folder")
+    check_shared(model)
     form = form or StoredForm()
-    with atomic_directory(directory) as folder:
-        for path in companions:
-            copy_file(path, path.parent, folder)
-        with stored_in(model, form.dtype):
+    with stored_in(model, form.dtype):
+        if not compressed:
+            # Before a folder is made that the other would be in.
+            check_space(Path(directory), count_bytes(model.state_dict()))
+        with atomic_directory(directory) as folder:
+            for path in companions:
+                copy_file(path, path.parent, folder)
             if compressed:
                 save_compressed(model, folder, form.max_shard_size or SHARD_SIZE)
             else:
-                needed, free = count_bytes(model.state_dict()), shutil.disk_usage(folder).free
-                if needed > free:
-                    raise CAPError(f"{directory} needs {needed / 1e6:.0f} MB, its disk has {free / 1e6:.0f} MB free")
                 model.save_pretrained(folder, max_shard_size=form.max_shard_size or SHARD_SIZE)
-        if image_processor is not None:
-            image_processor.save_pretrained(folder)
-        if config is not None:
-            config.save(folder)
-        if report is not None:
-            write_json(folder / REPORT_NAME, report)
+            if image_processor is not None:
+                image_processor.save_pretrained(folder)
+            if config is not None:
+                config.save(folder)
+            if report is not None:
+                write_json(folder / REPORT_NAME, report)
+
+
+def check_shared(model: PreTrainedModel) -> None:
+    """Raise a CAPError if parts of a model share a weight in a way that `save_pretrained` cannot write down.
+
+    `from_pretrained` could not tie them again: a model may share what its class says it ties, and nothing else.
+    """
+    state = saved_state(model)
+    try:
+        remove_tied_weights_from_state_dict(state, model)
+    except RuntimeError as error:
+        users: dict[int, list[str]] = {}
+        for name, tensor in state.items():
+            users.setdefault(tensor.untyped_storage().data_ptr(), []).append(name)
+        first, second, *_ = next(names for names in users.values() if len(names) > 1)
+        raise CAPError(
+            f"{first} and {second} are one weight, which {type(model).__name__} does not say of them, so that "
+            "from_pretrained could not load what is saved: give each layer a weight of its own, such as with "
+            "copy.deepcopy(layer)"
+        ) from error
+
+
+def saved_state(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """Return the tensors that `save_pretrained` saves of a model, those that its class ties several times."""
+    ignored = model._keys_to_ignore_on_save or ()
+    return {name: tensor for name, tensor in model.state_dict().items() if name not in ignored}
 
 
 def save_compressed(model: PreTrainedModel, folder: Path, max_shard_size: int | str = SHARD_SIZE) -> None:
@@ -95,14 +124,12 @@ def save_compressed(model: PreTrainedModel, folder: Path, max_shard_size: int | 
     Raises:
         CAPError: the model is quantized, or a part of it is offloaded to the disk.
     """
-    state = model.state_dict()
+    state = saved_state(model)
     if any(tensor.is_meta for tensor in state.values()):
         raise CAPError("a part of the model is offloaded to the disk: load it into memory to save it compressed")
     # Without weights this writes all that belongs to them: the config, and code that the checkpoint brought along.
     model.save_pretrained(folder, state_dict={})
     # What save_pretrained does to a state dict before it writes it (transformers 5.20 to 5.23).
-    for name in model._keys_to_ignore_on_save or ():
-        state.pop(name, None)
     state = revert_weight_conversion(model, remove_tied_weights_from_state_dict(state, model))
     split = split_torch_state_dict_into_shards(state, max_shard_size=max_shard_size)
     write_compressed(
@@ -145,12 +172,12 @@ def compress_weights(source: Path, destination: Path) -> None:
     files, config = find_weight_files(source), read_json(source / MODEL_CONFIG_NAME)
     if files.compressed:
         raise CAPError(f"{source} is compressed already")
+    shards: list[Shard] = []
     for path in files.paths:
         check_inside(path, source)
-        check_file(path)
-    with ExitStack() as stack:
-        opened = [stack.enter_context(open_safetensors(path)) for path in files.paths]
-        write_compressed([(list(file.keys()), file.get_tensor) for file in opened], config, destination, source)
+        # Opened for each tensor: what goes wrong in between is about the file that is written.
+        shards.append((sorted(check_file(path).names), partial(read_tensor, path)))
+    write_compressed(shards, config, destination, source)
 
 
 def write_compressed(shards: Sequence[Shard], config: dict, folder: Path, name: str | Path) -> None:

@@ -29,7 +29,7 @@ from cap_hf.errors import CAPError
 from cap_hf.method.fisher import BlockFisher, damps_of
 from cap_hf.method.losses import FeatureLoss, FisherLoss
 from cap_hf.method.methods import METHODS
-from cap_hf.targets import Target
+from cap_hf.targets import Target, summarize
 
 logger = logging.getLogger(__name__)
 
@@ -263,18 +263,19 @@ def fill(
 def mean_diagonals(statistic: GradientSums | InputSums, processes: Processes) -> dict[str, float]:
     """Return the mean of each target's diagonal of F, over the blocks of all processes, exactly the same on each.
 
-    Name blocks without any gradient in a warning.
+    Name blocks without any gradient in a warning, one for all targets.
     """
     means = {}
+    dead, places = 0, []
     for target in statistic.targets:
         traces = statistic.traces(target)
         means[target.name] = float(traces.sum()) / (len(traces) * target.block_size * statistic.count)
-        dead = int((traces == 0).sum())
-        if dead and processes.rank == 0:
-            logger.warning(
-                "%s: %d of %d blocks have no gradient at all; their weights are removed first.",
-                target.name,
-                dead,
-                len(traces),
-            )
+        if here := int((traces == 0).sum()):
+            dead += here
+            places.append(f"{here} of {len(traces)} in {target.name}")
+    # Where all are, an error is raised.
+    if dead and any(means.values()) and processes.rank == 0:
+        logger.warning(
+            "%d blocks have no gradient at all; their weights are removed first: %s", dead, summarize(places, 3)
+        )
     return means

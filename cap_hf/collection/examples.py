@@ -135,7 +135,8 @@ class CalibrationExamples:
                 length = min(count, self.wanted - start) // group * group
                 if length <= 0:
                     break
-                yield {name: value[:length].to(self.processes.device) for name, value in batch.items()}, start
+                device = self.processes.device
+                yield {name: keepable(value[:length].to(device)) for name, value in batch.items()}, start
 
     def _share(self) -> tuple[Iterable[Batch], int, int, int | None]:
         """Return what this process reads, its number among those that share it, how many these are, the batch size."""
@@ -159,6 +160,11 @@ class CalibrationExamples:
             rng_types=["generator"],
         )
         return shared, self.processes.rank, self.processes.world, size
+
+
+def keepable(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a tensor that a backward pass may keep: a copy of one that was made inside `torch.inference_mode()`."""
+    return tensor.clone() if tensor.is_inference() else tensor
 
 
 def whole_groups(batch_size: int, config: CAPConfig) -> int:

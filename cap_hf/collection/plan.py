@@ -10,10 +10,11 @@ from cap_hf.collection import exchange, removal_paths, solver
 from cap_hf.collection.costs import Costs
 from cap_hf.collection.exchange import made_in
 from cap_hf.collection.resources import Resources
-from cap_hf.collection.room import available_bytes, check_disk, gigabytes
+from cap_hf.collection.room import available_bytes, check_disk
 from cap_hf.collection.shares import largest_shares
 from cap_hf.distributed.processes import Processes
 from cap_hf.errors import CAPError
+from cap_hf.memory import readable
 from cap_hf.method import gradients
 from cap_hf.method.sums import sums_per_block
 from cap_hf.targets import Target
@@ -72,11 +73,11 @@ class Plan:
     def describe(self, seconds: float, folder: Path | None) -> str:
         """Return one line about the plan; `seconds` are what the passes are expected to take."""
         passes = "one pass" if len(self.passes) == 1 else f"{len(self.passes)} passes"
-        disk = f", {gigabytes(self.spilled)} kept in {folder}" if self.spilled else ""
+        disk = f", {readable(self.spilled)} kept in {folder}" if self.spilled else ""
         return (
             f"Plan: {passes} over the examples in about {seconds:.0f} s, {self.step} gradient samples per step; each "
-            f"process has {gigabytes(self.sums)} of Fisher sums and takes {gigabytes(self.needed)} of the "
-            f"{gigabytes(self.available)} that it may{disk}"
+            f"process has {readable(self.sums)} of Fisher sums and takes {readable(self.needed)} of the "
+            f"{readable(self.available)} that it may{disk}"
         )
 
 
@@ -231,7 +232,7 @@ def make_plan(
     needed = sum(map(sums_bytes, targets, largest_shares(targets, processes)))
     passes = "" if most is None else f" in {most} pass{'es' if most > 1 else ''}"
     raise CAPError(
-        f"{wish} ({gigabytes(needed)}) does not fit into the {gigabytes(max(available, 0))} that are free{passes}: "
+        f"{wish} ({readable(needed)}) does not fit into the {readable(max(available, 0))} that are free{passes}: "
         f"{advice}"
     )
 

@@ -11,6 +11,7 @@ import torch
 
 from cap_hf.collection.resources import Resources
 from cap_hf.errors import CAPError, reason
+from cap_hf.memory import readable
 
 # Of the memory that is free, what is planned with: allocators and other programs need some.
 HEAD_ROOM = 0.85
@@ -45,7 +46,7 @@ def check_disk(spilled: int, passes: int, resources: Resources) -> None:
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise CAPError(
-            f"{passes} passes keep {gigabytes(needed)} in {folder}, where {gigabytes(free)} are free: name another "
+            f"{passes} passes keep {readable(needed)} in {folder}, where {readable(free)} are free: name another "
             "folder with --spill_dir, or take a smaller --fisher_block_size"
         )
 
@@ -84,8 +85,3 @@ def spill_folder(resources: Resources) -> Path:
     except OSError as error:
         raise CAPError(f"--spill_dir {folder} cannot be made: {reason(error)}") from error
     return folder
-
-
-def gigabytes(size: float) -> str:
-    """Return `1.5 GB` or `23.0 MB`."""
-    return f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from cap_hf.errors import CAPError
 from cap_hf.method.losses import FisherLoss
 from cap_hf.models import full_precision, uncompiled
 from cap_hf.towers import see
@@ -16,6 +17,22 @@ RECOMPUTES = ("gradient_checkpointing", "grad_checkpointing")
 
 # `pixel_values` and what else the model is called with, and `labels` where there are some; each `(b, ...)`.
 Batch = dict[str, torch.Tensor]
+
+
+@contextmanager
+def differentiable(model: nn.Module) -> Iterator[None]:
+    """Inside the context there can be gradients, also where the caller is inside `torch.inference_mode()`.
+
+    Raises:
+        CAPError: the model was made in that mode, which no gradient goes through.
+    """
+    if any(parameter.is_inference() for parameter in model.parameters()):
+        raise CAPError("the model was made inside torch.inference_mode(), where nothing has gradients: load it outside")
+    if not torch.is_inference_mode_enabled():
+        yield
+        return
+    with torch.inference_mode(False), torch.no_grad():
+        yield
 
 
 @contextmanager

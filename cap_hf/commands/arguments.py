@@ -10,7 +10,8 @@ import io
 import json
 import os
 import sys
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
     from transformers import HfArgumentParser
 
 DEFAULT_OUTPUT_DIR = "cap_hf_output"
+# How a file of arguments is called, and where what is said beside it belongs.
+FILE_ENDINGS = (".yaml", ".yml", ".json")
+WITHIN = "a file of arguments holds them all: write this one into it, or give all of them without a file"
 
 
 @dataclass
@@ -94,8 +98,9 @@ def parse(argv: list[str], program: str, description: str, *kinds: type) -> tupl
     """
     parser = make_parser(kinds, program, description)
     try:
-        if len(argv) == 1 and argv[0].endswith((".yaml", ".yml", ".json")):
-            argv = arguments_from_file(argv[0])
+        if argv and not argv[0].startswith("-"):
+            check_alone(argv)
+            argv = arguments_from_file(argv[0], kinds)
         # argparse would print its usage, a screen long, before the one line that matters.
         with contextlib.redirect_stderr(io.StringIO()) as errors:
             *parsed, unknown = parser.parse_args_into_dataclasses(
@@ -104,6 +109,10 @@ def parse(argv: list[str], program: str, description: str, *kinds: type) -> tupl
     except SystemExit as error:
         if not error.code:
             raise
+        if (file := next((each for each in argv if is_file_of_arguments(each)), None)) and "are required" in (
+            errors.getvalue()
+        ):
+            raise CAPError(f"{file} stands alone: {WITHIN}") from error
         raise CAPError(" ".join(errors.getvalue().partition(": error: ")[2].split())) from error
     except CAPError:
         raise
@@ -114,8 +123,44 @@ def parse(argv: list[str], program: str, description: str, *kinds: type) -> tupl
     return tuple(parsed)
 
 
-def arguments_from_file(path: str) -> list[str]:
+def is_file_of_arguments(name: str) -> bool:
+    """Return whether an argument names a file that holds arguments, by its ending."""
+    return not name.startswith("-") and name.lower().endswith(FILE_ENDINGS)
+
+
+def check_alone(argv: list[str]) -> None:
+    """Raise a CAPError unless a command line that begins without a name is a file of arguments and nothing else."""
+    if not is_file_of_arguments(argv[0]):
+        endings = ", ".join(FILE_ENDINGS)
+        raise CAPError(
+            f"{argv[0]!r} belongs to no argument: names stand before values, as in --model_name_or_path user/name; a "
+            f"file of arguments ends in {endings}"
+        )
+    if len(argv) > 1:
+        raise CAPError(f"{argv[0]} stands alone, and {argv[1]} is beside it: {WITHIN}")
+
+
+def check_file_names(path: str, values: dict, kinds: Sequence[type]) -> None:
+    """Raise a CAPError if a file of arguments has names with dashes before them, or arguments below a heading."""
+    known = {each.name for kind in kinds for each in fields(kind)}
+    for name, value in values.items():
+        if str(name).startswith("-"):
+            raise CAPError(
+                f"{path} has {name!r}: names in a file have no dashes before them, {str(name).lstrip('-')!r}"
+            )
+        if isinstance(value, dict) and str(name).replace("-", "_") not in known:
+            raise CAPError(
+                f"{path} has {', '.join(map(str, value)) or 'nothing'} below {name!r}, which is no argument: names "
+                "stand at the left edge, below nothing"
+            )
+
+
+def arguments_from_file(path: str, kinds: Sequence[type]) -> list[str]:
     """Return the command line that a YAML or JSON file of the same names stands for: one way of checking serves both.
+
+    Args:
+        path: of the file.
+        kinds: the dataclasses whose names it may hold.
 
     Raises:
         CAPError: the file cannot be read or holds something else than names and values.
@@ -126,6 +171,7 @@ def arguments_from_file(path: str) -> list[str]:
         raise CAPError(f"{path} cannot be read: {reason(error)}") from error
     if not isinstance(values, dict):
         raise CAPError(f"{path} must hold names and values, such as 'sparsity: [0.5, 0.75]'")
+    check_file_names(path, values, kinds)
     arguments = []
     for name, value in values.items():
         if isinstance(value, list):

@@ -23,13 +23,16 @@ def main(argv: list[str]) -> None:
     output = Path(args.output_dir)
     check_output(output, args.overwrite_output_dir)
     # Imported here, because the arguments are checked before these take their seconds.
-    from cap_hf.checkpoints.loading import local_folder
+    from cap_hf.checkpoints.folder import MODEL_CONFIG_NAME, read_json
+    from cap_hf.checkpoints.loading import check_names, local_folder
     from cap_hf.checkpoints.saving import compress_checkpoint
     from cap_hf.checkpoints.weights import count_negative_zeros, find_weight_files
 
     source = local_folder(
         model_args.model_name_or_path, model_args.model_revision, model_args.cache_dir, model_args.token
     )
+    if "quantization_config" not in read_json(source / MODEL_CONFIG_NAME):
+        check_names(source, model_args.trust_remote_code)
     compress_checkpoint(source, output)
     before, after = find_weight_files(source).num_bytes, find_weight_files(output).num_bytes
     print(

@@ -111,6 +111,8 @@ def prune(
         compressor = CAPCompressor(
             model, config, accelerator, args.disable_tqdm, resources, len(sparsities), form.dtype
         )
+        for sparsity in sparsities:
+            compressor.check_sparsity(sparsity)
         sparsity_dense = target_sparsity(compressor.targets)
         examples = calibration_split(splits["train"], num_examples, config.seed)
         calibration = image_dataset(examples, image_processor, model, data_args)

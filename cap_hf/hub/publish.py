@@ -25,6 +25,7 @@ from cap_hf.checkpoints.folder import (
     read_json,
 )
 from cap_hf.checkpoints.loading import check_folder
+from cap_hf.checkpoints.location import check_name
 from cap_hf.checkpoints.saving import compress_weights
 from cap_hf.checkpoints.weights import find_weight_files
 from cap_hf.compressor import CAPCompressor
@@ -92,6 +93,7 @@ def push_to_hub(
             folder = Path(scratch) / "checkpoint"
             checkpoint.save_pretrained(folder, image_processor)
         else:
+            check_name(checkpoint, "a checkpoint's folder")
             folder = Path(checkpoint)
         ready = Path(scratch) / "ready"
         prepare_folder(folder, ready, repo_id, compressed, base_model, license, trust_remote_code)
@@ -266,6 +268,7 @@ def explain(repo_id: str, error: Exception) -> str:
 
 def check_repo_id(repo_id: str) -> None:
     """Raise a CAPError unless this can be the name of a repository."""
+    check_name(repo_id, "a repository, user/name")
     try:
         validate_repo_id(repo_id)
     except HFValidationError as error:

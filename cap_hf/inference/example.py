@@ -68,13 +68,29 @@ def make_example(
     return {name: value.to(parameter.device) for name, value in (inputs | {"pixel_values": pixels}).items()}
 
 
+def check_example(inputs: object, model: nn.Module) -> None:
+    """Raise a CAPError if what is given as an example's inputs cannot be what a model is called with.
+
+    Args:
+        inputs: `pixel_values`, or for a module that takes none whatever it takes, by name.
+        model: that is to be called.
+    """
+    if not isinstance(inputs, Mapping):
+        raise CAPError(f"example_inputs is of type {type(inputs).__name__}: pass a dict, {{'pixel_values': tensor}}")
+    if "pixel_values" not in inspect.signature(tower_of(model).forward).parameters:
+        return
+    if not isinstance(pixels := inputs.get("pixel_values"), torch.Tensor):
+        given = f"it has {', '.join(map(str, inputs)) or 'nothing'}" if pixels is None else type(pixels).__name__
+        raise CAPError(f"example_inputs has no tensor for 'pixel_values' ({given}): pass {{'pixel_values': tensor}}")
+
+
 def check_size(image_size: int | Sequence[int]) -> tuple[int, int]:
     """Return a size as height and width.
 
     Raises:
         CAPError: it is neither one number nor two, or one is not positive.
     """
-    numbers = [image_size] if isinstance(image_size, int) else list(image_size)
+    numbers = list(image_size) if isinstance(image_size, Sequence) else [image_size]
     if len(numbers) not in (1, 2) or not all(isinstance(each, int) and each > 0 for each in numbers):
         raise CAPError(f"image_size={image_size!r} is no size: one number is, or two, height and width")
     return numbers[0], numbers[-1]

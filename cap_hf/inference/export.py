@@ -12,6 +12,7 @@ import torch
 from transformers import BaseImageProcessor, PreTrainedModel
 
 from cap_hf.checkpoints.atomic import atomic_directory
+from cap_hf.checkpoints.location import check_name
 from cap_hf.errors import CAPError, reason
 from cap_hf.extras import need
 from cap_hf.inference.example import make_example
@@ -59,6 +60,7 @@ def export_onnx(
             or not be exported, it fails on images of this size, ONNX Runtime gives other results, or something in the
             folder would be lost.
     """
+    check_name(output_dir, "a folder")
     model = usable_of_transformers(model)
     runtime = prepare(model)
     example = make_example(model, 2, image_processor, image_size)

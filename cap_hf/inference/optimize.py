@@ -13,7 +13,7 @@ from cap_hf.checkpoints.loading import WHERE, load_checkpoint
 from cap_hf.checkpoints.processors import find_image_processor
 from cap_hf.errors import CAPError
 from cap_hf.inference.choice import is_faster, is_semi_structured_faster
-from cap_hf.inference.example import make_example
+from cap_hf.inference.example import check_example, make_example
 from cap_hf.inference.linear import CSRLinear, SparseLinear, SparseWeightLinear, carry_hooks
 from cap_hf.inference.operators import has_kernel
 from cap_hf.inference.semi_structured import check_device, is_semi_structured, to_semi_structured
@@ -61,6 +61,8 @@ def optimize_for_inference(
     if backend not in BACKENDS:
         raise CAPError(f"backend {backend!r} is none of {', '.join(BACKENDS)}")
     model = usable(model)
+    if example_inputs is not None:
+        check_example(example_inputs, model)
     model.eval()
     linears = find_sparse_linears(model)
     if not linears:
@@ -69,7 +71,9 @@ def optimize_for_inference(
     if backend == "semi_structured" or (backend == "auto" and devices == {"cuda"}):
         chosen = find_semi_structured(linears)
         if backend == "auto":
-            example = example_inputs or make_example(model, 1, image_processor, image_size)
+            example = (
+                example_inputs if example_inputs is not None else make_example(model, 1, image_processor, image_size)
+            )
             chosen = faster_layers(model, chosen, is_semi_structured_faster, example)
         for linear in chosen.values():
             to_semi_structured(linear)
@@ -81,7 +85,7 @@ def optimize_for_inference(
     if not linears:
         raise CAPError("the sparse layers compute in float32: load the model with dtype='float32'")
     if backend == "auto":
-        example = example_inputs or make_example(model, 1, image_processor, image_size)
+        example = example_inputs if example_inputs is not None else make_example(model, 1, image_processor, image_size)
         linears = faster_layers(model, linears, functools.partial(is_faster, kind), example)
     for name, linear in linears.items():
         replace(model, name, kind(linear))

@@ -33,6 +33,11 @@ FULL = "No space left on device"
             OSError(errno.ENOSPC, FULL, "CACHE/hub/x"),
             "the disk of CACHE/hub/x is full: free some space, or set HF_HOME",
         ),
+        # A copy: the first file is read.
+        (
+            OSError(errno.ENOSPC, FULL, "UP/model/x", None, "OUT/x"),
+            "the disk of OUT is full: free some space, or choose",
+        ),
         (OSError("no such model"), "no such model"),
     ],
 )
@@ -49,7 +54,8 @@ def test_the_line_names_the_place(tmp_path, monkeypatch, error, line):
         return text
 
     if getattr(error, "filename", None):
-        error = OSError(error.errno, error.strerror, put(error.filename))
+        second = error.filename2 and put(error.filename2)
+        error = OSError(error.errno, error.strerror, put(error.filename), None, second)
     said = str(write_error(tmp_path / "up" / "out", error))
     assert put(line) in said
     assert "\n" not in said

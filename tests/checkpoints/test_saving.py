@@ -1,5 +1,6 @@
 """What is saved loads the same, plain or compressed, and nothing half-written or dense is left on the way."""
 
+import copy
 import errno
 import io
 import json
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from support.checkpoints import assert_same_weights, make_checkpoint, make_model
 from support.models import ARCHITECTURES, build
 from support.packing import bits
@@ -22,8 +24,8 @@ from transformers import (
     CLIPVisionModelWithProjection,
 )
 
-import cap_hf.checkpoints.saving as checkpoint_module
 from cap_hf import CAPCompressor, CAPConfig, CAPError, find_targets
+from cap_hf.checkpoints import files, places
 from cap_hf.checkpoints.compression import COMPRESSED_NAME
 from cap_hf.checkpoints.files import open_safetensors
 from cap_hf.checkpoints.saving import compress_checkpoint, save_checkpoint, save_compressed
@@ -54,9 +56,10 @@ def test_a_full_disk_is_one_line_and_changes_nothing(tmp_path, monkeypatch):
     before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
     usage = namedtuple("usage", "total used free")
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint_module.shutil, "disk_usage", lambda _: usage(10, 10, 0))
-        with pytest.raises(CAPError, match=r"out needs .* MB, its disk has 0 MB free"):
-            save_checkpoint(tmp_path / "out", build("ViT"))
+        patch.setattr(places.shutil, "disk_usage", lambda _: usage(10**6, 10**6, 4096))
+        for folder in ("out", "new/out"):
+            with pytest.raises(CAPError, match=r"out needs .* kB, and its disk has 4\.1 kB free: free some space, or"):
+                save_checkpoint(tmp_path / folder, build("ViT"))
 
     def full(*_, **__):
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -196,3 +199,44 @@ def test_json_is_parsed_before_it_is_copied(tmp_path):
     with pytest.raises(CAPError, match=r"preprocessor_config\.json cannot be read"):
         compress_checkpoint(tmp_path / "m", tmp_path / "c")
     assert [path.name for path in tmp_path.iterdir()] == ["m"]
+
+
+def test_a_full_disk_is_the_outputs_and_not_the_inputs(tmp_path, monkeypatch):
+    """The input was to be downloaded again."""
+    make_checkpoint(tmp_path / "m")
+
+    def full(*_, **__):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(files.safetensors.torch, "save_file", full)
+    with pytest.raises(CAPError, match=r"^the disk of .*small is full: free some space, or choose another folder$"):
+        compress_checkpoint(tmp_path / "m", tmp_path / "small")
+    assert [path.name for path in tmp_path.iterdir()] == ["m"]
+
+
+def same_layer(model):
+    model.vit.layers[1] = model.vit.layers[0]
+
+
+def same_weight(model):
+    model.vit.layers[1].mlp.fc1.weight = model.vit.layers[0].mlp.fc1.weight
+
+
+def same_memory(model):
+    model.vit.layers[1].mlp.fc1.weight.data = model.vit.layers[0].mlp.fc1.weight.data
+
+
+@pytest.mark.parametrize("share", [same_layer, same_weight, same_memory])
+def test_weights_that_transformers_cannot_save_are_named_before_the_work(share, tmp_path):
+    model = build("ViT")
+    share(model)
+    with pytest.raises(RuntimeError, match="shared tensors"):
+        model.save_pretrained(tmp_path / "theirs")
+    line = r"^vit\.layers\.0\..* and vit\.layers\.1\..* are one weight, .*: give each layer a weight of its own"
+    with pytest.raises(CAPError, match=line):
+        CAPCompressor(model)
+    for compressed in (False, True):
+        with pytest.raises(CAPError, match=line):
+            save_checkpoint(tmp_path / "out", model, compressed=compressed)
+    assert not (tmp_path / "out").exists()
+    save_checkpoint(tmp_path / "out", copy.deepcopy(build("ViT")))

@@ -52,10 +52,6 @@ def test_a_folder_that_cannot_be_made_or_written_is_named(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
-def test_sizes_are_readable():
-    assert [room.gigabytes(each) for each in (2.5e9, 1e8, 2.3e7)] == ["2.5 GB", "0.1 GB", "23.0 MB"]
-
-
 def test_without_a_folder_for_temporary_files_one_can_be_named(tmp_path, monkeypatch):
     def nowhere():
         raise FileNotFoundError(2, "No usable temporary directory found")

@@ -40,6 +40,13 @@ def test_the_parser_is_transformers_own():
         (["--nope", "1", "--flag", "false"], "unknown: --nope 1; cap-hf try --help shows the arguments"),
         (["--values", "0.5", "half"], "argument --values: invalid float value: 'half'"),
         (["--flag", "perhaps"], "got perhaps but expected one of yes/no"),
+        # A file of arguments is the whole command line.
+        (
+            ["a.yaml", "--limit", "4"],
+            "a.yaml stands alone, and --limit is beside it: a file of arguments holds them all",
+        ),
+        (["a.txt"], "'a.txt' belongs to no argument: "),
+        (["a.toml", "--limit", "4"], "a file of arguments ends in .yaml, .yml, .json"),
     ],
 )
 def test_what_is_wrong_is_said_alone(arguments, line, capsys):
@@ -53,7 +60,7 @@ def test_what_is_wrong_is_said_alone(arguments, line, capsys):
 def test_a_file_stands_for_a_command_line(tmp_path):
     (tmp_path / "run.yaml").write_text("values: [0.5, 0.9]\nlimit: null\nflag: false\nfacts: {a: 1}\n")
     expected = ["--values", "0.5", "0.9", "--flag=False", '--facts={"a": 1}']
-    assert arguments_from_file(str(tmp_path / "run.yaml")) == expected
+    assert arguments_from_file(str(tmp_path / "run.yaml"), [Numbers]) == expected
     (parsed,) = parse([str(tmp_path / "run.yaml")], "try", "", Numbers)
     assert parsed == Numbers([0.5, 0.9], flag=False, facts='{"a": 1}')
 
@@ -101,6 +108,8 @@ def test_what_a_run_keeps_lies_beside_its_output_or_in_it(tmp_path, monkeypatch)
         ("sparsity: half", "invalid float value: 'half'"),
         ("sparsity: 0.5\nspeed: 3", "unknown: --speed=3"),
         ("sparsity: 0.5\ndamp: high", "invalid float value: 'high'"),
+        ("--sparsity: 0.5", "has '--sparsity': names in a file have no dashes before them, 'sparsity'"),
+        ("prune: {sparsity: 0.5}", "has sparsity below 'prune', which is no argument"),
     ],
 )
 def test_a_mistake_in_a_file_is_one_line(tiny_checkpoint, tmp_path, capsys, text, message):

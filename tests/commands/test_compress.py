@@ -1,5 +1,9 @@
 """`cap-hf compress`, and what `cap-hf inspect` and `push` say of what it wrote."""
 
+import json
+
+import pytest
+from safetensors.torch import load_file, save_file
 from support.checkpoints import make_checkpoint
 
 from cap_hf.commands.main import run as run_command
@@ -40,3 +44,53 @@ def test_compress_tells_of_zeros_with_a_sign(tmp_path, capsys):
     model.save_pretrained(tmp_path / "m")
     assert run_command("compress", [*command, "--overwrite_output_dir", "true"]) == 0
     assert "-0.0" not in capsys.readouterr().out
+
+
+def lacking(folder, tensors):
+    del tensors["vit.layernorm.weight"]
+
+
+def prefixed(folder, tensors):
+    for name in list(tensors):
+        tensors["module." + name] = tensors.pop(name)
+
+
+def adapted(folder, tensors):
+    (folder / "adapter_config.json").write_text("{}")
+
+
+def reshaped(folder, tensors):
+    tensors["classifier.bias"] = tensors["classifier.bias"][:2].clone()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "line"),
+    [
+        (lacking, "has no weights for vit.layernorm.weight"),
+        (prefixed, "begin with 'module.'"),
+        (adapted, "has an adapter"),
+        (reshaped, "has a head of 2 classes"),
+    ],
+)
+def test_what_no_command_can_load_is_not_compressed(spoil, line, tmp_path, capsys):
+    make_checkpoint(tmp_path / "m")
+    tensors = load_file(tmp_path / "m" / "model.safetensors")
+    spoil(tmp_path / "m", tensors)
+    save_file(tensors, tmp_path / "m" / "model.safetensors", {"format": "pt"})
+    command = ["--model_name_or_path", str(tmp_path / "m"), "--output_dir", str(tmp_path / "c")]
+    assert run_command("compress", command) == 1
+    assert line in capsys.readouterr().err
+    assert not (tmp_path / "c").exists()
+
+
+def test_a_model_that_cannot_be_built_here_is_compressed_unseen(tmp_path, capsys, caplog):
+    """Its package is not installed, or its code may not run."""
+    make_checkpoint(tmp_path / "m")
+    config = json.loads((tmp_path / "m" / "config.json").read_text())
+    config |= {"model_type": "own", "auto_map": {"AutoConfig": "own.OwnConfig"}}
+    (tmp_path / "m" / "config.json").write_text(json.dumps(config))
+    (tmp_path / "m" / "own.py").write_text("")
+    command = ["--model_name_or_path", str(tmp_path / "m"), "--output_dir", str(tmp_path / "c")]
+    assert run_command("compress", command) == 0
+    assert "It was not checked whether all weights are there: " in caplog.text
+    assert (tmp_path / "c" / "own.py").is_file()

@@ -70,6 +70,15 @@ def test_a_pruned_checkpoint_is_pruned_further(tiny_checkpoint, tmp_path):
     assert sum(int((target.weight == 0).sum()) for target in find_targets(second)) > 0
 
 
+def test_a_sparsity_below_the_checkpoints_is_found_before_the_collection(
+    tiny_checkpoint, tmp_path, capsys, monkeypatch
+):
+    assert prune(tiny_checkpoint, tmp_path / "a", "--sparsity", "0.5") == 0
+    monkeypatch.setattr("cap_hf.compressor.CAPCompressor.collect", None)
+    assert prune(tmp_path / "a" / "sparsity-0.5", tmp_path / "b", "--sparsity", "0.3", "0.8") == 1
+    assert "sparse already: sparsity 0.3 would be less" in capsys.readouterr().err
+
+
 def test_a_second_run_replaces_only_when_asked(tiny_checkpoint, tmp_path, capsys):
     output = tmp_path / "out"
     assert prune(tiny_checkpoint, output, "--sparsity", "0.5") == 0

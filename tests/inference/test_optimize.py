@@ -234,6 +234,25 @@ def test_what_cannot_run_is_one_line():
         model.vit.layers[0].mlp.fc1(torch.empty(2, 192, device="meta"))
 
 
+@pytest.mark.parametrize(
+    ("inputs", "line"),
+    [
+        (torch.zeros(1, 3, 224, 224), "example_inputs is of type Tensor: pass a dict"),
+        ({"x": torch.zeros(1, 3, 224, 224)}, "has no tensor for 'pixel_values' \\(it has x\\)"),
+        ({}, "has no tensor for 'pixel_values' \\(it has nothing\\)"),
+        ({"pixel_values": [1.0]}, "has no tensor for 'pixel_values' \\(list\\)"),
+    ],
+)
+def test_an_example_that_is_none_is_one_line(inputs, line):
+    with pytest.raises(CAPError, match=line):
+        optimize_for_inference(make_vit(0.98), example_inputs=inputs)
+
+
+def test_what_names_no_checkpoint_is_one_line():
+    with pytest.raises(CAPError, match="^None is no name of a checkpoint, a folder or a Hub id, but of type NoneType"):
+        SparseAutoModel.from_pretrained(None)
+
+
 def test_example_inputs_serve_any_module():
     mlp = make_vit(0.98).vit.layers[0].mlp
     x = torch.randn(2, 197, 192)
