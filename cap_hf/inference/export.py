@@ -12,7 +12,6 @@ import torch
 from transformers import BaseImageProcessor, PreTrainedModel
 
 from cap_hf.checkpoints.atomic import atomic_directory
-from cap_hf.checkpoints.loading import only_errors
 from cap_hf.checkpoints.location import check_name
 from cap_hf.errors import CAPError, reason
 from cap_hf.extras import need
