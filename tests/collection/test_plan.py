@@ -146,7 +146,7 @@ def test_a_full_disk_is_said_before_the_start(monkeypatch):
     squeeze(monkeypatch, 1.2, block_size="row")
     usage = room.shutil.disk_usage("/")._replace(free=10)
     monkeypatch.setattr(room.shutil, "disk_usage", lambda *_: usage)
-    with pytest.raises(CAPError, match=r"passes keep .* in .*, where 0.0 MB are free: name another .*--spill_dir"):
+    with pytest.raises(CAPError, match=r"passes keep .* in .*, where 10 bytes are free: name another .*--spill_dir"):
         CAPCompressor(model, CAPConfig(num_grads=16)).collect(random_batches(model, 8, sizes=(8, 8)))
 
 
