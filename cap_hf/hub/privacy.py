@@ -25,7 +25,7 @@ from pathlib import Path, PureWindowsPath
 from typing import Any
 
 from cap_hf.checkpoints.folder import COMPANIONS, REPORT_NAME, read_json
-from cap_hf.hub.card import hub_id
+from cap_hf.hub.names import hub_id
 
 # All that lies beside a model and is no processor's is a tokenizer's.
 TOKENIZERS = frozenset(COMPANIONS) - {"processor_config.json"}
@@ -35,7 +35,7 @@ TECHNICAL = re.compile(
     r"|^(config|include|exclude|layers|left_alone|recalibrated_batch_norm)$"
 )
 # Keys of where something comes from; a file may also be one beside the weights, whose name stays.
-ORIGIN = re.compile(r"(^|_)(path|dir)s?$|^(base_model|dataset)$")
+ORIGIN = re.compile(r"(^|_)(path|dir)s?$|^(base_model|dataset|dataset_name)$")
 FILE = re.compile(r"(^|_)files?$")
 # What stands in place of a path that ends with the user's name, of the host's name, of a token.
 FOLDER, HOST, TOKEN = "folder", "host", "token"
@@ -110,7 +110,7 @@ class Private:
             while name in cleaned:
                 name += "_"
             if ORIGIN.search(key):
-                cleaned[name] = self.clean(each, self.hide)
+                cleaned[name] = self.clean(each, self.name)
             elif FILE.search(key) and change is hide_tokens:
                 cleaned[name] = self.clean(each, self.shorten)
             elif TECHNICAL.search(key) and not FILE.search(key):
@@ -142,6 +142,12 @@ class Private:
         if ABSOLUTE.match(text) and "\n" not in text:
             return self.last_part(text)
         return self.without_host(self.replace(EMBEDDED, self.shorten(text)))
+
+    def name(self, text: str) -> str:
+        """Return the name of a model, of data or of a folder: of a path, relative ones too, only its last part."""
+        text = self.hide(text)
+        is_path = re.search(r"[\\/]", text) and not is_hub_id(text) and not ADDRESS.match(text)
+        return self.last_part(text) if is_path else text
 
     def replace(self, pattern: str | re.Pattern[str], text: str) -> str:
         """Return a text with the last parts of the paths that a pattern finds in it, outside addresses of the web."""

@@ -54,8 +54,26 @@ PRIVATE = Private(("/srv/people/alice", "/tmp"), ("alice",), ("lab-7.example.org
 def test_what_is_private_in_a_report_is_told_by_its_value(value, published):
     assert PRIVATE.clean(value, PRIVATE.hide) == published
     assert PRIVATE.clean([{"x": [value]}], PRIVATE.hide) == [{"x": [published]}]
-    assert PRIVATE.clean({"_name_or_path": value}) == {"_name_or_path": published}
     assert PRIVATE.clean(published, PRIVATE.hide) == published
+
+
+@pytest.mark.parametrize("key", ["_name_or_path", "teacher_model_name_or_path", "dataset_name", "output_dir"])
+@pytest.mark.parametrize(
+    ("value", "published"),
+    [
+        ("/srv/people/alice/models/vit", "vit"),
+        ("../../home/bob/pics/d", "d"),
+        ("home/bob/pics", "pics"),
+        ("../../../root/my pics/d", "d"),
+        (r"C:\Users\alice\models\vit", "vit"),
+        ("google/vit-base", "google/vit-base"),
+        ("vit", "vit"),
+        ("s3://bucket/x/vit", "s3://bucket/x/vit"),
+        (None, None),
+    ],
+)
+def test_of_what_something_was_made_from_only_the_name_is_published(key, value, published):
+    assert PRIVATE.clean({"data": {key: value}}) == {"data": {key: published}}
 
 
 @pytest.mark.parametrize(
