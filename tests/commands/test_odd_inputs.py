@@ -20,6 +20,7 @@ from support.odd import (
     damaged_picture,
     is_file,
     link,
+    nothing,
     painted,
     pickled,
     pictures,
@@ -29,6 +30,7 @@ from support.odd import (
     remove,
     text_model,
     two_configurations,
+    two_splits_in_one,
     unlabelled_test,
     write,
 )
@@ -55,11 +57,19 @@ READING = ("prune", "evaluate", "finetune")
 
 @dataclass(frozen=True)
 class Odd:
-    """An input that cannot be used: how it is made, who meets it, and what their line says (a regular expression)."""
+    """An input that cannot be used.
+
+    Attributes:
+        change: makes it of what can be used.
+        commands: who meets it.
+        words: what their line says, a regular expression.
+        arguments: that are added to a command's own.
+    """
 
     change: Change
     commands: tuple[str, ...]
     words: str
+    arguments: tuple[str, ...] = ()
 
 
 ODD = {
@@ -138,6 +148,7 @@ ODD = {
     "one class too many": Odd(classes("cat", "dog", "T-shirt-top", "owl"), READING, r"4 classes .* not owl"),
     "classes from 1": Odd(classes("1", "2", "3"), READING, r"counts the classes from 1 to 3, the model .* from 0"),
     "names and numbers": Odd(classes("0", "dog", "2"), READING, r"mixes names \(dog\) and numbers \(0, 2\)"),
+    "a folder of two splits": Odd(two_splits_in_one, READING, r"data/train_test.* is called as a split"),
     "names in other places": Odd(classes("aardvark", "cat", "dog"), READING, r"not aardvark"),
     # Models for something else.
     "text": Odd(text_model, LOADING, r"BertModel takes no images"),
@@ -153,6 +164,18 @@ ODD = {
     # Where the output goes.
     "a link to itself": Odd(link("out", "out"), EVERY, r"out is a link that leads back to itself"),
     "a file": Odd(is_file("out"), EVERY, r"out is a file: choose another --output_dir"),
+    "a folder with other things": Odd(
+        nothing,
+        ("finetune", "compress", "push"),
+        r"data.* would be lost",
+        ("--output_dir", ".", "--overwrite_output_dir", "true"),
+    ),
+    "what publishes while it trains": Odd(
+        nothing,
+        ("finetune",),
+        r"--hub_always_push has nothing to push while it trains",
+        ("--push_to_hub", "true", "--hub_always_push", "true"),
+    ),
     "below a file": Odd(below_file("out"), EVERY, r"is a file: choose another --output_dir"),
 }
 
@@ -182,8 +205,8 @@ def everything(folder: Path) -> set[str]:
     return {str(path.relative_to(folder)) for path in folder.rglob("*")}
 
 
-def run(command: str) -> int:
-    return main([command, "--model_name_or_path", "model", "--output_dir", "out", *ARGUMENTS[command]])
+def run(command: str, *arguments: str) -> int:
+    return main([command, "--model_name_or_path", "model", "--output_dir", "out", *ARGUMENTS[command], *arguments])
 
 
 @pytest.mark.parametrize("command", EVERY)
@@ -206,7 +229,7 @@ def test_an_odd_input_is_one_line(work, name, command, capfd):
     odd.change(work)
     before = everything(work)
     capfd.readouterr()  # what was said while it was made
-    assert run(command) == 1
+    assert run(command, *odd.arguments) == 1
     said = capfd.readouterr().err
     assert said.count("\n") == 1, said
     assert said.startswith(f"cap-hf {command}: ")

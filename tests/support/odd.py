@@ -169,6 +169,16 @@ def two_configurations(work: Path) -> None:
     (work / "data" / "README.md").write_text(text)
 
 
+def two_splits_in_one(work: Path) -> None:
+    """Have one folder that is called like two splits."""
+    shutil.rmtree(work / "data" / "test")
+    (work / "data" / "train").rename(work / "data" / "train_test")
+
+
+def nothing(work: Path) -> None:
+    """Leave everything as it is: the arguments are odd."""
+
+
 def is_file(name: str) -> Change:
     """Have a file in the place of a folder."""
 
