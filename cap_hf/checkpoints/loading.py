@@ -131,14 +131,13 @@ def check_names(folder: str | Path, trust_remote_code: bool = False) -> None:
     Of a model that cannot be built here, for want of a package or of leave to run its code, the weights cannot be
     checked: a line says so.
     """
-    find_weight_files(folder)
     try:
-        build_empty(folder, trust_remote_code)
-    except Exception as error:  # configuration, foreign code
-        said = reason(error)
-        if missing_package(said) is None and "trust_remote_code" not in said:
-            raise CAPError(explain(folder, error)) from error
-        logger.warning("It was not checked whether all weights are there: %s", explain(folder, error))
+        check_folder(folder, trust_remote_code)
+    except CAPError as error:
+        said = "" if error.__cause__ is None else reason(error.__cause__)
+        if missing_package(said) is None and "trust_remote_code=True" not in said:
+            raise
+        logger.warning("It was not checked whether all weights are there: %s", error)
         return
     load_checkpoint(folder, trust_remote_code, device_map="meta")
 
