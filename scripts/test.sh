@@ -5,4 +5,6 @@ cd "$(dirname "$0")/.."
 bash scripts/setup.sh test
 # Nothing in the suite may need a hub.
 export HF_HUB_OFFLINE=1
-exec .venv/bin/python -m pytest "$@"
+# Two processes, each with a core: most tests use one. Those of a file stay together, since they share what they make.
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+exec .venv/bin/python -m pytest -n 2 --dist loadfile "$@"
