@@ -60,3 +60,12 @@ def foreign_line(error: Exception) -> str:
     if isinstance(error, ImportError):
         return f"a package is missing or broken: {said}"
     return f"{type(error).__name__}: {said}"
+
+
+def readable(size: float) -> str:
+    """Return a number of bytes as `1.5 GB`, `23.0 MB`, `4.1 kB` or `96 bytes`."""
+    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        # A tenth of a unit is said in it: below that the next smaller one has more digits.
+        if size >= scale / 10:
+            return f"{size / scale:.1f} {unit}"
+    return f"{size:.0f} bytes"

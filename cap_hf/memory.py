@@ -1,4 +1,4 @@
-"""Fresh memory, and how many bytes are told to people."""
+"""Fresh memory for large tensors."""
 
 import math
 import mmap
@@ -23,12 +23,3 @@ def zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> tor
     with suppress(OSError):  # a kernel without them
         memory.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(memory, dtype=dtype).view(*shape)
-
-
-def readable(size: float) -> str:
-    """Return a number of bytes as `1.5 GB`, `23.0 MB`, `4.1 kB` or `96 bytes`."""
-    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        # A tenth of a unit is said in it: below that the next smaller one has more digits.
-        if size >= scale / 10:
-            return f"{size / scale:.1f} {unit}"
-    return f"{size:.0f} bytes"

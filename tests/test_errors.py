@@ -5,7 +5,7 @@ import errno
 import pytest
 import torch
 
-from cap_hf.errors import LONGEST_REASON, CAPError, foreign_line, reason
+from cap_hf.errors import LONGEST_REASON, CAPError, foreign_line, readable, reason
 
 
 @pytest.mark.parametrize(
@@ -73,3 +73,8 @@ def test_the_error_of_another_library_is_one_line_with_what_to_do(error, words):
 
 def test_it_is_a_value_error():
     assert issubclass(CAPError, ValueError)
+
+
+def test_sizes_are_readable():
+    sizes = [readable(each) for each in (2.5e9, 1e8, 2.3e7, 64 * 1024, 4096, 96, 0)]
+    assert sizes == ["2.5 GB", "0.1 GB", "23.0 MB", "65.5 kB", "4.1 kB", "96 bytes", "0 bytes"]

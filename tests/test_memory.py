@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from cap_hf.memory import HUGE_PAGE, readable, zeros
+from cap_hf.memory import HUGE_PAGE, zeros
 
 
 @pytest.mark.parametrize("numel", [0, 1, HUGE_PAGE // 4, HUGE_PAGE // 2 + 3])
@@ -18,8 +18,3 @@ def test_zeros_are_zeros_of_their_own(numel, dtype):
     assert not second.any()
     del first
     assert not zeros((numel,), dtype, torch.device("cpu")).any()
-
-
-def test_sizes_are_readable():
-    sizes = [readable(each) for each in (2.5e9, 1e8, 2.3e7, 64 * 1024, 4096, 96, 0)]
-    assert sizes == ["2.5 GB", "0.1 GB", "23.0 MB", "65.5 kB", "4.1 kB", "96 bytes", "0 bytes"]

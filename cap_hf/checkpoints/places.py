@@ -11,8 +11,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from cap_hf.errors import CAPError, reason
-from cap_hf.memory import readable
+from cap_hf.errors import CAPError, readable, reason
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
 CLOSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)

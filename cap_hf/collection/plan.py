@@ -13,8 +13,7 @@ from cap_hf.collection.resources import Resources
 from cap_hf.collection.room import available_bytes, check_disk
 from cap_hf.collection.shares import largest_shares
 from cap_hf.distributed.processes import Processes
-from cap_hf.errors import CAPError
-from cap_hf.memory import readable
+from cap_hf.errors import CAPError, readable
 from cap_hf.method import gradients
 from cap_hf.method.sums import sums_per_block
 from cap_hf.targets import Target

@@ -10,8 +10,7 @@ import psutil
 import torch
 
 from cap_hf.collection.resources import Resources
-from cap_hf.errors import CAPError, reason
-from cap_hf.memory import readable
+from cap_hf.errors import CAPError, readable, reason
 
 # Of the memory that is free, what is planned with: allocators and other programs need some.
 HEAD_ROOM = 0.85
