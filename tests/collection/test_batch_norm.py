@@ -176,6 +176,7 @@ model = build("ResNet").double()
 loader = DataLoader([{"pixel_values": pixels} for pixels in batch["pixel_values"]], batch_size=4)
 CAPCompressor(model, accelerator=accelerator).recalibrate_batch_norm(loader)
 save_file(model.state_dict(), f"{sys.argv[1]}/{accelerator.process_index}.safetensors")
+accelerator.end_training()
 """
 
 

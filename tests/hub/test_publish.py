@@ -330,7 +330,10 @@ def test_nothing_of_this_machine_is_in_any_byte_that_is_published(tmp_path, monk
         report = json.loads((ready / "report.json").read_text())
         assert report["model_name_or_path"] == "dense-vit"
         assert report["data"]["dataset_name"] == "cats"
-        assert "cap-hf prune --model_name_or_path dense-vit --dataset_name cats" in (ready / "README.md").read_text()
+        command = (
+            "cap-hf finetune --model_name_or_path dense-vit --teacher_model_name_or_path teacher --dataset_name cats"
+        )
+        assert command in (ready / "README.md").read_text()
         published = dict(iterate_weights(ready))
         assert published.keys() == tensors.keys()
         assert all(torch.equal(published[name], value) for name, value in tensors.items())

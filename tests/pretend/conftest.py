@@ -39,7 +39,7 @@ class Worker:
         reading, writing = os.pipe()
         options = [f"--tb={config.option.tbstyle}", *(["--runxfail"] if config.option.runxfail else [])]
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *options, *names],
+            [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "no:xdist", *options, *names],
             cwd=config.rootpath,
             # Threads that wait for each other take most of the time of operators as small as these.
             env={**os.environ, REPORTS_VARIABLE: str(writing), "OMP_NUM_THREADS": "1"},
@@ -69,27 +69,34 @@ class Worker:
         self.output.close()
 
 
-WORKER = pytest.StashKey[Worker]()
+# A process per file: where several pytests share the tests, each has whole files (`--dist loadfile`).
+WORKERS = pytest.StashKey[dict[Path, Worker]]()
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_protocol(item: pytest.Item) -> bool | None:
     if IS_WORKER or FOLDER not in item.path.parents:
         return None
-    stash = item.config.stash
-    if WORKER not in stash:
-        names = [other.nodeid for other in item.session.items if FOLDER in other.path.parents]
-        stash[WORKER] = Worker(item.config, names)
+    workers = item.config.stash.setdefault(WORKERS, {})
+    if item.path not in workers:
+        close_all(workers)
+        names = [other.nodeid for other in item.session.items if other.path == item.path]
+        workers[item.path] = Worker(item.config, names)
     item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
-    for report in stash[WORKER].reports_of(item):
+    for report in workers[item.path].reports_of(item):
         item.ihook.pytest_runtest_logreport(report=report)
     item.ihook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
     return True
 
 
+def close_all(workers: dict[Path, Worker]) -> None:
+    """End the processes of the files before."""
+    while workers:
+        workers.popitem()[1].close()
+
+
 def pytest_unconfigure(config: pytest.Config) -> None:
-    if WORKER in config.stash:
-        config.stash[WORKER].close()
+    close_all(config.stash.get(WORKERS, {}))
 
 
 class Reporter:
