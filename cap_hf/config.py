@@ -16,6 +16,7 @@ FISHER_LOSSES = ("labels", "sampled", "features")
 # What earlier versions called the first two, in checkpoints of theirs.
 FISHER_TYPES = {"empirical": "labels", "sampled": "sampled"}
 FISHER_DTYPES = ("float32", "bfloat16")
+FISHER_PRIORS = ("input", "identity")
 WEIGHT_UPDATES = ("joint", "independent", "none")
 
 
@@ -112,6 +113,18 @@ class CAPConfig:
             "choices": FISHER_DTYPES,
         },
     )
+    fisher_prior: str = field(
+        default="input",
+        metadata={
+            "help": "What the Fisher of cap and obs is mixed with before the damp: the second moment of the layer's "
+            "inputs, or nothing. The other methods have no prior.",
+            "choices": FISHER_PRIORS,
+        },
+    )
+    prior_strength: float = field(
+        default=0.6,
+        metadata={"help": "Share of the prior in the mixture, from 0 to below 1, for fisher_prior=input."},
+    )
     damp: float | None = field(
         default=None,
         metadata={"help": "Added to the Fisher's diagonal, relative to its mean in the target. Default: by method."},
@@ -138,6 +151,7 @@ class CAPConfig:
             ("selection", SELECTIONS),
             ("fisher_loss", (None, *FISHER_LOSSES)),
             ("fisher_dtype", FISHER_DTYPES),
+            ("fisher_prior", FISHER_PRIORS),
             ("weight_update", WEIGHT_UPDATES),
         ):
             if getattr(self, name) not in choices:
@@ -163,6 +177,8 @@ class CAPConfig:
                 raise CAPError(f"{name}={value!r} must be a number")
         if self.damp is not None and not 0 < self.damp < float("inf"):
             raise CAPError(f"damp={self.damp!r} must be greater than 0 and finite")
+        if not is_number(self.prior_strength) or not 0 <= self.prior_strength < 1:
+            raise CAPError(f"prior_strength={self.prior_strength!r} must be a number from 0 to below 1")
         weights = [getattr(self, f"{kind}_weight") for kind in ("class", "patch", "pooled")]
         if min(weights) < 0 or not 0 < sum(weights) < float("inf"):
             raise CAPError("class_weight, patch_weight and pooled_weight must be 0 or greater, and not all 0")
@@ -230,7 +246,8 @@ class CAPConfig:
         """
         if not isinstance(values, Mapping):
             raise CAPError(f"{values!r:.80} holds no fields of CAPConfig: pass a dict of them")
-        values = dict(values)
+        # Where there is no word of a prior, there was none yet.
+        values = {"fisher_prior": "identity", **values}
         if "fisher_type" in values:
             values["fisher_loss"] = FISHER_TYPES.get(values.pop("fisher_type"))
         unknown = sorted(set(values) - {f.name for f in fields(cls)})

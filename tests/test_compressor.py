@@ -84,9 +84,9 @@ def test_the_weights_are_the_minimum_for_the_removed_set():
         new = target.to_blocks(target.weight.detach())
         expected = reconstruct(dense[target.name].detach(), fisher, new != 0)
         torch.testing.assert_close(new, expected)
-        # And the reported loss is the quadratic form of the undamped Fisher.
+        # And the reported loss is the quadratic form of the Fisher with its prior, without a damp.
         change = (new - dense[target.name].detach())[..., None]
-        plain = compressor.fisher.sums[target.name].full() / compressor.fisher.count
+        plain = compressor.fisher.damped(target, slice(None), 0.0)
         assert layer.loss == pytest.approx(float((change * (plain @ change)).sum()) / 2, rel=1e-6)
 
 
@@ -251,7 +251,7 @@ def test_errors_leave_the_model_alone(monkeypatch):
 def test_a_fisher_that_is_not_invertible_names_a_damp_that_does():
     # 4 gradient samples leave a block of 16 singular; an absolute damp far below rounding does not mend that.
     model = build("ViT")
-    config = CAPConfig(num_grads=4, damp=1e-30, absolute_damp=True)
+    config = CAPConfig(num_grads=4, fisher_prior="identity", damp=1e-30, absolute_damp=True)
     compressor = CAPCompressor(model, config).collect(random_batches(model, 8))
     with pytest.raises(CAPError, match=r"q_proj \(block \d+\) cannot be inverted with damp=1e-30: --damp ") as caught:
         compressor.prune(0.5)

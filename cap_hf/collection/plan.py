@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from cap_hf.collection import exchange, removal_paths, solver
+from cap_hf.collection import exchange, input_sums, removal_paths, solver
 from cap_hf.collection.costs import Costs
 from cap_hf.collection.exchange import made_in
 from cap_hf.collection.resources import Resources
@@ -88,6 +88,7 @@ def plan_passes(
     processes: Processes,
     max_passes: int | None = None,
     dtype: torch.dtype = torch.float32,
+    prior: bool = False,
 ) -> Plan | None:
     """Return the plan with the fewest passes; None where the memory or `max_passes` does not allow any.
 
@@ -99,11 +100,12 @@ def plan_passes(
         processes: that share the blocks.
         max_passes: over the examples, or None for any number.
         dtype: what gradients are rounded to.
+        prior: whether inputs are summed too.
     """
     device = targets[0].weight.device
     blocks = largest_shares(list(targets), processes)
     shares = list(zip(targets, blocks, strict=True))
-    sizes = [sums_bytes(target, count) for target, count in shares]
+    sizes = [sums_bytes(target, count, prior) for target, count in shares]
     held, compared = (
         sum(part(target, count) for target, count in shares)
         for part in (removal_paths.held_bytes, removal_paths.compared_bytes)
@@ -189,6 +191,7 @@ def make_plan(
     costs: Costs,
     processes: Processes,
     dtype: torch.dtype = torch.float32,
+    prior: bool = False,
 ) -> Plan:
     """Return the plan for a block size, or for the largest that the memory allows (`auto`), the same on every process.
 
@@ -199,6 +202,7 @@ def make_plan(
         costs: of a gradient sample, on this process.
         processes: of the run.
         dtype: what gradients are rounded to.
+        prior: whether inputs are summed too.
 
     Raises:
         CAPError: nothing fits; says what would.
@@ -215,7 +219,7 @@ def make_plan(
         most = 1
 
     def plan(size: int | str) -> Plan | None:
-        return plan_passes(find(size), size, available, costs, processes, most, dtype)
+        return plan_passes(find(size), size, available, costs, processes, most, dtype, prior)
 
     for size in BLOCK_SIZES if block_size == "auto" else (block_size,):
         found = plan(size)
@@ -228,7 +232,8 @@ def make_plan(
         advice = f"--fisher_block_size {would} would do"
     wish = "any Fisher" if block_size == "auto" else f"the Fisher with fisher_block_size={block_size}"
     targets = find(BLOCK_SIZES[-1] if block_size == "auto" else block_size)
-    needed = sum(map(sums_bytes, targets, largest_shares(targets, processes)))
+    shares = largest_shares(targets, processes)
+    needed = sum(sums_bytes(target, blocks, prior) for target, blocks in zip(targets, shares, strict=True))
     passes = "" if most is None else f" in {most} pass{'es' if most > 1 else ''}"
     raise CAPError(
         f"{wish} ({readable(needed)}) does not fit into the {readable(max(available, 0))} that are free{passes}: "
@@ -236,6 +241,7 @@ def make_plan(
     )
 
 
-def sums_bytes(target: Target, blocks: int) -> int:
-    """Return the bytes of the sums of some blocks of a target."""
-    return blocks * sums_per_block(target.block_size) * made_in(target).itemsize
+def sums_bytes(target: Target, blocks: int, prior: bool = False) -> int:
+    """Return the bytes of the sums of some blocks of a target, and of those of its inputs if there is a prior."""
+    own = blocks * sums_per_block(target.block_size) * made_in(target).itemsize
+    return own + (input_sums.held_bytes(target) if prior else 0)

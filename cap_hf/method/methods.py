@@ -30,6 +30,10 @@ class Method:
         """Return the damp that a config asks for, or the method's default."""
         return self.default_damp if config.damp is None else config.damp
 
+    def has_prior(self, config: CAPConfig) -> bool:
+        """Return whether a config mixes the Fisher with the moments of the layers' inputs: only one of gradients."""
+        return self.statistic == "gradients" and config.fisher_prior == "input" and config.prior_strength > 0
+
     def block_size(self, config: CAPConfig) -> int | str:
         """Return the block size that a config asks for, or "row" where the method knows no other."""
         return "row" if self.whole_rows else config.fisher_block_size

@@ -69,7 +69,7 @@ MOMENTS = {
     "between two saves": dies_in(GradientSums, "step", 6),
     "in a save": dies_in(state_module, "save_file", 17),
     "while the old save goes": dies_in(state_module.shutil, "rmtree", 5),
-    "while sums are spilled": dies_in(SpilledSums, "write", 2),
+    "while sums are spilled": dies_in(SpilledSums, "update", 3),
     "in the elimination": dies_in(solver_module.Solver, "eliminate", 3),
     "between the order and the losses of a target": dies_in(DiskTensors, "__setitem__", 6),
 }
@@ -285,7 +285,7 @@ def test_other_examples_are_refused_after_a_finished_pass_too(tmp_path, monkeypa
     folder = tmp_path / "state"
     squeeze(True)
     with monkeypatch.context() as patch:
-        patch.setattr(SpilledSums, "write", interrupt_at(SpilledSums.write, 2))
+        patch.setattr(SpilledSums, "update", interrupt_at(SpilledSums.update, 3))
         with pytest.raises(KeyboardInterrupt):
             prune(folder)
     gc.collect()

@@ -28,6 +28,12 @@ def test_sparsegpt_knows_rows_alone():
     assert METHODS["cap"].block_size(CAPConfig(fisher_block_size=8)) == 8
 
 
+def test_methods_of_gradients_alone_have_a_prior():
+    assert {name for name, method in METHODS.items() if method.has_prior(CAPConfig())} == {"cap", "obs"}
+    for changes in ({"fisher_prior": "identity"}, {"prior_strength": 0}):
+        assert not any(method.has_prior(CAPConfig(**changes)) for method in METHODS.values())
+
+
 @pytest.fixture
 def problem():
     """Weights, some 0, and a damped Fisher."""
