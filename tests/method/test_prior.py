@@ -88,16 +88,20 @@ def plain_fisher(model: Small, target: Target, examples, strength: float, damp: 
     return mixed + damp * mean * torch.eye(target.block_size, dtype=torch.float64)
 
 
+def assert_near(found: torch.Tensor, expected: torch.Tensor) -> None:
+    """Allow for a loss that is in float32 whatever the model is in, and nothing more."""
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6 * float(expected.abs().max()))
+
+
 @pytest.mark.parametrize("block_size", [6, "row", 36])
-@pytest.mark.parametrize("method", ["cap", "obs"])
-def test_what_is_collected_equals_loops(monkeypatch, block_size, method):
+def test_what_is_collected_equals_loops(monkeypatch, block_size):
     """Blocks within, of and across rows (36: two rows of the grouped convolution, once of two groups)."""
-    monkeypatch.setattr(plan_module, "CACHED_BYTES", 2000)  # batches go through the model in parts
+    monkeypatch.setattr(plan_module, "CACHED_BYTES", 2500)  # batches go through the model in parts
     model, generator = Small(), torch.Generator().manual_seed(1)
     images = torch.randn(5, 4, 6, 7, dtype=torch.float64, generator=generator)
     labels = torch.tensor([0, 1, 2, 0, 1])
     batches = [{"pixel_values": images[part], "labels": labels[part]} for part in (slice(0, 3), slice(3, 5))]
-    config = CAPConfig(method=method, num_grads=5, fisher_block_size=block_size, prior_strength=0.3, damp=1e-3)
+    config = CAPConfig(num_grads=5, fisher_block_size=block_size, prior_strength=0.3, damp=1e-3)
     compressor = CAPCompressor(model, config).collect(batches)
     assert compressor.plan.microbatch < 3
     examples = list(zip(images, labels, strict=True))
@@ -111,19 +115,17 @@ def test_what_is_collected_equals_loops(monkeypatch, block_size, method):
         }[block_size]
     )
     for target in compressor.targets:
-        expected = plain_fisher(model, target, examples, 0.3, 1e-3)
         found = compressor.fisher.damped(target, slice(None))
-        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-15)
-        some = torch.tensor([2, 0])
-        torch.testing.assert_close(compressor.fisher.damped(target, some[: len(found)]), found[some[: len(found)]])
+        assert_near(found, plain_fisher(model, target, examples, 0.3, 1e-3))
+        some = torch.tensor([len(found) - 1, 0])
+        torch.testing.assert_close(compressor.fisher.damped(target, some), found[some])
     # Without it F is what it was.
     for changes in ({"fisher_prior": "identity"}, {"prior_strength": 0.0}):
         fields = config.to_dict() | changes
         plain = CAPCompressor(model, CAPConfig(**fields)).collect(batches).fisher
         assert plain.prior is None
         for target in compressor.targets:
-            expected = plain_fisher(model, target, examples, 0.0, 1e-3)
-            torch.testing.assert_close(plain.damped(target, slice(None)), expected, rtol=1e-9, atol=1e-15)
+            assert_near(plain.damped(target, slice(None)), plain_fisher(model, target, examples, 0.0, 1e-3))
 
 
 def test_what_has_no_gradient_or_no_input_gets_no_prior():
