@@ -1,4 +1,4 @@
-"""Sums of the outer products of layers' inputs, for SparseGPT."""
+"""Sums of the outer products of layers' inputs, for SparseGPT and Wanda."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
