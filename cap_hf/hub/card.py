@@ -230,6 +230,8 @@ class CardFacts:
                 "is_classifier": self.pipeline_tag == CLASSIFICATION,
                 "metrics": measured_in([self.sparse]),
                 "columns": self.columns(),
+                "with_errors": any(name.endswith("_se") for name in self.sparse),
+                "with_drops": any(name.endswith("_drop_se") for name in self.sparse),
                 "method": method,
                 "method_text": METHOD_TEXTS.get(method or ""),
                 "command": code(command_line(self.kind, self.run, self.config, self.sparsity) if self.run else None),
