@@ -60,10 +60,10 @@ class Metric:
     accuracy: str | None = None
     drop: bool = False
 
-    def show(self, measured: Mapping[str, Any] | None) -> str:
-        """Return the figure as tables and cards have it, with its standard error where that is known; `-` if none."""
+    def show(self, measured: Mapping[str, Any] | None, error: bool = True) -> str:
+        """Return the figure as tables and cards have it, with its standard error if wanted and known; `-` if none."""
         measured = measured or {}
-        return self._format(measured.get(self.key), measured.get(f"{self.key}_se"))
+        return self._format(measured.get(self.key), measured.get(f"{self.key}_se") if error else None)
 
     def show_drop(self, measured: Mapping[str, Any] | None, dense: Mapping[str, Any] | None) -> str:
         """Return likewise how much of the figure is lost to the dense model; `-` for that one itself."""

@@ -17,6 +17,7 @@ def test_figures():
     assert top1.show(None) == top1.show({"loss": 1.0}) == "-"
     assert top1.show({"top1": 0.76, "top1_se": 0.00604}) == "76.00 ± 0.60"
     assert loss.show({"loss": 1.5, "loss_se": 0.01}) == "1.5000 ± 0.0100"
+    assert loss.show({"loss": 1.5, "loss_se": 0.01}, error=False) == "1.5000"
 
 
 def test_drops():

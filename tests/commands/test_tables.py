@@ -17,14 +17,7 @@ def test_results_have_a_line_each_with_the_drop_from_the_dense_model():
     lines = results_table([("dense", None, DENSE), ("sparsity-0.5", 0.5, sparse)], DENSE).splitlines()
     assert lines[0].split() == ["model", "sparsity", "%", "top-1", "%", "drop", "top-5", "%", "loss"]
     assert lines[2].split() == ["dense", "-", "87.65", "±", "3.30", "-", "99.00", "0.2500"]
-    assert re.split(" {2,}", lines[3]) == [
-        "sparsity-0.5",
-        "50.00",
-        "85.15 ± 3.56",
-        "2.50 ± 1.23",
-        "-",
-        "0.3000 ± 0.0213",
-    ]
+    assert re.split(" {2,}", lines[3]) == ["sparsity-0.5", "50.00", "85.15 ± 3.56", "2.50 ± 1.23", "-", "0.3000"]
 
 
 def test_the_columns_are_what_was_measured():
