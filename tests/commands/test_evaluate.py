@@ -4,7 +4,7 @@ import json
 
 import pytest
 from support.backbones import backbone_checkpoint, tiny_dinov2
-from support.commands import DIGITS, image_folder, prune
+from support.commands import DIGITS, image_folder, prune, without_drops
 
 from cap_hf.commands.main import main
 
@@ -19,7 +19,7 @@ def test_the_metrics_are_those_of_the_report(tiny_checkpoint, tmp_path, capsys):
     results = json.loads((evaluated / "eval_results.json").read_text())
     # The same but for the comparison with the dense model, which is not named here.
     there = report["results"][0]["sparse"]
-    assert results["metrics"] == {name: value for name, value in there.items() if not name.endswith("_drop_se")}
+    assert results["metrics"] == without_drops(there)
     assert 0 < there["loss_drop_se"] < report["dense"]["loss_se"] + there["loss_se"]
     assert "on 50 examples" in capsys.readouterr().out
 

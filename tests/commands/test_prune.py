@@ -247,7 +247,7 @@ def test_images_without_labels_are_enough_for_a_backbone_and_for_a_classifier(ti
         output = tmp_path / f"out-{model.name}"
         assert prune(model, output, "--sparsity", "0.5", "--dataset_name", str(data)) == 0
         (result,) = json.loads((output / "report.json").read_text())["results"]
-        assert result["sparse"].keys() == {"cosine", "cosine_p5", "num_examples"} | patches
+        assert result["sparse"].keys() == {"cosine", "cosine_se", "cosine_p5", "num_examples"} | patches
         assert "k-NN" not in capsys.readouterr().out
 
 
