@@ -10,7 +10,7 @@ from pathlib import Path
 from cap_hf.errors import CAPError
 
 CONFIG_NAME = "cap_config.json"
-METHODS = ("cap", "obs", "sparsegpt", "magnitude")
+METHODS = ("cap", "obs", "sparsegpt", "wanda", "magnitude")
 SELECTIONS = ("marginal", "cumulative")
 FISHER_LOSSES = ("labels", "sampled", "features")
 # What earlier versions called the first two, in checkpoints of theirs.
@@ -71,7 +71,8 @@ class CAPConfig:
     method: str = field(
         default="cap",
         metadata={
-            "help": "cap; or a baseline: obs (no correlations), sparsegpt (input Hessian), magnitude.",
+            "help": "cap; or a baseline: obs (no correlations), sparsegpt (input Hessian), wanda (input norms), "
+            "magnitude.",
             "choices": METHODS,
         },
     )

@@ -37,7 +37,7 @@ def total_of(compressor: CAPCompressor) -> int:
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
-@pytest.mark.parametrize("method", ["cap", "obs", "sparsegpt", "magnitude"])
+@pytest.mark.parametrize("method", ["cap", "obs", "sparsegpt", "wanda", "magnitude"])
 def test_every_method_meets_the_sparsity_on_every_architecture(name, method):
     model = build(name)
     others = {
@@ -105,7 +105,7 @@ def test_one_collection_serves_any_order_of_sparsities():
     )
 
 
-@pytest.mark.parametrize("method", ["cap", "obs", "sparsegpt", "magnitude"])
+@pytest.mark.parametrize("method", ["cap", "obs", "sparsegpt", "wanda", "magnitude"])
 @pytest.mark.parametrize("allocation", ["global", "uniform"])
 def test_a_sparse_model_is_pruned_further_and_loses_no_zero(method, allocation):
     model = build("ViT")
@@ -120,7 +120,7 @@ def test_a_sparse_model_is_pruned_further_and_loses_no_zero(method, allocation):
         compressor.prune(0.3)
 
 
-@pytest.mark.parametrize("method", ["cap", "obs", "sparsegpt", "magnitude"])
+@pytest.mark.parametrize("method", ["cap", "obs", "sparsegpt", "wanda", "magnitude"])
 @pytest.mark.parametrize("allocation", ["global", "2:4"])
 def test_pruned_weights_are_positive_zeros(method, allocation):
     """A mask that was multiplied on leaves -0.0 behind, which a compressed checkpoint has to keep."""
@@ -133,7 +133,7 @@ def test_pruned_weights_are_positive_zeros(method, allocation):
     assert not any(negative_zeros(target.weight) for target in compressor.targets)
 
 
-@pytest.mark.parametrize("method", ["cap", "obs", "sparsegpt", "magnitude"])
+@pytest.mark.parametrize("method", ["cap", "obs", "sparsegpt", "wanda", "magnitude"])
 @pytest.mark.parametrize("allocation", ["2:4", "1:4", "4:8", "3:8"])
 def test_n_m_holds_in_every_group(method, allocation):
     compressor = collected(build("ViT"), method=method, allocation=allocation)

@@ -1,4 +1,4 @@
-"""Sums of the outer products of layers' inputs: what SparseGPT prunes by, and the prior of a Fisher."""
+"""Sums of the outer products of layers' inputs: what SparseGPT and Wanda prune by, and the prior of a Fisher."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager

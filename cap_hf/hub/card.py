@@ -31,6 +31,8 @@ METHOD_TEXTS = {
     "cap": "Pruned with CAP, the Correlation-Aware Pruner (arXiv 2210.09223), by cap_hf.",
     "obs": "Pruned by cap_hf with a block Fisher but without correlations between weights (as oBERT does).",
     "sparsegpt": "Pruned by cap_hf with one input Hessian per layer (as SparseGPT does).",
+    "wanda": "Pruned by cap_hf: in every row the weights with the smallest product of magnitude and input norm were "
+    "removed (as Wanda does, arXiv 2306.11695).",
     "magnitude": "Pruned by cap_hf: the weights of the smallest magnitude were removed.",
 }
 
@@ -228,6 +230,8 @@ class CardFacts:
                 "is_classifier": self.pipeline_tag == CLASSIFICATION,
                 "metrics": measured_in([self.sparse]),
                 "columns": self.columns(),
+                "with_errors": any(name.endswith("_se") for name in self.sparse),
+                "with_drops": any(name.endswith("_drop_se") for name in self.sparse),
                 "method": method,
                 "method_text": METHOD_TEXTS.get(method or ""),
                 "command": code(command_line(self.kind, self.run, self.config, self.sparsity) if self.run else None),

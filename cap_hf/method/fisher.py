@@ -16,7 +16,8 @@ from cap_hf.targets import Target
 class BlockFisher:
     """`F_b = (1/N) sum g_b g_b^T` of every block, and the damp of every target (arXiv 2210.09223, section 2).
 
-    For SparseGPT the sums are of a layer's inputs instead of its gradients, and all blocks of a group share one.
+    For SparseGPT and Wanda the sums are of a layer's inputs instead of its gradients, and all blocks of a group share
+    one.
 
     Attributes:
         sums: for each target's name the sums of the blocks that are `owned`, or with `shared` of its groups.

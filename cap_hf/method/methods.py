@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from cap_hf.config import CAPConfig, NMPattern
-from cap_hf.method.baselines import rank_scores, saliencies
+from cap_hf.method.baselines import input_scores, rank_scores, saliencies
 from cap_hf.method.elimination import Elimination, decouple, eliminate, invert
 from cap_hf.method.reconstruction import independent_update, reconstruct
 
@@ -19,12 +19,14 @@ class Method:
         statistic: what is summed over the calibration examples: "gradients", "inputs", or None for nothing.
         default_damp: relative to the mean diagonal; what measured best one-shot, or the method's own published value.
         whole_rows: whether a block is always a row.
+        inverts: whether each block's Fisher is inverted; one that is only looked at is not copied per block.
     """
 
     name: str
     statistic: str | None
     default_damp: float
     whole_rows: bool = False
+    inverts: bool = True
 
     def damp(self, config: CAPConfig) -> float:
         """Return the damp that a config asks for, or the method's default."""
@@ -99,6 +101,20 @@ class Magnitude(Method):
         return weights.masked_fill(~keep, 0.0)
 
 
+class Wanda(Magnitude):
+    """In every row the smallest products of a weight and the norm of its input go (arXiv 2306.11695); nothing moves.
+
+    Scores are compared within a row alone, the comparison group of its section 3. So that every allocation gives all
+    rows the same share, the loss of a row's k-th removal is its rank, `k / B`.
+    """
+
+    def eliminate(self, weights: torch.Tensor, fisher: torch.Tensor | None, pattern: NMPattern | None) -> Elimination:
+        """Return all weights of a row ranked by their scores, with their ranks for losses."""
+        order = rank_scores(input_scores(weights, required(fisher)), pattern).order
+        ranks = torch.arange(1, order.shape[1] + 1, dtype=weights.dtype, device=weights.device) / weights.shape[1]
+        return Elimination(order, ranks.expand(order.shape))
+
+
 def required(fisher: torch.Tensor | None) -> torch.Tensor:
     """Return the Fisher of a method that sums something; without one it cannot go on."""
     if fisher is None:
@@ -112,6 +128,7 @@ METHODS: dict[str, Method] = {
         Method("cap", "gradients", default_damp=5e-4),
         OBS("obs", "gradients", default_damp=5e-4),
         Method("sparsegpt", "inputs", default_damp=1e-2, whole_rows=True),
-        Magnitude("magnitude", None, default_damp=0.0),
+        Wanda("wanda", "inputs", default_damp=0.0, whole_rows=True, inverts=False),
+        Magnitude("magnitude", None, default_damp=0.0, inverts=False),
     )
 }
