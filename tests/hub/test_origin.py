@@ -4,7 +4,7 @@ import json
 import shlex
 from dataclasses import asdict
 
-from cap_hf.commands.finetune import read_arguments
+from cap_hf.commands.training import read_arguments
 from cap_hf.config import CAPConfig
 from cap_hf.data.arguments import DataArguments
 from cap_hf.hub.origin import GRADUAL, PRUNED, RECOVERED, command_line, kind_of, run_of
