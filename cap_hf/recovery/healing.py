@@ -1,6 +1,5 @@
 """Heals a model that was pruned: a few hundred steps towards the dense one, on images alone, with its masks held."""
 
-import gc
 import logging
 from collections.abc import Sized
 from dataclasses import asdict, dataclass
@@ -66,9 +65,7 @@ class Bar(TrainerCallback):
     def __init__(self, advance: Phase) -> None:
         self.advance = advance
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.advance(1)
 
 
@@ -115,8 +112,6 @@ def heal(
             model.__dict__.pop("forward", None)
         else:
             model.forward = forward
-        # The optimizer's state is as large as two models, and trainer and callbacks hold each other.
-        gc.collect()
 
 
 def check_healing(model: PreTrainedModel, teacher: PreTrainedModel, dataset: Dataset) -> None:
