@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from support.backbones import tiny_clip, tiny_dinov2
 from support.recovery import assert_same_zeros, images, sparse, tiny_vit, zeros
 from torch.nn import functional as F
@@ -70,10 +71,16 @@ def test_the_same_seed_gives_the_same_weights_and_labels_say_nothing():
     assert any(not torch.equal(value, found[2][name]) for name, value in found[0].items())
 
 
-def test_fewer_images_than_a_batch_are_enough():
+def test_fewer_images_than_a_batch_are_enough_and_mixed_precision_is_not_left_on_the_model(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")  # as `accelerate launch --mixed_precision bf16` does
     teacher = MAKERS["dinov2"]()
     model = sparse(copy.deepcopy(teacher))
     assert heal(model, teacher, images(3), 2, 16, disable_tqdm=True).images == 3
+    AcceleratorState._reset_state(reset_partial_state=True)
+    found = model(pixel_values=images(1)[0]["pixel_values"][None]).last_hidden_state
+    assert found.dtype == torch.float32
+    assert not torch.equal(found, found.bfloat16().float())
+    assert "forward" not in model.__dict__
 
 
 def test_the_trainer_is_told_the_numbers_of_the_preset(tmp_path):
