@@ -208,6 +208,7 @@ class CardFacts:
         """Return the card, as `huggingface_hub` and the Hub read it."""
         facts: dict[str, Any] = {each.name: getattr(self, each.name) for each in fields(self)}
         method: str | None = self.config.get("method")
+        is_classifier, training = self.pipeline_tag == CLASSIFICATION, self.run.get("training_arguments") or {}
         model, teacher = self.run.get("model_name_or_path"), self.run.get("teacher_model_name_or_path")
         return ModelCard.from_template(
             self.metadata(),
@@ -227,7 +228,10 @@ class CardFacts:
                 "dataset_name": self.dataset and text(short_name(self.dataset)),
                 "dataset_split": self.dataset_split and text(self.dataset_split),
                 "purpose": purpose(self.pipeline_tag),
-                "is_classifier": self.pipeline_tag == CLASSIFICATION,
+                "is_classifier": is_classifier,
+                "healing": self.run.get("healing") if self.kind == PRUNED else None,
+                # Without a head there is nothing that could learn labels.
+                "unlabelled": bool(teacher) and (not is_classifier or training.get("hard_label_weight") == 0),
                 "metrics": measured_in([self.sparse]),
                 "columns": self.columns(),
                 "with_errors": any(name.endswith("_se") for name in self.sparse),

@@ -163,6 +163,13 @@ GRADUALLY |= {"teacher_model_name_or_path": None, "dense": None, "model_name_or_
             "someone/pictures --eval_split_name test --max_steps 3 --learning_rate 0.0001",
         ),
         (
+            TRAINED | {"training_arguments": {"max_steps": 3, "hard_label_weight": 0.0}},
+            None,
+            ["recovered: trained without labels, towards what its teacher makes of the same images, with every zero"],
+            "finetune --model_name_or_path sparsity-0.75 --teacher_model_name_or_path dense --dataset_name "
+            "someone/pictures --eval_split_name test --max_steps 3 --hard_label_weight 0.0",
+        ),
+        (
             GRADUALLY,
             None,
             ["pruned gradually from col while it was trained: 75.00 %", "| top-1 accuracy % | 62.50 | 70.00 |"],
