@@ -19,12 +19,14 @@ class Method:
         statistic: what is summed over the calibration examples: "gradients", "inputs", or None for nothing.
         default_damp: relative to the mean diagonal; what measured best one-shot, or the method's own published value.
         whole_rows: whether a block is always a row.
+        refit: whether what is left is refitted after pruning where the config does not say; not what baselines publish.
     """
 
     name: str
     statistic: str | None
     default_damp: float
     whole_rows: bool = False
+    refit: bool = False
 
     def damp(self, config: CAPConfig) -> float:
         """Return the damp that a config asks for, or the method's default."""
@@ -33,6 +35,10 @@ class Method:
     def block_size(self, config: CAPConfig) -> int | str:
         """Return the block size that a config asks for, or "row" where the method knows no other."""
         return "row" if self.whole_rows else config.fisher_block_size
+
+    def refits(self, config: CAPConfig) -> bool:
+        """Return whether a config asks for a refit after pruning, or the method's default does."""
+        return self.refit if config.refit is None else config.refit
 
     def eliminate(self, weights: torch.Tensor, fisher: torch.Tensor | None, pattern: NMPattern | None) -> Elimination:
         """Return the order in which the weights of blocks go, and what each removal costs.
@@ -105,7 +111,7 @@ def required(fisher: torch.Tensor | None) -> torch.Tensor:
 METHODS: dict[str, Method] = {
     method.name: method
     for method in (
-        Method("cap", "gradients", default_damp=5e-4),
+        Method("cap", "gradients", default_damp=5e-4, refit=True),
         OBS("obs", "gradients", default_damp=5e-4),
         Method("sparsegpt", "inputs", default_damp=1e-2, whole_rows=True),
         Magnitude("magnitude", None, default_damp=0.0),
