@@ -179,7 +179,7 @@ class CAPConfig:
                 raise CAPError(f"{name}={value!r} must be a number")
         if self.damp is not None and not 0 < self.damp < float("inf"):
             raise CAPError(f"damp={self.damp!r} must be greater than 0 and finite")
-        if self.refit not in (None, True, False):
+        if self.refit is not None and not isinstance(self.refit, bool):
             raise CAPError(f"refit={self.refit!r} must be true, false or left out")
         if not 0 < self.refit_ridge < float("inf"):
             raise CAPError(f"refit_ridge={self.refit_ridge!r} must be greater than 0 and finite")

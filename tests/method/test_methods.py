@@ -23,6 +23,13 @@ def test_the_damp_is_the_config_s_or_the_method_s():
         assert METHODS[name].damp(CAPConfig(method=name, damp=0.5)) == 0.5
 
 
+def test_a_refit_is_the_config_s_or_the_method_s():
+    for name, method in METHODS.items():
+        assert method.refits(CAPConfig(method=name)) == (name == "cap")
+        assert method.refits(CAPConfig(method=name, refit=True))
+        assert not method.refits(CAPConfig(method=name, refit=False))
+
+
 def test_sparsegpt_knows_rows_alone():
     assert METHODS["sparsegpt"].block_size(CAPConfig(method="sparsegpt", fisher_block_size=8)) == "row"
     assert METHODS["cap"].block_size(CAPConfig(fisher_block_size=8)) == 8
