@@ -21,7 +21,10 @@ from cap_hf.collection.solver import default_batch_bytes
 from cap_hf.config import CAPConfig
 from cap_hf.distributed.processes import Processes
 from cap_hf.errors import CAPError
-from cap_hf.method.elimination import NotInvertibleError
+from cap_hf.method.allocation import allocate, path_losses, removed_mask
+from cap_hf.method.elimination import LostPivotError, NotInvertibleError, num_steps
+from cap_hf.method.methods import METHODS
+from cap_hf.method.reconstruction import reconstruct
 from cap_hf.method.refit import LayerPairs, LeastSquares
 from cap_hf.report import RefitReport
 from cap_hf.targets import Target, summarize
@@ -44,8 +47,8 @@ def refit(
 ) -> RefitReport:
     """Refit the weights that are left in some targets, and biases, to what the dense model's layers make, in place.
 
-    Zeros stay. A layer whose module is called several times, or never, or shares its weight with another one stays as
-    it is.
+    Zeros stay, unless the method is sequential: then as many are chosen anew in each layer. A layer whose module is
+    called several times, or never, or shares its weight with another one stays as it is.
 
     Args:
         model: pruned, on the device of the processes.
@@ -73,7 +76,7 @@ def refit(
         logger.warning("The data ended after %d of %d examples to refit to.", sum(counts), config.refit_examples)
     with differentiable(model), frozen(model), torch.no_grad(), matmul_precision(torch.float32):
         chosen = refittable(model, targets, inputs)
-        walk = _Walk(targets, chosen, dense, examples, config.refit_ridge, processes, on_layer)
+        walk = _Walk(targets, chosen, dense, examples, config, processes, on_layer)
         with walk.listening():
             see(model, {name: torch.cat([value, value]) for name, value in inputs.items()})
     left = [target.name for target in targets if target.name not in chosen]
@@ -120,12 +123,12 @@ class _Walk:
         chosen: set[str],
         dense: DenseLayer,
         examples: int,
-        ridge: float,
+        config: CAPConfig,
         processes: Processes,
         on_layer: Callable[[int, float], None],
     ) -> None:
         self.targets, self.chosen, self.dense, self.examples = targets, chosen, dense, examples
-        self.ridge, self.processes, self.on_layer = ridge, processes, on_layer
+        self.config, self.processes, self.on_layer = config, processes, on_layer
         # Of the module that is being called: what the sparse model gives it, and what it is in that.
         self._sparse: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None] | None = None
 
@@ -180,15 +183,38 @@ class _Walk:
                 "pixel values, or take --refit false"
             )
         shares = self.processes.shares(len(target.weight), target.index)
-        own, pruned = shares[self.processes.rank], target.to_blocks(target.weight).reshape(-1, target.row_size)
+        own, anchors, ridge = shares[self.processes.rank], rows_of(target, target.weight), self.config.refit_ridge
+        keep, size = anchors[own] != 0, default_batch_bytes(anchors.device)
         try:
-            part = problem.weights(pruned, own, self.ridge, default_batch_bytes(pruned.device))
-        except NotInvertibleError as error:
+            if METHODS[self.config.method].sequential:
+                zeros = int((anchors == 0).sum())
+                anchors = rows_of(target, self.dense(target)[0])
+                keep = self._choose(problem, anchors, own, zeros)
+            part = problem.weights(anchors, keep, own, ridge, size)
+        except (NotInvertibleError, LostPivotError) as error:
             raise CAPError(
-                f"the inputs of {target.name} are too alike to refit it with refit_ridge={self.ridge:g}: raise it"
+                f"the inputs of {target.name} are too alike to refit it with refit_ridge={ridge:g}: raise it"
             ) from error
-        rows = self.processes.assemble(part.to(pruned.dtype), shares)
+        rows = self.processes.assemble(part.to(anchors.dtype), shares)
         write_layer(target, target.from_blocks(rows), None if module.bias is None else problem.biases(rows))
+
+    def _choose(self, problem: LeastSquares, dense: torch.Tensor, own: slice, zeros: int) -> torch.Tensor:
+        """Return which weights of this process's rows stay where a layer is to have so many zeros, `(n, row)` bool."""
+        config, size = self.config, dense.shape[1]
+        alive, steps = dense[own] != 0, num_steps(size, config.pattern)
+        whole = bool(alive.all())
+        order = torch.empty(len(alive), steps, dtype=torch.int64, device=dense.device)
+        losses = torch.empty(order.shape, dtype=torch.float64, device=dense.device)
+        step = problem.rows_at_once(default_batch_bytes(dense.device), copied=not whole)
+        for part, best, matrices in problem.quadratics(dense, own, config.refit_ridge, step):
+            old = best if whole else reconstruct(best, matrices, alive[part])
+            found = METHODS[config.method].eliminate(old, matrices, config.pattern)
+            order[part], losses[part] = found.order, found.losses
+        counts = order.new_full(order.shape[:1], steps)
+        if config.pattern is None:
+            path = path_losses(losses, (~alive).sum(dim=1), config.selection)
+            ((counts,),) = allocate([[path]], [zeros], self.processes)
+        return ~removed_mask(order, counts, size) & alive
 
     def _problem(self, target: Target, module: nn.Module, inputs: torch.Tensor, outputs: torch.Tensor) -> LeastSquares:
         """Return a layer's problem over the positions of all processes' examples."""
@@ -197,6 +223,11 @@ class _Walk:
         means = [each / count if module.bias is not None else torch.zeros_like(each) for each in sums]
         products = [self.processes.sum(each) / count for each in pairs.products(*means)]
         return LeastSquares(*means, *products)
+
+
+def rows_of(target: Target, weight: torch.Tensor) -> torch.Tensor:
+    """Return a target's weight, `weight.shape`, as `(out, row)`."""
+    return target.to_blocks(weight).reshape(-1, target.row_size)
 
 
 def layer_of(target: Target) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -20,6 +20,7 @@ class Method:
         default_damp: relative to the mean diagonal; what measured best one-shot, or the method's own published value.
         whole_rows: whether a block is always a row.
         refit: whether what is left is refitted after pruning where the config does not say; not what baselines publish.
+        sequential: whether a refit also chooses anew what is left in each layer, for what really reaches it.
     """
 
     name: str
@@ -27,6 +28,7 @@ class Method:
     default_damp: float
     whole_rows: bool = False
     refit: bool = False
+    sequential: bool = False
 
     def damp(self, config: CAPConfig) -> float:
         """Return the damp that a config asks for, or the method's default."""
@@ -113,7 +115,7 @@ METHODS: dict[str, Method] = {
     for method in (
         Method("cap", "gradients", default_damp=5e-4, refit=True),
         OBS("obs", "gradients", default_damp=5e-4),
-        Method("sparsegpt", "inputs", default_damp=1e-2, whole_rows=True),
+        Method("sparsegpt", "inputs", default_damp=1e-2, whole_rows=True, sequential=True),
         Magnitude("magnitude", None, default_damp=0.0),
     )
 }

@@ -102,25 +102,30 @@ class LeastSquares:
         """Return whether every number is."""
         return all(bool(each.isfinite().all()) for each in (self.squares, self.products))
 
-    def weights(self, pruned: torch.Tensor, rows: slice, ridge: float, batch_bytes: int) -> torch.Tensor:
-        """Return the refitted weights of some rows, `(n, row)` in float64, 0 where the pruned ones are.
+    def quadratics(
+        self, anchors: torch.Tensor, rows: slice, ridge: float, step: int
+    ) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
+        """Yield the objective of some rows, as a quadratic: where it is least, and its matrix, so many at a time.
 
-        Without zeros the minimum is at `w* = w0 + (H + r I)^-1 (c - H w0)`, H being `squares` and c a row of
-        `products`; about it the objective is a quadratic with `H + r I`, and the best weights that are 0 where w0 is
-        are those that `reconstruct` finds from w*.
+        It is least at `w* = w0 + (H + r I)^-1 (c - H w0)`, H being `squares` and c a row of `products`; its matrix
+        is `H + r I`.
 
         Args:
-            pruned: `(out, row)`, w0 of all rows.
+            anchors: `(out, row)`, w0 of all rows.
             rows: which are wanted.
             ridge: r, relative to the mean diagonal of H in each group; greater than 0.
-            batch_bytes: of matrices that are solved at a time.
+            step: how many rows at a time, see `rows_at_once`.
+
+        Yields:
+            Which of the wanted rows, counted from the first; their minima `(n, row)` in float64; their matrices
+            `(n, row, row)`, which may be one, expanded.
 
         Raises:
             NotInvertibleError: H + r I is not positive definite; `block` is the group, of those that the rows are in.
         """
         if rows.start == rows.stop:
-            return self.squares.new_zeros(0, pruned.shape[1])
-        height, size = self.products.shape[1:]
+            return
+        height = self.products.shape[1]
         groups = slice(rows.start // height, -(-rows.stop // height))
         matrices = self.squares[groups].clone()
         diagonal = matrices.diagonal(dim1=-2, dim2=-1)
@@ -129,21 +134,47 @@ class LeastSquares:
         diagonal += torch.where(scale > 0, ridge * scale, 1.0)
         factors, info = torch.linalg.cholesky_ex(matrices)
         check_factors(matrices, info)
-        old = pruned.double().unflatten(0, (-1, height))[groups]
+        old = anchors.double().unflatten(0, (-1, height))[groups]
         pull = self.products[groups] - old @ self.squares[groups]
         best = (old + torch.cholesky_solve(pull.mT, factors).mT).flatten(0, 1)
-        first = groups.start * height
-        best, keep = best[rows.start - first : rows.stop - first], pruned[rows] != 0
-        refitted = torch.empty_like(best)
-        # The kernel reads one matrix that all rows share where it lies; elsewhere each row's is copied.
-        step = len(best) if len(matrices) == 1 and has_kernels(best) else max(1, batch_bytes // (8 * size**2))
-        for start in range(0, len(best), step):
-            part = slice(start, min(start + step, len(best)))
-            index = torch.arange(rows.start - first + part.start, rows.start - first + part.stop) // height
+        first = rows.start - groups.start * height
+        count = rows.stop - rows.start
+        for start in range(0, count, step):
+            part = slice(start, min(start + step, count))
+            index = torch.arange(first + part.start, first + part.stop) // height
             shared = bool(index[0] == index[-1])
             each = matrices[index[0]].expand(len(index), -1, -1) if shared else matrices[index.to(matrices.device)]
-            refitted[part] = reconstruct(best[part], each, keep[part])
+            yield part, best[first + part.start : first + part.stop], each
+
+    def weights(
+        self, anchors: torch.Tensor, keep: torch.Tensor, rows: slice, ridge: float, batch_bytes: int
+    ) -> torch.Tensor:
+        """Return the refitted weights of some rows, `(n, row)` in float64, 0 outside `keep`.
+
+        Args:
+            anchors, rows, ridge: as for `quadratics`.
+            keep: `(n, row)` bool, of the wanted rows.
+            batch_bytes: as for `rows_at_once`.
+
+        Raises:
+            NotInvertibleError: as of `quadratics`.
+        """
+        refitted = self.squares.new_zeros(keep.shape)
+        for part, best, matrices in self.quadratics(anchors, rows, ridge, self.rows_at_once(batch_bytes)):
+            refitted[part] = reconstruct(best, matrices, keep[part])
         return refitted
+
+    def rows_at_once(self, batch_bytes: int, copied: bool = False) -> int:
+        """Return how many rows are solved at a time: all that share a matrix which a kernel reads where it lies.
+
+        Args:
+            batch_bytes: of matrices at a time, where each row has its own.
+            copied: whether each row has its own in any case.
+        """
+        groups, outputs, size = self.products.shape
+        if groups == 1 and not copied and has_kernels(self.products):
+            return outputs
+        return max(1, batch_bytes // (8 * size**2))
 
     def biases(self, weights: torch.Tensor) -> torch.Tensor:
         """Return the best biases `(out,)` for weights `(out, row)`, in float64: what the means leave over."""

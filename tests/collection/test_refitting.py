@@ -18,6 +18,7 @@ from cap_hf.collection.running import unchanged_on_error
 from cap_hf.collection.solver import Solver
 from cap_hf.distributed.processes import Processes
 from cap_hf.errors import CAPError
+from cap_hf.method.elimination import eliminate_in_torch
 from cap_hf.method.refit import LeastSquares
 from cap_hf.report import RefitReport
 
@@ -119,6 +120,49 @@ def test_a_dense_model_stays_and_a_sparse_one_comes_nearer():
     run(sparse)
     assert (sparse(pixels) - dense(pixels)).square().mean() < before / 2
     assert all(torch.equal(target.weight == 0, zeros[target.name]) for target in targets)
+
+
+@pytest.mark.parametrize("allocation", ["global", "2:4"])
+def test_a_sequential_method_chooses_for_what_reaches_the_layer(allocation):
+    """Each layer's survivors are those of the elimination of all rows, one after the other, about their minima."""
+    model = build("ViT").double()
+    dense, (batch,) = copy.deepcopy(model), random_batches(model, 8, (24,))
+    with torch.no_grad():
+        # What is 0 in the dense model stays so.
+        for each in (dense, model):
+            each.vit.layers[0].mlp.fc1.weight[3, 2:5] = 0
+    config = CAPConfig(method="sparsegpt", num_grads=24, allocation=allocation, refit_examples=24)
+    compressor = CAPCompressor(model, config).collect([batch])
+    report = compressor.prune(0.5)
+    zeros = [layer.num_zeros for layer in report.layers]
+    before = {target.name: target.weight != 0 for target in compressor.targets}
+    assert [layer.num_zeros for layer in compressor.refit([batch]).layers] == zeros
+    same = 0
+    for target in compressor.targets:
+        name, pattern = target.name, compressor.config.pattern
+        (inputs, _), (_, outputs) = (caught(each, name, batch["pixel_values"]) for each in (model, dense))
+        x, y = (each.flatten(0, -2) - each.flatten(0, -2).mean(0) for each in (inputs, outputs))
+        squares = x.T @ x / len(x)
+        matrix = squares + 0.03 * squares.diagonal().mean() * torch.eye(len(squares)).double()
+        old = dense.get_submodule(name).weight.data
+        best = old + (y.T @ x / len(x) - old @ squares) @ torch.linalg.inv(matrix)
+        paths = []
+        for row, (start, alive) in enumerate(zip(best, old != 0, strict=True)):
+            within = matrix[alive][:, alive]
+            start = torch.linalg.solve(within, (matrix @ start)[alive])
+            full = torch.zeros(len(alive)).double().masked_scatter(alive, start)
+            own = matrix.masked_fill(~(alive[:, None] & alive), 0) + torch.diag((~alive).double())
+            found = eliminate_in_torch(full[None], torch.linalg.inv(own)[None], pattern)
+            costs = found.losses[0].cummax(0).values
+            paths += [(float(cost), row, int(entry)) for cost, entry in zip(costs, found.order[0], strict=True)]
+        keep = torch.ones_like(old, dtype=torch.bool)
+        for _, row, entry in sorted(paths, key=lambda path: path[0])[: int((target.weight == 0).sum())]:
+            keep[row, entry] = False
+        assert torch.equal(target.weight != 0, keep), name
+        same += torch.equal(keep, before[name])
+        found = by_hand(old * keep, target.module.bias, patches(target.module, inputs), outputs, 0.03)
+        torch.testing.assert_close((target.weight.data, target.module.bias.data), found, rtol=1e-7, atol=1e-9)
+    assert same < len(compressor.targets)
 
 
 def test_which_layers_can_be_refitted():

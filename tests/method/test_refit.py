@@ -43,11 +43,14 @@ def test_each_row_is_the_least_squares_of_its_survivors(kind, small, monkeypatch
     module.weight[1] = 0
     target, problem = problem_of(module, inputs, outputs)
     pruned = target.to_blocks(module.weight)
+    keep = pruned != 0
     shares = [slice(0, 0), slice(0, 3), slice(3, len(pruned))]
-    rows = torch.cat([problem.weights(pruned, share, 0.02, 2 * 8 * pruned.shape[1] ** 2) for share in shares])
+    rows = torch.cat(
+        [problem.weights(pruned, keep[share], share, 0.02, 2 * 8 * pruned.shape[1] ** 2) for share in shares]
+    )
     weight, bias = by_hand(module.weight, module.bias, patches(module, inputs), outputs, 0.02)
     torch.testing.assert_close(target.from_blocks(rows), weight, rtol=1e-8, atol=1e-10)
-    assert torch.equal(rows != 0, pruned != 0)
+    assert torch.equal(rows != 0, keep)
     if module.bias is not None:
         torch.testing.assert_close(problem.biases(rows), bias, rtol=1e-8, atol=1e-10)
 
@@ -58,16 +61,18 @@ def test_without_a_kernel_it_is_the_same(monkeypatch):
     outputs = module(inputs).tanh()
     module.weight[:, ::3] = 0
     _, problem = problem_of(module, inputs, outputs)
-    expected = problem.weights(module.weight, slice(0, 7), 0.1, 1)
+    expected = problem.weights(module.weight, module.weight != 0, slice(0, 7), 0.1, 1)
     for place in ("refit", "reconstruction"):
         monkeypatch.setattr(f"cap_hf.method.{place}.has_kernels", lambda tensor: False)
-    torch.testing.assert_close(problem.weights(module.weight, slice(0, 7), 0.1, 1), expected, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(
+        problem.weights(module.weight, module.weight != 0, slice(0, 7), 0.1, 1), expected, rtol=1e-10, atol=1e-12
+    )
 
 
 def test_inputs_that_never_differ_move_the_bias_alone():
     module = nn.Linear(3, 2).double().requires_grad_(False)
     _, problem = problem_of(module, torch.full((6, 3), 2.0, dtype=torch.float64), torch.randn(6, 2).double())
-    weights = problem.weights(module.weight, slice(0, 2), 0.1, 1)
+    weights = problem.weights(module.weight, module.weight != 0, slice(0, 2), 0.1, 1)
     torch.testing.assert_close(weights, module.weight.data)
     torch.testing.assert_close(problem.biases(weights), problem.outputs[0] - 2 * weights.sum(1))
 
@@ -79,6 +84,6 @@ def test_what_is_not_finite_or_not_to_be_solved_is_known():
     assert problem.finite
     problem.squares[0, 1, 1] = -1
     with pytest.raises(NotInvertibleError):
-        problem.weights(module.weight, slice(0, 2), 1e-3, 1)
+        problem.weights(module.weight, module.weight != 0, slice(0, 2), 1e-3, 1)
     inputs[2, 1] = torch.inf
     assert not problem_of(module, inputs, module(inputs))[1].finite
