@@ -1,7 +1,6 @@
 """CAPCompressor: collect once, prune to any sparsity, save."""
 
-import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -13,30 +12,30 @@ from transformers import BaseImageProcessor, PreTrainedModel
 
 from cap_hf.checkpoints.form import StoredForm, check_range, round_weights, too_large
 from cap_hf.checkpoints.saving import check_shared, save_checkpoint
-from cap_hf.collection.batch_norm import batch_norms, recalibrate_batch_norm, unchanged_on_error
+from cap_hf.collection.batch_norm import recalibrate_batch_norm, statistics_of
 from cap_hf.collection.collection import Collection
-from cap_hf.collection.examples import CalibrationExamples
+from cap_hf.collection.examples import CalibrationExamples, first_examples
 from cap_hf.collection.objective import choose_loss
 from cap_hf.collection.plan import Plan
+from cap_hf.collection.precision import check_precision
 from cap_hf.collection.progress import Progress
+from cap_hf.collection.refitting import parameters_of, refit, work_of
 from cap_hf.collection.removal_paths import RemovalPaths, with_changes
+from cap_hf.collection.reporting import report_pruning, report_refit
 from cap_hf.collection.resources import Resources
-from cap_hf.collection.running import Batch, differentiable
-from cap_hf.collection.shares import block_shares
+from cap_hf.collection.running import Batch, differentiable, unchanged_on_error
 from cap_hf.collection.solver import Solver
 from cap_hf.collection.state import Checkpointing
 from cap_hf.config import CAPConfig, check_type
 from cap_hf.distributed.processes import Processes
 from cap_hf.errors import CAPError
-from cap_hf.masks import count_zeros, describe_masks
+from cap_hf.masks import count_zeros
 from cap_hf.method.fisher import BlockFisher
 from cap_hf.method.methods import METHODS
 from cap_hf.models import usable, usable_of_transformers
-from cap_hf.report import LayerReport, PruneReport
-from cap_hf.targets import Target, find_targets, summarize
+from cap_hf.report import PruneReport
+from cap_hf.targets import find_targets
 from cap_hf.towers import taken_by, tower_of
-
-logger = logging.getLogger(__name__)
 
 # So many give batch norm nearly as good statistics as four times as many (docs/results.md), and fit into memory: all of
 # them go through the model at once.
@@ -150,8 +149,9 @@ class CAPCompressor:
         self, dataloader: DataLoader | Iterable[Batch], checkpointing: Checkpointing | None
     ) -> "CAPCompressor":
         self.model.to(self.accelerator.device)
+        statistics = statistics_of(self.model)
         if METHODS[self.config.method].statistic is None:
-            self.paths = RemovalPaths(self.targets, Solver(self.config, None), self.processes)
+            self.paths = RemovalPaths(self.targets, Solver(self.config, None), self.processes, statistics=statistics)
             return self
         check_precision(self.targets, self.accelerator.device)
         examples = CalibrationExamples(dataloader, self.config, self.processes, taken_by(tower_of(self.model)))
@@ -164,7 +164,7 @@ class CAPCompressor:
         fisher = self.collection.run(examples, checkpointing)
         self.targets = self.collection.targets
         solver = Solver(self.config, fisher, self.collection.batch_bytes)
-        self.paths = RemovalPaths(self.targets, solver, self.processes, self.collection.tensors)
+        self.paths = RemovalPaths(self.targets, solver, self.processes, self.collection.tensors, statistics)
         return self
 
     def prune(
@@ -189,29 +189,47 @@ class CAPCompressor:
         if not paths.is_eliminated(config.pattern):
             paths.eliminate(config.pattern, self.progress.phase("eliminating", "block", paths.work))
         counts = paths.allocate(config, sparsity)
-        advance = self.progress.phase("reconstructing", "block", paths.work)
-        pruned, own_losses = paths.make_tensors("pruned"), []
-        for target, count in zip(self.targets, counts, strict=True):
-            pruned[target.name], loss = paths.reconstruct(target, count, advance)
-            own_losses.append(loss or 0.0)
-        losses = self.processes.sum(torch.tensor(own_losses, dtype=torch.float64))
+        pruned, losses = paths.reconstruct(counts, self.progress.phase("reconstructing", "block", paths.work))
         # Nothing is changed before everything is solved, and fits into what it is stored in.
         names = {target.weight: target.name for target in self.targets}
         wrong = too_large(self.model, self.dtype, lambda each: pruned[names[each]] if each in names else each)
         check_range(self.processes.share_first(wrong))
-        report = PruneReport(config.method, config.allocation, config.selection, sparsity)
-        for target in self.targets:
-            blocks = self.processes.assemble(pruned.pop(target.name), block_shares(target, self.processes))
-            target.weight.data.copy_(target.from_blocks(blocks))
+        paths.write(pruned)
         round_weights(self.model, self.dtype)
-        for target, loss in zip(self.targets, losses.tolist(), strict=True):
-            report.layers.append(layer_report(target, None if self.fisher is None else loss))
-        collapsed = [layer.name for layer in report.layers if layer.num_zeros == layer.num_weights]
-        if collapsed:
-            logger.warning("No weight is left in %s: consider --exclude or a lower sparsity.", summarize(collapsed, 3))
-        self.report, self.config = report, config
+        known = [None] * len(self.targets) if self.fisher is None else losses.tolist()
+        self.report, self.config = report_pruning(self.targets, config, sparsity, known), config
         self.progress.end_phase()
-        return report
+        return self.report
+
+    def refit(self, dataloader: DataLoader | Iterable[Batch]) -> PruneReport:
+        """Refit the weights that `prune` has left, and biases, to what the layers of the dense model make, in place.
+
+        Layer by layer in the order of the forward pass, by least squares with a ridge (see `cap_hf.method.refit`), and
+        before batch norm is estimated anew. The next `prune` begins with the weights and biases of `collect` again.
+
+        Args:
+            dataloader: as `collect` takes it, without labels; its first `refit_examples`, all in memory at once.
+
+        Returns:
+            The report of `prune`, which says of the refit too; its losses stay those of the pruning.
+
+        Raises:
+            CAPError: nothing was pruned, there is no example, a layer mixes examples, what reaches one is not finite,
+                or a weight is too large for the dtype; the model is what it was then.
+        """
+        if self.paths is None or self.report is None:
+            raise CAPError("call prune(sparsity) before refit: nothing has been pruned yet")
+        check_precision(self.targets, self.accelerator.device)
+        self.model.to(self.accelerator.device)
+        batches = first_examples(dataloader, self.config.refit_examples, self.config, self.processes, self.model)
+        advance = self.progress.phase("refitting", "layer", sum(map(work_of, self.targets)))
+        with unchanged_on_error(parameters_of(self.targets)):
+            dense = self.paths.dense_layer
+            done = refit(self.model, self.targets, dense, batches, self.config, self.processes, advance)
+            round_weights(self.model, self.dtype)
+        report_refit(self.report, self.targets, done, self.dtype)
+        self.progress.end_phase()
+        return self.report
 
     def recalibrate_batch_norm(
         self, dataloader: DataLoader | Iterable[Batch], num_examples: int = BATCH_NORM_EXAMPLES
@@ -220,7 +238,7 @@ class CAPCompressor:
 
         Args:
             dataloader: as `collect` takes it; labels are not needed.
-            num_examples: from its beginning, or a batch per process if that is more; all in memory at once.
+            num_examples: from its beginning, more where else a process would have none; all in memory at once.
 
         Returns:
             The names of the layers.
@@ -229,12 +247,9 @@ class CAPCompressor:
             CAPError: the model has no batch norm, there are too few examples, or what reaches a layer is not finite.
         """
         self.model.to(self.accelerator.device)
-        batch_size = getattr(getattr(dataloader, "batch_sampler", None), "batch_size", None) or 1
-        wanted = max(num_examples, self.processes.world * batch_size)
-        config = replace(self.config, num_grads=wanted, samples_per_grad=1)
-        examples = CalibrationExamples(dataloader, config, self.processes, taken_by(tower_of(self.model)))
-        with unchanged_on_error(batch_norms(self.model)):
-            names = recalibrate_batch_norm(self.model, (batch for batch, _ in examples.batches()), self.processes)
+        batches = first_examples(dataloader, num_examples, self.config, self.processes, self.model)
+        with unchanged_on_error(statistics_of(self.model)):
+            names = recalibrate_batch_norm(self.model, batches, self.processes)
             round_weights(self.model, self.dtype)
         return names
 
@@ -283,18 +298,3 @@ class CAPCompressor:
         if self.collection is not None:
             self.collection.close()
         self.collection, self.paths = None, None
-
-
-def check_precision(targets: Sequence[Target], device: torch.device) -> None:
-    """Raise a CAPError if gradients of single examples, or the solver's float64, are not to be had."""
-    half = {target.weight.dtype for target in targets} & {torch.float16, torch.bfloat16}
-    if half:
-        raise CAPError(f"the model is in {half.pop()}: load it in float32 to collect gradients")
-    if device.type == "mps":
-        raise CAPError("Apple's MPS has no float64, which the solver needs: set ACCELERATE_USE_CPU=true")
-
-
-def layer_report(target: Target, loss: float | None) -> LayerReport:
-    """Return what a report says of a target as it is now."""
-    (mask,) = describe_masks([target])
-    return LayerReport(**mask, block_size=target.block_size, loss=loss)

@@ -138,6 +138,22 @@ class CAPConfig:
             "choices": WEIGHT_UPDATES,
         },
     )
+    refit: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Refit the weights that pruning leaves, layer by layer, to what the dense model's layers make. "
+            "Default: by method."
+        },
+    )
+    refit_examples: int = field(
+        default=192, metadata={"help": "Examples that layers are refitted to, all in memory at once; no labels needed."}
+    )
+    refit_ridge: float = field(
+        default=0.03,
+        metadata={
+            "help": "How strongly a refit holds weights to the pruned ones, relative to the variance of their inputs."
+        },
+    )
     include: list[str] | None = field(
         default=None, metadata={"help": "Prune only targets whose name matches one of these patterns (fnmatch)."}
     )
@@ -157,7 +173,7 @@ class CAPConfig:
         ):
             if getattr(self, name) not in choices:
                 raise CAPError(f"{name}={getattr(self, name)!r} is not one of {', '.join(map(str, choices))}")
-        for name in ("num_grads", "samples_per_grad", "feature_projections"):
+        for name in ("num_grads", "samples_per_grad", "feature_projections", "refit_examples"):
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
                 raise CAPError(f"{name}={value!r} must be a whole number of at least 1")
@@ -172,7 +188,7 @@ class CAPConfig:
             object.__setattr__(self, "fisher_block_size", size)
         if not isinstance(self.seed, int) or not 0 <= self.seed < 2**32:
             raise CAPError(f"seed={self.seed!r} must be a whole number from 0 to 2^32 - 1")
-        for name in ("damp", "class_weight", "patch_weight", "pooled_weight"):
+        for name in ("damp", "class_weight", "patch_weight", "pooled_weight", "refit_ridge"):
             value = getattr(self, name)
             if not is_number(value) and not (name == "damp" and value is None):
                 raise CAPError(f"{name}={value!r} must be a number")
@@ -180,6 +196,10 @@ class CAPConfig:
             raise CAPError(f"damp={self.damp!r} must be greater than 0 and finite")
         if not is_number(self.prior_strength) or not 0 <= self.prior_strength < 1:
             raise CAPError(f"prior_strength={self.prior_strength!r} must be a number from 0 to below 1")
+        if self.refit is not None and not isinstance(self.refit, bool):
+            raise CAPError(f"refit={self.refit!r} must be true, false or left out")
+        if not 0 < self.refit_ridge < float("inf"):
+            raise CAPError(f"refit_ridge={self.refit_ridge!r} must be greater than 0 and finite")
         weights = [getattr(self, f"{kind}_weight") for kind in ("class", "patch", "pooled")]
         if min(weights) < 0 or not 0 < sum(weights) < float("inf"):
             raise CAPError("class_weight, patch_weight and pooled_weight must be 0 or greater, and not all 0")

@@ -28,7 +28,7 @@ class LayerReport:
         block_size: weights per Fisher block.
         loss: what the quadratic model says the removal costs, `1/2 d^T F d` for the change d of the weights, in
             units of the training loss (for sparsegpt and wanda: of the squared layer output); None where no F was
-            collected.
+            collected. Of the pruning alone: a refit, which comes after it, goes by another measure.
     """
 
     name: str
@@ -46,14 +46,30 @@ class LayerReport:
 
 
 @dataclass
+class RefitReport:
+    """One `CAPCompressor.refit`.
+
+    Attributes:
+        examples: that the layers were refitted to.
+        ridge: how strongly the weights were held to the pruned ones, as `CAPConfig.refit_ridge`.
+        left_alone: names of the targets that were not refitted.
+    """
+
+    examples: int
+    ridge: float
+    left_alone: list[str] = field(default_factory=list)
+
+
+@dataclass
 class PruneReport:
-    """One `CAPCompressor.prune`: what was asked for and what came out, in total and by layer."""
+    """One `CAPCompressor.prune`: what was asked for and what came out, in total and by layer; and a refit after it."""
 
     method: str
     allocation: str
     selection: str
     requested_sparsity: float
     layers: list[LayerReport] = field(default_factory=list)
+    refit: RefitReport | None = None
 
     @property
     def num_weights(self) -> int:

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 import cap_hf.collection.solver as solver_module
 from cap_hf import CAPCompressor, CAPConfig, CAPError, export_onnx, find_targets, push_to_hub
 from cap_hf.inference.example import check_size
-from cap_hf.masks import find_pattern
+from cap_hf.masks import differing_layers, find_pattern
 from cap_hf.method import methods
 from cap_hf.method.elimination import LostPivotError, invert
 from cap_hf.method.reconstruction import reconstruct
@@ -324,6 +324,50 @@ def test_batch_norm_is_estimated_anew_from_the_first_examples():
         values = stem.convolution(batch["pixel_values"][:12]).transpose(0, 1).flatten(1)
     torch.testing.assert_close(stem.normalization.running_mean, values.mean(1))
     torch.testing.assert_close(stem.normalization.running_var, values.var(1))
+
+
+def test_a_prune_begins_with_what_was_there_before_a_refit():
+    """Weights, biases and statistics of batch norm; and a report tells of the refit."""
+    model = build("ResNet")
+    batches = random_batches(model, 16, (12, 12))
+    compressor = CAPCompressor(model, CAPConfig(num_grads=24, refit_examples=16, allocation="2:4"))
+    with pytest.raises(CAPError, match=r"call prune\(sparsity\) before refit"):
+        compressor.collect(batches).refit(batches)
+    assert compressor.prune().refit is None
+    pruned = copy.deepcopy(model.state_dict())
+    losses = [layer.loss for layer in compressor.report.layers]
+    report = compressor.refit(batches)
+    assert report is compressor.report
+    assert report.to_dict()["refit"] == {"examples": 16, "ridge": 0.03, "left_alone": []}
+    assert [layer.loss for layer in report.layers] == losses
+    assert differing_layers(compressor.targets, report.to_dict()) == []
+    for target in compressor.targets:
+        assert torch.equal(target.weight == 0, pruned[f"{target.name}.weight"] == 0)
+        assert not torch.equal(target.weight, pruned[f"{target.name}.weight"])
+    compressor.recalibrate_batch_norm(batches, num_examples=16)
+    refitted = copy.deepcopy(model.state_dict())
+    # A refit that fails changes nothing.
+    with pytest.raises(CAPError, match="is not finite: it cannot be refitted"):
+        compressor.refit([{"pixel_values": torch.full((4, 3, 16, 16), torch.nan)}])
+    assert all(torch.equal(value, refitted[name]) for name, value in model.state_dict().items())
+    assert compressor.prune().refit is None
+    assert all(torch.equal(value, pruned[name]) for name, value in model.state_dict().items())
+
+
+def test_biases_are_put_back_and_inference_mode_does_not_matter():
+    model = build("ViT")
+    batches = random_batches(model, 8, (12,))
+    compressor = CAPCompressor(model, CAPConfig(method="magnitude", refit_examples=12))
+    compressor.prune(0.5)
+    compressor.refit(batches)
+    expected = copy.deepcopy(model.state_dict())
+    compressor.prune(0.0)
+    assert all(torch.equal(value, build("ViT").state_dict()[name]) for name, value in model.state_dict().items())
+    with torch.inference_mode():
+        compressor.prune(0.5)
+        compressor.refit(random_batches(model, 8, (12,)))
+    assert all(torch.equal(value, expected[name]) for name, value in model.state_dict().items())
+    assert not torch.equal(model.vit.layers[1].mlp.fc2.bias, build("ViT").vit.layers[1].mlp.fc2.bias)
 
 
 def test_a_model_that_device_map_has_spread_is_refused(tmp_path):

@@ -38,6 +38,10 @@ def test_round_trip(tmp_path):
         ("damp", 0.0),
         ("damp", float("nan")),
         ("damp", float("inf")),
+        ("refit", "yes"),
+        ("refit_examples", 0),
+        ("refit_ridge", 0.0),
+        ("refit_ridge", "small"),
     ],
 )
 def test_a_wrong_value_is_named(field, value):

@@ -5,14 +5,14 @@ training mode, the usual practice, depend on the batch size and on the order of 
 processes go through the model as one batch, and a layer is finished before what follows it is computed.
 """
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from cap_hf.collection.running import Batch, frozen
+from cap_hf.collection.batches import joined
+from cap_hf.collection.running import Batch, frozen, unchanged_on_error
 from cap_hf.distributed.processes import Processes
 from cap_hf.errors import CAPError
 from cap_hf.towers import see
@@ -25,6 +25,12 @@ def batch_norms(model: nn.Module) -> dict[str, _BatchNorm]:
         for name, module in model.named_modules()
         if isinstance(module, _BatchNorm) and module.running_mean is not None and module.running_var is not None
     }
+
+
+def statistics_of(model: nn.Module) -> list[torch.Tensor]:
+    """Return the means and variances of every batch norm layer of a model that keeps them."""
+    buffers = [buffer for layer in batch_norms(model).values() for buffer in (layer.running_mean, layer.running_var)]
+    return [buffer for buffer in buffers if buffer is not None]
 
 
 def recalibrate_batch_norm(model: nn.Module, batches: Iterable[Batch], processes: Processes) -> list[str]:
@@ -50,7 +56,7 @@ def recalibrate_batch_norm(model: nn.Module, batches: Iterable[Batch], processes
     layers = batch_norms(model)
     if not layers:
         raise CAPError(f"{type(model).__name__} has no batch norm layer whose statistics could be estimated anew")
-    inputs = _one_batch(batches)
+    inputs = joined(batches)
     counts = [count for (count,) in processes.gather_ints(len(next(iter(inputs.values()))) if inputs else 0)]
     if not all(counts):
         raise CAPError("batch norm is estimated from one example per process at least: give more of them")
@@ -72,7 +78,7 @@ def recalibrate_batch_norm(model: nn.Module, batches: Iterable[Batch], processes
         for name, layer in layers.items()
     ]
     try:
-        with frozen(model), unchanged_on_error(layers), torch.no_grad():
+        with frozen(model), unchanged_on_error(statistics_of(model)), torch.no_grad():
             see(model, inputs)
     finally:
         for handle in handles:
@@ -121,23 +127,3 @@ class _Statistics:
         assert layer.running_var is not None
         layer.running_mean.copy_(self.mean)
         layer.running_var.copy_(self.squares / max(self.count - 1, 1))
-
-
-def _one_batch(batches: Iterable[Batch]) -> Batch:
-    """Return all examples of some batches as one, without labels; empty where there is none."""
-    parts = [{name: value for name, value in batch.items() if name != "labels"} for batch in batches]
-    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]} if parts else {}
-
-
-@contextmanager
-def unchanged_on_error(layers: dict[str, _BatchNorm]) -> Iterator[None]:
-    """Put the statistics of some layers back if something fails."""
-    buffers = [buffer for layer in layers.values() for buffer in (layer.running_mean, layer.running_var)]
-    before = [buffer.clone() for buffer in buffers if buffer is not None]
-    try:
-        yield
-    except BaseException:
-        for buffer, old in zip(buffers, before, strict=True):
-            assert buffer is not None
-            buffer.copy_(old)
-        raise

@@ -90,6 +90,12 @@ def to_batch(given: object, needed: Sequence[str], taken: Collection[str] = ()) 
     return batch
 
 
+def joined(batches: Iterable[Batch]) -> Batch:
+    """Return all examples of some batches as one, without labels; empty where there is none."""
+    parts = [{name: value for name, value in batch.items() if name != "labels"} for batch in batches]
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]} if parts else {}
+
+
 def named(given: Any) -> Any:
     """Return pixels, alone or in a pair with labels, under their names; anything else as it is."""
     if isinstance(given, (torch.Tensor, np.ndarray)) and given.ndim > 2:

@@ -3,12 +3,14 @@
 import random
 from collections.abc import Collection, Iterable, Iterator, Sized
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import chain, islice
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate.data_loader import prepare_data_loader
+from torch import nn
 from torch.utils.data import DataLoader
 
 from cap_hf.collection.batches import check_dataloader, read, to_batch
@@ -17,6 +19,7 @@ from cap_hf.config import CAPConfig
 from cap_hf.distributed.processes import Processes
 from cap_hf.errors import CAPError
 from cap_hf.method.losses import FisherLoss
+from cap_hf.towers import taken_by, tower_of
 
 
 class CalibrationExamples:
@@ -160,6 +163,28 @@ class CalibrationExamples:
             rng_types=["generator"],
         )
         return shared, self.processes.rank, self.processes.world, size
+
+
+def first_examples(
+    dataloader: DataLoader | Iterable[Batch],
+    number: int,
+    config: CAPConfig,
+    processes: Processes,
+    model: nn.Module,
+) -> list[Batch]:
+    """Return this process's batches of the first examples of a dataloader, by its config's seed.
+
+    Args:
+        dataloader: as `CalibrationExamples` takes it; labels are not needed.
+        number: of examples, of all processes; more where else a process would have none.
+        config: of the run.
+        processes: of the run.
+        model: that they are for.
+    """
+    batch_size = getattr(getattr(dataloader, "batch_sampler", None), "batch_size", None) or 1
+    wanted = replace(config, num_grads=max(number, (processes.world - 1) * batch_size + 1), samples_per_grad=1)
+    examples = CalibrationExamples(dataloader, wanted, processes, taken_by(tower_of(model)))
+    return [batch for batch, _ in examples.batches()]
 
 
 def keepable(tensor: torch.Tensor) -> torch.Tensor:

@@ -1,9 +1,21 @@
-"""In which precision CUDA multiplies float32 matrices, whatever the user has asked for elsewhere."""
+"""The precision that a model needs, and that CUDA multiplies in, whatever the user has asked for elsewhere."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
+
+from cap_hf.errors import CAPError
+from cap_hf.targets import Target
+
+
+def check_precision(targets: Sequence[Target], device: torch.device) -> None:
+    """Raise a CAPError if targets are in half precision, or a device lacks the solver's float64."""
+    half = {target.weight.dtype for target in targets} & {torch.float16, torch.bfloat16}
+    if half:
+        raise CAPError(f"the model is in {half.pop()}: load it in float32 to collect gradients, or to refit it")
+    if device.type == "mps":
+        raise CAPError("Apple's MPS has no float64, which the solver needs: set ACCELERATE_USE_CPU=true")
 
 
 @contextmanager

@@ -5,7 +5,8 @@ from dataclasses import replace
 
 import torch
 
-from cap_hf.collection.shares import own_blocks
+from cap_hf.collection.running import Remembered
+from cap_hf.collection.shares import block_shares, own_blocks
 from cap_hf.collection.solver import Solver, order_dtype, work_of
 from cap_hf.config import CAPConfig, NMPattern
 from cap_hf.distributed.processes import Processes
@@ -26,14 +27,21 @@ class RemovalPaths:
         solver: of their blocks.
         processes: of the run.
         tensors: where weights, orders and losses are kept.
+        statistics: of batch norm, which are remembered as the biases of the targets' layers are.
 
     Attributes:
+        beside: those statistics and biases, as they were at the beginning.
         weights: for each target's name those of this process's blocks, `(n, B)`, as they were at the beginning.
         orders, losses: for each target's name those of its removals, `(n, steps)`; complete only after `eliminate`.
     """
 
     def __init__(
-        self, targets: Sequence[Target], solver: Solver, processes: Processes, tensors: MakeTensors = lambda name: {}
+        self,
+        targets: Sequence[Target],
+        solver: Solver,
+        processes: Processes,
+        tensors: MakeTensors = lambda name: {},
+        statistics: Sequence[torch.Tensor] = (),
     ) -> None:
         self.targets, self.solver, self.processes = list(targets), solver, processes
         self.make_tensors = tensors
@@ -41,6 +49,8 @@ class RemovalPaths:
         for target in self.targets:
             own = own_blocks(target, processes)
             self.weights[target.name] = target.to_blocks(target.weight.detach())[own].clone()
+        biases = [target.module.bias for target in self.targets if target.module.bias is not None]
+        self.beside = Remembered([*biases, *statistics])
         self.orders: Tensors = {}
         self.losses: Tensors = {}
         self._pattern: NMPattern | None = None
@@ -115,19 +125,45 @@ class RemovalPaths:
         return allocate_uniform(paths, sizes, sparsity, self.processes)
 
     def reconstruct(
-        self, target: Target, counts: torch.Tensor, advance: Callable[[int, float], None]
-    ) -> tuple[torch.Tensor, float | None]:
-        """Return the new weights of this process's blocks of a target, `(n, B)`, and the loss of the change.
+        self, counts: Sequence[torch.Tensor], advance: Callable[[int, float], None]
+    ) -> tuple[Tensors, torch.Tensor]:
+        """Return what becomes of this process's blocks, and what the changes of all processes' cost.
 
         Args:
-            target: one of `targets`.
-            counts: `(n,)` how many weights each block gives up.
+            counts: for each target `(n,)` how many weights each block gives up.
             advance: told how many blocks are done, and how much work that was.
+
+        Returns:
+            For each target's name the new weights, `(n, B)`; and the losses, `(targets,)`, 0 where there is no Fisher.
 
         Raises:
             CAPError: a block cannot be solved for.
         """
-        return self.solver.reconstruct(target, self.weights[target.name], self.orders[target.name], counts, advance)
+        pruned, losses = self.make_tensors("pruned"), []
+        for target, count in zip(self.targets, counts, strict=True):
+            name = target.name
+            pruned[name], loss = self.solver.reconstruct(target, self.weights[name], self.orders[name], count, advance)
+            losses.append(loss or 0.0)
+        return pruned, self.processes.sum(torch.tensor(losses, dtype=torch.float64))
+
+    def write(self, pruned: Tensors) -> None:
+        """Make the new blocks of all processes the targets' weights; all else is as at the beginning.
+
+        Args:
+            pruned: as `reconstruct` returns them; taken out one by one.
+        """
+        # A refit, or new statistics of batch norm, may have come between.
+        self.beside.put_back()
+        for target in self.targets:
+            target.weight.data.copy_(self._assembled(target, pruned.pop(target.name)))
+
+    def dense_layer(self, target: Target) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return the weight and the bias that a target's layer had at the beginning; for all processes together."""
+        bias = target.module.bias
+        return self._assembled(target, self.weights[target.name]), None if bias is None else self.beside.values[bias]
+
+    def _assembled(self, target: Target, blocks: torch.Tensor) -> torch.Tensor:
+        return target.from_blocks(self.processes.assemble(blocks, block_shares(target, self.processes)))
 
 
 def check_pattern(targets: Sequence[Target], pattern: NMPattern | None) -> None:

@@ -1,6 +1,6 @@
 """Takes calibration examples through a model that nothing else is to notice: frozen, in eval mode, restored."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -62,6 +62,34 @@ def frozen(model: nn.Module) -> Iterator[None]:
             module.training = mode
         for module, name in recomputing:
             setattr(module, name, True)
+
+
+class Remembered:
+    """Some tensors of a model, and what they held.
+
+    Args:
+        tensors: parameters or buffers.
+    """
+
+    def __init__(self, tensors: Iterable[torch.Tensor]) -> None:
+        self.values = {tensor: tensor.detach().clone() for tensor in tensors}
+
+    @torch.no_grad()
+    def put_back(self) -> None:
+        """Have the tensors hold again what they held."""
+        for tensor, value in self.values.items():
+            tensor.copy_(value)
+
+
+@contextmanager
+def unchanged_on_error(tensors: Iterable[torch.Tensor]) -> Iterator[None]:
+    """Put some tensors back if something fails."""
+    before = Remembered(tensors)
+    try:
+        yield
+    except BaseException:
+        before.put_back()
+        raise
 
 
 def backward(

@@ -101,6 +101,7 @@ def prune(
     from cap_hf.distributed.accelerator import make_accelerator
     from cap_hf.inference.example import size_of
     from cap_hf.masks import target_sparsity
+    from cap_hf.method.methods import METHODS
     from cap_hf.report import Phases
     from cap_hf.targets import left_alone
 
@@ -108,7 +109,8 @@ def prune(
         hide_bars()
     output = real_path(args.output_dir)
     accelerator, phases = make_accelerator(), Phases()
-    num_examples = config.num_examples
+    refits = METHODS[config.method].refits(config)
+    num_examples = max(config.num_examples, config.refit_examples if refits else 0)
     with phases("load"):
         model, image_processor, splits = load_all(
             model_args,
@@ -175,6 +177,9 @@ def prune(
             healing.restore()
         with phases(f"prune {sparsity:g}"):
             report = compressor.prune(sparsity)
+        if refits:
+            with phases(f"refit {sparsity:g}"):
+                report = compressor.refit(train_loader)
         layers = []
         if recalibrate:
             with phases(f"batch norm {sparsity:g}"):

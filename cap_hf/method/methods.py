@@ -20,6 +20,8 @@ class Method:
         default_damp: relative to the mean diagonal; what measured best one-shot, or the method's own published value.
         whole_rows: whether a block is always a row.
         inverts: whether each block's Fisher is inverted; one that is only looked at is not copied per block.
+        refit: whether what is left is refitted after pruning where the config does not say; not what baselines publish.
+        sequential: whether a refit also chooses anew what is left in each layer, for what really reaches it.
     """
 
     name: str
@@ -27,6 +29,8 @@ class Method:
     default_damp: float
     whole_rows: bool = False
     inverts: bool = True
+    refit: bool = False
+    sequential: bool = False
 
     def damp(self, config: CAPConfig) -> float:
         """Return the damp that a config asks for, or the method's default."""
@@ -39,6 +43,10 @@ class Method:
     def block_size(self, config: CAPConfig) -> int | str:
         """Return the block size that a config asks for, or "row" where the method knows no other."""
         return "row" if self.whole_rows else config.fisher_block_size
+
+    def refits(self, config: CAPConfig) -> bool:
+        """Return whether a config asks for a refit after pruning, or the method's default does."""
+        return self.refit if config.refit is None else config.refit
 
     def eliminate(self, weights: torch.Tensor, fisher: torch.Tensor | None, pattern: NMPattern | None) -> Elimination:
         """Return the order in which the weights of blocks go, and what each removal costs.
@@ -125,9 +133,9 @@ def required(fisher: torch.Tensor | None) -> torch.Tensor:
 METHODS: dict[str, Method] = {
     method.name: method
     for method in (
-        Method("cap", "gradients", default_damp=5e-4),
+        Method("cap", "gradients", default_damp=5e-4, refit=True),
         OBS("obs", "gradients", default_damp=5e-4),
-        Method("sparsegpt", "inputs", default_damp=1e-2, whole_rows=True),
+        Method("sparsegpt", "inputs", default_damp=1e-2, whole_rows=True, sequential=True),
         Wanda("wanda", "inputs", default_damp=0.0, whole_rows=True, inverts=False),
         Magnitude("magnitude", None, default_damp=0.0, inverts=False),
     )

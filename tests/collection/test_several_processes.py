@@ -23,6 +23,8 @@ launch("prune")
 def test_they_spill_and_keep_their_state(tmp_path):
     dense = dense_checkpoint(tmp_path / "dense")
     common = ["--model_name_or_path", str(dense), "--sparsity", "0.75", "--num_grads", "40", "--do_eval", "false"]
+    # A refit adds up the examples in the order of the processes: its last bits depend on their number.
+    common += ["--refit", "false"]
     # Small enough to stay whole in little memory: split batches are rounded otherwise.
     common += ["--per_device_batch_size", "4"]
     assert main(["prune", *common, "--disable_tqdm", "true", "--output_dir", str(tmp_path / "one")]) == 0

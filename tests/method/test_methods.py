@@ -23,6 +23,13 @@ def test_the_damp_is_the_config_s_or_the_method_s():
         assert METHODS[name].damp(CAPConfig(method=name, damp=0.5)) == 0.5
 
 
+def test_a_refit_is_the_config_s_or_the_method_s():
+    for name, method in METHODS.items():
+        assert method.refits(CAPConfig(method=name)) == (name == "cap")
+        assert method.refits(CAPConfig(method=name, refit=True))
+        assert not method.refits(CAPConfig(method=name, refit=False))
+
+
 def test_methods_of_inputs_know_rows_alone():
     for name in ("sparsegpt", "wanda"):
         assert METHODS[name].block_size(CAPConfig(method=name, fisher_block_size=8)) == "row"
