@@ -138,7 +138,8 @@ class Collection:
                     raise CAPError(
                         "fisher_loss='features' needs the examples twice: collect from a DataLoader or a list"
                     )
-                measure_deviations(loss, self.model, examples, self.processes, self.progress.disable)
+                batches = (batch for batch, _ in examples.batches())
+                measure_deviations(loss, self.model, batches, self.processes, self.progress.disable)
         return loss
 
     def _shared_order(self, costs: Costs) -> list[str]:
