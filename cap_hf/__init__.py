@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     )
     from cap_hf.inference.quantization import quantize_int8
     from cap_hf.recovery.gradual import GradualPruner
+    from cap_hf.recovery.healing import heal
     from cap_hf.recovery.schedules import SparsitySchedule
     from cap_hf.recovery.trainer import SparseTrainer
     from cap_hf.recovery.training_arguments import SparseTrainingArguments
@@ -53,6 +54,7 @@ _HOMES = {
     "Target": "cap_hf.targets",
     "export_onnx": "cap_hf.inference.export",
     "find_targets": "cap_hf.targets",
+    "heal": "cap_hf.recovery.healing",
     "optimize_for_inference": "cap_hf.inference.optimize",
     "push_to_hub": "cap_hf.hub.publish",
     "quantize_int8": "cap_hf.inference.quantization",
@@ -77,6 +79,7 @@ __all__ = [
     "Target",
     "export_onnx",
     "find_targets",
+    "heal",
     "optimize_for_inference",
     "push_to_hub",
     "quantize_int8",

@@ -10,12 +10,13 @@ from pathlib import Path
 from cap_hf.errors import CAPError
 
 CONFIG_NAME = "cap_config.json"
-METHODS = ("cap", "obs", "sparsegpt", "magnitude")
+METHODS = ("cap", "obs", "sparsegpt", "wanda", "magnitude")
 SELECTIONS = ("marginal", "cumulative")
 FISHER_LOSSES = ("labels", "sampled", "features")
 # What earlier versions called the first two, in checkpoints of theirs.
 FISHER_TYPES = {"empirical": "labels", "sampled": "sampled"}
 FISHER_DTYPES = ("float32", "bfloat16")
+FISHER_PRIORS = ("input", "identity")
 WEIGHT_UPDATES = ("joint", "independent", "none")
 
 
@@ -70,7 +71,8 @@ class CAPConfig:
     method: str = field(
         default="cap",
         metadata={
-            "help": "cap; or a baseline: obs (no correlations), sparsegpt (input Hessian), magnitude.",
+            "help": "cap; or a baseline: obs (no correlations), sparsegpt (input Hessian), wanda (input norms), "
+            "magnitude.",
             "choices": METHODS,
         },
     )
@@ -85,10 +87,10 @@ class CAPConfig:
     num_grads: int = field(default=1024, metadata={"help": "Gradient samples that the Fisher is estimated from."})
     samples_per_grad: int = field(default=1, metadata={"help": "Examples whose mean gradient is one gradient sample."})
     fisher_block_size: str = field(
-        default="row",
+        default="auto",
         metadata={
             "help": "Weights a Fisher block: 'row', a number (fitted to each target's rows), or 'auto': the most that "
-            "the memory and --max_passes allow, a row at most."
+            "the memory and --max_passes allow, a row at most, and 192 where the elimination of more would take long."
         },
     )
     fisher_loss: str | None = field(
@@ -112,6 +114,18 @@ class CAPConfig:
             "choices": FISHER_DTYPES,
         },
     )
+    fisher_prior: str = field(
+        default="input",
+        metadata={
+            "help": "What the Fisher of cap and obs is mixed with before the damp: the second moment of the layer's "
+            "inputs, or nothing. The other methods have no prior.",
+            "choices": FISHER_PRIORS,
+        },
+    )
+    prior_strength: float = field(
+        default=0.6,
+        metadata={"help": "Share of the prior in the mixture, from 0 to below 1, for fisher_prior=input."},
+    )
     damp: float | None = field(
         default=None,
         metadata={"help": "Added to the Fisher's diagonal, relative to its mean in the target. Default: by method."},
@@ -132,10 +146,10 @@ class CAPConfig:
         },
     )
     refit_examples: int = field(
-        default=192, metadata={"help": "Examples that layers are refitted to, all in memory at once; no labels needed."}
+        default=256, metadata={"help": "Examples that layers are refitted to, all in memory at once; no labels needed."}
     )
     refit_ridge: float = field(
-        default=0.03,
+        default=0.2,
         metadata={
             "help": "How strongly a refit holds weights to the pruned ones, relative to the variance of their inputs."
         },
@@ -154,6 +168,7 @@ class CAPConfig:
             ("selection", SELECTIONS),
             ("fisher_loss", (None, *FISHER_LOSSES)),
             ("fisher_dtype", FISHER_DTYPES),
+            ("fisher_prior", FISHER_PRIORS),
             ("weight_update", WEIGHT_UPDATES),
         ):
             if getattr(self, name) not in choices:
@@ -179,6 +194,8 @@ class CAPConfig:
                 raise CAPError(f"{name}={value!r} must be a number")
         if self.damp is not None and not 0 < self.damp < float("inf"):
             raise CAPError(f"damp={self.damp!r} must be greater than 0 and finite")
+        if not is_number(self.prior_strength) or not 0 <= self.prior_strength < 1:
+            raise CAPError(f"prior_strength={self.prior_strength!r} must be a number from 0 to below 1")
         if self.refit is not None and not isinstance(self.refit, bool):
             raise CAPError(f"refit={self.refit!r} must be true, false or left out")
         if not 0 < self.refit_ridge < float("inf"):
@@ -250,7 +267,8 @@ class CAPConfig:
         """
         if not isinstance(values, Mapping):
             raise CAPError(f"{values!r:.80} holds no fields of CAPConfig: pass a dict of them")
-        values = dict(values)
+        # Where there is no word of a prior, there was none yet.
+        values = {"fisher_prior": "identity", **values}
         if "fisher_type" in values:
             values["fisher_loss"] = FISHER_TYPES.get(values.pop("fisher_type"))
         unknown = sorted(set(values) - {f.name for f in fields(cls)})

@@ -27,8 +27,8 @@ class LayerReport:
         mask_digest: changes with the place of any zero, see `describe_masks`.
         block_size: weights per Fisher block.
         loss: what the quadratic model says the removal costs, `1/2 d^T F d` for the change d of the weights, in
-            units of the training loss (for sparsegpt: of the squared layer output); None where no F was collected. Of
-            the pruning alone: a refit, which comes after it, goes by another measure.
+            units of the training loss (for sparsegpt and wanda: of the squared layer output); None where no F was
+            collected. Of the pruning alone: a refit, which comes after it, goes by another measure.
     """
 
     name: str

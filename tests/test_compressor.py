@@ -37,7 +37,7 @@ def total_of(compressor: CAPCompressor) -> int:
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
-@pytest.mark.parametrize("method", ["cap", "obs", "sparsegpt", "magnitude"])
+@pytest.mark.parametrize("method", ["cap", "obs", "sparsegpt", "wanda", "magnitude"])
 def test_every_method_meets_the_sparsity_on_every_architecture(name, method):
     model = build(name)
     others = {
@@ -84,9 +84,9 @@ def test_the_weights_are_the_minimum_for_the_removed_set():
         new = target.to_blocks(target.weight.detach())
         expected = reconstruct(dense[target.name].detach(), fisher, new != 0)
         torch.testing.assert_close(new, expected)
-        # And the reported loss is the quadratic form of the undamped Fisher.
+        # And the reported loss is the quadratic form of the Fisher with its prior, without a damp.
         change = (new - dense[target.name].detach())[..., None]
-        plain = compressor.fisher.sums[target.name].full() / compressor.fisher.count
+        plain = compressor.fisher.damped(target, slice(None), 0.0)
         assert layer.loss == pytest.approx(float((change * (plain @ change)).sum()) / 2, rel=1e-6)
 
 
@@ -105,7 +105,7 @@ def test_one_collection_serves_any_order_of_sparsities():
     )
 
 
-@pytest.mark.parametrize("method", ["cap", "obs", "sparsegpt", "magnitude"])
+@pytest.mark.parametrize("method", ["cap", "obs", "sparsegpt", "wanda", "magnitude"])
 @pytest.mark.parametrize("allocation", ["global", "uniform"])
 def test_a_sparse_model_is_pruned_further_and_loses_no_zero(method, allocation):
     model = build("ViT")
@@ -120,7 +120,7 @@ def test_a_sparse_model_is_pruned_further_and_loses_no_zero(method, allocation):
         compressor.prune(0.3)
 
 
-@pytest.mark.parametrize("method", ["cap", "obs", "sparsegpt", "magnitude"])
+@pytest.mark.parametrize("method", ["cap", "obs", "sparsegpt", "wanda", "magnitude"])
 @pytest.mark.parametrize("allocation", ["global", "2:4"])
 def test_pruned_weights_are_positive_zeros(method, allocation):
     """A mask that was multiplied on leaves -0.0 behind, which a compressed checkpoint has to keep."""
@@ -133,7 +133,7 @@ def test_pruned_weights_are_positive_zeros(method, allocation):
     assert not any(negative_zeros(target.weight) for target in compressor.targets)
 
 
-@pytest.mark.parametrize("method", ["cap", "obs", "sparsegpt", "magnitude"])
+@pytest.mark.parametrize("method", ["cap", "obs", "sparsegpt", "wanda", "magnitude"])
 @pytest.mark.parametrize("allocation", ["2:4", "1:4", "4:8", "3:8"])
 def test_n_m_holds_in_every_group(method, allocation):
     compressor = collected(build("ViT"), method=method, allocation=allocation)
@@ -251,7 +251,7 @@ def test_errors_leave_the_model_alone(monkeypatch):
 def test_a_fisher_that_is_not_invertible_names_a_damp_that_does():
     # 4 gradient samples leave a block of 16 singular; an absolute damp far below rounding does not mend that.
     model = build("ViT")
-    config = CAPConfig(num_grads=4, damp=1e-30, absolute_damp=True)
+    config = CAPConfig(num_grads=4, fisher_prior="identity", damp=1e-30, absolute_damp=True)
     compressor = CAPCompressor(model, config).collect(random_batches(model, 8))
     with pytest.raises(CAPError, match=r"q_proj \(block \d+\) cannot be inverted with damp=1e-30: --damp ") as caught:
         compressor.prune(0.5)

@@ -30,6 +30,11 @@ def test_round_trip(tmp_path):
         ("samples_per_grad", -1),
         ("fisher_block_size", "column"),
         ("fisher_block_size", 0),
+        ("fisher_prior", "none"),
+        ("prior_strength", 1.0),
+        ("prior_strength", -0.1),
+        ("prior_strength", float("nan")),
+        ("prior_strength", True),
         ("damp", 0.0),
         ("damp", float("nan")),
         ("damp", float("inf")),
@@ -42,3 +47,11 @@ def test_round_trip(tmp_path):
 def test_a_wrong_value_is_named(field, value):
     with pytest.raises(CAPError, match=field):
         CAPConfig(**{field: value})
+
+
+def test_a_config_of_before_there_was_a_prior_had_none():
+    earlier = CAPConfig().to_dict()
+    for name in ("fisher_prior", "prior_strength"):
+        del earlier[name]
+    assert CAPConfig.from_dict(earlier).fisher_prior == "identity"
+    assert CAPConfig.from_dict(CAPConfig().to_dict()).fisher_prior == "input"

@@ -264,7 +264,7 @@ def test_half_precision_is_pruned_by_magnitude_and_refused_where_gradients_are_n
     model = build("ViT").to(dtype)
     report = CAPCompressor(model, CAPConfig(method="magnitude"), disable_tqdm=True).prune(0.5)
     assert report.num_zeros == round(report.num_weights / 2)
-    for method in ("cap", "obs", "sparsegpt"):
+    for method in ("cap", "obs", "sparsegpt", "wanda"):
         compressor = CAPCompressor(model, CAPConfig(num_grads=8, method=method), disable_tqdm=True)
         with pytest.raises(CAPError, match=f"the model is in {dtype}: load it in float32"):
             compressor.collect(random_batches(build("ViT"), 8))

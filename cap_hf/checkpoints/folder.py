@@ -48,6 +48,15 @@ class PruningFacts(TypedDict, total=False):
     layers: list[LayerFacts] | None
 
 
+class HealingFacts(TypedDict, total=False):
+    """What a report says of the healing."""
+
+    steps: int
+    batch_size: int
+    images: int
+    learning_rate: float
+
+
 class DataFacts(TypedDict, total=False):
     """What a report says of the data."""
 
@@ -72,6 +81,7 @@ class Report(TypedDict, total=False):
     sparse: Measured | None
     recovered: Measured | None
     pruning: PruningFacts | None
+    healing: HealingFacts | None
     layers: list[LayerFacts] | None
 
 

@@ -9,11 +9,20 @@ from typing import Any, Literal, TypedDict
 
 
 class Measured(TypedDict, total=False):
-    """What `evaluate_model` and `FeatureEvaluation` measure: shares in [0, 1], the loss in nats."""
+    """What `AccuracyEvaluation` and `FeatureEvaluation` measure: shares in [0, 1], the loss in nats.
+
+    `_se` is the standard error of a figure over the images, `_drop_se` that of its difference to the dense model's.
+    """
 
     top1: float
+    top1_se: float
+    top1_drop_se: float
     top5: float
+    top5_se: float
+    top5_drop_se: float
     loss: float
+    loss_se: float
+    loss_drop_se: float
     knn_top1: float
     knn_top1_se: float
     knn_top1_drop_se: float
@@ -21,6 +30,7 @@ class Measured(TypedDict, total=False):
     linear_top1_se: float
     linear_top1_drop_se: float
     cosine: float
+    cosine_se: float
     cosine_p5: float
     patch_error: float
     bank_examples: int
@@ -50,11 +60,23 @@ class Metric:
     accuracy: str | None = None
     drop: bool = False
 
-    def show(self, value: float | None) -> str:
-        """Return the figure as tables and cards have it; None is `-`."""
+    def show(self, measured: Mapping[str, Any] | None, error: bool = True) -> str:
+        """Return the figure as tables and cards have it, with its standard error if wanted and known; `-` if none."""
+        measured = measured or {}
+        return self._format(measured.get(self.key), measured.get(f"{self.key}_se") if error else None)
+
+    def show_drop(self, measured: Mapping[str, Any] | None, dense: Mapping[str, Any] | None) -> str:
+        """Return likewise how much of the figure is lost to the dense model; `-` for that one itself."""
+        value, whole = ((each or {}).get(self.key) for each in (measured, dense))
+        if measured is dense or measured is None or value is None or whole is None:
+            return "-"
+        return self._format(whole - value, measured.get(f"{self.key}_drop_se"))
+
+    def _format(self, value: float | None, error: float | None) -> str:
         if value is None:
             return "-"
-        return f"{100 * value:.2f}" if self.share else f"{value:.4f}"
+        scale, digits = (100, 2) if self.share else (1, 4)
+        return " ± ".join(f"{scale * each:.{digits}f}" for each in (value, error) if each is not None)
 
 
 METRICS = (

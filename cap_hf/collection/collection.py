@@ -27,8 +27,11 @@ from cap_hf.distributed.processes import Processes
 from cap_hf.distributed.temporary import TemporaryFolder
 from cap_hf.errors import CAPError
 from cap_hf.method.fisher import BlockFisher, damps_of
+from cap_hf.method.inputs import moment_size
 from cap_hf.method.losses import FeatureLoss, FisherLoss
 from cap_hf.method.methods import METHODS
+from cap_hf.method.prior import InputPrior
+from cap_hf.method.sums import SymmetricSums
 from cap_hf.targets import Target, summarize
 
 logger = logging.getLogger(__name__)
@@ -135,7 +138,8 @@ class Collection:
                     raise CAPError(
                         "fisher_loss='features' needs the examples twice: collect from a DataLoader or a list"
                     )
-                measure_deviations(loss, self.model, examples, self.processes, self.progress.disable)
+                batches = (batch for batch, _ in examples.batches())
+                measure_deviations(loss, self.model, batches, self.processes, self.progress.disable)
         return loss
 
     def _shared_order(self, costs: Costs) -> list[str]:
@@ -148,7 +152,8 @@ class Collection:
         if self.method.statistic == "inputs":
             plan = Plan([self.find(block_size)], block_size, costs.samples, costs.samples)
         else:
-            plan = make_plan(self.find, block_size, self.resources, costs, self.processes, dtype)
+            prior = self.method.has_prior(self.config)
+            plan = make_plan(self.find, block_size, self.resources, costs, self.processes, dtype, prior)
         if checkpointing is not None:
             facts = {f"config {name}": value for name, value in self.config.to_dict().items()}
             facts |= {"model weights": hash_weights(self.model), "number of processes": self.processes.world}
@@ -179,13 +184,12 @@ class Collection:
         if self.method.statistic == "inputs":
             return InputSums(targets, self.processes)
         dtype = getattr(torch, self.config.fisher_dtype)
-        return GradientSums(targets, self.processes, dtype, plan.microbatch, order, loss)
+        inputs = InputSums(targets, self.processes) if self.method.has_prior(self.config) else None
+        return GradientSums(targets, self.processes, dtype, plan.microbatch, order, loss, inputs)
 
     def _passes(self, plan: Plan, examples: CalibrationExamples, order: list[str], loss: FisherLoss) -> BlockFisher:
         """Return the Fisher of all targets, from as many passes over the examples as the plan has."""
-        spilled = None
-        if self._folder is not None:
-            spilled = SpilledSums(self._folder / "sums", self.targets, self.processes.device)
+        sums, moments = self._store("sums", lambda target: target.block_size), self._store("moments", moment_size)
         means: dict[str, float] = {}
         count, finished = 0, [] if self.state is None else self.state.passes()
         if self.state is not None and finished:
@@ -212,21 +216,28 @@ class Collection:
                 raise CAPError("the dataloader is empty: no example to collect gradients from")
             own = mean_diagonals(statistic, self.processes)
             means |= own
-            if spilled is not None:
-                spilled.write(statistic.sums)
-                statistic.sums = {}
-                if self.state is not None:
-                    self.state.finish_pass(number, {"means": own, "count": count})
-            elif self.state is not None and not statistic.shared:
-                # Sums of inputs are of all processes by now: going on from these would count them twice.
+            if self.state is not None and self._folder is None:
                 self.state.save(number, statistic)
+            sums.update(statistic.sums)
+            moments.update(statistic.moments)
+            statistic.clear()
+            if self.state is not None and self._folder is not None:
+                self.state.finish_pass(number, {"means": own, "count": count})
         return BlockFisher(
-            sums=statistic.sums if spilled is None else spilled,
+            sums=sums,
             count=count,
             damps=damps_of(means, self.method.damp(self.config), self.config.absolute_damp),
             owned={target.name: own_blocks(target, self.processes) for target in self.targets},
             shared=self.method.statistic == "inputs",
+            prior=InputPrior(moments, self.config.prior_strength) if self.method.has_prior(self.config) else None,
         )
+
+    def _store(self, kind: str, size: Callable[[Target], int]) -> dict[str, SymmetricSums] | SpilledSums:
+        """Return what takes the sums of all passes: on the disk where the plan spills, else in memory."""
+        if self._folder is None:
+            return {}
+        sizes = {target.name: size(target) for target in self.targets}
+        return SpilledSums(self._folder / kind, sizes, self.processes.device)
 
 
 def fill(

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
+from cap_hf.collection import input_sums
 from cap_hf.collection.exchange import made_in
 from cap_hf.collection.running import Batch, backward, frozen
 from cap_hf.collection.shares import row_chunks
@@ -36,6 +37,7 @@ class Costs:
         seconds: of its forward and backward pass.
         multiplications: how many take a second while outer products are summed.
         order: names of the targets in the order in which the backward pass meets them.
+        positions: for each target's name how many positions (tokens, pixels) of a gradient sample go through it.
     """
 
     samples: int = 0
@@ -47,10 +49,12 @@ class Costs:
     seconds: float = 0.0
     multiplications: float = 1e10
     order: list[str] = field(default_factory=list)
+    positions: dict[str, int] = field(default_factory=dict)
 
-    def summing_seconds(self, targets: Sequence[Target]) -> float:
-        """Return the seconds that making and summing the outer products of one gradient sample takes."""
-        return sum(products(target) for target in targets) / self.multiplications
+    def summing_seconds(self, targets: Sequence[Target], prior: bool = False) -> float:
+        """Return the seconds that the outer products of one gradient sample take, with those of its inputs."""
+        inputs = sum(input_sums.products(target, self.positions.get(target.name, 0)) for target in targets)
+        return (sum(products(target) for target in targets) + prior * inputs) / self.multiplications
 
 
 def products(target: Target) -> float:
@@ -123,6 +127,7 @@ def measure_memory(
         costs.order.append(target.name)
         costs.patches = max(costs.patches, gradients.patch_bytes)
         costs.held = max(costs.held, gradients.held_bytes)
+        costs.positions[target.name] = gradients.positions
 
     handles = [module.register_forward_hook(keep) for target in targets for module in target.modules]
     try:

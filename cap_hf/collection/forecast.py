@@ -40,9 +40,10 @@ def foresee(
     phases, spilled = [], 0.0
     for targets in plan.passes:
         blocks = [own[target.name].stop - own[target.name].start for target in targets]
-        disk = byte * sum(map(sums_bytes, targets, blocks))
+        prior = METHODS[config.method].has_prior(config)
+        disk = byte * sum(sums_bytes(target, count, prior) for target, count in zip(targets, blocks, strict=True))
         spilled += disk
-        seconds = (costs.seconds + costs.summing_seconds(targets)) * config.num_grads / processes.world
+        seconds = (costs.seconds + costs.summing_seconds(targets, prior)) * config.num_grads / processes.world
         phases.append(Foreseen("collecting", seconds + disk))
     counts: Counter[int] = Counter()
     for each in plan.passes:

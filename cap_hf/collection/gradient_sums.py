@@ -1,12 +1,13 @@
 """Sums of the outer products of gradient samples, of the blocks that this process owns."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import nn
 
 from cap_hf.collection.exchange import Exchange, made_in
+from cap_hf.collection.input_sums import InputSums
 from cap_hf.collection.precision import matmul_precision
 from cap_hf.collection.running import Batch, backward
 from cap_hf.collection.shares import block_shares, own_blocks
@@ -14,7 +15,7 @@ from cap_hf.distributed.processes import Processes
 from cap_hf.errors import CAPError
 from cap_hf.method.gradients import GradientSamples, StepGradients
 from cap_hf.method.losses import FisherLoss, LabelLoss
-from cap_hf.method.sums import SymmetricSums
+from cap_hf.method.sums import SymmetricSums, check_finite
 from cap_hf.targets import Target, summarize
 
 
@@ -32,6 +33,7 @@ class GradientSums:
         microbatch: gradient samples that go through the model together; None for all of a step.
         order: names of the targets in the order in which a backward pass meets them; needed by several processes.
         loss: whose gradients they are; None for the cross entropy with the data's labels.
+        inputs: of the same targets, filled with the inputs of the same examples; None where they are not asked for.
 
     Attributes:
         sums: for each target's name those of the blocks that this process owns.
@@ -48,9 +50,11 @@ class GradientSums:
         microbatch: int | None = None,
         order: Sequence[str] = (),
         loss: FisherLoss | None = None,
+        inputs: InputSums | None = None,
     ) -> None:
         self.targets, self.processes = list(targets), processes or Processes()
         self.dtype, self.microbatch, self.loss = dtype, microbatch, loss or LabelLoss()
+        self.inputs = inputs
         self.count = 0
         self.sums = {target.name: self._zeros(target) for target in self.targets}
         by_name = {target.name: target for target in self.targets}
@@ -69,7 +73,10 @@ class GradientSums:
     def listening(self) -> Iterator[None]:
         """Have hooks on the targets; inside the context steps can be taken."""
         try:
-            with GradientSamples(self.targets, self._receive) as self._hooks:
+            with ExitStack() as stack:
+                self._hooks = stack.enter_context(GradientSamples(self.targets, self._receive))
+                if self.inputs is not None:
+                    stack.enter_context(self.inputs.listening())
                 yield
         finally:
             self._exchange = Exchange(self.processes, self.dtype)  # without buffers
@@ -137,10 +144,10 @@ class GradientSums:
                         sums.add(blocks, part.to(sums.dtype))
 
     def finish(self) -> None:
-        """Check what was summed.
+        """Check what was summed, and add up the inputs of all processes.
 
         Raises:
-            CAPError: a gradient was not finite, or a target was never met.
+            CAPError: a gradient or an input was not finite, or a target was never met.
         """
         check_finite(self.sums)
         unseen = [target.name for target in self.targets if self._hooks.seen and target.name not in self._hooks.seen]
@@ -148,18 +155,24 @@ class GradientSums:
             raise CAPError(
                 f"{summarize(unseen, 3)} take no part in the model's forward pass: leave them out with --exclude"
             )
+        if self.inputs is not None:
+            self.inputs.finish()
+
+    def strips(self, target: Target) -> list[torch.Tensor]:
+        """Return what has been summed of a target, in this process: what a run that goes on needs."""
+        inputs = [] if self.inputs is None else self.inputs.strips(target)
+        return self.sums[target.name].strips + inputs
+
+    @property
+    def moments(self) -> dict[str, SymmetricSums]:
+        """Return for each target's name the sums of its inputs, of all processes, after `finish`; none without."""
+        return {} if self.inputs is None else self.inputs.sums
+
+    def clear(self) -> None:
+        """Let go of all sums."""
+        self.sums, self.inputs = {}, None
 
     def traces(self, target: Target) -> torch.Tensor:
         """Return the sum of the diagonal of every block, of all processes, `(num_blocks,)` in float64."""
         own = self.sums[target.name].diagonals().double().sum(dim=1)
         return self.processes.assemble(own, block_shares(target, self.processes))
-
-
-def check_finite(sums: dict[str, SymmetricSums]) -> None:
-    """Raise a CAPError that names the first layers whose sums are not finite."""
-    broken = [name for name, each in sums.items() if not each.diagonals().sum().isfinite()]
-    if broken:
-        raise CAPError(
-            f"gradients are NaN or infinite in {summarize(broken, 3)}: check the model's weights and its dtype "
-            "(load it in float32) and the pixel values"
-        )

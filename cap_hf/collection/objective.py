@@ -1,7 +1,7 @@
 """Which loss the Fisher is made from: what the config says, or the first that the model and the data allow."""
 
 import logging
-from typing import TYPE_CHECKING
+from collections.abc import Iterable
 
 import torch
 from torch import nn
@@ -15,9 +15,6 @@ from cap_hf.errors import CAPError
 from cap_hf.method.losses import Deviations, FeatureLoss, FisherLoss, LabelLoss, SampledLabelLoss
 from cap_hf.outputs import FEATURE_KINDS, logits_of, other_task
 from cap_hf.towers import is_classifier, picks_label, prefix_tokens, see
-
-if TYPE_CHECKING:
-    from cap_hf.collection.examples import CalibrationExamples
 
 logger = logging.getLogger(__name__)
 
@@ -81,17 +78,17 @@ def make_loss(config: CAPConfig, model: nn.Module) -> FisherLoss:
 
 
 def measure_deviations(
-    loss: FeatureLoss, model: nn.Module, examples: "CalibrationExamples", processes: Processes, disable_tqdm: bool
+    loss: FeatureLoss, model: nn.Module, batches: Iterable[Batch], processes: Processes, disable_tqdm: bool
 ) -> None:
-    """Take all examples through the model once, forward, and give the loss the deviations of its features.
+    """Take examples through the model once, forward, and give the loss the deviations of its features.
 
     Raises:
         CAPError: no example is there, the model returns no features, or they are not finite.
     """
     found = Deviations()
-    batches = transformers_logging.tqdm(examples.batches(), desc="Measuring features", delay=2, disable=disable_tqdm)
+    batches = transformers_logging.tqdm(batches, desc="Measuring features", delay=2, disable=disable_tqdm)
     with frozen(model), torch.no_grad():
-        for batch, _ in batches:
+        for batch in batches:
             found.add(loss.features(see(model, batch)))
     # A process without examples learns from the others what there is to add up.
     shapes = processes.share_first({name: each.shape[1] for name, each in found.moments.items()})

@@ -5,17 +5,23 @@ sparse one: a target's hooks have it compute the first half with the dense weigh
 `cap_hf.method.refit`), and compute the second half with these. What lies between the targets takes the two halves as it
 takes any batch. So a layer is refitted for what the layers before it, sparse and refitted, really give; layers that
 read the same, such as q, k and v, are refitted for the same.
+
+The last target of a residual layer, which only adds to what the layer returns, is refitted when the layer ends: to what
+makes that equal to the dense model's, so that it undoes errors of the layers before it too.
 """
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 from torch import nn
 
 from cap_hf.collection.batches import joined
 from cap_hf.collection.precision import matmul_precision
+from cap_hf.collection.relevance import position_weights
+from cap_hf.collection.residuals import Residual, along, channel_dim, find_residuals, first_tensor
 from cap_hf.collection.running import Batch, differentiable, frozen
 from cap_hf.collection.solver import default_batch_bytes
 from cap_hf.config import CAPConfig
@@ -31,6 +37,9 @@ from cap_hf.targets import Target, summarize
 from cap_hf.towers import see
 
 logger = logging.getLogger(__name__)
+
+# Of the largest layer scale, what a channel's must be above for its errors to be made up for.
+LEAST = 1e-3
 
 # Returns the weight and the bias that a target's layer had in the dense model; asked for by all processes together.
 DenseLayer = Callable[[Target], tuple[torch.Tensor, torch.Tensor | None]]
@@ -76,7 +85,11 @@ def refit(
         logger.warning("The data ended after %d of %d examples to refit to.", sum(counts), config.refit_examples)
     with differentiable(model), frozen(model), torch.no_grad(), matmul_precision(torch.float32):
         chosen = refittable(model, targets, inputs)
-        walk = _Walk(targets, chosen, dense, examples, config, processes, on_layer)
+        layers = [target for target in targets if target.name in chosen]
+        residuals = find_residuals(model, layers, inputs)
+        with as_dense(targets, dense):
+            weights = position_weights(model, layers, inputs, config, processes)
+        walk = _Walk(targets, weights, residuals, dense, examples, config, processes, on_layer)
         with walk.listening():
             see(model, {name: torch.cat([value, value]) for name, value in inputs.items()})
     left = [target.name for target in targets if target.name not in chosen]
@@ -120,17 +133,22 @@ class _Walk:
     def __init__(
         self,
         targets: Sequence[Target],
-        chosen: set[str],
+        weights: Mapping[str, torch.Tensor],
+        residuals: Sequence[Residual],
         dense: DenseLayer,
         examples: int,
         config: CAPConfig,
         processes: Processes,
         on_layer: Callable[[int, float], None],
     ) -> None:
-        self.targets, self.chosen, self.dense, self.examples = targets, chosen, dense, examples
+        # Those with weights of their positions are refitted, those in a residual layer when that ends.
+        self.targets, self.weights, self.dense, self.examples = targets, weights, dense, examples
+        self.residuals = {residual.target: residual for residual in residuals}
         self.config, self.processes, self.on_layer = config, processes, on_layer
         # Of the module that is being called: what the sparse model gives it, and what it is in that.
         self._sparse: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None] | None = None
+        # Of the residual layers that have not ended: what their last target takes, and both halves of what it makes.
+        self._open: dict[str, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
 
     @contextmanager
     def listening(self) -> Iterator[None]:
@@ -140,6 +158,9 @@ class _Walk:
                 for module in target.modules:
                     stack.callback(module.register_forward_pre_hook(self._before(target)).remove)
                     stack.callback(module.register_forward_hook(self._after(target)).remove)
+                if target.name in self.residuals:
+                    residual = self.residuals[target.name]
+                    stack.callback(residual.layer.register_forward_hook(self._ended(target, residual)).remove)
             yield
 
     def _before(self, target: Target) -> Callable:
@@ -168,10 +189,30 @@ class _Walk:
             inputs, weight, bias = self._sparse
             self._sparse = None
             write_layer(target, weight, bias)
-            if target.name in self.chosen:
+            if target.name in self.weights and target.name not in self.residuals:
                 self._refit(target, module, inputs, outputs)
-                self.on_layer(1, work_of(target))
-            return torch.cat([outputs, module.forward(inputs)])
+            made = module.forward(inputs)
+            if target.name in self.residuals:
+                self._open[target.name] = inputs, outputs, made
+            return torch.cat([outputs, made])
+
+        return hook
+
+    def _ended(self, target: Target, residual: Residual) -> Callable:
+        """Refit the last target of a residual layer to what makes the layer's sparse half equal to its dense one."""
+
+        def hook(layer: nn.Module, args: tuple[torch.Tensor, ...], returned: Any) -> Any:
+            first, (inputs, outputs, made) = first_tensor(returned), self._open.pop(target.name)
+            assert first is not None
+            half, channels = len(first) // 2, channel_dim(target.module)
+            scales = along(residual.scales, made, channels)
+            # A channel that the layer leaves out can make up for nothing.
+            reached = scales.abs() > LEAST * scales.abs().max()
+            wanted = torch.where(reached, made + (first[:half] - first[half:]) / scales, outputs)
+            self._refit(target, target.module, inputs, wanted)
+            moved = first[half:] + scales * (target.module.forward(inputs) - made)
+            first = torch.cat([first[:half], moved])
+            return (first, *returned[1:]) if isinstance(returned, tuple) else first
 
         return hook
 
@@ -197,6 +238,7 @@ class _Walk:
             ) from error
         rows = self.processes.assemble(part.to(anchors.dtype), shares)
         write_layer(target, target.from_blocks(rows), None if module.bias is None else problem.biases(rows))
+        self.on_layer(1, work_of(target))
 
     def _choose(self, problem: LeastSquares, dense: torch.Tensor, own: slice, zeros: int) -> torch.Tensor:
         """Return which weights of this process's rows stay where a layer is to have so many zeros, `(n, row)` bool."""
@@ -218,11 +260,24 @@ class _Walk:
 
     def _problem(self, target: Target, module: nn.Module, inputs: torch.Tensor, outputs: torch.Tensor) -> LeastSquares:
         """Return a layer's problem over the positions of all processes' examples."""
-        pairs = LayerPairs(target, module, inputs, outputs)
+        pairs = LayerPairs(target, module, inputs, outputs, self.weights[target.name])
         count, *sums = (self.processes.sum(each) for each in pairs.sums())
         means = [each / count if module.bias is not None else torch.zeros_like(each) for each in sums]
         products = [self.processes.sum(each) / count for each in pairs.products(*means)]
         return LeastSquares(*means, *products)
+
+
+@contextmanager
+def as_dense(targets: Sequence[Target], dense: DenseLayer) -> Iterator[None]:
+    """Have all targets' layers as they were in the dense model, and put them back afterwards."""
+    sparse = [layer_of(target) for target in targets]
+    try:
+        for target in targets:
+            write_layer(target, *dense(target))
+        yield
+    finally:
+        for target, layer in zip(targets, sparse, strict=True):
+            write_layer(target, *layer)
 
 
 def rows_of(target: Target, weight: torch.Tensor) -> torch.Tensor:

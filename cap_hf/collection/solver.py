@@ -93,15 +93,17 @@ class Solver:
                 new = self.method.reconstruct(old, fisher, keep, self.config.weight_update)
             pruned[blocks] = new.to(pruned.dtype)
             if fisher is not None:
-                change = (new - old)[..., None]
-                loss += float((change * fisher.bmm(change)).sum() - damp * change.square().sum()) / 2
+                change = new - old
+                loss += float((change * products(fisher, change)).sum() - damp * change.square().sum()) / 2
             advance(len(blocks), work_of(target, len(blocks)))
         return pruned, None if self.fisher is None else loss
 
     def _batches(self, target: Target, count: int) -> Iterator[slice]:
         """Yield `count` blocks of a target as slices of as many as are solved at a time."""
         size = self.batch_bytes or default_batch_bytes(target.weight.device)
-        step = max(1, size // (8 * target.block_size**2))
+        shared = self.fisher is None or len(self.fisher.sums[target.name]) == 1
+        entries = target.block_size ** (1 if shared and not self.method.inverts else 2)
+        step = max(1, size // (8 * entries))
         for start in range(0, count, step):
             yield slice(start, min(start + step, count))
 
@@ -131,6 +133,13 @@ class Solver:
                 f"the Fisher of {target.name} (block {first + place_of(blocks, error.block)}) cannot be inverted "
                 f"with damp={damp:g}: --damp {enough:.1e} would do"
             ) from error
+
+
+def products(matrices: torch.Tensor, vectors: torch.Tensor) -> torch.Tensor:
+    """Return each of the symmetric matrices `(n, B, B)` times its vector of `(n, B)`."""
+    if matrices.stride(0) == 0:  # one matrix, expanded
+        return vectors @ matrices[0]
+    return matrices.bmm(vectors[..., None])[..., 0]
 
 
 def place_of(blocks: slice | torch.Tensor, index: int) -> int:

@@ -1,6 +1,6 @@
 """Tensors on the disk that are used like a dict of tensors in memory."""
 
-from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Iterator, Mapping, MutableMapping
 from pathlib import Path
 
 import torch
@@ -10,7 +10,6 @@ from safetensors.torch import load_file, save_file
 from cap_hf.checkpoints.atomic import atomic_file
 from cap_hf.errors import CAPError, reason
 from cap_hf.method.sums import SymmetricSums
-from cap_hf.targets import Target
 
 
 class DiskTensors(MutableMapping[str, torch.Tensor]):
@@ -70,20 +69,20 @@ class DiskTensors(MutableMapping[str, torch.Tensor]):
 
 
 class SpilledSums(Mapping[str, SymmetricSums]):
-    """The Fisher sums of many targets, one target in memory at a time.
+    """The sums of many targets, one target in memory at a time.
 
     Args:
         folder: of the files.
-        targets: whose sums they are.
+        sizes: for each target's name the side of its matrices.
         device: where they are read to.
     """
 
-    def __init__(self, folder: Path, targets: Sequence[Target], device: torch.device) -> None:
-        self.targets = {target.name: target for target in targets}
+    def __init__(self, folder: Path, sizes: Mapping[str, int], device: torch.device) -> None:
+        self.sizes = sizes
         self.tensors = DiskTensors(folder, device)
         self._last: tuple[str, SymmetricSums] | None = None
 
-    def write(self, sums: Mapping[str, SymmetricSums]) -> None:
+    def update(self, sums: Mapping[str, SymmetricSums]) -> None:
         """Keep the sums of some of the targets.
 
         Raises:
@@ -97,14 +96,13 @@ class SpilledSums(Mapping[str, SymmetricSums]):
         if self._last is None or self._last[0] != name:
             self._last = None
             strips: list[torch.Tensor] = []
-            size = self.targets[name].block_size
-            while not strips or strips[-1].shape[2] < size:
+            while not strips or strips[-1].shape[2] < self.sizes[name]:
                 strips.append(self.tensors[f"{name}.{len(strips)}"])
-            self._last = name, SymmetricSums(size, strips)
+            self._last = name, SymmetricSums(self.sizes[name], strips)
         return self._last[1]
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self.targets)
+        return iter(self.sizes)
 
     def __len__(self) -> int:
-        return len(self.targets)
+        return len(self.sizes)

@@ -22,7 +22,6 @@ from cap_hf.checkpoints.replacing import is_empty
 from cap_hf.collection.running import Batch
 from cap_hf.distributed.processes import Processes
 from cap_hf.errors import CAPError
-from cap_hf.method.sums import SymmetricSums
 from cap_hf.targets import Target
 
 Item = tuple[Batch, int, torch.Tensor | None]
@@ -48,11 +47,13 @@ class Checkpointing:
 
 
 class Statistic(Protocol):
-    """What a state saves and finds again: sums by target, and how many gradient samples they hold."""
+    """What a state saves and finds again: what was summed of each target, and of how many gradient samples."""
 
     targets: list[Target]
-    sums: dict[str, SymmetricSums]
     count: int
+
+    def strips(self, target: Target) -> list[torch.Tensor]:
+        """Return the tensors themselves, in an order that is always the same."""
 
 
 class CollectionState:
@@ -191,7 +192,7 @@ class CollectionState:
                 statistic.count, expected, self._steps = place["count"], place["digest"], steps
                 for index, target in enumerate(statistic.targets):
                     saved = load_file(folder / f"{index}.safetensors")
-                    for key, strip in enumerate(statistic.sums[target.name].strips):
+                    for key, strip in enumerate(statistic.strips(target)):
                         strip.copy_(saved[str(key)])
             except (OSError, SafetensorError, RuntimeError, ValueError, KeyError, TypeError) as error:
                 raise CAPError(f"{folder} cannot be read: remove {self.root} and begin anew") from error
@@ -241,7 +242,7 @@ class CollectionState:
         if not final.exists():
             with atomic_directory(final) as folder:
                 for index, target in enumerate(statistic.targets):
-                    strips = {str(key): strip.cpu() for key, strip in enumerate(statistic.sums[target.name].strips)}
+                    strips = {str(key): strip.cpu() for key, strip in enumerate(statistic.strips(target))}
                     save_file(strips, folder / f"{index}.safetensors")
                 place = {"count": statistic.count, "digest": self.digest.hexdigest()}
                 (folder / "place.json").write_text(json.dumps(place))

@@ -10,10 +10,11 @@ import io
 import json
 import os
 import sys
-from collections.abc import Sequence
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
@@ -90,8 +91,21 @@ def make_parser(kinds: tuple[type, ...], program: str, description: str) -> "HfA
     return sys.modules[name].HfArgumentParser(kinds, prog=f"cap-hf {program}", description=description)
 
 
-def parse(argv: list[str], program: str, description: str, *kinds: type) -> tuple:
+def parse(
+    argv: list[str],
+    program: str,
+    description: str,
+    *kinds: type,
+    defaults: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
+) -> tuple:
     """Return dataclasses of the given kinds from arguments, or from a single YAML or JSON file of the same names.
+
+    Args:
+        argv: the command line, without the name of the command.
+        program: the name of the command.
+        description: of it, for its help.
+        kinds: the dataclasses.
+        defaults: from the arguments that were given explicitly to defaults in the place of the usual ones.
 
     Raises:
         CAPError: an argument is unknown, missing or of the wrong type.
@@ -103,6 +117,8 @@ def parse(argv: list[str], program: str, description: str, *kinds: type) -> tupl
             argv = arguments_from_file(argv[0], kinds)
         # argparse would print its usage, a screen long, before the one line that matters.
         with contextlib.redirect_stderr(io.StringIO()) as errors:
+            if defaults is not None:
+                parser.set_defaults(**defaults(given(parser, argv, kinds)))
             *parsed, unknown = parser.parse_args_into_dataclasses(
                 argv, return_remaining_strings=True, look_for_args_file=False
             )
@@ -121,6 +137,15 @@ def parse(argv: list[str], program: str, description: str, *kinds: type) -> tupl
     if unknown:
         raise CAPError(f"unknown: {' '.join(unknown)}; cap-hf {program} --help shows the arguments")
     return tuple(parsed)
+
+
+def given(parser: ArgumentParser, argv: list[str], kinds: Sequence[type]) -> dict[str, Any]:
+    """Return the arguments that a command line gives explicitly, by name, also where they say what the default says."""
+    unset = object()
+    # argparse fills in defaults only where there is nothing yet.
+    blank = Namespace(**{each.name: unset for kind in kinds for each in fields(kind)})
+    found, _ = parser.parse_known_args(argv, blank)
+    return {name: value for name, value in vars(found).items() if value is not unset}
 
 
 def is_file_of_arguments(name: str) -> bool:

@@ -73,6 +73,7 @@ def load_all(
     needed: Sequence[str] = ("train", "eval"),
     train_examples: int | None = None,
     bank_size: int = 0,
+    apart: int | None = None,
 ) -> tuple[PreTrainedModel, Any, dict[str, Any]]:
     """Return a model, its image processor and the splits of the data that are needed, unprocessed.
 
@@ -84,6 +85,7 @@ def load_all(
         train_examples: how many of the train split are needed; None for all.
         bank_size: where a model without a head is evaluated on labelled images, how many train images to take for the
             split `bank`, see `bank_split`; 0 for no such split.
+        apart: how many of the train examples are kept out of that split; None for `train_examples`.
 
     Raises:
         CAPError: as `load_model`, `load_image_processor` and `load_splits`.
@@ -102,15 +104,16 @@ def load_all(
     if find_columns(splits["eval"].features, data_args)[1] is None:
         return model, image_processor, splits if "train" not in needed else load(needed, train_examples)
     used = 0 if "train" not in needed else train_examples
+    apart = (used if apart is None else apart) or 0
     try:
-        splits = load(["train", "eval"], None if used is None else used + bank_size)
+        splits = load(["train", "eval"], None if used is None else max(used, apart + bank_size))
     except CAPError as error:
         if "train" in needed:
             raise
         raise CAPError(
             f"k-NN and the linear probe need labelled train images (leave them out with --knn_bank_size 0): {error}"
         ) from error
-    splits["bank"] = bank_split(splits["train"], used or 0, bank_size, seed)
+    splits["bank"] = bank_split(splits["train"], apart, bank_size, seed)
     return model, image_processor, {name: split for name, split in splits.items() if name in (*needed, "bank")}
 
 

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from cap_hf.commands.common import image_dataset
 from cap_hf.data.arguments import DataArguments
-from cap_hf.data.evaluation import evaluate_model
+from cap_hf.data.evaluation import AccuracyEvaluation
 from cap_hf.data.features import FeatureEvaluation
 from cap_hf.data.images import make_dataloader
 from cap_hf.errors import CAPError
@@ -49,16 +49,16 @@ class Evaluation:
         disable_tqdm: bool = False,
         advice: str = "do not evaluate it, --do_eval false",
     ) -> None:
-        self.accelerator, self.disable_tqdm = accelerator, disable_tqdm
         self.dataset = image_dataset(splits["eval"], image_processor, model, data_args)
-        self.features: FeatureEvaluation | None = None
+        self.figures: AccuracyEvaluation | FeatureEvaluation
 
         def loader(dataset: Any) -> DataLoader:
             return make_dataloader(dataset, batch_size, data_args.dataloader_num_workers)
 
-        self.loader, bank = loader(self.dataset), None
+        asked, bank = loader(self.dataset), None
         if is_classifier(model) and self.dataset.labelled:
             check_task(model, "accuracy is", advice)
+            self.figures = AccuracyEvaluation(asked, accelerator, disable_tqdm)
             return
         if "bank" in splits:
             neighbours = image_dataset(splits["bank"], image_processor, model, data_args)
@@ -67,11 +67,11 @@ class Evaluation:
                     "k-NN and the linear probe need labelled train images: --knn_bank_size 0 leaves them out"
                 )
             bank = loader(neighbours)
-        self.features = FeatureEvaluation(self.loader, bank, accelerator, disable_tqdm)
+        self.figures = FeatureEvaluation(asked, bank, accelerator, disable_tqdm)
 
     def check_alone(self) -> None:
         """Raise a CAPError if nothing can be said of a model without a dense one to compare it with."""
-        if self.features is None or self.features.bank is not None:
+        if isinstance(self.figures, AccuracyEvaluation) or self.figures.bank is not None:
             return
         if self.dataset.labelled:
             raise CAPError(
@@ -85,11 +85,8 @@ class Evaluation:
 
     def measure_dense(self, model: PreTrainedModel) -> dict[str, float]:
         """Return what is measured of the dense model, with which those measured afterwards are compared."""
-        return self.measure(model) if self.features is None else self.features.measure_dense(model)
+        return self.figures.measure_dense(model)
 
     def measure(self, model: PreTrainedModel) -> dict[str, float]:
-        """Return what is measured of a model: as `evaluate_model` or `FeatureEvaluation.measure`, errors as there."""
-        if self.features is not None:
-            return self.features.measure(model)
-        loader = self.accelerator.prepare_data_loader(self.loader)
-        return evaluate_model(model, loader, self.accelerator, self.disable_tqdm)
+        """Return what is measured of a model, and of what it lost: as the `measure` of `figures`, errors as there."""
+        return self.figures.measure(model)

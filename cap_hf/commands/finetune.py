@@ -1,9 +1,8 @@
 """`cap-hf finetune`: recovers a sparse checkpoint, or prunes it gradually, with every zero held."""
 
-import copy
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field, fields, make_dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -14,16 +13,17 @@ from cap_hf.checkpoints.form import fitting_form, round_weights
 from cap_hf.checkpoints.places import real_path
 from cap_hf.checkpoints.saving import save_checkpoint
 from cap_hf.collection.resources import Resources
-from cap_hf.commands.arguments import ModelArguments, ProbeArguments, beside, check_output, parse
+from cap_hf.commands.arguments import ModelArguments, ProbeArguments, beside, check_output
 from cap_hf.commands.common import hide_bars, image_dataset, load_all, load_companions, load_form
 from cap_hf.commands.evaluation import Evaluation
 from cap_hf.commands.pushing import open_push, push
 from cap_hf.commands.tables import percent, results_table
 from cap_hf.commands.teaching import load_teacher, student_config
+from cap_hf.commands.training import FinetuneArguments, one_line, read_arguments
 from cap_hf.config import CAPConfig
 from cap_hf.data.arguments import DataArguments
 from cap_hf.data.images import collate
-from cap_hf.errors import CAPError, reason
+from cap_hf.errors import CAPError
 from cap_hf.inference.example import size_of
 from cap_hf.masks import describe_masks
 from cap_hf.models import full_precision
@@ -38,16 +38,6 @@ from cap_hf.recovery.training_arguments import SparseTrainingArguments
 from cap_hf.report import Phases, versions
 from cap_hf.targets import find_targets
 from cap_hf.towers import is_classifier
-
-
-@dataclass
-class FinetuneArguments:
-    """What to learn from, and what may be replaced."""
-
-    teacher_model_name_or_path: str | None = field(
-        default=None, metadata={"help": "A Hub id or a folder with a dense model to learn from."}
-    )
-    overwrite_output_dir: bool = field(default=False, metadata={"help": "Replace a checkpoint that is there."})
 
 
 def main(argv: list[str]) -> None:
@@ -163,6 +153,7 @@ def finetune(
         "model_name_or_path": model_args.model_name_or_path,
         "model_revision": model_args.model_revision,
         "teacher_model_name_or_path": args.teacher_model_name_or_path,
+        "preset": args.preset,
         "data": asdict(data_args),
         "image_size": size_of(model, collate([train_dataset[0]])),
         "config": config.to_dict() if training_args.schedule else None,
@@ -202,53 +193,6 @@ def without_empty_folder(folder: Path) -> Iterator[None]:
         if not there:
             with suppress(OSError):
                 folder.rmdir()
-
-
-def read_arguments(argv: list[str]) -> tuple:
-    """Return the dataclasses of the command, with what two of them have in common taken from the training's.
-
-    Raises:
-        CAPError: an argument is wrong, or says how to prune in a run that does not.
-    """
-    description = "Finetune a sparse vision model with its zeros held; with a schedule, prune it gradually."
-    with one_line():
-        model_args, data_args, args, training_args, probe_args, config, resources = parse(
-            argv,
-            "finetune",
-            description,
-            ModelArguments,
-            without_fields(DataArguments, "dataloader_num_workers"),
-            FinetuneArguments,
-            SparseTrainingArguments,
-            ProbeArguments,
-            without_fields(CAPConfig, "seed"),
-            Resources,
-        )
-    data_args = DataArguments(**asdict(data_args), dataloader_num_workers=training_args.dataloader_num_workers)
-    config = CAPConfig(**asdict(config), seed=training_args.seed)
-    if training_args.schedule is None:
-        usual = CAPConfig(seed=config.seed).to_dict()
-        unused = [f"--{name}" for name, value in config.to_dict().items() if value != usual[name]]
-        if unused:
-            raise CAPError(f"{', '.join(unused)} without --sparsity_schedule prunes nothing: give one, such as 0.9")
-    return model_args, data_args, args, training_args, probe_args, config, resources
-
-
-@contextmanager
-def one_line() -> Iterator[None]:
-    """Turn what the Trainer says of its arguments into a CAPError: such as a package that is missing."""
-    try:
-        yield
-    except CAPError:
-        raise
-    except (ImportError, OSError, RuntimeError, ValueError) as error:
-        raise CAPError(reason(error)) from error
-
-
-def without_fields(kind: type, *names: str) -> type:
-    """Return a dataclass with a dataclass's fields except some, for a parser where another one has those."""
-    kept = [(each.name, each.type, copy.copy(each)) for each in fields(kind) if each.name not in names]
-    return make_dataclass(kind.__name__, kept, namespace={"__doc__": kind.__doc__})
 
 
 def prepare_output(args: SparseTrainingArguments, overwrite: bool) -> str | None:

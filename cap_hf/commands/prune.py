@@ -14,6 +14,7 @@ from cap_hf.commands.arguments import (
     check_output,
     parse,
 )
+from cap_hf.commands.healing import HealArguments, Healing
 from cap_hf.commands.tables import results_table
 from cap_hf.config import CAPConfig
 from cap_hf.data.arguments import DataArguments
@@ -53,8 +54,17 @@ class PruneArguments:
 def main(argv: list[str]) -> None:
     """Run the command with these arguments."""
     description = "Prune a vision model with CAP, in one shot, to one or several sparsities."
-    model_args, data_args, args, probe_args, config, resources = parse(
-        argv, "prune", description, ModelArguments, DataArguments, PruneArguments, ProbeArguments, CAPConfig, Resources
+    model_args, data_args, args, heal_args, probe_args, config, resources = parse(
+        argv,
+        "prune",
+        description,
+        ModelArguments,
+        DataArguments,
+        PruneArguments,
+        HealArguments,
+        ProbeArguments,
+        CAPConfig,
+        Resources,
     )
     sparsities = check_sparsities(args.sparsity, config)
     check_state(args)
@@ -62,19 +72,20 @@ def main(argv: list[str]) -> None:
     # Now, and not only after the pruning.
     for sparsity in sparsities:
         check_place(Path(args.output_dir) / checkpoint_name(sparsity))
-    prune(model_args, data_args, args, probe_args, config, resources, sparsities)
+    prune(model_args, data_args, args, heal_args, probe_args, config, resources, sparsities)
 
 
 def prune(
     model_args: ModelArguments,
     data_args: DataArguments,
     args: PruneArguments,
+    heal_args: HealArguments,
     probe_args: ProbeArguments,
     config: CAPConfig,
     resources: Resources,
     sparsities: list[float],
 ) -> None:
-    """Do the work, once nothing is wrong with the arguments: load, collect, and per sparsity prune, evaluate, save."""
+    """Do the work, once the arguments are right: load, collect, and per sparsity prune, heal, evaluate, save."""
     # Imported here, because the arguments are checked before these take their seconds.
     from cap_hf.checkpoints.atomic import write_json
     from cap_hf.checkpoints.places import real_path
@@ -106,8 +117,9 @@ def prune(
             data_args,
             config.seed,
             ["train", "eval"] if args.do_eval else ["train"],
-            num_examples,
+            max(num_examples, heal_args.num_images(accelerator.num_processes)),
             probe_args.knn_bank_size,
+            num_examples,
         )
         companions, form = load_companions(model_args), load_form(model_args, model)
         compressor = CAPCompressor(
@@ -124,6 +136,11 @@ def prune(
             check_loss(config.fisher_loss, model, collate([calibration[0]]))
         batch_size = whole_groups(args.per_device_batch_size, config)
         train_loader = make_dataloader(calibration, batch_size, data_args.dataloader_num_workers)
+        healing = None
+        if heal_args.heal_steps:
+            images = image_dataset(splits["train"], image_processor, model, data_args)
+            workers = data_args.dataloader_num_workers
+            healing = Healing(model, images, heal_args, config.seed, workers, accelerator, args.disable_tqdm)
         evaluation = None
         if args.do_eval:
             evaluation = Evaluation(
@@ -156,6 +173,8 @@ def prune(
     facts["image_size"] = size_of(model, collate([calibration[0]]))
     results = []
     for sparsity in sparsities:
+        if healing is not None:
+            healing.restore()
         with phases(f"prune {sparsity:g}"):
             report = compressor.prune(sparsity)
         if refits:
@@ -165,14 +184,18 @@ def prune(
         if recalibrate:
             with phases(f"batch norm {sparsity:g}"):
                 layers = compressor.recalibrate_batch_norm(train_loader)
+        healed, stored = None, form
+        if healing is not None:
+            with phases(f"heal {sparsity:g}"):
+                healed, stored = healing.heal(compressor, form)
         metrics = None
         if evaluation is not None:
             with phases(f"evaluate {sparsity:g}"):
                 metrics = evaluation.measure(model)
         folder = output / checkpoint_name(sparsity)
-        outcome = {"sparse": metrics, "pruning": report.to_dict(), "recalibrated_batch_norm": layers}
+        outcome = {"sparse": metrics, "pruning": report.to_dict(), "recalibrated_batch_norm": layers, "healing": healed}
         if accelerator.is_main_process:
-            save_checkpoint(folder, model, config, facts | outcome, image_processor, companions=companions, form=form)
+            save_checkpoint(folder, model, config, facts | outcome, image_processor, companions=companions, form=stored)
         results.append({"checkpoint": folder.name} | outcome)
     if accelerator.is_main_process:
         write_json(output / "report.json", facts | {"results": results, "phases": phases.records})

@@ -12,6 +12,8 @@ Row = tuple[str, float | None, Mapping[str, Any] | None]
 def results_table(rows: Sequence[Row], dense: Mapping[str, Any] | None) -> str:
     """Return one line per model: its sparsity, what was measured of any of them, and what it lost to the dense model.
 
+    Behind ± stand the standard errors of an accuracy and of its drop; those of other figures would make lines too long.
+
     Args:
         rows: in the order they are printed in; what was not measured of one of them is a dash.
         dense: metrics of the dense model, or None where it was not evaluated; its own row has no drop.
@@ -23,11 +25,9 @@ def results_table(rows: Sequence[Row], dense: Mapping[str, Any] | None) -> str:
     for metric in measured_in(measured for _, _, measured in rows):
         header += [metric.heading, "drop"] if metric.drop and dense is not None else [metric.heading]
         for line, (_, _, measured) in zip(lines, rows, strict=True):
-            value = (measured or {}).get(metric.key)
-            line.append(metric.show(value))
+            line.append(metric.show(measured, error=metric.drop))
             if metric.drop and dense is not None:
-                whole = None if measured is dense else dense.get(metric.key)
-                line.append(percent(None if whole is None or value is None else whole - value))
+                line.append(metric.show_drop(measured, dense))
     return table(header, lines)
 
 

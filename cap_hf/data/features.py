@@ -16,7 +16,8 @@ from torch.utils.data import DataLoader
 from transformers.utils import logging as transformers_logging
 
 from cap_hf.data.patches import SAME_KIND, PatchErrors, PatchTokens
-from cap_hf.data.probes import PROBES, check_bank, standard_error
+from cap_hf.data.probes import PROBES, check_bank
+from cap_hf.data.standard_errors import drop_errors, summarize
 from cap_hf.errors import CAPError
 from cap_hf.outputs import features_of
 from cap_hf.towers import prefix_tokens, see
@@ -136,7 +137,7 @@ class FeatureEvaluation:
         hits = self._probe(model, features)
         self.tokens, self.dense, self.dense_hits = tokens, features.descriptors, hits
         same = {"cosine": 1.0, "cosine_p5": 1.0} | ({"patch_error": 0.0} if tokens.parts else {})
-        return summarize_hits(hits) | same | self._counts()
+        return summarize(hits) | same | self._counts()
 
     def measure(self, model: nn.Module) -> dict[str, float]:
         """Measure a model.
@@ -144,9 +145,9 @@ class FeatureEvaluation:
         Returns:
             On every process: `num_examples`; where there is a bank, of `bank_examples`, `knn_top1` and `linear_top1`
             in [0, 1], each with its standard error, `_se`; where the dense model was measured `cosine` and
-            `cosine_p5`, the mean and the 5th percentile over the images of the cosine of their vectors to the dense
-            model's, `patch_error` (see `PatchErrors.relative`), and the standard errors of the drops of the two
-            accuracies, `_drop_se`.
+            `cosine_p5`, the mean (with its `cosine_se`) and the 5th percentile over the images of the cosine of their
+            vectors to the dense model's, `patch_error` (see `PatchErrors.relative`), and the standard errors of the
+            drops of the two accuracies, `_drop_se`.
 
         Raises:
             CAPError: the model returns no features, they are NaN or infinite, or they are of another shape than the
@@ -157,10 +158,9 @@ class FeatureEvaluation:
             model, self.loader, self.accelerator, self.disable_tqdm, None if errors is None else errors.add
         )
         hits = self._probe(model, features)
-        results = summarize_hits(hits)
+        results = summarize(hits)
         if self.dense is not None and errors is not None:
-            for name, own in hits.items():
-                results[f"{name}_drop_se"] = standard_error(self.dense_hits[name].double() - own.double())
+            results |= drop_errors(self.dense_hits, hits)
             results |= compare_descriptors(features.descriptors, self.dense)
             error = errors.relative(self.accelerator)
             if error is not None:
@@ -185,16 +185,8 @@ class FeatureEvaluation:
         }
 
 
-def summarize_hits(hits: dict[str, torch.Tensor]) -> dict[str, float]:
-    """Return the share of each probe's hits, and its standard error as `_se`."""
-    found: dict[str, float] = {}
-    for name, each in hits.items():
-        found |= {name: float(each.double().mean()), f"{name}_se": standard_error(each)}
-    return found
-
-
 def compare_descriptors(found: torch.Tensor, dense: torch.Tensor) -> dict[str, float]:
-    """Return the mean and the 5th percentile of the cosines between the vectors `(n, d)` that two models have.
+    """Return of the cosines between the vectors `(n, d)` of two models the mean, its error and the 5th percentile.
 
     Raises:
         CAPError: they are not equally long.
@@ -204,4 +196,4 @@ def compare_descriptors(found: torch.Tensor, dense: torch.Tensor) -> dict[str, f
             f"the model's features have {found.shape[1]} channels and the dense model's {dense.shape[1]}: {SAME_KIND}"
         )
     cosines = F.cosine_similarity(found.double(), dense.double(), dim=1)
-    return {"cosine": float(cosines.mean()), "cosine_p5": float(cosines.quantile(0.05))}
+    return summarize({"cosine": cosines}) | {"cosine_p5": float(cosines.quantile(0.05))}

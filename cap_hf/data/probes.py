@@ -1,4 +1,4 @@
-"""What labels say of features: k nearest neighbours and a linear probe, each with its standard error.
+"""What labels say of features: k nearest neighbours and a linear probe.
 
 Features `(n, d)` of a bank, whose labels are known, predict the labels of queries. All of it is computed on the CPU and
 depends on nothing but its arguments.
@@ -88,12 +88,3 @@ def linear_probe(bank: torch.Tensor, labels: torch.Tensor, queries: torch.Tensor
 
 
 PROBES = {"knn_top1": nearest_neighbours, "linear_top1": linear_probe}
-
-
-def standard_error(values: torch.Tensor) -> float:
-    """Return the standard error of the mean of some values, `(n,)`.
-
-    Of zeros and ones it is that of a share, `sqrt(p (1 - p) / n)`; of the differences of two models' hits on the same
-    examples it is that of the difference, in which what is hard for both does not count.
-    """
-    return float(values.double().std(correction=0)) / len(values) ** 0.5

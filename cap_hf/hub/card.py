@@ -31,6 +31,8 @@ METHOD_TEXTS = {
     "cap": "Pruned with CAP, the Correlation-Aware Pruner (arXiv 2210.09223), by cap_hf.",
     "obs": "Pruned by cap_hf with a block Fisher but without correlations between weights (as oBERT does).",
     "sparsegpt": "Pruned by cap_hf with one input Hessian per layer (as SparseGPT does).",
+    "wanda": "Pruned by cap_hf: in every row the weights with the smallest product of magnitude and input norm were "
+    "removed (as Wanda does, arXiv 2306.11695).",
     "magnitude": "Pruned by cap_hf: the weights of the smallest magnitude were removed.",
 }
 
@@ -206,6 +208,7 @@ class CardFacts:
         """Return the card, as `huggingface_hub` and the Hub read it."""
         facts: dict[str, Any] = {each.name: getattr(self, each.name) for each in fields(self)}
         method: str | None = self.config.get("method")
+        is_classifier, training = self.pipeline_tag == CLASSIFICATION, self.run.get("training_arguments") or {}
         model, teacher = self.run.get("model_name_or_path"), self.run.get("teacher_model_name_or_path")
         return ModelCard.from_template(
             self.metadata(),
@@ -225,9 +228,14 @@ class CardFacts:
                 "dataset_name": self.dataset and text(short_name(self.dataset)),
                 "dataset_split": self.dataset_split and text(self.dataset_split),
                 "purpose": purpose(self.pipeline_tag),
-                "is_classifier": self.pipeline_tag == CLASSIFICATION,
+                "is_classifier": is_classifier,
+                "healing": self.run.get("healing") if self.kind == PRUNED else None,
+                # Without a head there is nothing that could learn labels.
+                "unlabelled": bool(teacher) and (not is_classifier or training.get("hard_label_weight") == 0),
                 "metrics": measured_in([self.sparse]),
                 "columns": self.columns(),
+                "with_errors": any(name.endswith("_se") for name in self.sparse),
+                "with_drops": any(name.endswith("_drop_se") for name in self.sparse),
                 "method": method,
                 "method_text": METHOD_TEXTS.get(method or ""),
                 "command": code(command_line(self.kind, self.run, self.config, self.sparsity) if self.run else None),

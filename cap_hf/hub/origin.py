@@ -19,6 +19,8 @@ ASIDE = re.compile(
     r"(hub|log|logging|trackio|ddp)_.*|.*_token|push_to_hub|run_name|project|disable_tqdm|resume_from_checkpoint|"
     r"(activation|gradient)_checkpointing|dataloader_(pin_memory|num_workers)"
 )
+# What of a healing were arguments.
+HEALING = ("steps", "batch_size", "learning_rate")
 ARGUMENT = re.compile(r"[A-Za-z]\w*", re.ASCII)
 
 
@@ -31,7 +33,7 @@ def kind_of(report: Report) -> str:
 
 
 def run_of(report: Report, base_model: str | None = None) -> dict[str, Any]:
-    """Return what a report says of its run: models, data and training, as JSON under the report's own names.
+    """Return what a report says of its run: models, data, training and healing, as JSON under the report's own names.
 
     Args:
         report: of a checkpoint.
@@ -44,6 +46,7 @@ def run_of(report: Report, base_model: str | None = None) -> dict[str, Any]:
         "teacher_model_name_or_path": report.get("teacher_model_name_or_path"),
         "data": dict(report.get("data") or {}),
         "training_arguments": dict(report.get("training_arguments") or {}),
+        "healing": dict(report.get("healing") or {}),
     }
 
 
@@ -77,6 +80,9 @@ def command_line(kind: str, run: dict[str, Any], config: dict[str, Any], sparsit
         arguments |= {name: value for name, value in pruning.items() if kind == PRUNED or name != "seed"}
     if kind == PRUNED and ":" not in str(config.get("allocation")):
         arguments["sparsity"] = f"{sparsity:.4f}".rstrip("0").rstrip(".")
+    if kind == PRUNED:
+        healing = single_values(run["healing"])
+        arguments |= {f"heal_{name}": healing[name] for name in HEALING if name in healing}
     for name, value in single_values(training).items():
         arguments[name] = short_name(value) if isinstance(value, str) else value
     words = ["cap-hf", "prune" if kind == PRUNED else "finetune"]

@@ -1,4 +1,4 @@
-"""Removal in the order of fixed scores, as the baselines magnitude and obs do it."""
+"""Removal in the order of fixed scores, as the baselines magnitude, wanda and obs do it."""
 
 import torch
 
@@ -27,4 +27,16 @@ def saliencies(weights: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
         inverse: `(n, B, B)`, the inverse damped Fisher.
     """
     scores = weights.square() / inverse.diagonal(dim1=-2, dim2=-1) / 2
+    return scores.masked_fill(weights == 0, -1.0)
+
+
+def input_scores(weights: torch.Tensor, moment: torch.Tensor) -> torch.Tensor:
+    """Return each weight's magnitude times the norm of its input, `|w_ij| ||x_j||` (Wanda, arXiv 2306.11695, eq. 1).
+
+    Args:
+        weights: `(n, B)`, whole rows. Entries that are 0 score less than any other.
+        moment: `(n, B, B)`, the second moment of the rows' inputs over all calibration tokens; its diagonal is looked
+            at. A factor that all inputs share changes no order.
+    """
+    scores = weights.abs() * moment.diagonal(dim1=-2, dim2=-1).sqrt()
     return scores.masked_fill(weights == 0, -1.0)

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import torch
 
 from cap_hf.errors import CAPError
+from cap_hf.method.inputs import moments_of
+from cap_hf.method.prior import InputPrior
 from cap_hf.method.sums import SymmetricSums
 from cap_hf.targets import Target
 
@@ -14,7 +16,8 @@ from cap_hf.targets import Target
 class BlockFisher:
     """`F_b = (1/N) sum g_b g_b^T` of every block, and the damp of every target (arXiv 2210.09223, section 2).
 
-    For SparseGPT the sums are of a layer's inputs instead of its gradients, and all blocks of a group share one.
+    For SparseGPT and Wanda the sums are of a layer's inputs instead of its gradients, and all blocks of a group share
+    one.
 
     Attributes:
         sums: for each target's name the sums of the blocks that are `owned`, or with `shared` of its groups.
@@ -22,6 +25,7 @@ class BlockFisher:
         damps: for each target's name what is added to the diagonal, absolute.
         owned: for each target's name the blocks that this process eliminates and solves for.
         shared: whether the blocks of a group have one matrix.
+        prior: what F is mixed with; None for nothing but the damp.
     """
 
     sums: Mapping[str, SymmetricSums]
@@ -29,9 +33,10 @@ class BlockFisher:
     damps: dict[str, float]
     owned: dict[str, slice]
     shared: bool = False
+    prior: InputPrior | None = None
 
     def damped(self, target: Target, blocks: slice | torch.Tensor, damp: float | None = None) -> torch.Tensor:
-        """Return `F + damp I` of some of the owned blocks of a target, `(n, B, B)` in float64.
+        """Return `F + damp I`, F mixed with its prior, of some of the owned blocks of a target, `(n, B, B)` in float64.
 
         Args:
             target: whose blocks they are.
@@ -42,11 +47,12 @@ class BlockFisher:
             A new tensor; of blocks that share one matrix that matrix, expanded.
         """
         sums, damp = self.sums[target.name], self.damps[target.name] if damp is None else damp
-        if not self.shared:
-            return add_damp(sums.full(blocks).div_(self.count), damp)
         owned = self.owned[target.name]
-        index = torch.arange(owned.start, owned.stop, device=target.weight.device)[blocks]
-        index = index * len(sums) // target.num_blocks
+        numbers = torch.arange(owned.start, owned.stop, device=target.weight.device)[blocks]
+        if not self.shared:
+            fisher = sums.full(blocks).div_(self.count)
+            return add_damp(fisher if self.prior is None else self.prior.mix(fisher, target, numbers), damp)
+        index = moments_of(target, numbers)[:, 0]
         single = len(index) > 1 and bool((index == index[0]).all())
         matrices = add_damp(sums.full(index[:1] if single else index).div_(self.count), damp)
         return matrices.expand(len(index), -1, -1)

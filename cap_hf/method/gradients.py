@@ -170,6 +170,11 @@ class StepGradients:
         """Return the bytes that all calls hold of one gradient sample beside its inputs and output gradients."""
         return sum(call.held_bytes for call in self.parts[0])
 
+    @property
+    def positions(self) -> int:
+        """Return how many positions a gradient sample is a sum over, in all calls together."""
+        return sum(call.positions for call in self.parts[0])
+
     def rows(self, start: int, stop: int, out: torch.Tensor) -> None:
         """Write as `LayerGradients.rows` does, the samples of all microbatches in order."""
         done = 0

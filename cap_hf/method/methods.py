@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from cap_hf.config import CAPConfig, NMPattern
-from cap_hf.method.baselines import rank_scores, saliencies
+from cap_hf.method.baselines import input_scores, rank_scores, saliencies
 from cap_hf.method.elimination import Elimination, decouple, eliminate, invert
 from cap_hf.method.reconstruction import independent_update, reconstruct
 
@@ -19,6 +19,7 @@ class Method:
         statistic: what is summed over the calibration examples: "gradients", "inputs", or None for nothing.
         default_damp: relative to the mean diagonal; what measured best one-shot, or the method's own published value.
         whole_rows: whether a block is always a row.
+        inverts: whether each block's Fisher is inverted; one that is only looked at is not copied per block.
         refit: whether what is left is refitted after pruning where the config does not say; not what baselines publish.
         sequential: whether a refit also chooses anew what is left in each layer, for what really reaches it.
     """
@@ -27,12 +28,17 @@ class Method:
     statistic: str | None
     default_damp: float
     whole_rows: bool = False
+    inverts: bool = True
     refit: bool = False
     sequential: bool = False
 
     def damp(self, config: CAPConfig) -> float:
         """Return the damp that a config asks for, or the method's default."""
         return self.default_damp if config.damp is None else config.damp
+
+    def has_prior(self, config: CAPConfig) -> bool:
+        """Return whether a config mixes the Fisher with the moments of the layers' inputs: only one of gradients."""
+        return self.statistic == "gradients" and config.fisher_prior == "input" and config.prior_strength > 0
 
     def block_size(self, config: CAPConfig) -> int | str:
         """Return the block size that a config asks for, or "row" where the method knows no other."""
@@ -103,6 +109,20 @@ class Magnitude(Method):
         return weights.masked_fill(~keep, 0.0)
 
 
+class Wanda(Magnitude):
+    """In every row the smallest products of a weight and the norm of its input go (arXiv 2306.11695); nothing moves.
+
+    Scores are compared within a row alone, the comparison group of its section 3. So that every allocation gives all
+    rows the same share, the loss of a row's k-th removal is its rank, `k / B`.
+    """
+
+    def eliminate(self, weights: torch.Tensor, fisher: torch.Tensor | None, pattern: NMPattern | None) -> Elimination:
+        """Return all weights of a row ranked by their scores, with their ranks for losses."""
+        order = rank_scores(input_scores(weights, required(fisher)), pattern).order
+        ranks = torch.arange(1, order.shape[1] + 1, dtype=weights.dtype, device=weights.device) / weights.shape[1]
+        return Elimination(order, ranks.expand(order.shape))
+
+
 def required(fisher: torch.Tensor | None) -> torch.Tensor:
     """Return the Fisher of a method that sums something; without one it cannot go on."""
     if fisher is None:
@@ -116,6 +136,7 @@ METHODS: dict[str, Method] = {
         Method("cap", "gradients", default_damp=5e-4, refit=True),
         OBS("obs", "gradients", default_damp=5e-4),
         Method("sparsegpt", "inputs", default_damp=1e-2, whole_rows=True, sequential=True),
-        Magnitude("magnitude", None, default_damp=0.0),
+        Wanda("wanda", "inputs", default_damp=0.0, whole_rows=True, inverts=False),
+        Magnitude("magnitude", None, default_damp=0.0, inverts=False),
     )
 }

@@ -4,10 +4,10 @@ Pruning takes each layer by itself, with the inputs that the dense model gives i
 of layers that are sparse themselves. So, in the order of the forward pass, each row's weights w that are left and its
 bias b become those that minimise
 
-    1/n sum (y - w x - b)^2 + r |w - w0|^2
+    sum v (y - w x - b)^2 / sum v + r |w - w0|^2
 
-over n positions of all examples: x what really reaches the layer, y what the dense layer makes of its own inputs
-(asymmetric reconstruction, arXiv 1505.06798, section 3.3), w0 the weights as they were pruned.
+over the positions of all examples, of weight v: x what really reaches the layer, y what the dense layer makes of its
+own inputs (asymmetric reconstruction, arXiv 1505.06798, section 3.3), w0 the weights as they were pruned.
 """
 
 from collections.abc import Iterator
@@ -31,39 +31,52 @@ class LayerPairs:
         module: the one of its modules that was called.
         inputs: of the layer; Linear `(b, ..., in)`, Conv2d `(b, in, h, w)`.
         outputs: that are wanted of it, in the shape that it gives.
+        weights: v of each position, in the shape of the outputs without their channels.
     """
 
-    def __init__(self, target: Target, module: nn.Module, inputs: torch.Tensor, outputs: torch.Tensor) -> None:
+    def __init__(
+        self, target: Target, module: nn.Module, inputs: torch.Tensor, outputs: torch.Tensor, weights: torch.Tensor
+    ) -> None:
         self.target, self.module = target, module
         self.groups = getattr(module, "groups", 1)
         dtype = torch.promote_types(inputs.dtype, torch.float32)
-        self.inputs, self.outputs = inputs.to(dtype), outputs.to(dtype)
+        self.inputs, self.outputs, self.weights = inputs.to(dtype), outputs.to(dtype), weights.to(dtype)
 
-    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Yield inputs `(groups, n, row)`, in the order of a target's row, and outputs `(groups, n, out / groups)`."""
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+        """Yield inputs, outputs and weights of some positions at a time.
+
+        Inputs are `(groups, n, row)`, in the order of a target's row, outputs `(groups, n, out / groups)`, weights
+        `(n, 1)`.
+        """
         if isinstance(self.module, nn.Conv2d):
             for part, patches in unfold_parts(self.module, self.inputs, self.outputs):
                 outputs = self.outputs[part].flatten(2).unflatten(1, (self.groups, -1))
-                yield patches.transpose(0, 1).flatten(1, 2), outputs.permute(1, 0, 3, 2).flatten(1, 2)
+                yield (
+                    patches.transpose(0, 1).flatten(1, 2),
+                    outputs.permute(1, 0, 3, 2).flatten(1, 2),
+                    self.weights[part].reshape(-1, 1),
+                )
             return
         inputs, outputs = self.inputs.flatten(0, -2), self.outputs.flatten(0, -2)
+        weights = self.weights.reshape(-1, 1)
         step = max(1, PATCH_BYTES // (inputs.shape[1] * inputs.element_size()))
         for start in range(0, len(inputs), step):
-            yield inputs[None, start : start + step], outputs[None, start : start + step]
+            part = slice(start, start + step)
+            yield inputs[None, part], outputs[None, part], weights[part]
 
     def sums(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Return, in float64, how many positions there are `()`, and the sums of inputs and outputs, by group."""
+        """Return, in float64, the sum of the weights `()`, and the weighted sums of inputs and outputs, by group."""
         zeros = partial(torch.zeros, dtype=torch.float64, device=self.inputs.device)
         count, inputs = zeros(()), zeros(self.groups, self.target.row_size)
         outputs = zeros(self.groups, len(self.target.weight) // self.groups)
-        for x, y in self:
-            inputs += x.sum(1, dtype=torch.float64)
-            outputs += y.sum(1, dtype=torch.float64)
-            count += x.shape[1]
+        for x, y, v in self:
+            inputs += (v * x).sum(1, dtype=torch.float64)
+            outputs += (v * y).sum(1, dtype=torch.float64)
+            count += v.sum(dtype=torch.float64)
         return count, inputs, outputs
 
     def products(self, inputs: torch.Tensor, outputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the sums of `x x^T` and `y x^T` over positions, in float64, of deviations from means.
+        """Return the weighted sums of `x x^T` and `y x^T` over positions, in float64, of deviations from means.
 
         Args:
             inputs: `(groups, row)`, subtracted from each x: differences of large sums would lose what is small.
@@ -74,8 +87,9 @@ class LayerPairs:
         """
         squares = inputs.new_zeros(self.groups, inputs.shape[1], inputs.shape[1])
         products = inputs.new_zeros(self.groups, outputs.shape[1], inputs.shape[1])
-        for x, y in self:
+        for x, y, v in self:
             x, y = x - inputs[:, None].to(x.dtype), y - outputs[:, None].to(y.dtype)
+            x, y = v.sqrt() * x, v.sqrt() * y
             squares += x.mT @ x
             products += y.mT @ x
         return squares, products

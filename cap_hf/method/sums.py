@@ -1,11 +1,13 @@
 """Sums of outer products, symmetric, of which little more than half is stored."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import pairwise
 
 import torch
 
+from cap_hf.errors import CAPError
 from cap_hf.memory import zeros
+from cap_hf.targets import summarize
 
 # A symmetric sum is cut into strips of at least this height, and at most so many of them.
 STRIP_ROWS, MAX_STRIPS = 16, 6
@@ -41,9 +43,16 @@ class SymmetricSums:
         return self.strips[0].dtype
 
     def add(self, blocks: slice, factors: torch.Tensor) -> None:
-        """Add `factors[b].T @ factors[b]` to some of the matrices, for factors `(n, samples, B)`."""
+        """Add `factors[b].T @ factors[b]` to some of the matrices, for factors `(n, samples, B)`.
+
+        Factors of another dtype are multiplied in theirs.
+        """
         for strip, start, stop in self._edged(self.strips):
-            strip[blocks].baddbmm_(factors[:, :, start:stop].mT, factors[:, :, :stop])
+            left, right = factors[:, :, start:stop].mT, factors[:, :, :stop]
+            if factors.dtype == strip.dtype:
+                strip[blocks].baddbmm_(left, right)
+            else:
+                strip[blocks].add_(left @ right)
 
     def full(self, index: slice | torch.Tensor = slice(None), dtype: torch.dtype = torch.float64) -> torch.Tensor:
         """Return some of the matrices, whole, `(n, B, B)`, as a new tensor."""
@@ -76,3 +85,13 @@ def strip_edges(size: int) -> list[int]:
 def sums_per_block(size: int) -> int:
     """Return how many entries are stored of a symmetric B x B matrix."""
     return sum((stop - start) * stop for start, stop in pairwise(strip_edges(size)))
+
+
+def check_finite(sums: Mapping[str, SymmetricSums], of: str = "gradients") -> None:
+    """Raise a CAPError that names the first layers whose sums are not finite, and what they are sums of."""
+    broken = [name for name, each in sums.items() if not each.diagonals().sum().isfinite()]
+    if broken:
+        raise CAPError(
+            f"{of} are NaN or infinite in {summarize(broken, 3)}: check the model's weights and its dtype "
+            "(load it in float32) and the pixel values"
+        )

@@ -1,6 +1,6 @@
-"""Augment batches with kornia, from not at all to what dense vision transformers are trained with."""
+"""Augment batches, from not at all to what dense vision transformers are trained with; all but flips with kornia."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -40,6 +40,7 @@ class AugmentationPreset:
 # on augmentation); heavy is what DeiT trains dense models with.
 PRESETS = {
     "none": AugmentationPreset(),
+    "flip": AugmentationPreset(flip=0.5),
     "light": AugmentationPreset(min_crop=0.8, flip=0.5, operations=1, magnitude=5),
     "medium": AugmentationPreset(
         min_crop=0.5, flip=0.5, operations=2, magnitude=7, mixup=0.2, cutmix=0.2, erasing=0.1, label_smoothing=0.05
@@ -48,6 +49,25 @@ PRESETS = {
         min_crop=0.08, flip=0.5, operations=2, magnitude=9, mixup=0.5, cutmix=0.5, erasing=0.25, label_smoothing=0.1
     ),
 }
+
+
+class RandomFlip(nn.Module):
+    """Mirrors each image of a batch with a probability, and leaves labels alone; other than kornia's it needs nothing.
+
+    It draws from torch's global generator, on the CPU, so a resumed run goes on as it would have.
+    """
+
+    def __init__(self, probability: float) -> None:
+        super().__init__()
+        self.probability = probability
+
+    @torch.no_grad()
+    def forward(
+        self, pixel_values: torch.Tensor, labels: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return `pixel_values (b, channels, h, w)`, some of them mirrored, and the labels."""
+        mirrored = (torch.rand(len(pixel_values)) < self.probability).to(pixel_values.device)
+        return torch.where(mirrored[:, None, None, None], pixel_values.flip(-1), pixel_values), labels
 
 
 class BatchAugmentation(nn.Module):
@@ -142,25 +162,27 @@ def pixel_statistics(image_processor: Any) -> tuple[list[float], list[float]]:
     return [each / scale for each in mean], [each / scale for each in std]
 
 
-def make_augmentation(name: str, image_processor: Any, num_labels: int, flip: bool = True) -> BatchAugmentation | None:
-    """Return the augmentation of a preset's name, None for `none`.
+def make_augmentation(
+    name: str, image_processor: Any, num_labels: int, flip: bool = True
+) -> BatchAugmentation | RandomFlip | None:
+    """Return the augmentation of a preset's name; None where it changes nothing.
 
     Args:
         name: one of `PRESETS`.
-        image_processor: the model's.
+        image_processor: the model's; flips alone need none.
         num_labels: of the model; 0 where it has no head.
         flip: False where a mirrored image means something else, as with digits.
 
     Raises:
-        CAPError: there is no such preset, or no image processor.
+        CAPError: there is no such preset, or no image processor where one is needed.
     """
     if name not in PRESETS:
         raise CAPError(f"augmentation={name!r} is not one of {', '.join(PRESETS)}")
-    if name == "none":
+    preset = PRESETS[name] if flip else replace(PRESETS[name], flip=0.0)
+    if preset == AugmentationPreset():
         return None
+    if preset == AugmentationPreset(flip=preset.flip):
+        return RandomFlip(preset.flip)
     if image_processor is None:
         raise CAPError("augmentation needs the image processor: pass it as processing_class")
-    preset = PRESETS[name]
-    if not flip:
-        preset = AugmentationPreset(**{**vars(preset), "flip": 0.0})
     return BatchAugmentation(preset, image_processor, num_labels)

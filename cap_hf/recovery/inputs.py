@@ -19,9 +19,11 @@ def trainable(model: Any) -> PreTrainedModel:
     """Return a model without what wraps it: accelerate wraps it as the training needs it.
 
     Raises:
-        CAPError: it cannot be used as it is, or loses small steps.
+        CAPError: it cannot be used as it is, loses small steps, or is frozen.
     """
     found = usable_of_transformers(model)
+    if not any(parameter.requires_grad for parameter in found.parameters()):
+        raise CAPError("every weight of the model is frozen, as a teacher's are: model.requires_grad_(True)")
     if any(parameter.dtype == torch.float16 for parameter in found.parameters()):
         raise CAPError(
             "the model is in torch.float16, which loses the small steps of a training: load it in float32 (fp16=True "

@@ -100,6 +100,9 @@ class LabelObjective:
             assert labels is not None  # without a teacher there are some
             return label_loss(outputs["logits"], labels, smoothing), {"logits": outputs["logits"]}
         hard, soft = student_logits(outputs)
+        if not args.hard_label_weight:
+            # No head of two learns labels: what they say together learns from the teacher.
+            soft = outputs["logits"]
         targets, states = teacher(pixels, matches_hidden)
         loss = logit_loss(soft, targets, args.distillation_temperature)
         if recovering:

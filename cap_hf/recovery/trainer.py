@@ -254,5 +254,6 @@ def check_finite(model: nn.Module) -> None:
     broken = [name for name, value in model.named_parameters() if not value.detach().isfinite().all()]
     if broken:
         raise CAPError(
-            f"training diverged: {summarize(broken, 3)} is no longer finite; lower --learning_rate, warm up or clip"
+            f"training diverged: {summarize(broken, 3)} is no longer finite; lower --learning_rate (of cap-hf prune "
+            "--heal_learning_rate), warm up or clip"
         )

@@ -22,6 +22,7 @@ CHECKS: dict[str, tuple[str, dict]] = {
     "cap, convolutions": ("ResNet", {}),
     "obs": ("ViT", {"method": "obs"}),
     "sparsegpt": ("ViT", {"method": "sparsegpt"}),
+    "wanda": ("ViT", {"method": "wanda"}),
     "magnitude": ("ViT", {"method": "magnitude"}),
 }
 # Gradients differ by rounding between devices, so that weights of almost equal loss may change places.

@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import platform
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -21,13 +22,18 @@ class Results:
         args: of the command line, kept in the file; `args.json` is the file, or None for none.
         total: runs that the bar counts.
         keys: names of the entries that say what a row is of, such as `model`; compare.py finds equal rows by them.
+        rows: of an earlier run that goes on, which come first in `results`.
     """
 
-    def __init__(self, args: argparse.Namespace, total: int, keys: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self, args: argparse.Namespace, total: int, keys: tuple[str, ...] = (), rows: Sequence[dict] = ()
+    ) -> None:
         self.path = args.json
         arguments = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
         self.content: dict = {"arguments": arguments, "machine": machine(), "versions": versions()}
         self.content["row_keys"] = list(keys)
+        if rows:
+            self.content["results"] = list(rows)
         self.bar = tqdm(total=total, unit="run", dynamic_ncols=True)
 
     def __enter__(self) -> "Results":

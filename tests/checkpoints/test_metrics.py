@@ -11,9 +11,27 @@ def test_every_metric_is_a_checked_entry_of_a_report():
 
 
 def test_figures():
-    shown = {metric.key: metric.show(0.5) for metric in METRICS}
+    shown = {metric.key: metric.show({metric.key: 0.5}) for metric in METRICS}
     assert (shown["top1"], shown["loss"], shown["knn_top1"], shown["cosine"]) == ("50.00", "0.5000", "50.00", "0.5000")
-    assert METRICS[0].show(None) == "-"
+    top1, loss = METRICS[0], METRICS[2]
+    assert top1.show(None) == top1.show({"loss": 1.0}) == "-"
+    assert top1.show({"top1": 0.76, "top1_se": 0.00604}) == "76.00 ± 0.60"
+    assert loss.show({"loss": 1.5, "loss_se": 0.01}) == "1.5000 ± 0.0100"
+    assert loss.show({"loss": 1.5, "loss_se": 0.01}, error=False) == "1.5000"
+
+
+def test_drops():
+    dense, sparse = {"top1": 0.76, "top1_se": 0.006}, {"top1": 0.748, "top1_se": 0.006, "top1_drop_se": 0.004}
+    top1 = METRICS[0]
+    assert top1.show_drop(sparse, dense) == "1.20 ± 0.40"
+    assert top1.show_drop({"top1": 0.77}, dense) == "-1.00"
+    assert {top1.show_drop(*each) for each in ((dense, dense), (None, dense), (sparse, None), (sparse, {}))} == {"-"}
+
+
+def test_every_error_is_a_checked_entry_of_a_report():
+    for metric in METRICS:
+        names = {f"{metric.key}{end}" for end in ("_se", "_drop_se")}
+        assert not metric.drop or names <= set(Measured.__annotations__)
 
 
 def test_what_was_measured_has_the_order_of_the_list_whatever_was_first():

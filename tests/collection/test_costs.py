@@ -58,3 +58,16 @@ def test_the_first_step_is_not_timed(monkeypatch):
     costs = measured(build("ViT"), 8)
     assert len(calls) == 2
     assert costs.seconds == 1 / 2
+
+
+def test_the_positions_of_a_sample_are_counted():
+    """Tokens of a ViT: four patches and the class; pixels of a convolution's output."""
+    assert set(measured(build("ViT"), 8).positions.values()) == {5}
+    model = build("ResNet")
+    costs, outputs = measured(model, 16), {}
+    for target in find_targets(model):
+        target.module.register_forward_hook(
+            lambda module, args, output, name=target.name: outputs.update({name: output[0, 0].numel()})
+        )
+    model(**random_batches(model, 16)[0])
+    assert costs.positions == outputs

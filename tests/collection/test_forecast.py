@@ -1,5 +1,7 @@
 """What is foreseen of a job."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from support.models import build
@@ -22,6 +24,12 @@ def test_every_phase_is_foreseen_and_larger_groups_take_longer(monkeypatch, tmp_
     assert [each.kind for each in found] == ["collecting"] * 2 + ["eliminating"] + ["reconstructing"] * 3
     assert found[1].seconds > found[0].seconds > 0
     assert found[0].seconds == pytest.approx(costs.summing_seconds(targets[:2]) * 100)
+    # The inputs' products come on top, of as many positions as a sample has.
+    costs.positions = {target.name: 50 for target in targets}
+    longer = foresee(plan, costs, config, Processes(), None, 3)
+    assert longer[0].seconds > found[0].seconds
+    assert foresee(plan, costs, replace(config, fisher_prior="identity"), Processes(), None, 3)[0] == found[0]
+    costs.positions = {}
     monkeypatch.setattr(forecast, "disk_seconds", lambda folder: 1.0)
     slow = foresee(plan, costs, config, Processes(), tmp_path, 3)
     assert all(after.seconds > before.seconds for after, before in zip(slow, found, strict=True))

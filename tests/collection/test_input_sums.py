@@ -7,8 +7,30 @@ from support.sums import fill
 from torch.nn import functional as F
 
 from cap_hf.collection.input_sums import InputSums
+from cap_hf.errors import CAPError
 from cap_hf.method.fisher import BlockFisher
+from cap_hf.method.inputs import num_moments
 from cap_hf.targets import find_targets
+
+
+def test_the_sums_do_not_depend_on_the_order_of_the_examples():
+    """In which processes differ: each sums its own batches, and all of them are added up."""
+    model = build("ViT")
+    batches = [(batch, 4, None) for batch in random_batches(model, 8, sizes=(4,) * 6)]
+    targets = find_targets(model, 8)
+    forwards, backwards = (fill(InputSums(targets), model, each) for each in (batches, batches[::-1]))
+    for target in targets:
+        sums = forwards.sums[target.name]
+        assert sums.dtype == torch.float32
+        assert len(sums) == num_moments(target) == target.row_size // 8
+        assert sums.full().equal(backwards.sums[target.name].full())
+
+
+def test_inputs_that_are_not_finite_name_the_layer():
+    model = build("ViT")
+    model.vit.layers[1].layernorm_after.weight.data[0] = float("inf")
+    with pytest.raises(CAPError, match=r"inputs are NaN or infinite in vit.layers.1.mlp"):
+        fill(InputSums(find_targets(model)), model, [(random_batches(model, 8)[0], 4, None)])
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)

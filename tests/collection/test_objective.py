@@ -43,7 +43,8 @@ def test_deviations_are_measured_over_exactly_the_examples_of_the_gradients():
     model, config = tiny_dinov2(), CAPConfig(num_grads=6, fisher_loss="features")
     batches = [{"pixel_values": torch.randn(n, 3, 8, 8)} for n in (4, 4)]
     loss = make_loss(config, model)
-    measure_deviations(loss, model, CalibrationExamples(batches, config, Processes()), Processes(), True)
+    examples = CalibrationExamples(batches, config, Processes())
+    measure_deviations(loss, model, (batch for batch, _ in examples.batches()), Processes(), True)
     pixels = torch.cat([each["pixel_values"] for each in batches])[:6]
     with torch.no_grad():
         tokens = model(pixel_values=pixels).last_hidden_state

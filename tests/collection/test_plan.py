@@ -1,5 +1,7 @@
 """Passes within a memory budget: what is planned, and that the result is that of one pass."""
 
+from functools import partial
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -12,9 +14,10 @@ import cap_hf.collection.solver as solver_module
 from cap_hf import CAPCompressor, CAPConfig, CAPError
 from cap_hf.collection import room
 from cap_hf.collection.costs import Costs
-from cap_hf.collection.plan import Plan, plan_passes, sums_bytes
+from cap_hf.collection.plan import BLOCK_SIZES, Plan, automatic_sizes, plan_passes, sums_bytes
 from cap_hf.collection.resources import Resources
 from cap_hf.collection.shares import largest_shares
+from cap_hf.collection.solver import work_of
 from cap_hf.distributed.processes import Processes
 from cap_hf.targets import find_targets
 
@@ -25,15 +28,17 @@ from cap_hf.targets import find_targets
     sample=st.integers(0, 10**6),
     share=st.sampled_from([0.0, 0.5, 1.0]),
     widest=st.sampled_from([0, 2**10, 2**21, 2**24]),
+    prior=st.booleans(),
 )
 @settings(max_examples=100, deadline=None)
-def test_a_plan_takes_every_target_once_and_stays_within_the_budget(available, size, sample, share, widest):
+def test_a_plan_takes_every_target_once_and_stays_within_the_budget(available, size, sample, share, widest, prior):
     targets, processes = find_targets(build("ViT"), size), Processes()
     costs = Costs(16, sample, int(share * sample), widest)
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(solver_module, "BATCH_BYTES", 2**12)
-        plan = plan_passes(targets, size, available, costs, processes)
-        more = plan_passes(targets, size, 2 * available, costs, processes)
+        plan, more = (
+            plan_passes(targets, size, bytes_, costs, processes, prior=prior) for bytes_ in (available, 2 * available)
+        )
     if plan is None:
         return
     assert [target for each in plan.passes for target in each] == targets
@@ -43,14 +48,17 @@ def test_a_plan_takes_every_target_once_and_stays_within_the_budget(available, s
     held = sample * plan.microbatch + costs.kept * plan.step * (plan.microbatch < plan.step)
     assert plan.needed >= held
     for each in plan.passes:
-        assert sums_of(each) <= available
+        assert sums_of(each, prior) <= available
     assert bool(plan.spilled) or len(plan.passes) == 1
     assert len(more.passes) <= len(plan.passes)
 
 
-def sums_of(targets) -> int:
+def sums_of(targets, prior: bool = True) -> int:
     """Bytes of the sums of some targets, in one process."""
-    return sum(map(sums_bytes, targets, largest_shares(targets, Processes())))
+    return sum(
+        sums_bytes(target, blocks, prior)
+        for target, blocks in zip(targets, largest_shares(targets, Processes()), strict=True)
+    )
 
 
 def squeeze(monkeypatch, fraction: float, **sizes) -> None:
@@ -109,7 +117,7 @@ def test_batches_that_come_once_serve_one_pass_only(monkeypatch):
     assert compressor.fisher.count == 16
     squeeze(monkeypatch, 1.2, block_size="row")
     with pytest.raises(CAPError, match="passes need the examples again"):
-        CAPCompressor(model, CAPConfig(num_grads=16)).collect(iter(batches))
+        CAPCompressor(model, CAPConfig(num_grads=16, fisher_block_size="row")).collect(iter(batches))
 
 
 def test_too_little_memory_names_a_block_size(monkeypatch):
@@ -154,9 +162,32 @@ def test_the_plan_is_said(monkeypatch, capsys):
     model = build("ViT")
     squeeze(monkeypatch, 1.2, block_size="row")
     for disable in (False, True):
-        compressor = CAPCompressor(model, CAPConfig(num_grads=16), disable_tqdm=disable)
+        config = CAPConfig(num_grads=16, fisher_block_size="row")
+        compressor = CAPCompressor(model, config, disable_tqdm=disable)
         compressor.collect(random_batches(model, 8, sizes=(8, 8)))
-        assert ("passes over the examples" in capsys.readouterr().err) != disable
+        said = capsys.readouterr().err
+        assert ("passes over the examples" in said) != disable
+        assert ("blocks of a row" in said) != disable
+
+
+def test_blocks_are_as_large_as_memory_and_time_allow(monkeypatch):
+    """Whole rows where their elimination is cheap, USUAL_SIZE or less where it is not; several passes at the last."""
+    find = partial(find_targets, build("ViT"))
+    assert automatic_sizes(find) == list(BLOCK_SIZES)
+    monkeypatch.setattr(plan_module, "USUAL_SIZE", 16)
+    rows = sum(work_of(target, target.num_blocks) for target in find("row"))
+    monkeypatch.setattr(plan_module, "MOST_WORK", rows - 1)
+    assert automatic_sizes(find) == [16]
+    monkeypatch.setattr(plan_module, "MOST_WORK", rows)
+    assert automatic_sizes(find)[0] == "row"
+
+    model, batches = build("ViT"), random_batches(build("ViT"), 8, sizes=(8, 8))
+    squeeze(monkeypatch, 1.2, block_size="row")
+    small = CAPCompressor(model, CAPConfig(num_grads=16)).collect(batches).plan
+    assert (len(small.passes), small.block_size) == (1, 16)
+    squeeze(monkeypatch, 1.2, block_size=16)
+    spilled = CAPCompressor(model, CAPConfig(num_grads=16)).collect(batches).plan
+    assert len(spilled.passes) > 1
 
 
 def test_a_plan_counts_what_each_room_says(monkeypatch):
@@ -167,6 +198,10 @@ def test_a_plan_counts_what_each_room_says(monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(getattr(plan_module, module), "peak_bytes", lambda *_: 10**11)
             assert plan_passes(targets, "row", 10**12, costs, Processes()).needed > base + 9 * 10**10, module
+    inputs = sums_of(targets) - sums_of(targets, prior=False)
+    # In float64 what a process has, in float32 what all have, of each input 16 or 32 wide a little more than half.
+    assert 12 * (10 * 16**2 + 2 * 32**2) // 2 < inputs <= 12 * (10 * 16**2 + 2 * 32**2)
+    assert plan_passes(targets, "row", 10**12, costs, Processes(), prior=True).needed == base + inputs
     patched = Costs(16, 1000, 10, 0, patches=10**9, held=10**9)
     assert plan_passes(targets, "row", 10**12, patched, Processes()).needed > base + 16 * 10**9
 

@@ -2,12 +2,10 @@
 
 import pytest
 import torch
-from torch import nn
 
 from cap_hf.collection.spill import DiskTensors, SpilledSums
 from cap_hf.errors import CAPError
 from cap_hf.method.sums import SymmetricSums
-from cap_hf.targets import Target
 
 CPU = torch.device("cpu")
 
@@ -47,12 +45,12 @@ def test_a_folder_that_cannot_be_made_is_one_line(tmp_path):
 
 
 def test_sums_come_back_one_target_at_a_time(tmp_path):
-    targets = [Target(name, nn.Linear(48, 4), 48) for name in ("a", "b")]
-    spilled, kept = SpilledSums(tmp_path, targets, CPU), {}
-    for index, target in enumerate(targets):
-        kept[target.name] = SymmetricSums.zeros(4, 48, torch.float32, CPU)
-        kept[target.name].add(slice(None), torch.randn(4, 7, 48, generator=torch.Generator().manual_seed(index)))
-    spilled.write(kept)
+    sizes = {"a": 48, "b": 96}
+    spilled, kept = SpilledSums(tmp_path, sizes, CPU), {}
+    for index, (name, size) in enumerate(sizes.items()):
+        kept[name] = SymmetricSums.zeros(4, size, torch.float32, CPU)
+        kept[name].add(slice(None), torch.randn(4, 7, size, generator=torch.Generator().manual_seed(index)))
+    spilled.update(kept)
     assert list(spilled) == ["a", "b"]
     for name, sums in kept.items():
         assert torch.equal(spilled[name].full(), sums.full())

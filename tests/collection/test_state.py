@@ -69,7 +69,7 @@ MOMENTS = {
     "between two saves": dies_in(GradientSums, "step", 6),
     "in a save": dies_in(state_module, "save_file", 17),
     "while the old save goes": dies_in(state_module.shutil, "rmtree", 5),
-    "while sums are spilled": dies_in(SpilledSums, "write", 2),
+    "while sums are spilled": dies_in(SpilledSums, "update", 3),
     "in the elimination": dies_in(solver_module.Solver, "eliminate", 3),
     "between the order and the losses of a target": dies_in(DiskTensors, "__setitem__", 6),
 }
@@ -156,7 +156,7 @@ def test_a_state_of_another_run_is_refused(tmp_path, monkeypatch):
         other.classifier.bias[0] += 1
     cases = [
         ({"config": CONFIG | {"seed": 1}}, "config seed differs: 42 there, 1 here"),
-        ({"config": CONFIG | {"fisher_block_size": 8}}, "config fisher_block_size differs: row there, 8 here"),
+        ({"config": CONFIG | {"fisher_block_size": 8}}, "config fisher_block_size differs: auto there, 8 here"),
         ({"model": other}, "model weights differs$"),
         ({"seed": 1}, "the examples differ"),
         ({"sizes": (4,) * 7}, "number of examples differs: 8 there, 7 here"),
@@ -285,7 +285,7 @@ def test_other_examples_are_refused_after_a_finished_pass_too(tmp_path, monkeypa
     folder = tmp_path / "state"
     squeeze(True)
     with monkeypatch.context() as patch:
-        patch.setattr(SpilledSums, "write", interrupt_at(SpilledSums.write, 2))
+        patch.setattr(SpilledSums, "update", interrupt_at(SpilledSums.update, 3))
         with pytest.raises(KeyboardInterrupt):
             prune(folder)
     gc.collect()

@@ -181,3 +181,8 @@ def test_a_bank_is_loaded_where_there_is_no_head_but_labels(tiny_checkpoint, tmp
         assert len(splits.get("bank", ())) == (60 if "bank" in names else 0)
     assert image_dataset(splits["eval"], processor, model, labelled).labelled
     assert load_all(backbone, labelled, 1, ["eval"], bank_size=60)[2].keys() == {"eval", "bank"}
+    # More images to train on leave the bank as it is.
+    fewer, more = (
+        load_all(backbone, labelled, 1, train_examples=count, bank_size=60, apart=32)[2]["bank"] for count in (32, 500)
+    )
+    assert fewer["label"][:] == more["label"][:]

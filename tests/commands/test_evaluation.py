@@ -28,7 +28,8 @@ def test_what_is_measured(tiny_checkpoint, tmp_path):
     few = DataArguments(max_eval_samples=20)
     plain = DataArguments(str(image_folder(tmp_path / "plain", ("train", "test"), ("",))))
     backbone = backbone_checkpoint(tmp_path / "backbone")
-    accuracy, features = {"top1", "top5", "loss"}, {"cosine", "cosine_p5"}
+    accuracy = {f"{name}{end}" for name in ("top1", "top5", "loss") for end in ("", "_se")}
+    features = {"cosine", "cosine_p5", "cosine_se"}
     probes = {f"{probe}{end}" for probe in ("knn_top1", "linear_top1") for end in ("", "_se")} | {"bank_examples"}
     for folder, data_args, bank_size, alone, compared in (
         (tiny_checkpoint, few, 40, accuracy, accuracy),
@@ -44,8 +45,10 @@ def test_what_is_measured(tiny_checkpoint, tmp_path):
         else:
             evaluation.check_alone()
             assert evaluation.measure(model).keys() == alone | {"num_examples"}
-        assert evaluation.measure_dense(model).keys() == compared | {"num_examples"}
-        drops = {"knn_top1_drop_se", "linear_top1_drop_se"} if probes <= compared else set()
+        # The dense model's cosine to itself is no estimate.
+        assert evaluation.measure_dense(model).keys() == compared - {"cosine_se"} | {"num_examples"}
+        estimates = compared - {"cosine", "cosine_p5", "patch_error", "bank_examples"}
+        drops = {f"{name}_drop_se" for name in estimates if not name.endswith("_se")}
         assert evaluation.measure(model).keys() == compared | drops | {"num_examples"}
 
 

@@ -8,9 +8,10 @@ from accelerate import Accelerator
 from sklearn.metrics import top_k_accuracy_score
 from support.models import build, random_batches
 from torch.nn import functional as F
+from torch.utils.data import DataLoader
 
 from cap_hf.data.arguments import DataArguments
-from cap_hf.data.evaluation import ImageClassificationMetric, evaluate_model
+from cap_hf.data.evaluation import AccuracyEvaluation, ImageClassificationMetric, evaluate_model
 from cap_hf.data.images import ImageDataset, make_dataloader
 from cap_hf.data.splits import load_splits
 from cap_hf.errors import CAPError
@@ -92,3 +93,34 @@ def test_a_model_that_gives_no_numbers_is_not_measured():
     model.classifier.bias.data[3] = float("nan")
     with pytest.raises(CAPError, match="the model's logits are NaN: check its weights"):
         evaluate_model(model, random_batches(model, 8), Accelerator(), disable_tqdm=True)
+
+
+def test_what_is_lost_is_compared_image_by_image():
+    """Against numpy, on logits that plain calls return; a second model that is the first one has lost nothing."""
+    dense, sparse = build("ViT"), build("ViT")
+    sparse.load_state_dict(dense.state_dict())
+    sparse.vit.layers[0].mlp.fc1.weight.data.mul_(-8)
+    batches = random_batches(dense, 8, sizes=(8, 8, 4))
+    loader = DataLoader(
+        [{name: value[i] for name, value in b.items()} for b in batches for i in range(len(b["labels"]))], 8
+    )
+    evaluation = AccuracyEvaluation(loader, Accelerator(), disable_tqdm=True)
+    assert evaluation.measure(sparse).keys() == {
+        f"{name}{end}" for name in ("top1", "top5", "loss") for end in ("", "_se")
+    } | {"num_examples"}
+    first, second, again = evaluation.measure_dense(dense), evaluation.measure(sparse), evaluation.measure(dense)
+    hits, losses = [], []
+    with torch.no_grad():
+        for model in (dense, sparse):
+            logits = torch.cat([model(pixel_values=batch["pixel_values"]).logits for batch in batches])
+            labels = torch.cat([batch["labels"] for batch in batches])
+            hits.append((logits.argmax(dim=1) == labels).double().numpy())
+            losses.append(F.cross_entropy(logits.double(), labels, reduction="none").numpy())
+    for found, hit, loss in ((first, hits[0], losses[0]), (second, hits[1], losses[1])):
+        share = hit.mean()
+        assert found["top1_se"] == pytest.approx(np.sqrt(share * (1 - share) / 20))
+        assert found["loss_se"] == pytest.approx(loss.std() / np.sqrt(20), rel=1e-5)
+    assert second["top1_drop_se"] == pytest.approx((hits[0] - hits[1]).std() / np.sqrt(20))
+    assert second["loss_drop_se"] == pytest.approx((losses[0] - losses[1]).std() / np.sqrt(20), rel=1e-5)
+    assert second["top1_drop_se"] > 0
+    assert again == first | {"top1_drop_se": 0, "top5_drop_se": 0, "loss_drop_se": 0}

@@ -91,6 +91,7 @@ def test_a_model_against_the_dense_one_and_with_labels():
     a, b = hits["dense"]["queries"], hits["sparse"]["queries"]
     cosines = (a * b).sum(1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)
     assert found["cosine"] == pytest.approx(cosines.mean(), rel=1e-5)
+    assert found["cosine_se"] == pytest.approx(cosines.std() / np.sqrt(40), rel=1e-3)
     assert found["cosine_p5"] == pytest.approx(np.percentile(cosines, 5), rel=1e-5)
     with torch.no_grad():
         t, s = (each(torch.stack([one["pixel_values"] for one in data])).last_hidden_state for each in (model, sparse))
@@ -112,7 +113,7 @@ def test_without_labels_features_are_compared_alone():
     assert evaluation.measure(tiny_dinov2()) == {"num_examples": 8}
     evaluation.measure_dense(tiny_dinov2())
     found = evaluation.measure(pruned(tiny_dinov2()))
-    assert found.keys() == {"cosine", "cosine_p5", "patch_error", "num_examples"}
+    assert found.keys() == {"cosine", "cosine_se", "cosine_p5", "patch_error", "num_examples"}
 
 
 def test_a_classifier_is_compared_by_its_logits():

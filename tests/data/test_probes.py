@@ -1,4 +1,4 @@
-"""k-NN against a plain loop, the linear probe against scikit-learn, standard errors against numpy."""
+"""k-NN against a plain loop, the linear probe against scikit-learn."""
 
 import math
 
@@ -9,7 +9,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
 from cap_hf.data import probes
-from cap_hf.data.probes import PENALTY, linear_probe, nearest_neighbours, standard_error
+from cap_hf.data.probes import PENALTY, linear_probe, nearest_neighbours
 from cap_hf.errors import CAPError
 
 
@@ -74,12 +74,3 @@ def test_a_bank_of_one_class_and_a_caller_without_gradients():
         found = linear_probe(bank, labels, bank)
     assert torch.equal(found, linear_probe(bank, labels, bank))
     assert len(found.unique()) > 1
-
-
-def test_standard_errors():
-    hits = torch.tensor([True, True, True, False])
-    assert standard_error(hits) == pytest.approx(math.sqrt(0.75 * 0.25 / 4))
-    other = torch.tensor([True, False, True, False])
-    differences = hits.double() - other.double()
-    assert standard_error(differences) == pytest.approx(float(np.std([0, 1, 0, 0])) / 2)
-    assert standard_error(hits.double() - hits.double()) == 0

@@ -26,7 +26,7 @@ def test_defaults_and_values_of_arguments():
     page = cli.render()
     for row in (
         "| `--model_name_or_path` | text | required |",
-        "| `--method` | `cap`, `obs`, `sparsegpt`, `magnitude` | `cap` |",
+        "| `--method` | `cap`, `obs`, `sparsegpt`, `wanda`, `magnitude` | `cap` |",
         "| `--sparsity` | number; several |  |",
         "| `--do_eval` | true, false | `true` |",
         "| `--batch_sizes` | whole number; several | `1 8` |",

@@ -163,6 +163,13 @@ GRADUALLY |= {"teacher_model_name_or_path": None, "dense": None, "model_name_or_
             "someone/pictures --eval_split_name test --max_steps 3 --learning_rate 0.0001",
         ),
         (
+            TRAINED | {"training_arguments": {"max_steps": 3, "hard_label_weight": 0.0}},
+            None,
+            ["recovered: trained without labels, towards what its teacher makes of the same images, with every zero"],
+            "finetune --model_name_or_path sparsity-0.75 --teacher_model_name_or_path dense --dataset_name "
+            "someone/pictures --eval_split_name test --max_steps 3 --hard_label_weight 0.0",
+        ),
+        (
             GRADUALLY,
             None,
             ["pruned gradually from col while it was trained: 75.00 %", "| top-1 accuracy % | 62.50 | 70.00 |"],
@@ -208,7 +215,8 @@ def test_license_comes_from_the_base_model(tmp_path):
     assert "pruned from base" in card.content
 
 
-FEATURES = {"knn_top1": 0.75, "knn_top1_drop_se": 0.004, "cosine": 0.98765, "bank_examples": 5000, "num_examples": 100}
+FEATURES = {"knn_top1": 0.75, "knn_top1_se": 0.043, "knn_top1_drop_se": 0.004, "cosine": 0.98765, "cosine_se": 0.0012}
+FEATURES |= {"bank_examples": 5000, "num_examples": 100}
 
 
 def backbone(folder, compressed=False):
@@ -217,7 +225,7 @@ def backbone(folder, compressed=False):
     report = {
         "model_name_or_path": "someone/dinov2",
         "data": {"dataset_name": "someone/pictures", "eval_split_name": "test"},
-        "dense": {"knn_top1": 0.8, "cosine": 1.0, "num_examples": 100},
+        "dense": {"knn_top1": 0.8, "knn_top1_se": 0.04, "cosine": 1.0, "num_examples": 100},
         "sparse": FEATURES,
         "pruning": compressor.prune(0.5).to_dict(),
     }
@@ -246,9 +254,11 @@ def test_a_backbone_is_no_classifier(tmp_path):
     for said in (
         "Dinov2Model, a vision backbone, pruned from [someone/dinov2]",
         "## What was measured",
-        "| k-NN top-1 accuracy % | 80.00 | 75.00 |",
-        "| cosine of an image's feature to the dense model's, mean | 1.0000 | 0.9877 |",
-        "know 5,000 labelled images of the train split; the standard error of what k-NN lost is 0.40 points.",
+        "| | dense | this model | drop |",
+        "| k-NN top-1 accuracy % | 80.00 ± 4.00 | 75.00 ± 4.30 | 5.00 ± 0.40 |",
+        "| cosine of an image's feature to the dense model's, mean | 1.0000 | 0.9877 ± 0.0012 |  |",
+        "± is the standard error over these examples; that of the drop from the dense model is of the differences on",
+        "know 5,000 labelled images of the train split.",
         'pipeline("image-feature-extraction", model=',
         "from cap_hf import SparseAutoModel",
     ):

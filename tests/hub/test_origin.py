@@ -4,7 +4,7 @@ import json
 import shlex
 from dataclasses import asdict
 
-from cap_hf.commands.finetune import read_arguments
+from cap_hf.commands.training import read_arguments
 from cap_hf.config import CAPConfig
 from cap_hf.data.arguments import DataArguments
 from cap_hf.hub.origin import GRADUAL, PRUNED, RECOVERED, command_line, kind_of, run_of
@@ -55,6 +55,9 @@ def test_the_order_of_a_prune_run():
     report = {"model_name_or_path": "/x/vit", "data": asdict(DataArguments(**DATA))}
     expected = "cap-hf prune --model_name_or_path vit --dataset_name d --train_val_split 0.1 --max_train_samples 64"
     assert command(report, CAPConfig(seed=3)) == (PRUNED, f"{expected} --streaming true --seed 3 --sparsity 0.9")
+    report["healing"] = {"steps": 300, "batch_size": 8, "images": 2400, "learning_rate": 2e-4, "loss_start": 1.0}
+    healed = "--sparsity 0.9 --heal_steps 300 --heal_batch_size 8 --heal_learning_rate 0.0002"
+    assert command(report, CAPConfig()) == (PRUNED, f"{expected} --streaming true {healed}")
 
 
 def test_too_little_is_told_for_a_command():

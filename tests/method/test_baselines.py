@@ -1,9 +1,12 @@
 """The baselines against plain versions of what their papers say."""
 
+import pytest
 import torch
 from support.models import build, random_batches
+from torch import nn
+from torch.nn import functional as F
 
-from cap_hf import CAPCompressor, CAPConfig
+from cap_hf import CAPCompressor, CAPConfig, find_targets
 from cap_hf.config import NMPattern
 from cap_hf.method.baselines import rank_scores
 
@@ -55,6 +58,68 @@ def test_sparsegpt_is_better_than_magnitude_at_its_own_objective():
         CAPCompressor(model, config).collect([batch]).prune(0.5)
         losses[method] = float((hidden(inputs) - outputs).square().sum())
     assert losses["sparsegpt"] < 0.7 * losses["magnitude"]
+
+
+def as_rows(weight):
+    """A weight's rows, the input channels of a convolution last."""
+    return weight.detach().clone().permute(0, *range(2, weight.dim()), 1).flatten(1)
+
+
+def inputs_of(model, batch):
+    """The inputs of all targets in a forward pass, in float64, as rows that a weight's rows are multiplied with."""
+    seen, handles = {}, []
+    for target in find_targets(model):
+
+        def keep(module, args, output, name=target.name):
+            x = args[0].double()
+            if isinstance(module, nn.Conv2d):
+                patches = F.unfold(x, module.kernel_size, module.dilation, module.padding, module.stride)
+                # Channels are the last, as N:M counts them.
+                x = patches.unflatten(1, (module.groups, -1, module.weight[0, 0].numel()))
+                x = x.permute(1, 0, 4, 3, 2).flatten(3).flatten(1, 2)
+            else:
+                x = x.reshape(1, -1, x.shape[-1])
+            seen[name] = x
+
+        handles.append(target.module.register_forward_hook(keep))
+    with torch.no_grad():
+        model(pixel_values=batch["pixel_values"])
+    for handle in handles:
+        handle.remove()
+    return seen
+
+
+@pytest.mark.parametrize(("name", "side"), [("ViT", 8), ("ConvNext", 32)])
+@pytest.mark.parametrize("allocation", ["global", "uniform", "2:4"])
+def test_wanda_removes_in_every_row_the_smallest_products_of_weight_and_input_norm(name, side, allocation):
+    """Against a loop over rows in float64 (arXiv 2306.11695, Algorithm 1): patches, depthwise groups, zeros first."""
+    model = build(name).double()
+    exclude = ["*dwconv*"] if name == "ConvNext" and allocation == "2:4" else None
+    for target in find_targets(model):
+        target.weight.data.view(-1)[::7] = 0
+    batch = random_batches(model, side, sizes=(6,))[0]
+    batch["pixel_values"] = batch["pixel_values"].double()
+    inputs, dense = inputs_of(model, batch), {each.name: as_rows(each.weight) for each in find_targets(model)}
+    config = CAPConfig(method="wanda", num_grads=6, allocation=allocation, exclude=exclude)
+    compressor = CAPCompressor(model, config).collect([batch])
+    compressor.prune(None if allocation == "2:4" else 0.6)
+    wrong = 0
+    for target in compressor.targets:
+        groups, rows = inputs[target.name], as_rows(target.weight)
+        for index, (row, old) in enumerate(zip(rows, dense[target.name], strict=True)):
+            norms = groups[index * len(groups) // len(rows)].square().sum(dim=0).sqrt()
+            scores = (old.abs() * norms).masked_fill(old == 0, -1)
+            if allocation == "2:4":
+                lowest = scores.view(-1, 4).argsort(dim=1, stable=True)[:, :2]
+                removed = (lowest + 4 * torch.arange(len(row) // 4)[:, None]).flatten()
+            else:
+                count = int((row == 0).sum())
+                # Each row gives up the same share; of equal ranks those of the first rows go first.
+                assert abs(count - 0.6 * len(row)) < 1
+                removed = scores.argsort(stable=True)[:count]
+            expected = old.index_fill(0, removed, 0.0)
+            wrong += not torch.equal(row, expected)
+    assert wrong == 0
 
 
 def test_rank_scores_with_a_pattern():

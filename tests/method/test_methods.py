@@ -6,7 +6,7 @@ import torch
 from cap_hf.config import METHODS as NAMES
 from cap_hf.config import CAPConfig, NMPattern
 from cap_hf.method.baselines import rank_scores, saliencies
-from cap_hf.method.elimination import eliminate
+from cap_hf.method.elimination import Elimination, eliminate
 from cap_hf.method.methods import METHODS
 from cap_hf.method.reconstruction import independent_update, reconstruct
 
@@ -18,7 +18,7 @@ def test_the_registry_has_what_a_config_may_name():
 
 
 def test_the_damp_is_the_config_s_or_the_method_s():
-    for name, damp in {"cap": 5e-4, "obs": 5e-4, "sparsegpt": 1e-2}.items():
+    for name, damp in {"cap": 5e-4, "obs": 5e-4, "sparsegpt": 1e-2, "wanda": 0.0}.items():
         assert METHODS[name].damp(CAPConfig(method=name)) == damp
         assert METHODS[name].damp(CAPConfig(method=name, damp=0.5)) == 0.5
 
@@ -30,9 +30,16 @@ def test_a_refit_is_the_config_s_or_the_method_s():
         assert not method.refits(CAPConfig(method=name, refit=False))
 
 
-def test_sparsegpt_knows_rows_alone():
-    assert METHODS["sparsegpt"].block_size(CAPConfig(method="sparsegpt", fisher_block_size=8)) == "row"
+def test_methods_of_inputs_know_rows_alone():
+    for name in ("sparsegpt", "wanda"):
+        assert METHODS[name].block_size(CAPConfig(method=name, fisher_block_size=8)) == "row"
     assert METHODS["cap"].block_size(CAPConfig(fisher_block_size=8)) == 8
+
+
+def test_methods_of_gradients_alone_have_a_prior():
+    assert {name for name, method in METHODS.items() if method.has_prior(CAPConfig())} == {"cap", "obs"}
+    for changes in ({"fisher_prior": "identity"}, {"prior_strength": 0}):
+        assert not any(method.has_prior(CAPConfig(**changes)) for method in METHODS.values())
 
 
 @pytest.fixture
@@ -52,10 +59,13 @@ def test_each_method_has_its_own_order(problem, pattern):
     alone[:, 2, :] = alone[:, :, 2] = 0
     alone[:, 2, 2] = 1
     inverse = torch.linalg.inv(alone)
+    by_norm = (weights.abs() * fisher.diagonal(dim1=1, dim2=2).sqrt()).masked_fill(weights == 0, -1)
+    ranked = rank_scores(by_norm, pattern).order
     expected = {
         "cap": eliminate(weights, inverse, pattern),
         "sparsegpt": eliminate(weights, inverse, pattern),
         "obs": rank_scores(saliencies(weights, inverse), pattern),
+        "wanda": Elimination(ranked, (torch.arange(ranked.shape[1]).double() + 1).div(8).expand(ranked.shape)),
         "magnitude": rank_scores(weights.square(), pattern),
     }
     for name, method in METHODS.items():
@@ -72,7 +82,7 @@ def test_what_is_kept_moves_as_the_config_says(problem):
             found = method.reconstruct(weights, None if name == "magnitude" else fisher.clone(), keep, update)
             assert (found[~keep] == 0).all()
             moved = not torch.equal(found[keep], weights[keep])
-            assert moved == (name != "magnitude" and update != "none"), (name, update)
+            assert moved == (name not in ("wanda", "magnitude") and update != "none"), (name, update)
     joint = METHODS["cap"].reconstruct(weights, fisher, keep, "joint")
     assert torch.equal(joint, reconstruct(weights, fisher, keep))
     alone = fisher.clone()

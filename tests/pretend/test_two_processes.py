@@ -86,8 +86,10 @@ def test_evaluation_gives_what_one_gives(results):
     assert loss == pytest.approx(expected["loss"])
 
 
-def test_recovery_holds_the_masks(results):
-    found, _ = outcome(results, "recover")
+@pytest.mark.parametrize(("name", "number"), [("recover", None), ("heal", 48)])
+def test_recovery_holds_the_masks(results, name, number):
+    found, told = outcome(results, name)
+    assert told == number
     model = sparse_vit()
     expected = zeros(model)
     model.load_state_dict(found)

@@ -12,6 +12,7 @@ from cap_hf.recovery.augmentation import (
     PRESETS,
     AugmentationPreset,
     BatchAugmentation,
+    RandomFlip,
     make_augmentation,
     pixel_statistics,
 )
@@ -45,9 +46,10 @@ def test_nothing_is_nothing():
     assert make_augmentation("none", None, NUM_LABELS) is None
 
 
-def test_a_run_without_augmentation_does_not_import_kornia(tmp_path):
+@pytest.mark.parametrize("name", ["none", "flip"])
+def test_a_run_without_augmentation_but_flips_does_not_import_kornia(tmp_path, name):
     before = set(sys.modules)
-    make_trainer(tmp_path, sparse_vit(), max_steps=1).train()
+    make_trainer(tmp_path, sparse_vit(), max_steps=1, augmentation=name).train()
     assert not any(name.startswith("kornia") for name in set(sys.modules) - before)
 
 
@@ -58,7 +60,7 @@ def test_it_works_without_torchvision():
 
 def test_presets_grow_stronger():
     names = ["none", "light", "medium", "heavy"]
-    assert list(PRESETS) == names
+    assert [name for name in PRESETS if name != "flip"] == names
     for weaker, stronger in itertools.pairwise(names):
         one, other = PRESETS[weaker], PRESETS[stronger]
         assert one.min_crop > other.min_crop
@@ -72,9 +74,20 @@ def test_without_flip_a_preset_never_mirrors():
     assert make_augmentation("light", image_processor(), NUM_LABELS).flip is not None
 
 
-def test_flip_alone_mirrors_half_of_the_images():
+def test_flips_without_kornia_are_made_of_a_preset_of_nothing_else():
+    augmentation = make_augmentation("flip", None, NUM_LABELS)
+    assert isinstance(augmentation, RandomFlip)
+    assert make_augmentation("flip", None, NUM_LABELS, flip=False) is None
+    pixels, labels = batch(count=64)
+    assert augmentation(pixels, labels)[1] is labels
+
+
+@pytest.mark.parametrize(
+    "augmentation",
+    [RandomFlip(0.5), BatchAugmentation(AugmentationPreset(flip=0.5), image_processor(), NUM_LABELS)],
+)
+def test_flip_alone_mirrors_half_of_the_images(augmentation):
     torch.manual_seed(0)
-    augmentation = BatchAugmentation(AugmentationPreset(flip=0.5), image_processor(), NUM_LABELS)
     pixels, labels = batch(count=64)
     images, _ = augmentation(pixels, labels)
     same = [torch.allclose(a, b, atol=1e-5) for a, b in zip(images, pixels, strict=True)]
@@ -129,7 +142,7 @@ def test_evaluation_is_not_augmented(tmp_path):
 
 
 def test_what_is_missing_is_one_line():
-    with pytest.raises(CAPError, match="none, light, medium, heavy"):
+    with pytest.raises(CAPError, match="none, flip, light, medium, heavy"):
         make_augmentation("strong", image_processor(), NUM_LABELS)
     with pytest.raises(CAPError, match="processing_class"):
         make_augmentation("light", None, NUM_LABELS)

@@ -40,6 +40,7 @@ def test_models_that_cannot_be_trained_are_one_line(tmp_path):
         (nn.Sequential(nn.Linear(2, 2)), None, "Sequential is no model of transformers: load it with AutoModel"),
         (sparse_vit(), nn.Sequential(nn.Linear(2, 2)), "Sequential is no model of transformers"),
         ("some/checkpoint", None, "is no model but of type str"),
+        (sparse_vit().requires_grad_(False), None, "every weight of the model is frozen, as a teacher's are"),
         (
             sparse_vit(problem_type="multi_label_classification"),
             tiny_vit(1),

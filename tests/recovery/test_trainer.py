@@ -119,6 +119,11 @@ def test_the_distillation_token_learns_from_the_teacher(tmp_path):
     p = (target / 3).softmax(-1)
     soft = 9 * (p * (p.log() - (own.distillation_logits / 3).log_softmax(-1))).sum(-1).mean()
     torch.testing.assert_close(loss.detach(), hard + 2 * soft)
+    # Where no head learns labels, both together learn from the teacher.
+    trainer.args.hard_label_weight = 0.0
+    soft = 9 * (p * (p.log() - (own.logits / 3).log_softmax(-1))).sum(-1).mean()
+    torch.testing.assert_close(trainer.compute_loss(model, batch).detach(), 2 * soft)
+    trainer.args.hard_label_weight = 1.0
     trainer.train()
     # Its class takes no labels: the plain Trainer would evaluate no loss.
     metrics = trainer.evaluate()

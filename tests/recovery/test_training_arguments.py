@@ -16,7 +16,7 @@ from cap_hf.recovery.training_arguments import SparseTrainingArguments
         ({"sparsity_schedule": "0.1,0.9,3,cubic"}, "starts at sparsity 0.1, but the model is 60"),
         ({"sparsity_schedule": "0:0.9"}, "in epochs but the run is in --max_steps"),
         ({"sparsity_schedule": "0.65,0.9,20,cubic"}, "twice at optimizer step"),
-        ({"augmentation": "mighty"}, "none, light, medium, heavy"),
+        ({"augmentation": "mighty"}, "none, flip, light, medium, heavy"),
         ({"ema_decay": 1.0}, "not between 0 and 1"),
         ({"cycle_peak_decay": 0.0}, r"not in \(0, 1\]"),
         ({"distillation_temperature": 0.0}, "greater than 0"),

@@ -14,6 +14,11 @@ def prune(model: Path, output: Path, *arguments: str) -> int:
     return main(["prune", "--model_name_or_path", str(model), "--output_dir", str(output), *FAST, *arguments])
 
 
+def without_drops(metrics: dict) -> dict:
+    """Return what is measured of a model without a dense one to compare it with."""
+    return {name: value for name, value in metrics.items() if not name.endswith("_drop_se")}
+
+
 def image_folder(folder: Path, splits: tuple[str, ...], names: tuple[str, ...]) -> Path:
     """Write one grey image of 8x8 per split and class; return the folder."""
     for split in splits:

@@ -33,6 +33,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "obs 2:4": ("ViT", {"method": "obs", "allocation": "2:4"}),
     "sparsegpt": ("ViT", {"method": "sparsegpt"}),
     "sparsegpt uniform": ("ResNet", {"method": "sparsegpt", "allocation": "uniform"}),
+    "wanda": ("ResNet", {"method": "wanda"}),
     "magnitude": ("ConvNext", {"method": "magnitude"}),
     "magnitude 2:4": ("ViT", {"method": "magnitude", "allocation": "2:4"}),
 }

@@ -11,10 +11,12 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel
 
 from cap_hf import SparseTrainer
 from cap_hf.commands.main import main
 from cap_hf.data.evaluation import evaluate_model
+from cap_hf.recovery.healing import heal
 from support import pretend
 from support.models import build
 from support.pretend.runs import (
@@ -27,7 +29,7 @@ from support.pretend.runs import (
     loader,
     weights,
 )
-from support.recovery import GRADUAL, make_trainer, sparse_vit, tiny_vit
+from support.recovery import GRADUAL, examples, make_trainer, sparse_vit, tiny_vit
 
 Outcome = tuple[dict[str, torch.Tensor], float | None]
 
@@ -68,13 +70,26 @@ def recover_gradually(name: str, accelerator: Accelerator, folder: Path) -> Outc
     return trained(trainer)
 
 
+def mend(name: str, accelerator: Accelerator, folder: Path) -> Outcome:
+    """Heal as `cap-hf prune` does, whose own accelerator goes on afterwards."""
+    model, teacher = (each.to(accelerator.device) for each in (sparse_vit(), tiny_vit()))
+    report = heal(model, teacher, examples(), steps=3, batch_size=8, disable_tqdm=True)
+    assert report.loss_start > 0
+    assert model.device == accelerator.device
+    return same_weights(model, accelerator), report.images
+
+
 def trained(trainer: SparseTrainer) -> Outcome:
-    """The weights, after a check that they are the same on both devices."""
     assert trainer.args.device == torch.device("pretend", trainer.args.process_index)
-    for name, parameter in trainer.model.named_parameters():
-        everyone = trainer.accelerator.gather(parameter.detach()[None].contiguous())
+    return same_weights(trainer.model, trainer.accelerator), None
+
+
+def same_weights(model: PreTrainedModel, accelerator: Accelerator) -> dict[str, torch.Tensor]:
+    """The weights, after a check that they are the same on both devices."""
+    for name, parameter in model.named_parameters():
+        everyone = accelerator.gather(parameter.detach()[None].contiguous())
         assert torch.equal(everyone[0], everyone[1]), name
-    return {name: tensor.cpu().contiguous() for name, tensor in trainer.model.state_dict().items()}, None
+    return {name: tensor.cpu().contiguous() for name, tensor in model.state_dict().items()}
 
 
 def command(name: str, accelerator: Accelerator, folder: Path) -> Outcome:
@@ -91,6 +106,7 @@ TASKS: dict[str, Callable[[str, Accelerator, Path], Outcome]] = {
     "evaluate": evaluate,
     "recover": recover,
     "recover gradually": recover_gradually,
+    "heal": mend,
     # The last: a command ends what connects the processes.
     "command": command,
 }
