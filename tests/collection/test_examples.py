@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from support.models import build
 from torch.utils.data import DataLoader
 
-from cap_hf.collection.examples import CalibrationExamples, whole_groups
+from cap_hf.collection.examples import CalibrationExamples, first_examples, whole_groups
 from cap_hf.config import CAPConfig
 from cap_hf.data.images import collate
 from cap_hf.distributed.processes import Processes
@@ -58,6 +59,15 @@ def test_groups_are_whole():
     wrong = CalibrationExamples(loader, CAPConfig(num_grads=9, samples_per_grad=4), Processes())
     with pytest.raises(CAPError, match="batch size 6 is not a multiple of samples_per_grad=4"):
         list(wrong)
+
+
+def test_the_first_ones_are_as_many_as_are_wanted_whatever_a_batch_is():
+    model = build("ViT")
+    config = CAPConfig(num_grads=5, samples_per_grad=5)
+    for number in (3, 12, 40):
+        loader = DataLoader(numbered(22), batch_size=6, collate_fn=collate)
+        batches = first_examples(loader, number, config, Processes(), model)
+        assert [int(label) for batch in batches for label in batch["labels"]] == list(range(min(number, 22)))
 
 
 def test_a_generator_is_gone_through_once():

@@ -1,28 +1,46 @@
-"""A report tells of the zeros that there are; what a refit adds to it is in test_refitting.py."""
+"""What a report says after a prune and after a refit."""
 
 import torch
-from support.recovery import sparse_vit
+from support.models import build
 
-from cap_hf.collection.reporting import recount
-from cap_hf.masks import describe_masks
-from cap_hf.report import LayerReport, PruneReport
-from cap_hf.targets import find_targets
+from cap_hf import CAPCompressor, CAPConfig, find_targets
+from cap_hf.collection.reporting import report_pruning, report_refit
+from cap_hf.masks import differing_layers
+from cap_hf.report import RefitReport
 
 
-def test_zeros_that_rounding_has_made_are_counted_and_told(caplog):
-    targets = find_targets(sparse_vit())
-    layers = [LayerReport(**mask, block_size=8, loss=0.5) for mask in describe_masks(targets)]
-    report = PruneReport("cap", "global", "marginal", 0.6, layers)
-    before = report.num_zeros
-    recount(report, targets, "healed", torch.float16)
-    assert report.num_zeros == before
-    assert not caplog.records
-    weight = targets[1].weight
-    place = tuple(weight.detach().nonzero()[0])
-    with torch.no_grad():
-        weight[place] = 0
-    recount(report, targets, "healed", torch.float16)
-    assert report.num_zeros == before + 1
-    assert report.layers[1].mask_digest == describe_masks(targets)[1]["mask_digest"]
-    assert report.layers[1].loss == 0.5
-    assert "1 healed weights are too small for torch.float16 and have become 0" in caplog.text
+def test_layers_without_a_weight_are_named_and_a_refit_keeps_the_losses(caplog):
+    model = build("ViT")
+    targets = find_targets(model)
+    targets[1].weight.data.zero_()
+    losses = [float(index) for index in range(len(targets))]
+    report = report_pruning(targets, CAPConfig(), 0.5, losses)
+    assert "No weight is left in vit.layers.0.attention.k_proj: consider --exclude" in caplog.text
+    assert (report.method, report.allocation, report.selection) == ("cap", "global", "marginal")
+    assert (report.requested_sparsity, report.refit) == (0.5, None)
+    assert [layer.loss for layer in report.layers] == losses
+    assert differing_layers(targets, report.to_dict()) == []
+    # What is another zero now is one in the report too.
+    targets[2].weight.data[0, 0], targets[2].weight.data[1, 1] = 0, 0
+    done = RefitReport(192, 0.03, ["a"])
+    report_refit(report, targets, done, torch.float16)
+    assert "2 refitted weights are too small for torch.float16 and have become 0" in caplog.text
+    assert report.refit == done
+    assert [layer.loss for layer in report.layers] == losses
+    assert report.num_zeros == targets[1].weight.numel() + 2
+    assert differing_layers(targets, report.to_dict()) == []
+
+
+def test_a_survivor_that_the_dtype_cannot_hold_is_told(caplog):
+    model = build("ViT")
+    rows = [{"pixel_values": torch.randn(8, 3, 8, 8)}]
+    compressor = CAPCompressor(model, CAPConfig(method="magnitude", refit_examples=8), dtype=torch.float16)
+    compressor.prune(0.5)
+    weight = compressor.targets[0].weight
+    # So near to 0 that nothing but rounding tells it from it; the ridge holds it there.
+    compressor.config = CAPConfig(method="magnitude", refit_examples=8, refit_ridge=1e9)
+    row, column = (weight != 0).nonzero()[0].tolist()
+    weight.data[row, column] = 1e-9
+    report = compressor.refit(rows)
+    assert "1 refitted weights are too small for torch.float16 and have become 0" in caplog.text
+    assert report.num_zeros == sum(int((target.weight == 0).sum()) for target in compressor.targets)
