@@ -84,7 +84,7 @@ class CAPConfig:
         default="marginal",
         metadata={"help": "The loss that is compared between blocks along their paths.", "choices": SELECTIONS},
     )
-    num_grads: int = field(default=1024, metadata={"help": "Gradient samples that the Fisher is estimated from."})
+    num_grads: int = field(default=512, metadata={"help": "Gradient samples that the Fisher is estimated from."})
     samples_per_grad: int = field(default=1, metadata={"help": "Examples whose mean gradient is one gradient sample."})
     fisher_block_size: str = field(
         default="auto",

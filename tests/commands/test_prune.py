@@ -210,7 +210,8 @@ def test_batch_norm_is_estimated_anew_where_there_is_any(tiny_checkpoint, tmp_pa
         phases = [phase["phase"] for phase in report["phases"]]
         assert phases[3:] == (["refit 0.5", "batch norm 0.5"] if wish is None else [])
         refit = report["results"][0]["pruning"]["refit"]
-        assert refit == ({"examples": 192, "ridge": 0.03, "left_alone": []} if wish is None else None)
+        asked = {"examples": CAPConfig().refit_examples, "ridge": CAPConfig().refit_ridge, "left_alone": []}
+        assert refit == (asked if wish is None else None)
         state = AutoModelForImageClassification.from_pretrained(output / "sparsity-0.5").state_dict()
         statistics[wish] = {name: value for name, value in state.items() if "running" in name}
     before = model.state_dict()
