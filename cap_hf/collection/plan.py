@@ -227,8 +227,8 @@ def make_plan(
     tries = [(block_size, most)]
     if block_size == "auto":
         # In one pass, unless somebody asks for more of them, or nothing fits into one.
-        sizes = automatic_sizes(find)
-        tries = [(size, limit) for limit in ((1, None) if most is None else (most,)) for size in sizes]
+        automatic = automatic_sizes(find)
+        tries = [(size, limit) for limit in ((1, None) if most is None else (most,)) for size in automatic]
     for size, limit in tries:
         found = plan(size, limit)
         if found is not None:
