@@ -1,10 +1,13 @@
 """The same examples, in the same order, however often they are gone through."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
+from support.models import build
 from torch.utils.data import DataLoader
 
-from cap_hf.collection.examples import CalibrationExamples, whole_groups
+from cap_hf.collection.examples import CalibrationExamples, first_examples, whole_groups
 from cap_hf.config import CAPConfig
 from cap_hf.data.images import collate
 from cap_hf.distributed.processes import Processes
@@ -112,3 +115,16 @@ def test_an_example_has_several_projections_each_its_own():
     assert [label for label, _ in drawn[0]] == [number for number in range(10) for _ in range(3)]
     with pytest.raises(CAPError, match="num_grads=32 is not a multiple of feature_projections=3"):
         CalibrationExamples(loader, CAPConfig(num_grads=32), Processes()).use(FeatureLoss({}, repeats=3))
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_each_of_the_first_examples_has_its_place_among_those_of_all_processes(shared):
+    """Batches of a DataLoader are dealt out in turn; what a process has of its own comes after the others'."""
+    places = []
+    for rank in range(2):
+        processes = Processes(SimpleNamespace(process_index=rank, num_processes=2, device=torch.device("cpu")))
+        data = DataLoader(numbered(10), batch_size=3, collate_fn=collate) if shared else [collate(numbered(4))]
+        for batch, start in first_examples(data, 8, CAPConfig(), processes, build("ViT")):
+            assert not shared or batch["labels"][0] == start
+            places.append((rank, start, len(batch["labels"])))
+    assert places == ([(0, 0, 3), (0, 6, 2), (1, 3, 3)] if shared else [(0, 0, 4), (1, 8, 4)])
