@@ -84,13 +84,13 @@ class CAPConfig:
         default="marginal",
         metadata={"help": "The loss that is compared between blocks along their paths.", "choices": SELECTIONS},
     )
-    num_grads: int = field(default=1024, metadata={"help": "Gradient samples that the Fisher is estimated from."})
+    num_grads: int = field(default=512, metadata={"help": "Gradient samples that the Fisher is estimated from."})
     samples_per_grad: int = field(default=1, metadata={"help": "Examples whose mean gradient is one gradient sample."})
     fisher_block_size: str = field(
-        default="row",
+        default="auto",
         metadata={
             "help": "Weights a Fisher block: 'row', a number (fitted to each target's rows), or 'auto': the most that "
-            "the memory and --max_passes allow, a row at most."
+            "the memory and --max_passes allow, a row at most, and 192 where the elimination of more would take long."
         },
     )
     fisher_loss: str | None = field(
@@ -146,10 +146,10 @@ class CAPConfig:
         },
     )
     refit_examples: int = field(
-        default=192, metadata={"help": "Examples that layers are refitted to, all in memory at once; no labels needed."}
+        default=256, metadata={"help": "Examples that layers are refitted to, all in memory at once; no labels needed."}
     )
     refit_ridge: float = field(
-        default=0.03,
+        default=0.2,
         metadata={
             "help": "How strongly a refit holds weights to the pruned ones, relative to the variance of their inputs."
         },

@@ -338,7 +338,7 @@ def test_a_prune_begins_with_what_was_there_before_a_refit():
     losses = [layer.loss for layer in compressor.report.layers]
     report = compressor.refit(batches)
     assert report is compressor.report
-    assert report.to_dict()["refit"] == {"examples": 16, "ridge": 0.03, "left_alone": []}
+    assert report.to_dict()["refit"] == {"examples": 16, "ridge": compressor.config.refit_ridge, "left_alone": []}
     assert [layer.loss for layer in report.layers] == losses
     assert differing_layers(compressor.targets, report.to_dict()) == []
     for target in compressor.targets:

@@ -25,6 +25,10 @@ CACHED_BYTES = 8 * 2**20
 DEVICE_MICROBATCH_BYTES = 4 * 2**30
 # What is tried where a block size has to be found, largest first.
 BLOCK_SIZES = ("row", 4096, 3072, 2048, 1536, 1024, 768, 512, 384, 256, 192, 128, 96, 64, 48, 32, 16)
+# Where it has to be found, no block is larger than this if all blocks together would take more than so much work (see
+# `solver.work_of`): on two cores a few minutes. Larger blocks cost with the square of their size, and once layers are
+# refitted they gain little (docs/results.md).
+USUAL_SIZE, MOST_WORK = 192, 1e12
 
 Find = Callable[[int | str], list[Target]]
 
@@ -72,10 +76,11 @@ class Plan:
     def describe(self, seconds: float, folder: Path | None) -> str:
         """Return one line about the plan; `seconds` are what the passes are expected to take."""
         passes = "one pass" if len(self.passes) == 1 else f"{len(self.passes)} passes"
+        blocks = "blocks of a row" if self.block_size == "row" else f"blocks of about {self.block_size}"
         disk = f", {readable(self.spilled)} kept in {folder}" if self.spilled else ""
         return (
-            f"Plan: {passes} over the examples in about {seconds:.0f} s, {self.step} gradient samples per step; each "
-            f"process has {readable(self.sums)} of Fisher sums and takes {readable(self.needed)} of the "
+            f"Plan: {passes} over the examples in about {seconds:.0f} s, {blocks}, {self.step} gradient samples per "
+            f"step; each process has {readable(self.sums)} of Fisher sums and takes {readable(self.needed)} of the "
             f"{readable(self.available)} that it may{disk}"
         )
 
@@ -215,18 +220,21 @@ def make_plan(
     largest = [max(values) for values in list(zip(*everyone, strict=True))[1:]]
     costs = replace(costs, **dict(zip(sizes, largest, strict=True)))
     most = resources.max_passes
-    if block_size == "auto" and most is None:
-        most = 1
 
-    def plan(size: int | str) -> Plan | None:
+    def plan(size: int | str, most: int | None) -> Plan | None:
         return plan_passes(find(size), size, available, costs, processes, most, dtype, prior)
 
-    for size in BLOCK_SIZES if block_size == "auto" else (block_size,):
-        found = plan(size)
+    tries = [(block_size, most)]
+    if block_size == "auto":
+        # In one pass, unless somebody asks for more of them, or nothing fits into one.
+        automatic = automatic_sizes(find)
+        tries = [(size, limit) for limit in ((1, None) if most is None else (most,)) for size in automatic]
+    for size, limit in tries:
+        found = plan(size, limit)
         if found is not None:
             check_disk(found.spilled, len(found.passes), resources)
             return found
-    would = next((size for size in BLOCK_SIZES if plan(size)), None)
+    would = next((size for size in BLOCK_SIZES if plan(size, most)), None)
     advice = "prune fewer targets at a time with --include, or take a smaller batch size"
     if would is not None:
         advice = f"--fisher_block_size {would} would do"
@@ -239,6 +247,15 @@ def make_plan(
         f"{wish} ({readable(needed)}) does not fit into the {readable(max(available, 0))} that are free{passes}: "
         f"{advice}"
     )
+
+
+def automatic_sizes(find: Find) -> list[int | str]:
+    """Return the block sizes that are tried in turn where none is asked for."""
+
+    def is_cheap(size: int | str) -> bool:
+        return sum(solver.work_of(target, target.num_blocks) for target in find(size)) <= MOST_WORK
+
+    return [size for size in BLOCK_SIZES if (size != "row" and int(size) <= USUAL_SIZE) or is_cheap(size)]
 
 
 def sums_bytes(target: Target, blocks: int, prior: bool = False) -> int:

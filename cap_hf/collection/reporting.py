@@ -44,9 +44,21 @@ def report_refit(report: PruneReport, targets: Sequence[Target], refit: RefitRep
         refit: what was done.
         dtype: that the weights were rounded to; what was too small for it is told in a warning.
     """
-    before, report.refit = report.num_zeros, refit
+    report.refit = refit
+    recount(report, targets, "refitted", dtype)
+
+
+def recount(report: PruneReport, targets: Sequence[Target], done: str, dtype: torch.dtype | None) -> None:
+    """Have a report tell of the zeros that there are now, after the surviving weights have moved.
+
+    Args:
+        report: of the pruning.
+        targets: as they are.
+        done: what has moved them, for the warning: "refitted".
+        dtype: that they were rounded to; what was too small for it is told in a warning.
+    """
+    before = report.num_zeros
     for index, mask in enumerate(describe_masks(targets)):
         report.layers[index] = replace(report.layers[index], **mask)
     if report.num_zeros > before:
-        lost = report.num_zeros - before
-        logger.warning("%d refitted weights are too small for %s and have become 0.", lost, dtype)
+        logger.warning("%d %s weights are too small for %s and have become 0.", report.num_zeros - before, done, dtype)

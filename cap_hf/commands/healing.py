@@ -103,7 +103,7 @@ class Healing:
             What was done, for a report, and the form that holds all of the healed weights.
         """
         from cap_hf.checkpoints.form import fitting_form, round_weights
-        from cap_hf.compressor import layer_report
+        from cap_hf.collection.reporting import recount
         from cap_hf.recovery.healing import heal
 
         args = self.args
@@ -118,10 +118,6 @@ class Healing:
         )
         form = fitting_form(form, self.model)
         round_weights(self.model, form.dtype)
-        report = compressor.report
-        assert report is not None  # it was pruned
-        # What half precision cannot hold has become 0.
-        report.layers = [
-            layer_report(target, layer.loss) for target, layer in zip(compressor.targets, report.layers, strict=True)
-        ]
+        assert compressor.report is not None  # it was pruned
+        recount(compressor.report, compressor.targets, "healed", form.dtype)
         return done.to_dict(), form

@@ -63,6 +63,15 @@ def test_groups_are_whole():
         list(wrong)
 
 
+def test_the_first_ones_are_as_many_as_are_wanted_whatever_a_batch_is():
+    model = build("ViT")
+    config = CAPConfig(num_grads=5, samples_per_grad=5)
+    for number in (3, 12, 40):
+        loader = DataLoader(numbered(22), batch_size=6, collate_fn=collate)
+        batches = first_examples(loader, number, config, Processes(), model)
+        assert [int(label) for batch in batches for label in batch["labels"]] == list(range(min(number, 22)))
+
+
 def test_a_generator_is_gone_through_once():
     batches = [collate(numbered(4)), collate(numbered(4))]
     examples = CalibrationExamples(iter(batches), CAPConfig(num_grads=8), Processes())

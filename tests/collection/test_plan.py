@@ -1,5 +1,7 @@
 """Passes within a memory budget: what is planned, and that the result is that of one pass."""
 
+from functools import partial
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -12,9 +14,10 @@ import cap_hf.collection.solver as solver_module
 from cap_hf import CAPCompressor, CAPConfig, CAPError
 from cap_hf.collection import room
 from cap_hf.collection.costs import Costs
-from cap_hf.collection.plan import Plan, plan_passes, sums_bytes
+from cap_hf.collection.plan import BLOCK_SIZES, Plan, automatic_sizes, plan_passes, sums_bytes
 from cap_hf.collection.resources import Resources
 from cap_hf.collection.shares import largest_shares
+from cap_hf.collection.solver import work_of
 from cap_hf.distributed.processes import Processes
 from cap_hf.targets import find_targets
 
@@ -114,7 +117,7 @@ def test_batches_that_come_once_serve_one_pass_only(monkeypatch):
     assert compressor.fisher.count == 16
     squeeze(monkeypatch, 1.2, block_size="row")
     with pytest.raises(CAPError, match="passes need the examples again"):
-        CAPCompressor(model, CAPConfig(num_grads=16)).collect(iter(batches))
+        CAPCompressor(model, CAPConfig(num_grads=16, fisher_block_size="row")).collect(iter(batches))
 
 
 def test_too_little_memory_names_a_block_size(monkeypatch):
@@ -159,9 +162,32 @@ def test_the_plan_is_said(monkeypatch, capsys):
     model = build("ViT")
     squeeze(monkeypatch, 1.2, block_size="row")
     for disable in (False, True):
-        compressor = CAPCompressor(model, CAPConfig(num_grads=16), disable_tqdm=disable)
+        config = CAPConfig(num_grads=16, fisher_block_size="row")
+        compressor = CAPCompressor(model, config, disable_tqdm=disable)
         compressor.collect(random_batches(model, 8, sizes=(8, 8)))
-        assert ("passes over the examples" in capsys.readouterr().err) != disable
+        said = capsys.readouterr().err
+        assert ("passes over the examples" in said) != disable
+        assert ("blocks of a row" in said) != disable
+
+
+def test_blocks_are_as_large_as_memory_and_time_allow(monkeypatch):
+    """Whole rows where their elimination is cheap, USUAL_SIZE or less where it is not; several passes at the last."""
+    find = partial(find_targets, build("ViT"))
+    assert automatic_sizes(find) == list(BLOCK_SIZES)
+    monkeypatch.setattr(plan_module, "USUAL_SIZE", 16)
+    rows = sum(work_of(target, target.num_blocks) for target in find("row"))
+    monkeypatch.setattr(plan_module, "MOST_WORK", rows - 1)
+    assert automatic_sizes(find) == [16]
+    monkeypatch.setattr(plan_module, "MOST_WORK", rows)
+    assert automatic_sizes(find)[0] == "row"
+
+    model, batches = build("ViT"), random_batches(build("ViT"), 8, sizes=(8, 8))
+    squeeze(monkeypatch, 1.2, block_size="row")
+    small = CAPCompressor(model, CAPConfig(num_grads=16)).collect(batches).plan
+    assert (len(small.passes), small.block_size) == (1, 16)
+    squeeze(monkeypatch, 1.2, block_size=16)
+    spilled = CAPCompressor(model, CAPConfig(num_grads=16)).collect(batches).plan
+    assert len(spilled.passes) > 1
 
 
 def test_a_plan_counts_what_each_room_says(monkeypatch):

@@ -156,7 +156,7 @@ def test_a_state_of_another_run_is_refused(tmp_path, monkeypatch):
         other.classifier.bias[0] += 1
     cases = [
         ({"config": CONFIG | {"seed": 1}}, "config seed differs: 42 there, 1 here"),
-        ({"config": CONFIG | {"fisher_block_size": 8}}, "config fisher_block_size differs: row there, 8 here"),
+        ({"config": CONFIG | {"fisher_block_size": 8}}, "config fisher_block_size differs: auto there, 8 here"),
         ({"model": other}, "model weights differs$"),
         ({"seed": 1}, "the examples differ"),
         ({"sizes": (4,) * 7}, "number of examples differs: 8 there, 7 here"),

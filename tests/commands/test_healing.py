@@ -7,6 +7,7 @@ import torch
 from support.backbones import backbone_checkpoint, tiny_dinov2
 from support.checkpoints import assert_same_weights
 from support.commands import image_folder, prune
+from support.launching import dense_checkpoint
 from support.models import build
 from transformers import AutoImageProcessor, AutoModel, AutoModelForImageClassification
 
@@ -20,16 +21,17 @@ from cap_hf.targets import find_targets
 HEAL = ("--heal_steps", "30", "--heal_batch_size", "16", "--heal_learning_rate", "1e-3")
 
 
-def test_each_sparsity_is_healed_from_the_dense_model(tiny_checkpoint, tmp_path, capsys):
-    assert prune(tiny_checkpoint, tmp_path / "both", "--sparsity", "0.5", "0.9", *HEAL) == 0
-    assert prune(tiny_checkpoint, tmp_path / "one", "--sparsity", "0.9", *HEAL) == 0
-    assert prune(tiny_checkpoint, tmp_path / "plain", "--sparsity", "0.9") == 0
+def test_each_sparsity_is_healed_from_the_dense_model(tmp_path, capsys):
+    start = dense_checkpoint(tmp_path / "dense")
+    assert prune(start, tmp_path / "both", "--sparsity", "0.5", "0.9", *HEAL) == 0
+    assert prune(start, tmp_path / "one", "--sparsity", "0.9", *HEAL) == 0
+    assert prune(start, tmp_path / "plain", "--sparsity", "0.9") == 0
     capsys.readouterr()
     load = AutoModelForImageClassification.from_pretrained
     both, one, plain = (load(tmp_path / name / "sparsity-0.9") for name in ("both", "one", "plain"))
     # What the first sparsity has moved, head and norms too, is back before the second.
     assert_same_weights(both, one)
-    dense = load(tiny_checkpoint)
+    dense = load(start)
     assert not torch.equal(both.classifier.weight, dense.classifier.weight)
     for healed, pruned in zip(find_targets(both), find_targets(plain), strict=True):
         assert torch.equal(healed.weight == 0, pruned.weight == 0), healed.name

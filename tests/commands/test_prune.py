@@ -202,12 +202,16 @@ def test_batch_norm_is_estimated_anew_where_there_is_any(tiny_checkpoint, tmp_pa
     statistics, norms = {}, sum(isinstance(module, nn.BatchNorm2d) for module in model.modules())
     for wish in (None, "false"):
         output = tmp_path / str(wish)
-        options = [] if wish is None else ["--recalibrate_batch_norm", wish]
+        options = [] if wish is None else ["--recalibrate_batch_norm", wish, "--refit", wish]
         assert prune(tmp_path / "resnet", output, "--sparsity", "0.5", "--do_eval", "false", *options) == 0
         report = json.loads((output / "report.json").read_text())
         assert len(report["results"][0]["recalibrated_batch_norm"]) == (norms if wish is None else 0)
         assert report["left_alone"]["classifier.1"] == "outside the encoder, resnet"
-        assert ("batch norm 0.5" in {phase["phase"] for phase in report["phases"]}) == (wish is None)
+        phases = [phase["phase"] for phase in report["phases"]]
+        assert phases[3:] == (["refit 0.5", "batch norm 0.5"] if wish is None else [])
+        refit = report["results"][0]["pruning"]["refit"]
+        asked = {"examples": CAPConfig().refit_examples, "ridge": CAPConfig().refit_ridge, "left_alone": []}
+        assert refit == (asked if wish is None else None)
         state = AutoModelForImageClassification.from_pretrained(output / "sparsity-0.5").state_dict()
         statistics[wish] = {name: value for name, value in state.items() if "running" in name}
     before = model.state_dict()
