@@ -69,7 +69,8 @@ def test_the_first_ones_are_as_many_as_are_wanted_whatever_a_batch_is():
     for number in (3, 12, 40):
         loader = DataLoader(numbered(22), batch_size=6, collate_fn=collate)
         batches = first_examples(loader, number, config, Processes(), model)
-        assert [int(label) for batch in batches for label in batch["labels"]] == list(range(min(number, 22)))
+        assert [start for _, start in batches] == list(range(0, min(number, 22), 6))
+        assert [int(label) for batch, _ in batches for label in batch["labels"]] == list(range(min(number, 22)))
 
 
 def test_a_generator_is_gone_through_once():

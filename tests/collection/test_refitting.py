@@ -134,7 +134,7 @@ def test_each_layer_is_refitted_for_what_the_refitted_ones_before_it_give(name, 
     parts = [{"pixel_values": part, "labels": torch.zeros(len(part))} for part in pixels.split(10)]
     batches = zip(parts, (0, 10, 20), strict=True)
     done = []
-    config = CAPConfig(refit_examples=30)
+    config = CAPConfig(refit_examples=30, refit_ridge=0.03)
     report = refit(
         sparse, targets, layers_of(dense, targets), batches, config, Processes(), lambda *count: done.append(count)
     )
@@ -176,7 +176,7 @@ def test_a_sequential_method_chooses_for_what_reaches_the_layer(allocation):
         # What is 0 in the dense model stays so.
         for each in (dense, model):
             each.vit.layers[0].mlp.fc1.weight[3, 2:5] = 0
-    config = CAPConfig(method="sparsegpt", num_grads=24, allocation=allocation, refit_examples=24)
+    config = CAPConfig(method="sparsegpt", num_grads=24, allocation=allocation, refit_examples=24, refit_ridge=0.03)
     compressor = CAPCompressor(model, config).collect([batch])
     report = compressor.prune(0.5)
     zeros = [layer.num_zeros for layer in report.layers]

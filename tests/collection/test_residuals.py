@@ -10,7 +10,7 @@ from transformers import Dinov2Config, Dinov2Model
 
 from cap_hf import find_targets
 from cap_hf.collection.refitting import refittable
-from cap_hf.collection.residuals import PROBED, find_residuals, scales_of
+from cap_hf.collection.residuals import find_residuals, scales_of
 from cap_hf.collection.running import frozen
 from cap_hf.distributed.processes import Processes
 
@@ -91,7 +91,7 @@ class Pair(tuple):
 
 
 class Model(nn.Module):
-    """One block on tokens, called in a loop as often as it has ends."""
+    """A block on tokens."""
 
     def __init__(self, end):
         super().__init__()
@@ -127,10 +127,10 @@ def test_what_a_layer_returns_decides(end, side):
 
 
 def test_of_one_position_nothing_is_known():
-    outputs = torch.randn(1, 6, requires_grad=True)
-    for other in (torch.randn(1, 6), torch.randn(PROBED, 6)):
-        scales = scales_of((other + outputs)[:1], outputs, -1)
-        assert scales is None
+    for count, expected in ((1, None), (2, [1.0] * 6)):
+        outputs = torch.randn(count, 6, requires_grad=True)
+        scales = scales_of(torch.randn(count, 6) + outputs, outputs, -1)
+        assert (None if scales is None else scales.tolist()) == expected
 
 
 def test_only_what_all_processes_find_counts():

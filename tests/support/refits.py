@@ -1,4 +1,4 @@
-"""The refit of a layer as least squares with rows for the ridge, row by row, by NumPy; its weights by plain autograd."""
+"""A layer's refit as least squares with rows for the ridge, by NumPy; the weights of its positions by autograd."""
 
 import numpy as np
 import torch
