@@ -249,7 +249,7 @@ class CAPCompressor:
         self.model.to(self.accelerator.device)
         batches = first_examples(dataloader, num_examples, self.config, self.processes, self.model)
         with unchanged_on_error(statistics_of(self.model)):
-            names = recalibrate_batch_norm(self.model, batches, self.processes)
+            names = recalibrate_batch_norm(self.model, [batch for batch, _ in batches], self.processes)
             round_weights(self.model, self.dtype)
         return names
 

@@ -171,20 +171,22 @@ def first_examples(
     config: CAPConfig,
     processes: Processes,
     model: nn.Module,
-) -> list[Batch]:
-    """Return this process's batches of the first examples of a dataloader, by its config's seed.
+) -> list[tuple[Batch, int]]:
+    """Return this process's batches of the first examples of a dataloader, and where each begins among those of all.
 
     Args:
         dataloader: as `CalibrationExamples` takes it; labels are not needed.
         number: of examples, of all processes; more where else a process would have none.
-        config: of the run.
+        config: of the run; its seed is what a dataloader that shuffles begins with.
         processes: of the run.
         model: that they are for.
     """
     batch_size = getattr(getattr(dataloader, "batch_sampler", None), "batch_size", None) or 1
     wanted = replace(config, num_grads=max(number, (processes.world - 1) * batch_size + 1), samples_per_grad=1)
     examples = CalibrationExamples(dataloader, wanted, processes, taken_by(tower_of(model)))
-    return [batch for batch, _ in examples.batches()]
+    # Of what is not shared out each process has its own first example.
+    before = 0 if isinstance(dataloader, DataLoader) else processes.rank * wanted.num_grads
+    return [(batch, before + start) for batch, start in examples.batches()]
 
 
 def keepable(tensor: torch.Tensor) -> torch.Tensor:

@@ -19,9 +19,10 @@ import torch
 from torch import nn
 
 from cap_hf.collection.batches import joined
+from cap_hf.collection.layers import DenseLayer, as_dense, channel_dim, check_unmixed, layer_of, rows_of, write_layer
 from cap_hf.collection.precision import matmul_precision
 from cap_hf.collection.relevance import position_weights
-from cap_hf.collection.residuals import Residual, along, channel_dim, find_residuals, first_tensor
+from cap_hf.collection.residuals import Residual, along, find_residuals, first_tensor
 from cap_hf.collection.running import Batch, differentiable, frozen
 from cap_hf.collection.solver import default_batch_bytes
 from cap_hf.config import CAPConfig
@@ -41,15 +42,12 @@ logger = logging.getLogger(__name__)
 # Of the largest layer scale, what a channel's must be above for its errors to be made up for.
 LEAST = 1e-3
 
-# Returns the weight and the bias that a target's layer had in the dense model; asked for by all processes together.
-DenseLayer = Callable[[Target], tuple[torch.Tensor, torch.Tensor | None]]
-
 
 def refit(
     model: nn.Module,
     targets: Sequence[Target],
     dense: DenseLayer,
-    batches: Iterable[Batch],
+    batches: Iterable[tuple[Batch, int]],
     config: CAPConfig,
     processes: Processes,
     on_layer: Callable[[int, float], None] = lambda count, work: None,
@@ -63,9 +61,9 @@ def refit(
         model: pruned, on the device of the processes.
         targets: of the model.
         dense: gives their layers as they were.
-        batches: this process's own. All of its examples are in memory at once, twice, with the activations of one
-            layer: a few hundred do.
-        config: for the ridge, and for the number of examples that were asked for.
+        batches: this process's own, and where each begins among all processes' examples. All of its examples are in
+            memory at once, twice, with the activations of one layer: a few hundred do.
+        config: for the ridge, for the number of examples that were asked for, and for the loss that weighs positions.
         processes: of the run; every process has an example at least.
         on_layer: told after each target that is refitted: 1, and how much work it was (`work_of`).
 
@@ -73,23 +71,26 @@ def refit(
         What was done.
 
     Raises:
-        CAPError: a process has no example, a layer mixes examples, an activation is not finite, or a layer cannot be
-            solved for; layers may have been changed then, see `unchanged_on_error`.
+        CAPError: a process has no example, a layer mixes examples, an activation or a gradient is not finite, the model
+            returns neither logits nor features, or a layer cannot be solved for; layers may have been changed then,
+            see `unchanged_on_error`.
     """
-    inputs = joined(batches)
-    examples = len(inputs["pixel_values"]) if inputs else 0
-    counts = [count for (count,) in processes.gather_ints(examples)]
+    own = list(batches)
+    places = [start + each for batch, start in own for each in range(len(batch["pixel_values"]))]
+    counts = [count for (count,) in processes.gather_ints(len(places))]
     if not all(counts):
         raise CAPError("layers are refitted to one example per process at least: give more of them")
     if sum(counts) < config.refit_examples:
         logger.warning("The data ended after %d of %d examples to refit to.", sum(counts), config.refit_examples)
     with differentiable(model), frozen(model), torch.no_grad(), matmul_precision(torch.float32):
+        # In here, because no gradient goes through what was joined inside `torch.inference_mode()`.
+        inputs = joined(batch for batch, _ in own)
         chosen = refittable(model, targets, inputs)
         layers = [target for target in targets if target.name in chosen]
-        residuals = find_residuals(model, layers, inputs)
+        residuals = find_residuals(model, layers, inputs, processes)
         with as_dense(targets, dense):
-            weights = position_weights(model, layers, inputs, config, processes)
-        walk = _Walk(targets, weights, residuals, dense, examples, config, processes, on_layer)
+            weights = position_weights(model, layers, inputs, torch.tensor(places), config, processes)
+        walk = _Walk(targets, weights, residuals, dense, len(places), config, processes, on_layer)
         with walk.listening():
             see(model, {name: torch.cat([value, value]) for name, value in inputs.items()})
     left = [target.name for target in targets if target.name not in chosen]
@@ -134,16 +135,16 @@ class _Walk:
         self,
         targets: Sequence[Target],
         weights: Mapping[str, torch.Tensor],
-        residuals: Sequence[Residual],
+        residuals: Mapping[str, Residual],
         dense: DenseLayer,
         examples: int,
         config: CAPConfig,
         processes: Processes,
         on_layer: Callable[[int, float], None],
     ) -> None:
-        # Those with weights of their positions are refitted, those in a residual layer when that ends.
-        self.targets, self.weights, self.dense, self.examples = targets, weights, dense, examples
-        self.residuals = {residual.target: residual for residual in residuals}
+        # Those with weights of their positions are refitted, the last ones of residual layers when these end.
+        self.targets, self.weights, self.residuals = targets, weights, residuals
+        self.dense, self.examples = dense, examples
         self.config, self.processes, self.on_layer = config, processes, on_layer
         # Of the module that is being called: what the sparse model gives it, and what it is in that.
         self._sparse: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None] | None = None
@@ -168,12 +169,7 @@ class _Walk:
 
         def hook(module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
             inputs = args[0]
-            if len(inputs) % (2 * self.examples):
-                raise CAPError(
-                    f"{target.name} mixes examples (its input has {len(inputs)} rows for {2 * self.examples} "
-                    f"examples), and cannot be refitted: leave it out with --exclude '{target.name}', or take "
-                    "--refit false"
-                )
+            check_unmixed(target, len(inputs), 2 * self.examples)
             half, (weight, bias) = len(inputs) // 2, self.dense(target)
             self._sparse = (inputs[half:], *layer_of(target))
             write_layer(target, weight, bias)
@@ -202,6 +198,9 @@ class _Walk:
         """Refit the last target of a residual layer to what makes the layer's sparse half equal to its dense one."""
 
         def hook(layer: nn.Module, args: tuple[torch.Tensor, ...], returned: Any) -> Any:
+            if target.name not in self._open:
+                # A call of the layer that does without its last target.
+                return returned
             first, (inputs, outputs, made) = first_tensor(returned), self._open.pop(target.name)
             assert first is not None
             half, channels = len(first) // 2, channel_dim(target.module)
@@ -220,8 +219,8 @@ class _Walk:
         problem = self._problem(target, module, inputs, outputs)
         if not problem.finite:
             raise CAPError(
-                f"what reaches {target.name}, or what it makes of it, is not finite: it cannot be refitted; check the "
-                "pixel values, or take --refit false"
+                f"what reaches {target.name}, what it makes of it, or the gradient there, is not finite: it cannot be "
+                "refitted; check the pixel values, or take --refit false"
             )
         shares = self.processes.shares(len(target.weight), target.index)
         own, anchors, ridge = shares[self.processes.rank], rows_of(target, target.weight), self.config.refit_ridge
@@ -265,35 +264,3 @@ class _Walk:
         means = [each / count if module.bias is not None else torch.zeros_like(each) for each in sums]
         products = [self.processes.sum(each) / count for each in pairs.products(*means)]
         return LeastSquares(*means, *products)
-
-
-@contextmanager
-def as_dense(targets: Sequence[Target], dense: DenseLayer) -> Iterator[None]:
-    """Have all targets' layers as they were in the dense model, and put them back afterwards."""
-    sparse = [layer_of(target) for target in targets]
-    try:
-        for target in targets:
-            write_layer(target, *dense(target))
-        yield
-    finally:
-        for target, layer in zip(targets, sparse, strict=True):
-            write_layer(target, *layer)
-
-
-def rows_of(target: Target, weight: torch.Tensor) -> torch.Tensor:
-    """Return a target's weight, `weight.shape`, as `(out, row)`."""
-    return target.to_blocks(weight).reshape(-1, target.row_size)
-
-
-def layer_of(target: Target) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Return copies of the weight and the bias that a target's layer has."""
-    bias = target.module.bias
-    return target.weight.detach().clone(), None if bias is None else bias.detach().clone()
-
-
-@torch.no_grad()
-def write_layer(target: Target, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
-    """Give a target's layer a weight, and a bias if there is one."""
-    target.weight.copy_(weight)
-    if target.module.bias is not None and bias is not None:
-        target.module.bias.copy_(bias)

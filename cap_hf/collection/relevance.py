@@ -7,14 +7,15 @@ from dataclasses import replace
 import torch
 from torch import nn
 
+from cap_hf.collection.layers import channel_dim, check_unmixed
 from cap_hf.collection.objective import has_logits, make_loss, measure_deviations
 from cap_hf.collection.running import Batch, backward
 from cap_hf.config import CAPConfig
 from cap_hf.distributed.processes import Processes
-from cap_hf.method.losses import FeatureLoss
+from cap_hf.method.losses import FeatureLoss, FisherLoss
 from cap_hf.targets import Target
 
-# Examples that go through the model together.
+# Examples that go through the model together: their graph is in memory at once.
 MICROBATCH = 16
 # The share of a position's weight that its gradient says; the rest is the same for all. With all of it positions that
 # the loss does not see would be free to become anything, and the loss sees little from one example.
@@ -24,72 +25,95 @@ MOST = 20.0
 
 
 def position_weights(
-    model: nn.Module, targets: Sequence[Target], inputs: Batch, config: CAPConfig, processes: Processes
+    model: nn.Module,
+    targets: Sequence[Target],
+    inputs: Batch,
+    places: torch.Tensor,
+    config: CAPConfig,
+    processes: Processes,
 ) -> dict[str, torch.Tensor]:
     """Return for each target's name the weights of its output's positions, of mean about 1 in each example.
 
     They grow with `|dL/dy|^2`, the squared gradient of the loss with respect to what a position puts out: the diagonal
     of the output's side of a Kronecker-factored Fisher (K-FAC, arXiv 1503.05671, section 3), kept apart by position.
-    The loss needs no labels: cross entropy with labels drawn from the model, or the error of its features.
+    The loss needs no labels, see `label_free_loss`.
 
     Args:
         model: dense, within `frozen`.
         targets: of the model, each with one module that is called once.
-        inputs: of `b` examples of this process.
-        config: for the seed, and for the weights of the features.
+        inputs: of `b` examples of this process, without labels.
+        places: `(b,)` of whole numbers, where each of them stands among all processes' examples: so it has the same
+            loss in whatever process it is.
+        config: for the seed, and for the loss.
         processes: of the run.
 
     Returns:
-        Of a Linear `(b', ...)`, its output without the channels, of a Conv2d `(b', h, w)`, in float32.
+        `(b, positions)` in float64, the positions in the order in which they lie in the output. An example whose loss
+        has no gradient at an output has 1 at all positions of it, one whose gradient is not finite NaN.
+
+    Raises:
+        CAPError: a layer mixes examples, or the model returns no features that count, or such that are not finite.
     """
-    wish = "sampled" if has_logits(model, inputs) else "features"
-    loss = make_loss(replace(config, fisher_loss=wish), model)
-    if isinstance(loss, FeatureLoss):
-        measure_deviations(loss, model, split(inputs), processes, disable_tqdm=True)
-    count = len(next(iter(inputs.values())))
-    draws = loss.draws(count, (config.seed + processes.rank) % 2**32)
+    loss = label_free_loss(model, inputs, config, processes)
+    number = 1 + max(last for (last,) in processes.gather_ints(int(places.max())))
+    draws = loss.draws(number, config.seed)
+    assert draws is not None  # of a loss without labels
     found: dict[str, list[torch.Tensor]] = {target.name: [] for target in targets}
-    start = 0
+    squares: dict[str, torch.Tensor] = {}
     with ExitStack() as stack:
         for target in targets:
-            stack.callback(target.module.register_forward_hook(squares_into(found[target.name], target)).remove)
-        for batch in split(inputs):
-            stop = start + len(next(iter(batch.values())))
-            backward(model, batch, loss, None if draws is None else draws[start:stop])
-            start = stop
-    return {name: weights_of(torch.cat(parts), count) for name, parts in found.items()}
+            stack.callback(target.module.register_forward_hook(squares_into(squares, target.name)).remove)
+        for batch, drawn in zip(split(inputs), draws[places].split(MICROBATCH), strict=True):
+            backward(model, batch, loss, drawn)
+            for target in targets:
+                own = squares.pop(target.name)
+                check_unmixed(target, len(own), len(drawn))
+                found[target.name].append(own.reshape(len(drawn), -1))
+    return {name: weights_of(torch.cat(parts)) for name, parts in found.items()}
 
 
-def squares_into(found: list[torch.Tensor], target: Target) -> Callable:
-    """Return a forward hook of a target's module; the backward pass then adds its output's squared gradients."""
+def label_free_loss(model: nn.Module, inputs: Batch, config: CAPConfig, processes: Processes) -> FisherLoss:
+    """Return the Fisher's loss where that needs no labels, or else the one that comes nearest to it.
+
+    That is the error of the features where the config asks for it, or the model tells no classes apart; in all other
+    cases cross entropy with labels drawn from the model.
+    """
+    features = config.fisher_loss == "features" or not has_logits(model, inputs)
+    loss = make_loss(replace(config, fisher_loss="features" if features else "sampled"), model)
+    if isinstance(loss, FeatureLoss):
+        measure_deviations(loss, model, split(inputs), processes, disable_tqdm=True)
+    return loss
+
+
+def squares_into(squares: dict[str, torch.Tensor], name: str) -> Callable:
+    """Return a forward hook of a layer; the backward pass then gives its name the squared gradients of its output.
+
+    They are summed over channels, in float64: of an example that a model is sure of, float32 could not tell them from
+    0.
+    """
 
     def hook(module: nn.Module, args: tuple[torch.Tensor, ...], outputs: torch.Tensor) -> torch.Tensor:
         if not outputs.requires_grad:
             # Nothing before this needs a gradient. A copy, because no one may write into a leaf.
             outputs = outputs.detach().requires_grad_().clone()
-        channels = 1 if target.is_conv else -1
-        # 0 where the loss does not depend on it: then no gradient comes.
-        squares = outputs.new_zeros(outputs.select(channels, 0).shape, dtype=torch.float32)
-        found.append(squares)
-        outputs.register_hook(lambda grads: note(squares, grads, channels))
+        channels = channel_dim(module)
+        # Where the loss does not depend on it no gradient comes.
+        squares[name] = outputs.new_zeros(outputs.select(channels, 0).shape, dtype=torch.float64)
+
+        def keep(grads: torch.Tensor) -> None:
+            squares[name] = grads.double().square().sum(channels)
+
+        outputs.register_hook(keep)
         return outputs
 
     return hook
 
 
-def note(squares: torch.Tensor, grads: torch.Tensor, channels: int) -> None:
-    """Keep the squared gradients of positions, summed over their channels."""
-    squares.copy_(grads.float().square().sum(channels))
-
-
-def weights_of(squares: torch.Tensor, examples: int) -> torch.Tensor:
-    """Return weights in the shape of squared gradients, for so many examples, whose positions lie side by side."""
-    by_example = squares.reshape(examples, -1)
-    # Gradients of an example that the model is sure of can be smaller than float32 tells from 0 once squared.
-    by_example = by_example / by_example.amax(1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
-    mean = by_example.mean(1, keepdim=True)
-    relative = torch.where(mean > 0, by_example / mean, 1.0).clamp_max(MOST)
-    return (1 - SAID + SAID * relative).view_as(squares)
+def weights_of(squares: torch.Tensor) -> torch.Tensor:
+    """Return the weights that squared gradients, both `(b, positions)`, give to the positions of each example."""
+    mean = squares.mean(1, keepdim=True)
+    relative = torch.where(mean == 0, 1.0, squares / mean).clamp_max(MOST)
+    return 1 - SAID + SAID * relative
 
 
 def split(inputs: Batch) -> Iterator[Batch]:

@@ -31,7 +31,7 @@ class LayerPairs:
         module: the one of its modules that was called.
         inputs: of the layer; Linear `(b, ..., in)`, Conv2d `(b, in, h, w)`.
         outputs: that are wanted of it, in the shape that it gives.
-        weights: v of each position, in the shape of the outputs without their channels.
+        weights: v of each position, `(examples, positions)`, in the order in which these lie in the outputs.
     """
 
     def __init__(
@@ -40,7 +40,9 @@ class LayerPairs:
         self.target, self.module = target, module
         self.groups = getattr(module, "groups", 1)
         dtype = torch.promote_types(inputs.dtype, torch.float32)
-        self.inputs, self.outputs, self.weights = inputs.to(dtype), outputs.to(dtype), weights.to(dtype)
+        self.inputs, self.outputs = inputs.to(dtype), outputs.to(dtype)
+        # Windows of one example lie side by side.
+        self.weights = weights.to(dtype).reshape(len(inputs), -1)
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
         """Yield inputs, outputs and weights of some positions at a time.

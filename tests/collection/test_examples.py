@@ -1,5 +1,7 @@
 """The same examples, in the same order, however often they are gone through."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from support.models import build
@@ -67,7 +69,8 @@ def test_the_first_ones_are_as_many_as_are_wanted_whatever_a_batch_is():
     for number in (3, 12, 40):
         loader = DataLoader(numbered(22), batch_size=6, collate_fn=collate)
         batches = first_examples(loader, number, config, Processes(), model)
-        assert [int(label) for batch in batches for label in batch["labels"]] == list(range(min(number, 22)))
+        assert [start for _, start in batches] == list(range(0, min(number, 22), 6))
+        assert [int(label) for batch, _ in batches for label in batch["labels"]] == list(range(min(number, 22)))
 
 
 def test_a_generator_is_gone_through_once():
@@ -122,3 +125,16 @@ def test_an_example_has_several_projections_each_its_own():
     assert [label for label, _ in drawn[0]] == [number for number in range(10) for _ in range(3)]
     with pytest.raises(CAPError, match="num_grads=32 is not a multiple of feature_projections=3"):
         CalibrationExamples(loader, CAPConfig(num_grads=32), Processes()).use(FeatureLoss({}, repeats=3))
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_each_of_the_first_examples_has_its_place_among_those_of_all_processes(shared):
+    """Batches of a DataLoader are dealt out in turn; what a process has of its own comes after the others'."""
+    places = []
+    for rank in range(2):
+        processes = Processes(SimpleNamespace(process_index=rank, num_processes=2, device=torch.device("cpu")))
+        data = DataLoader(numbered(10), batch_size=3, collate_fn=collate) if shared else [collate(numbered(4))]
+        for batch, start in first_examples(data, 8, CAPConfig(), processes, build("ViT")):
+            assert not shared or batch["labels"][0] == start
+            places.append((rank, start, len(batch["labels"])))
+    assert places == ([(0, 0, 3), (0, 6, 2), (1, 3, 3)] if shared else [(0, 0, 4), (1, 8, 4)])

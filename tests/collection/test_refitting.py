@@ -8,8 +8,9 @@ import copy
 import pytest
 import torch
 from support.models import build, random_batches
-from support.refits import by_hand, patches
+from support.refits import by_hand, patches, sampled_loss, weights_by_hand
 from torch import nn
+from transformers.modeling_outputs import ImageClassifierOutput
 
 from cap_hf import CAPCompressor, CAPConfig, find_targets
 from cap_hf.collection.refitting import parameters_of, refit, refittable, work_of
@@ -41,13 +42,18 @@ class Small(nn.Module):
         tokens = self.layer_norm(maps.flatten(2).mT)
         tokens = self.left(tokens) * self.right(tokens).sigmoid()
         tokens = self.twice(self.twice(tokens).relu()) + self.other(self.one(tokens).relu())
-        return self.last(tokens.mean(1))
+        return ImageClassifierOutput(logits=self.last(tokens.mean(1)))
 
 
 def case(name: str):
     """A dense model in float64, a sparse copy, the copy's targets, and pixels."""
     torch.manual_seed(0)
-    dense = (Small() if name == "Small" else build("ViT")).double().eval()
+    dense = (Small() if name == "Small" else build(name)).double().eval()
+    if name == "Dinov2":
+        with torch.no_grad():
+            for layer in dense.dinov2.encoder.layer:
+                # What one channel adds is too little to make up for anything with it.
+                layer.layer_scale2.lambda1[3] = 1e-6
     pixels = torch.randn(24, 4, 7, 7) if name == "Small" else random_batches(dense, 8, (24,))[0]["pixel_values"]
     sparse = copy.deepcopy(dense)
     targets = find_targets(sparse)
@@ -72,7 +78,44 @@ def caught(model, name, pixels):
     return calls[0]
 
 
-@pytest.mark.parametrize("name", ["ViT", "Small"])
+def residual_of(model, name):
+    """The layer that returns what a target puts out times a factor, and something else; and that factor."""
+    for end, scale in ((".mlp.fc2", None), (".mlp.down_proj", "layer_scale2.lambda1")):
+        if name.endswith(end):
+            layer = model.get_submodule(name.removesuffix(end))
+            return name.removesuffix(end), 1.0 if scale is None else layer.get_parameter(scale).detach()
+    return None
+
+
+def wanted_of(model, dense, name, pixels):
+    """What goes into a target of a model, and what is to come out of it, all layers before it being refitted.
+
+    In a residual layer that is what makes the layer return what it does in the dense model.
+    """
+    (inputs, made), (_, outputs) = (caught(each, name, pixels) for each in (model, dense))
+    found = residual_of(model, name)
+    if found is None:
+        return inputs, outputs
+    layer, scales = found
+    (_, returned), (_, goal) = (caught(each, layer, pixels) for each in (model, dense))
+    wanted = made + (goal - returned) / scales
+    if isinstance(scales, torch.Tensor):
+        lost = scales.abs() <= 1e-3 * scales.abs().max()
+        wanted[..., lost] = outputs[..., lost]
+    return inputs, wanted
+
+
+def weights_in(dense, name, pixels):
+    """The weights of the positions of a layer, where the examples are the first ones."""
+    return weights_by_hand(dense, name, {"pixel_values": pixels}, sampled_loss(range(len(pixels))))
+
+
+def whole(batch):
+    """The batches of a process that has all examples."""
+    return [({"pixel_values": batch}, 0)]
+
+
+@pytest.mark.parametrize("name", ["ViT", "Dinov2", "Small"])
 def test_each_layer_is_refitted_for_what_the_refitted_ones_before_it_give(name, caplog):
     dense, sparse, targets, pixels = case(name)
     alone = ["twice", "never", "one"] if name == "Small" else []
@@ -82,15 +125,16 @@ def test_each_layer_is_refitted_for_what_the_refitted_ones_before_it_give(name, 
             hooked.get_submodule(target.name).register_forward_hook(lambda *_, name=target.name: order.append(name))
     hooked(pixels[:1])
     for each in order:
-        (inputs, _), (_, outputs) = (caught(model, each, pixels) for model in (expected, dense))
-        module = expected.get_submodule(each)
-        found = by_hand(module.weight.data, module.bias, patches(module, inputs), outputs, 0.03)
+        inputs, outputs = wanted_of(expected, dense, each, pixels)
+        module, weights = expected.get_submodule(each), weights_in(dense, each, pixels)
+        found = by_hand(module.weight.data, module.bias, patches(module, inputs), outputs, 0.03, weights)
         module.weight.data.copy_(found[0])
         if module.bias is not None:
             module.bias.data.copy_(found[1])
-    batches = [{"pixel_values": part, "labels": torch.zeros(len(part))} for part in pixels.split(10)]
+    parts = [{"pixel_values": part, "labels": torch.zeros(len(part))} for part in pixels.split(10)]
+    batches = zip(parts, (0, 10, 20), strict=True)
     done = []
-    config = CAPConfig(refit_examples=30)
+    config = CAPConfig(refit_examples=30, refit_ridge=0.03)
     report = refit(
         sparse, targets, layers_of(dense, targets), batches, config, Processes(), lambda *count: done.append(count)
     )
@@ -103,22 +147,23 @@ def test_each_layer_is_refitted_for_what_the_refitted_ones_before_it_give(name, 
     assert ("Not refitted" in caplog.text) == bool(alone)
     assert not sparse.training
     assert all(parameter.requires_grad for parameter in sparse.parameters())
-    assert not any(module._forward_pre_hooks for module in sparse.modules())
+    assert not any(module._forward_pre_hooks or module._forward_hooks for module in sparse.modules())
 
 
-def test_a_dense_model_stays_and_a_sparse_one_comes_nearer():
-    dense, sparse, targets, pixels = case("Small")
+@pytest.mark.parametrize("name", ["Dinov2", "Small"])
+def test_a_dense_model_stays_and_a_sparse_one_comes_nearer(name):
+    dense, sparse, targets, pixels = case(name)
     run = lambda model: refit(  # noqa: E731
-        model, find_targets(model), layers_of(dense, targets), [{"pixel_values": pixels}], CAPConfig(), Processes()
+        model, find_targets(model), layers_of(dense, targets), whole(pixels), CAPConfig(), Processes()
     )
     same = copy.deepcopy(dense)
     run(same)
     for key, value in dense.state_dict().items():
         torch.testing.assert_close(same.state_dict()[key], value, rtol=1e-8, atol=1e-10)
-    before = (sparse(pixels) - dense(pixels)).square().mean()
+    before = (sparse(pixels).logits - dense(pixels).logits).square().mean()
     zeros = {target.name: target.weight == 0 for target in targets}
     run(sparse)
-    assert (sparse(pixels) - dense(pixels)).square().mean() < before / 2
+    assert (sparse(pixels).logits - dense(pixels).logits).square().mean() < before / 2
     assert all(torch.equal(target.weight == 0, zeros[target.name]) for target in targets)
 
 
@@ -131,7 +176,7 @@ def test_a_sequential_method_chooses_for_what_reaches_the_layer(allocation):
         # What is 0 in the dense model stays so.
         for each in (dense, model):
             each.vit.layers[0].mlp.fc1.weight[3, 2:5] = 0
-    config = CAPConfig(method="sparsegpt", num_grads=24, allocation=allocation, refit_examples=24)
+    config = CAPConfig(method="sparsegpt", num_grads=24, allocation=allocation, refit_examples=24, refit_ridge=0.03)
     compressor = CAPCompressor(model, config).collect([batch])
     report = compressor.prune(0.5)
     zeros = [layer.num_zeros for layer in report.layers]
@@ -140,12 +185,14 @@ def test_a_sequential_method_chooses_for_what_reaches_the_layer(allocation):
     same = 0
     for target in compressor.targets:
         name, pattern = target.name, compressor.config.pattern
-        (inputs, _), (_, outputs) = (caught(each, name, batch["pixel_values"]) for each in (model, dense))
-        x, y = (each.flatten(0, -2) - each.flatten(0, -2).mean(0) for each in (inputs, outputs))
-        squares = x.T @ x / len(x)
+        inputs, outputs = wanted_of(model, dense, name, batch["pixel_values"])
+        weights = weights_in(dense, name, batch["pixel_values"])
+        shares = weights.flatten() / weights.sum()
+        x, y = (each.flatten(0, -2) - shares @ each.flatten(0, -2) for each in (inputs, outputs))
+        squares = x.T * shares @ x
         matrix = squares + 0.03 * squares.diagonal().mean() * torch.eye(len(squares)).double()
         old = dense.get_submodule(name).weight.data
-        best = old + (y.T @ x / len(x) - old @ squares) @ torch.linalg.inv(matrix)
+        best = old + (y.T * shares @ x - old @ squares) @ torch.linalg.inv(matrix)
         paths = []
         for row, (start, alive) in enumerate(zip(best, old != 0, strict=True)):
             within = matrix[alive][:, alive]
@@ -160,7 +207,7 @@ def test_a_sequential_method_chooses_for_what_reaches_the_layer(allocation):
             keep[row, entry] = False
         assert torch.equal(target.weight != 0, keep), name
         same += torch.equal(keep, before[name])
-        found = by_hand(old * keep, target.module.bias, patches(target.module, inputs), outputs, 0.03)
+        found = by_hand(old * keep, target.module.bias, patches(target.module, inputs), outputs, 0.03, weights)
         torch.testing.assert_close((target.weight.data, target.module.bias.data), found, rtol=1e-7, atol=1e-9)
     assert same < len(compressor.targets)
 
@@ -178,24 +225,26 @@ class Mixing(nn.Module):
         self.layer = nn.Linear(4, 4)
 
     def forward(self, pixel_values):
-        return self.layer(pixel_values.flatten(2).permute(2, 0, 1))
+        return ImageClassifierOutput(logits=self.layer(pixel_values.flatten(2).permute(2, 0, 1)).mean(0))
 
 
 def test_what_is_wrong_is_one_line_and_what_changes_is_put_back(monkeypatch):
     dense, sparse, targets, pixels = case("Small")
     before = {name: value.clone() for name, value in sparse.state_dict().items()}
     layers = layers_of(dense, targets)
-    broken = [{"pixel_values": pixels.clone()}]
-    broken[0]["pixel_values"][3, 1, 2, 2] = torch.inf
+    broken = pixels.clone()
+    broken[3, 1, 2, 2] = torch.inf
     with unchanged_on_error(parameters_of(targets)):
         with pytest.raises(CAPError, match="one example per process at least"):
             refit(sparse, targets, layers, [], CAPConfig(), Processes())
-        with pytest.raises(CAPError, match="what reaches first, or what it makes of it, is not finite"):
-            refit(sparse, targets, layers, broken, CAPConfig(), Processes())
+        with pytest.raises(CAPError, match=r"what reaches first, what .* or the gradient there, is not finite"):
+            refit(sparse, targets, layers, whole(broken), CAPConfig(), Processes())
     mixing = Mixing().double()
     (target,) = find_targets(mixing)
-    with pytest.raises(CAPError, match=r"layer mixes examples \(its input has 49 rows for 48 examples\)"):
-        refit(mixing, [target], layers, [{"pixel_values": pixels}], CAPConfig(), Processes())
+    # Where a microbatch shows it, and where only all examples do.
+    for part, rows in ((pixels, "49 rows for 16"), (pixels[..., :4, :4], "16 rows for 48")):
+        with pytest.raises(CAPError, match=rf"layer mixes examples \(its input has {rows} examples\)"):
+            refit(mixing, [target], layers_of(mixing, [target]), whole(part), CAPConfig(), Processes())
     solve, solved = LeastSquares.biases, []
 
     def interrupted(problem, weights):
@@ -206,7 +255,7 @@ def test_what_is_wrong_is_one_line_and_what_changes_is_put_back(monkeypatch):
 
     monkeypatch.setattr(LeastSquares, "biases", interrupted)
     with pytest.raises(KeyboardInterrupt), unchanged_on_error(parameters_of(targets)):
-        refit(sparse, targets, layers, [{"pixel_values": pixels}], CAPConfig(), Processes())
+        refit(sparse, targets, layers, whole(pixels), CAPConfig(), Processes())
     assert len(solved) == 3
     assert all(torch.equal(value, before[name]) for name, value in sparse.state_dict().items())
 

@@ -19,9 +19,11 @@ LAYERS = {
 }
 
 
-def problem_of(module, inputs, outputs):
+def problem_of(module, inputs, outputs, weights=None):
+    """A layer's problem, of positions that all have the same weight unless they are given theirs."""
     target = Target("layer", module, module.weight[0].numel())
-    pairs = LayerPairs(target, module, inputs, outputs)
+    weights = torch.full((1, outputs.numel() // len(module.weight)), 3.0) if weights is None else weights
+    pairs = LayerPairs(target, module, inputs, outputs, weights)
     count, *means = pairs.sums()
     means = [each / count if module.bias is not None else each * 0 for each in means]
     products = [each / count for each in pairs.products(*means)]
@@ -31,7 +33,10 @@ def problem_of(module, inputs, outputs):
 @pytest.mark.parametrize("kind", LAYERS)
 @pytest.mark.parametrize("small", [False, True])
 def test_each_row_is_the_least_squares_of_its_survivors(kind, small, monkeypatch):
-    """Far from 0, in several parts where these are small, by shares of the rows, in batches of few."""
+    """Far from 0, in several parts where these are small, by shares of the rows, in batches of few.
+
+    The inputs are windows of one example, whose weights lie side by side.
+    """
     monkeypatch.setattr(refit_module, "PATCH_BYTES", 500 if small else 2**20)
     monkeypatch.setattr("cap_hf.method.gradients.PATCH_BYTES", 500 if small else 2**20)
     make, shape = LAYERS[kind]
@@ -41,14 +46,15 @@ def test_each_row_is_the_least_squares_of_its_survivors(kind, small, monkeypatch
     outputs = module(inputs) + 0.1 * torch.randn(module(inputs).shape, dtype=torch.float64)
     module.weight.mul_(torch.rand(module.weight.shape) > 0.5)
     module.weight[1] = 0
-    target, problem = problem_of(module, inputs, outputs)
+    weights = 0.1 + torch.rand(1, outputs.numel() // len(module.weight), dtype=torch.float64).pow(4)
+    target, problem = problem_of(module, inputs, outputs, weights)
     pruned = target.to_blocks(module.weight)
     keep = pruned != 0
     shares = [slice(0, 0), slice(0, 3), slice(3, len(pruned))]
     rows = torch.cat(
         [problem.weights(pruned, keep[share], share, 0.02, 2 * 8 * pruned.shape[1] ** 2) for share in shares]
     )
-    weight, bias = by_hand(module.weight, module.bias, patches(module, inputs), outputs, 0.02)
+    weight, bias = by_hand(module.weight, module.bias, patches(module, inputs), outputs, 0.02, weights)
     torch.testing.assert_close(target.from_blocks(rows), weight, rtol=1e-8, atol=1e-10)
     assert torch.equal(rows != 0, keep)
     if module.bias is not None:
