@@ -42,10 +42,17 @@ class LayerFacts(TypedDict, total=False):
     mask_digest: str
 
 
+class RefitFacts(TypedDict, total=False):
+    """What a report says of the refit."""
+
+    examples: int
+
+
 class PruningFacts(TypedDict, total=False):
     """What a report says of the pruning."""
 
     layers: list[LayerFacts] | None
+    refit: RefitFacts | None
 
 
 class HealingFacts(TypedDict, total=False):

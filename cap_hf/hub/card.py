@@ -229,6 +229,7 @@ class CardFacts:
                 "dataset_split": self.dataset_split and text(self.dataset_split),
                 "purpose": purpose(self.pipeline_tag),
                 "is_classifier": is_classifier,
+                "refit": self.run.get("refit") if self.kind == PRUNED else None,
                 "healing": self.run.get("healing") if self.kind == PRUNED else None,
                 # Without a head there is nothing that could learn labels.
                 "unlabelled": bool(teacher) and (not is_classifier or training.get("hard_label_weight") == 0),

@@ -12,6 +12,7 @@ from cap_hf.checkpoints.folder import Report
 from cap_hf.config import CAPConfig
 from cap_hf.data.arguments import DataArguments
 from cap_hf.hub.names import one_line, short_name
+from cap_hf.method.methods import METHODS
 
 PRUNED, GRADUAL, RECOVERED = "pruned", "gradual", "recovered"
 # Arguments that say how a run was watched, shared out or gone on with, not what came of it.
@@ -33,12 +34,13 @@ def kind_of(report: Report) -> str:
 
 
 def run_of(report: Report, base_model: str | None = None) -> dict[str, Any]:
-    """Return what a report says of its run: models, data, training and healing, as JSON under the report's own names.
+    """Return what a report says of its run: models, data, refit, training and healing, under the report's own names.
 
     Args:
         report: of a checkpoint.
         base_model: another name of the dense model; a recovery did not begin with that one.
     """
+    pruning = report.get("pruning")
     named = base_model is not None and kind_of(report) != RECOVERED
     return {
         "model_name_or_path": base_model if named else report.get("model_name_or_path"),
@@ -47,6 +49,8 @@ def run_of(report: Report, base_model: str | None = None) -> dict[str, Any]:
         "data": dict(report.get("data") or {}),
         "training_arguments": dict(report.get("training_arguments") or {}),
         "healing": dict(report.get("healing") or {}),
+        # None where nothing is known of it.
+        "refit": dict(pruning.get("refit") or {}) if pruning else None,
     }
 
 
@@ -76,6 +80,9 @@ def command_line(kind: str, run: dict[str, Any], config: dict[str, Any], sparsit
     arguments |= {name: value for name, value in single_values(data).items() if name not in arguments}
     if kind != RECOVERED:
         pruning = changed(config, CAPConfig().to_dict())
+        if kind == PRUNED and run["refit"] is not None and bool(run["refit"]) != refits(config):
+            # What Python or an earlier version made need not have had what the command does by itself.
+            pruning["refit"] = bool(run["refit"])
         # What a gradual run prunes with has the seed of its training.
         arguments |= {name: value for name, value in pruning.items() if kind == PRUNED or name != "seed"}
     if kind == PRUNED and ":" not in str(config.get("allocation")):
@@ -89,6 +96,12 @@ def command_line(kind: str, run: dict[str, Any], config: dict[str, Any], sparsit
     for name, value in arguments.items():
         words += [f"--{name}", *map(argument, value if isinstance(value, list) else [value])]
     return " ".join(shlex.quote(word) for word in words)
+
+
+def refits(config: dict[str, Any]) -> bool:
+    """Return whether `cap-hf prune` refits with these fields of a CAPConfig."""
+    read = CAPConfig.from_dict(config)
+    return METHODS[read.method].refits(read)
 
 
 def changed(values: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:

@@ -55,6 +55,14 @@ def test_the_order_of_a_prune_run():
     report = {"model_name_or_path": "/x/vit", "data": asdict(DataArguments(**DATA))}
     expected = "cap-hf prune --model_name_or_path vit --dataset_name d --train_val_split 0.1 --max_train_samples 64"
     assert command(report, CAPConfig(seed=3)) == (PRUNED, f"{expected} --streaming true --seed 3 --sparsity 0.9")
+    for done, config, refit in (
+        ({"refit": None}, CAPConfig(), "--refit false "),
+        ({"refit": {"examples": 8}}, CAPConfig(), ""),
+        ({"refit": {"examples": 8}}, CAPConfig(method="obs", refit=True), "--method obs --refit true "),
+        ({}, CAPConfig(method="obs"), "--method obs "),
+    ):
+        line = f"{expected} --streaming true {refit}--sparsity 0.9"
+        assert command(report | {"pruning": {"layers": []} | done}, config) == (PRUNED, line)
     report["healing"] = {"steps": 300, "batch_size": 8, "images": 2400, "learning_rate": 2e-4, "loss_start": 1.0}
     healed = "--sparsity 0.9 --heal_steps 300 --heal_batch_size 8 --heal_learning_rate 0.0002"
     assert command(report, CAPConfig()) == (PRUNED, f"{expected} --streaming true {healed}")
