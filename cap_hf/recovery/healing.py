@@ -84,7 +84,7 @@ def heal(
 
     It is what `cap-hf finetune --preset heal` does, with the same numbers (`cap_hf.recovery.presets`), where nothing
     is to be kept of the training but the model. A model without a head learns features in the place of logits; one
-    that gives no hidden states learns without them. Everything that is not pruned is trained, head and norms included.
+    that gives no hidden states learns without them. Embeddings and head stay as they are (see `frozen_outside`).
 
     Args:
         model: sparse, as `SparseTrainer` takes it; it is trained on the device where it is, or with several processes

@@ -23,6 +23,7 @@ HEAL: dict[str, Any] = {
     "feature_weight": 1.0,
     "hidden_state_weight": 1.0,
     "augmentation": "flip",
+    "freeze_outside": True,
     "eval_strategy": "no",
     "save_strategy": "no",
     "logging_steps": 50,

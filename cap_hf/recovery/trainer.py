@@ -1,7 +1,7 @@
 """Extend transformers' Trainer: keep zeros, prune on a schedule, learn from a teacher."""
 
 from collections.abc import Mapping
-from contextlib import nullcontext
+from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
@@ -22,6 +22,7 @@ from cap_hf.recovery.augmentation import PRESETS, make_augmentation
 from cap_hf.recovery.averaging import WeightAverage
 from cap_hf.recovery.callbacks import AveragingCallback, MaskCallback, PruneStep, PruningCallback
 from cap_hf.recovery.distillation import check_returns
+from cap_hf.recovery.freezing import frozen_outside
 from cap_hf.recovery.gradual import GradualPruner
 from cap_hf.recovery.inputs import collated, has_labels, trainable
 from cap_hf.recovery.mask_holder import MaskHolder
@@ -147,7 +148,11 @@ class SparseTrainer(Trainer):
             if resume_from_checkpoint:
                 self.average.load(resume_from_checkpoint)
         objective = self.objective
-        with objective.student.trained() if isinstance(objective, FeatureObjective) else nullcontext():
+        with ExitStack() as stack:
+            if isinstance(objective, FeatureObjective):
+                stack.enter_context(objective.student.trained())
+            if self.args.freeze_outside:
+                stack.enter_context(frozen_outside(self.model))
             outcome = super().train(resume_from_checkpoint, *args, **kwargs)
         check_finite(self.model)
         return outcome

@@ -74,6 +74,10 @@ class SparseTrainingArguments(TrainingArguments):
     random_flip: bool = field(
         default=True, metadata={"help": "Let an augmentation mirror images; not where left and right differ."}
     )
+    freeze_outside: bool = field(
+        default=False,
+        metadata={"help": "Train only the part of the model that holds what is pruned: no embeddings and no head."},
+    )
     ema_decay: float | None = field(
         default=None, metadata={"help": "Decay of a moving average of the weights, which becomes the result."}
     )
