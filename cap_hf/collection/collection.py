@@ -128,18 +128,20 @@ class Collection:
         if self._temporary is not None:
             self._temporary.cleanup()
 
-    def _prepare_loss(self, examples: CalibrationExamples) -> FisherLoss:
-        """Return the loss of the config, ready for its gradients, and have the examples bring what it needs."""
+    def _prepare_loss(self, examples: CalibrationExamples) -> FisherLoss | None:
+        """Return the loss of the config, ready for its gradients, and have the examples bring what it needs.
+
+        None where the method sums no gradients: its examples need no labels, and its model no head.
+        """
+        if self.method.statistic != "gradients":
+            return None
         loss = make_loss(self.config, self.model)
-        if self.method.statistic == "gradients":
-            examples.use(loss)
-            if isinstance(loss, FeatureLoss):
-                if examples.once:
-                    raise CAPError(
-                        "fisher_loss='features' needs the examples twice: collect from a DataLoader or a list"
-                    )
-                batches = (batch for batch, _ in examples.batches())
-                measure_deviations(loss, self.model, batches, self.processes, self.progress.disable)
+        examples.use(loss)
+        if isinstance(loss, FeatureLoss):
+            if examples.once:
+                raise CAPError("fisher_loss='features' needs the examples twice: collect from a DataLoader or a list")
+            batches = (batch for batch, _ in examples.batches())
+            measure_deviations(loss, self.model, batches, self.processes, self.progress.disable)
         return loss
 
     def _shared_order(self, costs: Costs) -> list[str]:
@@ -179,15 +181,17 @@ class Collection:
         return plan
 
     def _statistic(
-        self, plan: Plan, targets: list[Target], order: list[str], loss: FisherLoss
+        self, plan: Plan, targets: list[Target], order: list[str], loss: FisherLoss | None
     ) -> GradientSums | InputSums:
-        if self.method.statistic == "inputs":
+        if loss is None:
             return InputSums(targets, self.processes)
         dtype = getattr(torch, self.config.fisher_dtype)
         inputs = InputSums(targets, self.processes) if self.method.has_prior(self.config) else None
         return GradientSums(targets, self.processes, dtype, plan.microbatch, order, loss, inputs)
 
-    def _passes(self, plan: Plan, examples: CalibrationExamples, order: list[str], loss: FisherLoss) -> BlockFisher:
+    def _passes(
+        self, plan: Plan, examples: CalibrationExamples, order: list[str], loss: FisherLoss | None
+    ) -> BlockFisher:
         """Return the Fisher of all targets, from as many passes over the examples as the plan has."""
         sums, moments = self._store("sums", lambda target: target.block_size), self._store("moments", moment_size)
         means: dict[str, float] = {}

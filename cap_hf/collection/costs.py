@@ -16,6 +16,7 @@ from cap_hf.method.gradients import GradientSamples, StepGradients
 from cap_hf.method.losses import FisherLoss
 from cap_hf.method.sums import SymmetricSums, sums_per_block
 from cap_hf.targets import Target
+from cap_hf.towers import see
 
 # Gradient samples that are measured.
 MEASURED = 2
@@ -66,15 +67,16 @@ def measure(
     model: nn.Module,
     examples: Iterable[tuple[Batch, int, torch.Tensor | None]],
     targets: Sequence[Target],
-    loss: FisherLoss,
+    loss: FisherLoss | None,
 ) -> Costs:
-    """Take the first gradient samples through the model, forward and backward.
+    """Take the first gradient samples through the model, forward and backward; forward alone where there is no loss.
 
     Args:
         model: within `frozen` or not.
         examples: as `CalibrationExamples` yields them; none cost nothing.
         targets: whose gradients are made.
-        loss: whose gradients they are.
+        loss: whose gradients they are; None where nothing but inputs is summed, which keeps nothing in memory and
+            needs neither labels nor a head.
 
     Raises:
         CAPError: a layer mixes examples, a label is none of the classes, or the model does not return what the loss is
@@ -89,7 +91,11 @@ def measure(
     batch = {name: value[:first].clone() for name, value in batch.items()}
     draws = None if draws is None else draws[:first]
     with frozen(model):
-        costs = measure_memory(model, batch, loss, draws, targets, count)
+        if loss is None:
+            costs = Costs()
+            forward(model, batch)
+        else:
+            costs = measure_memory(model, batch, loss, draws, targets, count)
         # Once more: the first time a device sets itself up.
         costs.seconds = timed_step(model, batch, loss, draws, targets, count) / count
     costs.samples = samples
@@ -146,19 +152,28 @@ def measure_memory(
 def timed_step(
     model: nn.Module,
     batch: Batch,
-    loss: FisherLoss,
+    loss: FisherLoss | None,
     draws: torch.Tensor | None,
     targets: Sequence[Target],
     count: int,
 ) -> float:
-    """Return the seconds of a forward and backward pass with hooks."""
+    """Return the seconds of a forward and backward pass with hooks, or of a forward pass where there is no loss."""
     synchronize(targets[0].weight.device)
     start = time.perf_counter()
-    with GradientSamples(targets, lambda target, gradients: None) as hooks:
-        hooks.start(count)
-        backward(model, batch, loss, draws)
+    if loss is None:
+        forward(model, batch)
+    else:
+        with GradientSamples(targets, lambda target, gradients: None) as hooks:
+            hooks.start(count)
+            backward(model, batch, loss, draws)
     synchronize(targets[0].weight.device)
     return time.perf_counter() - start
+
+
+def forward(model: nn.Module, batch: Batch) -> None:
+    """Take a batch through the model, forward, and keep nothing of it."""
+    with torch.no_grad():
+        see(model, batch)
 
 
 def summing_speed(target: Target, samples: int = 16) -> float:

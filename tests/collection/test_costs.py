@@ -60,6 +60,15 @@ def test_the_first_step_is_not_timed(monkeypatch):
     assert costs.seconds == 1 / 2
 
 
+def test_what_sums_inputs_alone_needs_no_loss():
+    """Neither labels nor logits are asked for, and nothing is kept in memory."""
+    model = build("ViT").vit
+    examples = CalibrationExamples([{"pixel_values": torch.zeros(4, 3, 8, 8)}], CAPConfig(), Processes())
+    costs = measure(model, examples.peek(), find_targets(model), None)
+    assert (costs.samples, costs.bytes, costs.order) == (4, 0, [])
+    assert costs.seconds > 0
+
+
 def test_the_positions_of_a_sample_are_counted():
     """Tokens of a ViT: four patches and the class; pixels of a convolution's output."""
     assert set(measured(build("ViT"), 8).positions.values()) == {5}

@@ -1,5 +1,6 @@
 """`cap-hf prune` as a user meets it: results, reports, second runs, one-line errors."""
 
+import itertools
 import json
 
 import pytest
@@ -247,9 +248,10 @@ def test_a_backbone_is_pruned_and_measured_by_its_features(tmp_path, capsys):
 def test_images_without_labels_are_enough_for_a_backbone_and_for_a_classifier(tiny_checkpoint, tmp_path, capsys):
     data = image_folder(tmp_path / "data", ("train", "test"), ("",))
     backbone = backbone_checkpoint(tmp_path / "backbone")
-    for model, patches in ((backbone, {"patch_error"}), (tiny_checkpoint, set())):
-        output = tmp_path / f"out-{model.name}"
-        assert prune(model, output, "--sparsity", "0.5", "--dataset_name", str(data)) == 0
+    kinds = ((backbone, {"patch_error"}), (tiny_checkpoint, set()))
+    for (model, patches), method in itertools.product(kinds, ("cap", "wanda")):
+        output = tmp_path / f"out-{model.name}-{method}"
+        assert prune(model, output, "--sparsity", "0.5", "--method", method, "--dataset_name", str(data)) == 0
         (result,) = json.loads((output / "report.json").read_text())["results"]
         assert result["sparse"].keys() == {"cosine", "cosine_se", "cosine_p5", "num_examples"} | patches
         assert "k-NN" not in capsys.readouterr().out
