@@ -297,4 +297,4 @@ class CAPCompressor:
         """Begin anew, with nothing collected."""
         if self.collection is not None:
             self.collection.close()
-        self.collection, self.paths = None, None
+        self.collection, self.paths, self.report = None, None, None

@@ -13,10 +13,12 @@ from cap_hf.towers import see
 # How many times the widest activation of an example takes memory, at the most, while it goes through both models: its
 # two halves, as they come out of a layer, as they are between two, as moments are made of them, and put together.
 AT_ONCE = 10
+# Fewer than these tell of their own noise; so many are taken in any case.
+LEAST = 32
 
 
 def fitting(batches: list[tuple[Batch, int]], model: nn.Module, available: int) -> list[tuple[Batch, int]]:
-    """Return so many of a process's examples, from the first on, as go through a model at once within memory.
+    """Return so many of a process's examples, from the first on, as go through a model at once within memory, or LEAST.
 
     Args:
         batches: and where each begins among all processes' examples; not empty.
@@ -35,7 +37,7 @@ def fitting(batches: list[tuple[Batch, int]], model: nn.Module, available: int) 
             stack.callback(module.register_forward_hook(look).remove)
         with differentiable(model), frozen(model), torch.no_grad():
             see(model, {name: value[:1] for name, value in batches[0][0].items() if name != "labels"})
-    most, kept, count = max(1, available // max(1, AT_ONCE * widest)), [], 0
+    most, kept, count = max(LEAST, available // max(1, AT_ONCE * widest)), [], 0
     for batch, start in batches:
         if count < most:
             kept.append(({name: value[: most - count] for name, value in batch.items()}, start))

@@ -5,26 +5,29 @@ import copy
 import torch
 from support.models import build, random_batches
 
+import cap_hf.collection.fitting as fitting_module
 import cap_hf.collection.refitting as refitting_module
 from cap_hf import CAPCompressor, CAPConfig, Resources
 from cap_hf.collection.fitting import AT_ONCE, fitting, num_examples
 
 
-def test_so_many_examples_as_their_widest_activation_allows():
+def test_so_many_examples_as_their_widest_activation_allows(monkeypatch):
+    monkeypatch.setattr(fitting_module, "LEAST", 3)
     model = build("ViT")
     batches = [(batch, 8 * number) for number, batch in enumerate(random_batches(model, 8, sizes=(8, 8, 8)))]
     tokens = model.vit.embeddings(batches[0][0]["pixel_values"]).shape[1]
     widest = 4 * tokens * model.config.intermediate_size
     for examples in (1, 7, 8, 13, 24, 99):
         kept = fitting(batches, model, AT_ONCE * widest * examples + widest)
-        assert num_examples(kept) == min(examples, 24)
+        assert num_examples(kept) == min(max(examples, 3), 24)
         assert [start for _, start in kept] == [0, 8, 16][: len(kept)]
         together = torch.cat([batch["pixel_values"] for batch, _ in kept])
         assert torch.equal(together, torch.cat([batch["pixel_values"] for batch, _ in batches])[: len(together)])
-    assert num_examples(fitting(batches, model, 0)) == 1
+    assert num_examples(fitting(batches, model, 0)) == 3
 
 
 def test_fewer_are_told_of_and_are_the_first(monkeypatch, caplog):
+    monkeypatch.setattr(fitting_module, "LEAST", 1)
     batches, found = random_batches(build("ViT"), 8, sizes=(8, 8)), []
     for count, available in ((16, 0), (1, 10**12)):
         model = copy.deepcopy(build("ViT"))
