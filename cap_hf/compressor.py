@@ -208,7 +208,7 @@ class CAPCompressor:
         before batch norm is estimated anew. The next `prune` begins with the weights and biases of `collect` again.
 
         Args:
-            dataloader: as `collect` takes it, without labels; its first `refit_examples`, all in memory at once.
+            dataloader: as `collect` takes it, without labels; its first `refit_examples`, as many as memory holds.
 
         Returns:
             The report of `prune`, which says of the refit too; its losses stay those of the pruning.
@@ -225,7 +225,7 @@ class CAPCompressor:
         advance = self.progress.phase("refitting", "layer", sum(map(work_of, self.targets)))
         with unchanged_on_error(parameters_of(self.targets)):
             dense = self.paths.dense_layer
-            done = refit(self.model, self.targets, dense, batches, self.config, self.processes, advance)
+            done = refit(self.model, self.targets, dense, batches, self.config, self.processes, advance, self.resources)
             round_weights(self.model, self.dtype)
         report_refit(self.report, self.targets, done, self.dtype)
         self.progress.end_phase()
@@ -297,4 +297,4 @@ class CAPCompressor:
         """Begin anew, with nothing collected."""
         if self.collection is not None:
             self.collection.close()
-        self.collection, self.paths = None, None
+        self.collection, self.paths, self.report = None, None, None

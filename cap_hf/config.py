@@ -267,8 +267,8 @@ class CAPConfig:
         """
         if not isinstance(values, Mapping):
             raise CAPError(f"{values!r:.80} holds no fields of CAPConfig: pass a dict of them")
-        # Where there is no word of a prior, there was none yet.
-        values = {"fisher_prior": "identity", **values}
+        # Where there is no word of a prior or of a refit, there was none yet.
+        values = {"fisher_prior": "identity", "refit": False, **values}
         if "fisher_type" in values:
             values["fisher_loss"] = FISHER_TYPES.get(values.pop("fisher_type"))
         unknown = sorted(set(values) - {f.name for f in fields(cls)})

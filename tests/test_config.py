@@ -49,9 +49,10 @@ def test_a_wrong_value_is_named(field, value):
         CAPConfig(**{field: value})
 
 
-def test_a_config_of_before_there_was_a_prior_had_none():
+def test_a_config_of_before_there_was_a_prior_or_a_refit_had_none():
     earlier = CAPConfig().to_dict()
-    for name in ("fisher_prior", "prior_strength"):
+    for name in ("fisher_prior", "prior_strength", "refit"):
         del earlier[name]
     assert CAPConfig.from_dict(earlier).fisher_prior == "identity"
-    assert CAPConfig.from_dict(CAPConfig().to_dict()).fisher_prior == "input"
+    assert CAPConfig.from_dict(earlier).refit is False
+    assert CAPConfig.from_dict(CAPConfig().to_dict()) == CAPConfig()

@@ -91,8 +91,20 @@ def to_batch(given: object, needed: Sequence[str], taken: Collection[str] = ()) 
 
 
 def joined(batches: Iterable[Batch]) -> Batch:
-    """Return all examples of some batches as one, without labels; empty where there is none."""
+    """Return all examples of some batches as one, without labels; empty where there is none.
+
+    Raises:
+        CAPError: they differ in size, or one has a tensor that another lacks.
+    """
     parts = [{name: value for name, value in batch.items() if name != "labels"} for batch in batches]
+    shapes = {tuple(sorted((name, tuple(value.shape[1:])) for name, value in part.items())) for part in parts}
+    if len(shapes) > 1:
+        # A set of few: one line.
+        found = " and ".join(str(dict(shape)) for shape in sorted(shapes)[:2])
+        raise CAPError(
+            f"all examples go through the model at once, and these differ in size, {found}: make them of one size, or "
+            "leave the refit out (--refit false), and batch norm as it is (--recalibrate_batch_norm false)"
+        )
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]} if parts else {}
 
 

@@ -19,10 +19,13 @@ import torch
 from torch import nn
 
 from cap_hf.collection.batches import joined
+from cap_hf.collection.fitting import fitting, num_examples
 from cap_hf.collection.layers import DenseLayer, as_dense, channel_dim, check_unmixed, layer_of, rows_of, write_layer
 from cap_hf.collection.precision import matmul_precision
 from cap_hf.collection.relevance import position_weights
 from cap_hf.collection.residuals import Residual, along, find_residuals, first_tensor
+from cap_hf.collection.resources import Resources
+from cap_hf.collection.room import available_bytes
 from cap_hf.collection.running import Batch, differentiable, frozen
 from cap_hf.collection.solver import default_batch_bytes
 from cap_hf.config import CAPConfig
@@ -51,6 +54,7 @@ def refit(
     config: CAPConfig,
     processes: Processes,
     on_layer: Callable[[int, float], None] = lambda count, work: None,
+    resources: Resources | None = None,
 ) -> RefitReport:
     """Refit the weights that are left in some targets, and biases, to what the dense model's layers make, in place.
 
@@ -66,6 +70,7 @@ def refit(
         config: for the ridge, for the number of examples that were asked for, and for the loss that weighs positions.
         processes: of the run; every process has an example at least.
         on_layer: told after each target that is refitted: 1, and how much work it was (`work_of`).
+        resources: memory that may be taken; fewer examples are refitted to where all of them would take more.
 
     Returns:
         What was done.
@@ -76,12 +81,17 @@ def refit(
             see `unchanged_on_error`.
     """
     own = list(batches)
-    places = [start + each for batch, start in own for each in range(len(batch["pixel_values"]))]
-    counts = [count for (count,) in processes.gather_ints(len(places))]
+    counts = [count for (count,) in processes.gather_ints(num_examples(own))]
     if not all(counts):
         raise CAPError("layers are refitted to one example per process at least: give more of them")
     if sum(counts) < config.refit_examples:
         logger.warning("The data ended after %d of %d examples to refit to.", sum(counts), config.refit_examples)
+    if resources is not None:
+        own = fitting(own, model, available_bytes(resources, processes.device))
+    places = [start + each for batch, start in own for each in range(len(batch["pixel_values"]))]
+    done = sum(count for (count,) in processes.gather_ints(len(places)))
+    if done < sum(counts):
+        logger.warning("Refitting to %d of %d examples: more do not fit into memory.", done, sum(counts))
     with differentiable(model), frozen(model), torch.no_grad(), matmul_precision(torch.float32):
         # In here, because no gradient goes through what was joined inside `torch.inference_mode()`.
         inputs = joined(batch for batch, _ in own)
@@ -96,7 +106,7 @@ def refit(
     left = [target.name for target in targets if target.name not in chosen]
     if left:
         logger.warning("Not refitted, because not one module calls its weight exactly once: %s.", summarize(left, 3))
-    return RefitReport(sum(counts), config.refit_ridge, left)
+    return RefitReport(done, config.refit_ridge, left)
 
 
 def refittable(model: nn.Module, targets: Sequence[Target], inputs: Batch) -> set[str]:

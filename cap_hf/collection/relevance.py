@@ -16,7 +16,7 @@ from cap_hf.method.losses import FeatureLoss, FisherLoss
 from cap_hf.targets import Target
 
 # Examples that go through the model together: their graph is in memory at once.
-MICROBATCH = 16
+MICROBATCH = 4
 # The share of a position's weight that its gradient says; the rest is the same for all. With all of it positions that
 # the loss does not see would be free to become anything, and the loss sees little from one example.
 SAID = 0.9

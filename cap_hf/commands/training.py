@@ -65,9 +65,13 @@ def read_arguments(argv: list[str]) -> tuple:
         )
     data_args = DataArguments(**asdict(data_args), dataloader_num_workers=training_args.dataloader_num_workers)
     config = CAPConfig(**asdict(config), seed=training_args.seed)
+    usual = CAPConfig(seed=config.seed).to_dict()
+    changed = [name for name, value in config.to_dict().items() if value != usual[name]]
+    refitting = [f"--{name}" for name in changed if name.startswith("refit")]
+    if refitting and config.refit is not False:
+        raise CAPError(f"{', '.join(refitting)} is for cap-hf prune: here training moves what is left; leave it out")
     if training_args.schedule is None:
-        usual = CAPConfig(seed=config.seed).to_dict()
-        unused = [f"--{name}" for name, value in config.to_dict().items() if value != usual[name]]
+        unused = [f"--{name}" for name in changed]
         if unused:
             raise CAPError(f"{', '.join(unused)} without --sparsity_schedule prunes nothing: give one, such as 0.9")
     return model_args, data_args, args, training_args, probe_args, config, resources

@@ -19,6 +19,7 @@ from transformers import (
 from cap_hf.collection.progress import Phase, Progress
 from cap_hf.data.images import collate
 from cap_hf.distributed.temporary import TemporaryFolder
+from cap_hf.errors import CAPError
 from cap_hf.outputs import check_task
 from cap_hf.recovery.distillation import has_states
 from cap_hf.recovery.inputs import collated, trainable
@@ -99,8 +100,12 @@ def heal(
         disable_tqdm: no progress bar.
 
     Raises:
-        CAPError: as `SparseTrainer`, or the model is a classifier that does not pick one label of several.
+        CAPError: there is no step; as `SparseTrainer`, or the model is a classifier that does not pick one label of
+            several.
     """
+    if steps < 1:
+        # The Trainer would take a number below 0 for none, and train 3 epochs.
+        raise CAPError(f"steps={steps} heals nothing: it must be at least 1")
     model = trainable(model)
     training, forward = model.training, model.__dict__.get("forward")
     try:

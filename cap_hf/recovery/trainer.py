@@ -149,6 +149,8 @@ class SparseTrainer(Trainer):
                 self.average.load(resume_from_checkpoint)
         objective = self.objective
         with ExitStack() as stack:
+            # A training that is broken off does not get to its end, where the callback lets go.
+            stack.callback(self.masks.detach)
             if isinstance(objective, FeatureObjective):
                 stack.enter_context(objective.student.trained())
             if self.args.freeze_outside:

@@ -8,7 +8,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 from transformers import BatchFeature
 
 from cap_hf import CAPCompressor, CAPConfig
-from cap_hf.collection.batches import check_dataloader, read, to_batch
+from cap_hf.collection.batches import check_dataloader, joined, read, to_batch
 from cap_hf.errors import CAPError
 
 PIXELS, LABELS = torch.randn(4, 3, 8, 8), torch.tensor([1, 0, 1, 1])
@@ -131,3 +131,11 @@ def test_what_a_dataset_says_is_one_line_with_the_examples(workers):
     assert "\n" not in str(caught.value)
     with pytest.raises(CAPError, match="failed at batch 1: ValueError: not this one"):
         list(read(each if each else (_ for _ in ()).throw(ValueError("not this one")) for each in (1, 0)))
+
+
+def test_only_images_of_one_size_go_through_a_model_at_once():
+    assert joined([]) == {}
+    batches = [{"pixel_values": torch.zeros(2, 3, side, side), "labels": torch.zeros(2)} for side in (8, 8, 9)]
+    assert {name: value.shape for name, value in joined(batches[:2]).items()} == {"pixel_values": (4, 3, 8, 8)}
+    with pytest.raises(CAPError, match=r"differ in size, .*\(3, 8, 8\).* and .*\(3, 9, 9\).*--refit false"):
+        joined(batches)

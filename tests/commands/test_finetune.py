@@ -97,6 +97,8 @@ def test_a_yaml_file_of_the_same_names(tmp_path, folders):
             ("--allocation", "2:4", "--num_grads", "32"),
             "--allocation, --num_grads without --sparsity_schedule prunes nothing",
         ),
+        (("--sparsity_schedule", "0.9", "--refit", "true"), "--refit is for cap-hf prune: here training moves"),
+        (("--sparsity_schedule", "0.9", "--refit_ridge", "0.1"), "--refit_ridge is for cap-hf prune"),
         (("--teacher_model_name_or_path", "WIDE", "--hidden_state_weight", "1"), "hidden state 0 is"),
         (("--teacher_model_name_or_path", "LABELS"), "the teacher has 4 labels, the student 10"),
         (("--teacher_model_name_or_path", "PIXELS"), "normalises images to mean"),

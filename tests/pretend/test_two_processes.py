@@ -109,7 +109,9 @@ def test_the_command_gives_what_one_process_gives(results, tmp_path):
     assert main(command_arguments(tmp_path)) == 0
     expected = load_file(tmp_path / "out" / "sparsity-0.75" / "model.safetensors")
     for name, weight in expected.items():
-        assert torch.equal(found[name], weight), name
+        # A refit adds up the examples in the order of the processes: its last bits depend on their number.
+        assert torch.equal(found[name] == 0, weight == 0), name
+        torch.testing.assert_close(found[name], weight, rtol=1e-4, atol=1e-5)
     reports = [json.loads((folder / "out" / "report.json").read_text()) for folder in (results[0], tmp_path)]
     assert [(report["device"], report["num_processes"]) for report in reports] == [("pretend", 2), ("pretend", 1)]
     assert reports[0]["dense"]["loss"] == pytest.approx(reports[1]["dense"]["loss"], rel=1e-5)

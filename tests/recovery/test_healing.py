@@ -116,11 +116,13 @@ def test_what_cannot_be_healed_is_one_line_before_any_work():
     ):
         with pytest.raises(CAPError, match=message):
             check_healing(model, other, images())
+    with pytest.raises(CAPError, match="steps=-1 heals nothing"):
+        heal(sparse(MAKERS["vit"]()), teacher, images(), -1)
     with pytest.raises(CAPError, match=r"lower --learning_rate \(of cap-hf prune --heal_learning_rate\)"):
         heal(sparse(MAKERS["vit"]()), teacher, images(), 6, 16, 1e38, disable_tqdm=True)
 
 
-def test_what_ctrl_c_leaves_is_no_folder(tmp_path, monkeypatch):
+def test_ctrl_c_leaves_no_folder_and_no_hook(tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     seen = []
 
@@ -130,7 +132,10 @@ def test_what_ctrl_c_leaves_is_no_folder(tmp_path, monkeypatch):
 
     monkeypatch.setattr("cap_hf.recovery.trainer.SparseTrainer.compute_loss", interrupted)
     teacher = MAKERS["vit"]()
+    model = sparse(copy.deepcopy(teacher))
     with pytest.raises(KeyboardInterrupt):
-        heal(sparse(copy.deepcopy(teacher)), teacher, images(), **QUICK)
+        heal(model, teacher, images(), **QUICK)
     assert seen
+    # Else the gradients of a later training would be masked by what was 0 now.
+    assert not any(parameter._backward_hooks for parameter in model.parameters())
     assert not list(tmp_path.iterdir())
