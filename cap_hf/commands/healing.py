@@ -42,6 +42,9 @@ class HealArguments:
             raise CAPError(f"heal_batch_size={self.heal_batch_size} must be at least 1")
         if not 0 < self.heal_learning_rate < float("inf"):
             raise CAPError(f"heal_learning_rate={self.heal_learning_rate} must be greater than 0, and finite")
+        usual = (HEAL["per_device_train_batch_size"], HEAL["learning_rate"])
+        if not self.heal_steps and (self.heal_batch_size, self.heal_learning_rate) != usual:
+            raise CAPError("nothing is healed without --heal_steps: give a number of them, such as 300")
 
     def num_images(self, processes: int) -> int:
         """Return how many images healing sees in so many processes, where the dataset has as many."""

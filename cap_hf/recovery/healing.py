@@ -145,6 +145,8 @@ def _heal(
             max_steps=steps,
             per_device_train_batch_size=batch_size,
             learning_rate=learning_rate,
+            # Few steps would else never come to that rate.
+            warmup_steps=min(HEAL["warmup_steps"], steps // 10),
             seed=seed,
             dataloader_num_workers=num_workers,
         )

@@ -110,7 +110,7 @@ def test_types():
 def test_the_settings_of_a_checkpoint(tmp_path):
     assert read_cap_config(tmp_path) is None
     (tmp_path / "report.json").write_text(json.dumps({"config": {"method": "obs"}}))
-    assert read_cap_config(tmp_path) == CAPConfig(method="obs", fisher_prior="identity")
+    assert read_cap_config(tmp_path) == CAPConfig(method="obs", fisher_prior="identity", refit=False)
     CAPConfig(method="magnitude", exclude=["a*"]).save(tmp_path)
     assert read_cap_config(tmp_path) == CAPConfig(method="magnitude", exclude=["a*"])
 

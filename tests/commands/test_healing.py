@@ -47,7 +47,7 @@ def test_each_sparsity_is_healed_from_the_dense_model(tmp_path, capsys):
         assert differing_layers(find_targets(load(folder)), read_report(folder)) == []
     assert json.loads((tmp_path / "plain" / "report.json").read_text())["results"][0]["healing"] is None
     content = CardFacts.gather(tmp_path / "both" / "sparsity-0.9", "user/vit").render().content
-    assert "healed: trained for 30 steps on 480 images, without labels, towards what the dense model" in content
+    assert "healed: trained for 30 steps on 480 images, without labels, towards what the model before" in content
     assert " --heal_steps 30 --heal_batch_size 16 --heal_learning_rate 0.001" in content
     # Nothing of the Trainer's is left.
     assert {path.name for path in tmp_path.iterdir()} == {"dense", "both", "one", "plain"}
@@ -87,6 +87,7 @@ def test_batch_norm_is_put_back_too(tiny_checkpoint, tmp_path):
     [
         (["--heal_steps", "-1"], "heal_steps=-1 must be at least 0"),
         (["--heal_batch_size", "0"], "heal_batch_size=0 must be at least 1"),
+        (["--heal_batch_size", "8"], "nothing is healed without --heal_steps"),
         (["--heal_learning_rate", "0"], "heal_learning_rate=0.0 must be greater than 0, and finite"),
     ],
 )
