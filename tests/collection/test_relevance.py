@@ -159,7 +159,7 @@ def test_a_layer_that_is_not_called_by_example_is_told():
             return ImageClassifierOutput(logits=self.last(pixel_values.mean((2, 3)) @ table))
 
     model = Fixed()
-    with pytest.raises(CAPError, match=r"layer mixes examples \(its input has 4 rows for 7 examples\)"):
+    with pytest.raises(CAPError, match=r"layer mixes examples \(its input has 4 rows for 3 examples\)"):
         weights(model, {"pixel_values": torch.randn(7, 4, 5, 5)})
     assert not any(module._forward_hooks for module in model.modules())
 
