@@ -242,7 +242,7 @@ def test_what_is_wrong_is_one_line_and_what_changes_is_put_back(monkeypatch):
     mixing = Mixing().double()
     (target,) = find_targets(mixing)
     # Where a microbatch shows it, and where only all examples do.
-    for part, rows in ((pixels, "49 rows for 16"), (pixels[..., :4, :4], "16 rows for 48")):
+    for part, rows in ((pixels, "49 rows for 4"), (pixels[..., :4, :4], "16 rows for 48")):
         with pytest.raises(CAPError, match=rf"layer mixes examples \(its input has {rows} examples\)"):
             refit(mixing, [target], layers_of(mixing, [target]), whole(part), CAPConfig(), Processes())
     solve, solved = LeastSquares.biases, []
