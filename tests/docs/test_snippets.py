@@ -33,7 +33,7 @@ from cap_hf.data.images import collate, make_dataloader
 RUN, WRITTEN, READ = ("bash", "python"), ("yaml", "json"), ("text",)
 
 # The names that stand for checkpoints and datasets on the pages.
-DENSE = ("facebook/deit-small-patch16-224", "M", "vit-fashion")
+DENSE = ("facebook/deit-small-patch16-224", "M", "M-cifar10", "vit-fashion")
 BACKBONE = "facebook/dinov2-small"
 SPARSE = {"O/sparsity-0.75": 0.75, "O/sparsity-0.9": 0.9, "user/name": 0.9, "pruned/sparsity-0.9": 0.9}
 DATASETS = ("imagenet-1k", "D", "fashion-mnist", "cifar10")
