@@ -32,10 +32,6 @@ class InputPrior:
     moments: Mapping[str, SymmetricSums]
     strength: float
 
-    def strength_of(self, target: Target) -> float:
-        """Return s for the blocks of a target."""
-        return self.strength
-
     def mix(self, fisher: torch.Tensor, target: Target, blocks: torch.Tensor) -> torch.Tensor:
         """Mix the Fishers of some blocks with their priors, in place.
 
@@ -47,7 +43,7 @@ class InputPrior:
         Returns:
             `fisher`, each row's part of it with the trace that it had.
         """
-        strength, size = self.strength_of(target), moment_size(target)
+        strength, size = self.strength, moment_size(target)
         moments = self.moments[target.name]
         traces = fisher.diagonal(dim1=1, dim2=2).unflatten(1, (-1, size)).sum(dim=2)
         fisher.mul_(1 - strength)

@@ -153,9 +153,10 @@ def test_each_layer_is_refitted_for_what_the_refitted_ones_before_it_give(name, 
 @pytest.mark.parametrize("name", ["Dinov2", "Small"])
 def test_a_dense_model_stays_and_a_sparse_one_comes_nearer(name):
     dense, sparse, targets, pixels = case(name)
-    run = lambda model: refit(  # noqa: E731
-        model, find_targets(model), layers_of(dense, targets), whole(pixels), CAPConfig(), Processes()
-    )
+
+    def run(model):
+        refit(model, find_targets(model), layers_of(dense, targets), whole(pixels), CAPConfig(), Processes())
+
     same = copy.deepcopy(dense)
     run(same)
     for key, value in dense.state_dict().items():
