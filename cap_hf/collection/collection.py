@@ -155,7 +155,8 @@ class Collection:
             plan = Plan([self.find(block_size)], block_size, costs.samples, costs.samples)
         else:
             prior = self.method.has_prior(self.config)
-            plan = make_plan(self.find, block_size, self.resources, costs, self.processes, dtype, prior)
+            refits = self.method.refits(self.config)
+            plan = make_plan(self.find, block_size, self.resources, costs, self.processes, dtype, prior, refits)
         if checkpointing is not None:
             facts = {f"config {name}": value for name, value in self.config.to_dict().items()}
             facts |= {"model weights": hash_weights(self.model), "number of processes": self.processes.world}

@@ -45,6 +45,11 @@ def fitting(batches: list[tuple[Batch, int]], model: nn.Module, available: int) 
     return kept
 
 
+def least_bytes(widest: int) -> int:
+    """Return the bytes that a refit takes at the least where the widest activation of an example has so many."""
+    return LEAST * AT_ONCE * widest
+
+
 def num_examples(batches: list[tuple[Batch, int]]) -> int:
     """Return how many examples some batches have."""
     return sum(len(batch["pixel_values"]) for batch, _ in batches)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from cap_hf.collection import exchange, input_sums, removal_paths, solver
+from cap_hf.collection import exchange, fitting, input_sums, removal_paths, solver
 from cap_hf.collection.costs import Costs
 from cap_hf.collection.exchange import made_in
 from cap_hf.collection.resources import Resources
@@ -96,6 +96,7 @@ def plan_passes(
     max_passes: int | None = None,
     dtype: torch.dtype = torch.float32,
     prior: bool = False,
+    refits: bool = False,
 ) -> Plan | None:
     """Return the plan with the fewest passes; None where the memory or `max_passes` does not allow any.
 
@@ -108,6 +109,7 @@ def plan_passes(
         max_passes: over the examples, or None for any number.
         dtype: what gradients are rounded to.
         prior: whether inputs are summed too.
+        refits: whether layers are refitted afterwards, beside the sums of one pass.
     """
     device = targets[0].weight.device
     blocks = largest_shares(list(targets), processes)
@@ -124,6 +126,8 @@ def plan_passes(
     exchanged = max(exchange.peak_bytes(target, processes, step, dtype) for target in targets)
     collecting = in_model_bytes(step, costs, device) + exchanged
     paths = max(removal_paths.peak_bytes(target, count) for target, count in shares)
+    # With fewer examples than are asked for a refit gets by; not with fewer than these.
+    refitting = fitting.least_bytes(costs.widest) if refits else 0
 
     def fit(batch_bytes: int, beside: int) -> tuple[int, int]:
         """Return how large batches are that fit beside what else is there, and what they take with the paths."""
@@ -132,7 +136,7 @@ def plan_passes(
         return batch_bytes, solver.peak_bytes(targets, batch_bytes) + paths
 
     batch_bytes, solving = fit(solver.BATCH_BYTES, sum(sizes) + held + compared)
-    needed = sum(sizes) + held + compared + max(collecting, solving)
+    needed = sum(sizes) + held + compared + max(collecting, solving, refitting)
     if needed <= available:
         steps = (step, microbatch_of(step, costs, device))
         return Plan([list(targets)], block_size, *steps, available, needed, sum(sizes), 0, batch_bytes)
@@ -140,7 +144,7 @@ def plan_passes(
     # All these are on the disk then, except for what the losses are compared by.
     batch_bytes, solving = fit(solver.BATCH_BYTES, max(sizes) + compared)
     room = available - collecting
-    after = max(sizes) + solving + compared
+    after = max(max(sizes) + solving, refitting) + compared
     if max(sizes) > room or after > available:
         return None
     passes = split_passes(targets, sizes, room)
@@ -199,6 +203,7 @@ def make_plan(
     processes: Processes,
     dtype: torch.dtype = torch.float32,
     prior: bool = False,
+    refits: bool = False,
 ) -> Plan:
     """Return the plan for a block size, or for the largest that the memory allows (`auto`), the same on every process.
 
@@ -210,6 +215,7 @@ def make_plan(
         processes: of the run.
         dtype: what gradients are rounded to.
         prior: whether inputs are summed too.
+        refits: whether layers are refitted afterwards.
 
     Raises:
         CAPError: nothing fits; says what would.
@@ -224,7 +230,7 @@ def make_plan(
     most = resources.max_passes
 
     def plan(size: int | str, most: int | None) -> Plan | None:
-        return plan_passes(find(size), size, available, costs, processes, most, dtype, prior)
+        return plan_passes(find(size), size, available, costs, processes, most, dtype, prior, refits)
 
     tries = [(block_size, most)]
     if block_size == "auto":

@@ -14,6 +14,7 @@ import cap_hf.collection.solver as solver_module
 from cap_hf import CAPCompressor, CAPConfig, CAPError
 from cap_hf.collection import room
 from cap_hf.collection.costs import Costs
+from cap_hf.collection.fitting import least_bytes
 from cap_hf.collection.plan import BLOCK_SIZES, Plan, automatic_sizes, plan_passes, sums_bytes
 from cap_hf.collection.resources import Resources
 from cap_hf.collection.shares import largest_shares
@@ -29,20 +30,25 @@ from cap_hf.targets import find_targets
     share=st.sampled_from([0.0, 0.5, 1.0]),
     widest=st.sampled_from([0, 2**10, 2**21, 2**24]),
     prior=st.booleans(),
+    refits=st.booleans(),
 )
 @settings(max_examples=100, deadline=None)
-def test_a_plan_takes_every_target_once_and_stays_within_the_budget(available, size, sample, share, widest, prior):
+def test_a_plan_takes_every_target_once_and_stays_within_the_budget(
+    available, size, sample, share, widest, prior, refits
+):
     targets, processes = find_targets(build("ViT"), size), Processes()
     costs = Costs(16, sample, int(share * sample), widest)
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(solver_module, "BATCH_BYTES", 2**12)
         plan, more = (
-            plan_passes(targets, size, bytes_, costs, processes, prior=prior) for bytes_ in (available, 2 * available)
+            plan_passes(targets, size, bytes_, costs, processes, prior=prior, refits=refits)
+            for bytes_ in (available, 2 * available)
         )
     if plan is None:
         return
     assert [target for each in plan.passes for target in each] == targets
     assert plan.needed <= available
+    assert not refits or plan.needed >= least_bytes(widest)
     assert 1 <= plan.microbatch <= plan.step <= 16
     assert plan.microbatch in (1, plan.step) or plan.microbatch * widest <= plan_module.CACHED_BYTES
     held = sample * plan.microbatch + costs.kept * plan.step * (plan.microbatch < plan.step)
@@ -202,6 +208,9 @@ def test_a_plan_counts_what_each_room_says(monkeypatch):
     # In float64 what a process has, in float32 what all have, of each input 16 or 32 wide a little more than half.
     assert 12 * (10 * 16**2 + 2 * 32**2) // 2 < inputs <= 12 * (10 * 16**2 + 2 * 32**2)
     assert plan_passes(targets, "row", 10**12, costs, Processes(), prior=True).needed == base + inputs
+    wide = Costs(16, 1000, 10, 10**9)
+    refitted, plain = (plan_passes(targets, "row", 10**13, wide, Processes(), refits=each) for each in (True, False))
+    assert plain.needed + least_bytes(10**9) // 2 < refitted.needed < 2 * least_bytes(10**9)
     patched = Costs(16, 1000, 10, 0, patches=10**9, held=10**9)
     assert plan_passes(targets, "row", 10**12, patched, Processes()).needed > base + 16 * 10**9
 
