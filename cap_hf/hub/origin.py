@@ -21,7 +21,7 @@ ASIDE = re.compile(
     r"(activation|gradient)_checkpointing|dataloader_(pin_memory|num_workers)"
 )
 # What of a healing were arguments.
-HEALING = ("steps", "batch_size", "learning_rate")
+HEALING = ("steps", "batch_size", "learning_rate", "bf16")
 ARGUMENT = re.compile(r"[A-Za-z]\w*", re.ASCII)
 
 
@@ -89,7 +89,7 @@ def command_line(kind: str, run: dict[str, Any], config: dict[str, Any], sparsit
         arguments["sparsity"] = f"{sparsity:.4f}".rstrip("0").rstrip(".")
     if kind == PRUNED:
         healing = single_values(run["healing"])
-        arguments |= {f"heal_{name}": healing[name] for name in HEALING if name in healing}
+        arguments |= {f"heal_{name}": healing[name] for name in HEALING if healing.get(name)}
     for name, value in single_values(training).items():
         arguments[name] = short_name(value) if isinstance(value, str) else value
     words = ["cap-hf", "prune" if kind == PRUNED else "finetune"]

@@ -44,6 +44,7 @@ class HealReport:
         batch_size: images per step and process.
         images: how many different ones were seen.
         learning_rate: at its peak.
+        bf16: whether it was computed in mixed precision.
         loss_start: of the first step, before any weight has moved.
         loss_end: mean of the last 10 steps.
     """
@@ -52,10 +53,11 @@ class HealReport:
     batch_size: int
     images: int
     learning_rate: float
+    bf16: bool
     loss_start: float
     loss_end: float
 
-    def to_dict(self) -> dict[str, int | float]:
+    def to_dict(self) -> dict[str, int | float | bool]:
         """Return it for JSON."""
         return asdict(self)
 
@@ -77,6 +79,7 @@ def heal(
     steps: int = HEAL["max_steps"],
     batch_size: int = HEAL["per_device_train_batch_size"],
     learning_rate: float = HEAL["learning_rate"],
+    bf16: bool = False,
     seed: int = 42,
     num_workers: int = 0,
     disable_tqdm: bool = False,
@@ -95,6 +98,7 @@ def heal(
         steps: of the optimizer; fewer images than these take are seen several times.
         batch_size: images per step and process.
         learning_rate: at its peak.
+        bf16: compute in mixed precision, and the teacher in bfloat16; weights stay in float32.
         seed: of the order of the images and of flips; the same one gives the same weights.
         num_workers: processes that load images.
         disable_tqdm: no progress bar.
@@ -109,7 +113,7 @@ def heal(
     model = trainable(model)
     training, forward = model.training, model.__dict__.get("forward")
     try:
-        return _heal(model, teacher, dataset, steps, batch_size, learning_rate, seed, num_workers, disable_tqdm)
+        return _heal(model, teacher, dataset, steps, batch_size, learning_rate, bf16, seed, num_workers, disable_tqdm)
     finally:
         model.train(training)
         # Where the launcher asks for mixed precision, the Trainer leaves autocast on what it has trained.
@@ -119,10 +123,10 @@ def heal(
             model.forward = forward
 
 
-def check_healing(model: PreTrainedModel, teacher: PreTrainedModel, dataset: Dataset) -> None:
-    """Raise the CAPError of `heal` about a model, a teacher and images that do not fit together, before any work."""
+def check_healing(model: PreTrainedModel, teacher: PreTrainedModel, dataset: Dataset, bf16: bool = False) -> None:
+    """Raise the CAPError of `heal` about what does not fit together, before any work."""
     with TemporaryFolder() as folder:
-        make_trainer(trainable(model), teacher, dataset, folder)
+        make_trainer(trainable(model), teacher, dataset, folder, bf16=bf16, teacher_bf16=bf16)
 
 
 def _heal(
@@ -132,6 +136,7 @@ def _heal(
     steps: int,
     batch_size: int,
     learning_rate: float,
+    bf16: bool,
     seed: int,
     num_workers: int,
     disable_tqdm: bool,
@@ -147,6 +152,8 @@ def _heal(
             learning_rate=learning_rate,
             # Few steps would else never come to that rate.
             warmup_steps=min(HEAL["warmup_steps"], steps // 10),
+            bf16=bf16,
+            teacher_bf16=bf16,
             seed=seed,
             dataloader_num_workers=num_workers,
         )
@@ -163,6 +170,7 @@ def _heal(
         batch_size=batch_size,
         images=min(seen, len(dataset)) if isinstance(dataset, Sized) else seen,
         learning_rate=learning_rate,
+        bf16=bf16,
         loss_start=losses[0],
         loss_end=sum(losses[-LAST:]) / len(losses[-LAST:]),
     )

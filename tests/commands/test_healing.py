@@ -87,6 +87,7 @@ def test_batch_norm_is_put_back_too(tiny_checkpoint, tmp_path):
     [
         (["--heal_steps", "-1"], "heal_steps=-1 must be at least 0"),
         (["--heal_batch_size", "0"], "heal_batch_size=0 must be at least 1"),
+        (["--heal_bf16", "true"], "nothing is healed without --heal_steps"),
         (["--heal_batch_size", "8"], "nothing is healed without --heal_steps"),
         (["--heal_learning_rate", "0"], "heal_learning_rate=0.0 must be greater than 0, and finite"),
     ],
@@ -107,6 +108,17 @@ def test_what_cannot_be_healed_is_found_before_the_collection(tmp_path, tiny_che
     values = ("--sparsity", "0.5", "--dataset_name", str(data), "--do_eval", "false", "--heal_steps", "2")
     assert prune(tmp_path / "many", tmp_path / "out", *values) == 1
     assert "healing is for models that pick one label of several" in capsys.readouterr().err
+
+
+def test_bfloat16_is_refused_before_any_work_where_it_is_slow(tiny_checkpoint, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("cap_hf.recovery.precision.bfloat16_ratio", lambda: 15.0)
+    monkeypatch.setattr("cap_hf.compressor.CAPCompressor.collect", None)
+    values = ("--sparsity", "0.5", "--do_eval", "false", "--heal_steps", "2", "--heal_bf16", "true")
+    assert prune(tiny_checkpoint, tmp_path / "out", *values) == 1
+    assert (
+        "bfloat16 takes this processor 15.0 times as long as float32: leave out --heal_bf16 (fast"
+        in capsys.readouterr().err
+    )
 
 
 def test_how_many_images_are_needed():

@@ -66,6 +66,9 @@ def test_the_order_of_a_prune_run():
     report["healing"] = {"steps": 300, "batch_size": 8, "images": 2400, "learning_rate": 2e-4, "loss_start": 1.0}
     healed = "--sparsity 0.9 --heal_steps 300 --heal_batch_size 8 --heal_learning_rate 0.0002"
     assert command(report, CAPConfig()) == (PRUNED, f"{expected} --streaming true {healed}")
+    for bf16, option in ((False, ""), (True, " --heal_bf16 true")):
+        report["healing"]["bf16"] = bf16
+        assert command(report, CAPConfig()) == (PRUNED, f"{expected} --streaming true {healed}{option}")
 
 
 def test_too_little_is_told_for_a_command():

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from cap_hf import CAPError
 from cap_hf.recovery.healing import check_healing, heal, make_trainer
 from cap_hf.recovery.presets import HEAL
+from cap_hf.targets import find_targets
 
 QUICK = {"steps": 24, "batch_size": 16, "learning_rate": 3e-3, "disable_tqdm": True}
 MAKERS = {"vit": lambda: tiny_vit(num_channels=3).eval(), "dinov2": tiny_dinov2, "clip": tiny_clip}
@@ -82,6 +83,27 @@ def test_fewer_images_than_a_batch_are_enough_and_mixed_precision_is_not_left_on
     assert found.dtype == torch.float32
     assert not torch.equal(found, found.bfloat16().float())
     assert "forward" not in model.__dict__
+
+
+def test_bfloat16_computes_in_it_and_leaves_weights_that_it_has_not(monkeypatch):
+    monkeypatch.setattr("cap_hf.recovery.precision.bfloat16_ratio", lambda: 1.0)
+    found, dtypes = [], set()
+    for bf16 in (False, True):
+        teacher = MAKERS["vit"]()
+        model = sparse(copy.deepcopy(teacher))
+        layer = find_targets(model)[0].module
+        layer.register_forward_hook(lambda module, args, output: dtypes.add(output.dtype))
+        report = heal(model, teacher, images(), 2, 16, bf16=bf16, disable_tqdm=True)
+        assert report.to_dict()["bf16"] is bf16
+        assert (torch.bfloat16 in dtypes) is bf16
+        dtypes.clear()
+        found.append(layer.weight.detach())
+    AcceleratorState._reset_state(reset_partial_state=True)
+    plain, mixed = found
+    assert mixed.dtype == torch.float32
+    assert not torch.equal(mixed, mixed.bfloat16().float())
+    assert not torch.equal(mixed, plain)
+    assert (mixed - plain).norm() < 0.01 * plain.norm()
 
 
 def test_the_trainer_is_told_the_numbers_of_the_preset(tmp_path):
