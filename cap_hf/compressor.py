@@ -1,6 +1,6 @@
 """CAPCompressor: collect once, prune to any sparsity, save."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from torch.utils.data import DataLoader
 from transformers import BaseImageProcessor, PreTrainedModel
 
-from cap_hf.checkpoints.form import StoredForm, check_range, round_weights, too_large
+from cap_hf.checkpoints.form import StoredForm, round_weights
 from cap_hf.checkpoints.saving import check_shared, save_checkpoint
 from cap_hf.collection.batch_norm import recalibrate_batch_norm, statistics_of
 from cap_hf.collection.collection import Collection
@@ -19,10 +19,11 @@ from cap_hf.collection.objective import choose_loss
 from cap_hf.collection.plan import Plan
 from cap_hf.collection.precision import check_precision
 from cap_hf.collection.progress import Progress
+from cap_hf.collection.pruning import eliminate, solve_each, write_pruned
 from cap_hf.collection.refitting import parameters_of, refit, work_of
 from cap_hf.collection.removal_paths import RemovalPaths, with_changes
 from cap_hf.collection.reporting import report_pruning, report_refit
-from cap_hf.collection.resources import Resources
+from cap_hf.collection.resources import Afterwards, Resources
 from cap_hf.collection.running import Batch, differentiable, unchanged_on_error
 from cap_hf.collection.solver import Solver
 from cap_hf.collection.state import Checkpointing
@@ -53,9 +54,10 @@ class CAPCompressor:
         accelerator: from accelerate; with several processes each takes its share of the examples and of the blocks.
         disable_tqdm: no progress bar.
         resources: memory, passes and disk; `Resources()` if None.
-        prunes: how many sparsities will be pruned to, for the time left that the bar shows.
+        prunes: how many sparsities will be pruned to; the plan, and the time left that the bar shows, go by it.
         dtype: that the model will be saved in, such as bfloat16: `prune` rounds to what it holds, and counts what
             is too small for it as zeros. None for the model's own.
+        refits: leave memory for a `refit` after each prune.
 
     Attributes:
         targets: what is pruned.
@@ -63,8 +65,7 @@ class CAPCompressor:
         report: of the last `prune`.
 
     Raises:
-        CAPError: the model cannot be used as it is (see `cap_hf.models.usable`), has no targets, or the config does not
-            fit them.
+        CAPError: the model cannot be used (see `cap_hf.models.usable`), or has no targets that the config fits.
     """
 
     def __init__(
@@ -76,6 +77,7 @@ class CAPCompressor:
         resources: Resources | None = None,
         prunes: int = 1,
         dtype: torch.dtype | None = None,
+        refits: bool = False,
     ) -> None:
         self.model: PreTrainedModel = usable(model)
         if isinstance(self.model, PreTrainedModel):
@@ -86,7 +88,7 @@ class CAPCompressor:
         check_type("dtype", dtype, torch.dtype, "pass such as torch.bfloat16")
         self.config = config or CAPConfig()
         self.accelerator = accelerator or Accelerator()
-        self.resources, self.prunes, self.dtype = resources or Resources(), prunes, dtype
+        self.resources, self.afterwards, self.dtype = resources or Resources(), Afterwards(prunes, refits), dtype
         self.processes = Processes(self.accelerator)
         self.progress = Progress(disable_tqdm or not self.accelerator.is_main_process)
         # Not a method: a collection that holds its compressor would outlive it, and so would what it has spilled.
@@ -118,8 +120,8 @@ class CAPCompressor:
     ) -> "CAPCompressor":
         """Estimate the Fisher once, from `num_grads * samples_per_grad` examples, and remember the weights.
 
-        What does not fit into memory at once is collected in several passes over the examples and kept on the disk;
-        a line says so.
+        What does not fit into memory is collected in several passes over the examples, and kept on the disk or
+        collected anew for the weights, whichever takes less time; a line says so.
 
         Args:
             dataloader: batches of `pixel_values`, and of `labels` for `fisher_loss="labels"`. A DataLoader, not
@@ -132,11 +134,12 @@ class CAPCompressor:
             self, ready for any number of `prune`.
 
         Raises:
-            CAPError: there is too little memory, no data, a batch that does not fit, or a gradient that is not
-                finite.
+            CAPError: there is too little memory, no data, a batch that does not fit, or a gradient that is not finite.
         """
         check_type("checkpointing", checkpointing, Checkpointing, "pass Checkpointing(folder, 128)")
-        self._forget()
+        if self.collection is not None:
+            self.collection.close()
+        self.collection, self.paths, self.report = None, None, None
         with differentiable(self.model):
             return self._collect(dataloader, checkpointing)
 
@@ -159,12 +162,15 @@ class CAPCompressor:
             chosen = choose_loss(self.config.fisher_loss, self.model, examples.first(), self.processes)
             self.config = replace(self.config, fisher_loss=chosen)
         self.collection = Collection(
-            self.model, self.config, self._find, self.processes, self.resources, self.progress, self.prunes
+            self.model, self.config, self._find, self.processes, self.resources, self.progress, self.afterwards
         )
         fisher = self.collection.run(examples, checkpointing)
         self.targets = self.collection.targets
         solver = Solver(self.config, fisher, self.collection.batch_bytes)
-        self.paths = RemovalPaths(self.targets, solver, self.processes, self.collection.tensors, statistics)
+        again, tensors = self.collection.recollection, self.collection.tensors
+        self.paths = RemovalPaths(self.targets, solver, self.processes, tensors, statistics, again)
+        if again:
+            eliminate(self.paths, self.config.pattern, self.progress)
         return self
 
     def prune(
@@ -178,28 +184,29 @@ class CAPCompressor:
             selection: in place of the config's, likewise.
 
         Returns:
-            What was removed where; also kept as `self.report`.
+            What was removed where, as `self.report`.
 
         Raises:
             CAPError: the sparsity is out of range, below the model's, or not the N:M pattern's; `collect` was not
-                called; a block Fisher cannot be inverted; a weight is too large for the dtype.
+                called; a block Fisher cannot be inverted; a weight is too large for the dtype; sums are to be
+                collected anew from a model that has changed.
+        """
+        return next(self.prune_each([sparsity], allocation, selection))
+
+    def prune_each(
+        self, sparsities: Sequence[float | None], allocation: str | None = None, selection: str | None = None
+    ) -> Iterator[PruneReport]:
+        """Prune the model as `prune` does, to one sparsity after the other, and yield the report of each.
+
+        Sums that did not fit into memory are collected anew once for all of them, before the first; between two the
+        model may be refitted or trained.
         """
         paths, config = self._collected_paths(), with_changes(self.config, allocation, selection)
-        sparsity = config.check_sparsity(sparsity, paths.num_weights, paths.count_zeros())
-        if not paths.is_eliminated(config.pattern):
-            paths.eliminate(config.pattern, self.progress.phase("eliminating", "block", paths.work))
-        counts = paths.allocate(config, sparsity)
-        pruned, losses = paths.reconstruct(counts, self.progress.phase("reconstructing", "block", paths.work))
-        # Nothing is changed before everything is solved, and fits into what it is stored in.
-        names = {target.weight: target.name for target in self.targets}
-        wrong = too_large(self.model, self.dtype, lambda each: pruned[names[each]] if each in names else each)
-        check_range(self.processes.share_first(wrong))
-        paths.write(pruned)
-        round_weights(self.model, self.dtype)
-        known = [None] * len(self.targets) if self.fisher is None else losses.tolist()
-        self.report, self.config = report_pruning(self.targets, config, sparsity, known), config
-        self.progress.end_phase()
-        return self.report
+        for sparsity, pruned, losses in solve_each(paths, config, sparsities, self.progress):
+            write_pruned(self.model, paths, pruned, self.dtype)
+            known = [None] * len(self.targets) if self.fisher is None else losses.tolist()
+            self.report, self.config = report_pruning(self.targets, config, sparsity, known), config
+            yield self.report
 
     def refit(self, dataloader: DataLoader | Iterable[Batch]) -> PruneReport:
         """Refit the weights that `prune` has left, and biases, to what the layers of the dense model make, in place.
@@ -274,8 +281,7 @@ class CAPCompressor:
         """
         usable_of_transformers(self.model)
         if self.accelerator.is_main_process:
-            report = self.report.to_dict() if self.report else {}
-            form = StoredForm(self.dtype, max_shard_size)
+            report, form = self.report.to_dict() if self.report else {}, StoredForm(self.dtype, max_shard_size)
             save_checkpoint(save_directory, self.model, self.config, report, image_processor, compressed, form=form)
         self.accelerator.wait_for_everyone()
 
@@ -292,9 +298,3 @@ class CAPCompressor:
         if self.paths is None:
             raise CAPError("call collect(dataloader) before prune: there is no Fisher yet")
         return self.paths
-
-    def _forget(self) -> None:
-        """Begin anew, with nothing collected."""
-        if self.collection is not None:
-            self.collection.close()
-        self.collection, self.paths, self.report = None, None, None

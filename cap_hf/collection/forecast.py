@@ -1,7 +1,6 @@
 """How long the phases of a prune will take, from what the first examples cost and from blocks solved on trial."""
 
 import time
-from collections import Counter
 from pathlib import Path
 
 import torch
@@ -35,25 +34,31 @@ def foresee(
     Raises:
         CAPError: the folder cannot be written.
     """
-    own = {target.name: own_blocks(target, processes) for each in plan.passes for target in each}
     byte = 0.0 if folder is None else disk_seconds(folder)
-    phases, spilled = [], 0.0
+    prior = METHODS[config.method].has_prior(config)
+    sizes = {target.block_size for each in plan.passes for target in each}
+    trials = {size: trial_seconds(config, size, plan.passes[0][0].weight.device) for size in sizes}
+    collecting, eliminating, reconstructing = [], [], []
     for targets in plan.passes:
-        blocks = [own[target.name].stop - own[target.name].start for target in targets]
-        prior = METHODS[config.method].has_prior(config)
-        disk = byte * sum(sums_bytes(target, count, prior) for target, count in zip(targets, blocks, strict=True))
-        spilled += disk
+        own = [own_blocks(target, processes) for target in targets]
+        shares = [(target, blocks.stop - blocks.start) for target, blocks in zip(targets, own, strict=True)]
+        disk = byte * sum(sums_bytes(target, count, prior) for target, count in shares)
         seconds = (costs.seconds + costs.summing_seconds(targets, prior)) * config.num_grads / processes.world
-        phases.append(Foreseen("collecting", seconds + disk))
-    counts: Counter[int] = Counter()
-    for each in plan.passes:
-        for target in each:
-            counts[target.block_size] += own[target.name].stop - own[target.name].start
-    device = plan.passes[0][0].weight.device
-    trials = {size: trial_seconds(config, size, device) for size in counts}
-    eliminating, reconstructing = (sum(trials[size][step] * count for size, count in counts.items()) for step in (0, 1))
-    phases.append(Foreseen("eliminating", eliminating + spilled))
-    return phases + [Foreseen("reconstructing", reconstructing + spilled)] * prunes
+        collecting.append(Foreseen("collecting", seconds + disk))
+        solving = [disk + sum(trials[target.block_size][step] * count for target, count in shares) for step in (0, 1)]
+        eliminating.append(solving[0])
+        reconstructing.append(solving[1])
+    if not plan.recollects:
+        prune = Foreseen("reconstructing", sum(reconstructing))
+        return [*collecting, Foreseen("eliminating", sum(eliminating)), *[prune] * prunes]
+    phases = []
+    for each, solving in zip(collecting, eliminating, strict=True):
+        phases += [each, Foreseen("eliminating", solving)]
+    for number in reversed(range(len(collecting))):
+        # The second time begins with the pass that the first has ended with.
+        phases += [collecting[number]] if number < len(collecting) - 1 else []
+        phases.append(Foreseen("reconstructing", reconstructing[number] * prunes))
+    return phases
 
 
 def trial_seconds(config: CAPConfig, size: int, device: torch.device) -> tuple[float, float]:

@@ -9,11 +9,9 @@ import torch
 from cap_hf.collection import exchange, fitting, input_sums, removal_paths, solver
 from cap_hf.collection.costs import Costs
 from cap_hf.collection.exchange import made_in
-from cap_hf.collection.resources import Resources
-from cap_hf.collection.room import available_bytes, check_disk
 from cap_hf.collection.shares import largest_shares
 from cap_hf.distributed.processes import Processes
-from cap_hf.errors import CAPError, readable
+from cap_hf.errors import readable
 from cap_hf.method import gradients
 from cap_hf.method.sums import sums_per_block
 from cap_hf.targets import Target
@@ -23,15 +21,6 @@ from cap_hf.targets import Target
 CACHED_BYTES = 8 * 2**20
 # Of what autograd keeps on other devices: what a microbatch fits into; the same for every machine too.
 DEVICE_MICROBATCH_BYTES = 4 * 2**30
-# What is tried where a block size has to be found, largest first.
-BLOCK_SIZES = ("row", 4096, 3072, 2048, 1536, 1024, 768, 512, 384, 256, 192, 128, 96, 64, 48, 32, 16)
-# Where it has to be found, no block is larger than this if all blocks together would take more than so much work (see
-# `solver.work_of`): on two cores a few minutes. Larger blocks cost with the square of their size, and once layers are
-# refitted they gain little (docs/results.md).
-USUAL_SIZE, MOST_WORK = 192, 1e12
-# Rather several passes than smaller blocks than these.
-LEAST_SIZE = 64
-
 Find = Callable[[int | str], list[Target]]
 
 
@@ -49,6 +38,7 @@ class Plan:
         sums: bytes of this process's Fisher sums, of all passes.
         spilled: bytes that go to the disk; 0 for a single pass.
         batch_bytes: of the matrices that are solved at a time.
+        recollects: whether the sums of a pass are dropped before the next, and collected anew when they are wanted.
     """
 
     passes: list[list[Target]]
@@ -60,24 +50,32 @@ class Plan:
     sums: int = 0
     spilled: int = 0
     batch_bytes: int | None = None
+    recollects: bool = False
+
+    @property
+    def num_passes(self) -> int:
+        """Return how often the examples are gone through, for paths and for the first new weights."""
+        # The second time begins with the pass that the first has ended with.
+        return 2 * len(self.passes) - 1 if self.recollects else len(self.passes)
 
     def to_dict(self) -> dict:
         """Return what another run needs to go through memory in the same way."""
         passes = [[target.name for target in each] for each in self.passes]
         steps = {"step": self.step, "microbatch": self.microbatch}
-        return {"passes": passes, "block_size": self.block_size, "spills": bool(self.spilled)} | steps
+        keeping = {"spills": bool(self.spilled), "recollects": self.recollects}
+        return {"passes": passes, "block_size": self.block_size} | keeping | steps
 
     def like(self, other: dict, find: Find) -> "Plan":
         """Return this plan with the passes of another one, as `to_dict` gave them."""
         targets = {target.name: target for target in find(other["block_size"])}
         passes = [[targets[name] for name in each] for each in other["passes"]]
         spilled = max(self.spilled, 1) if other["spills"] else 0
-        steps = {name: other[name] for name in ("block_size", "step", "microbatch")}
-        return replace(self, passes=passes, spilled=spilled, **steps)
+        same = {name: other[name] for name in ("block_size", "step", "microbatch", "recollects")}
+        return replace(self, passes=passes, spilled=spilled, **same)
 
     def describe(self, seconds: float, folder: Path | None) -> str:
         """Return one line about the plan; `seconds` are what the passes are expected to take."""
-        passes = "one pass" if len(self.passes) == 1 else f"{len(self.passes)} passes"
+        passes = "one pass" if self.num_passes == 1 else f"{self.num_passes} passes"
         blocks = "blocks of a row" if self.block_size == "row" else f"blocks of about {self.block_size}"
         disk = f", {readable(self.spilled)} kept in {folder}" if self.spilled else ""
         return (
@@ -97,8 +95,11 @@ def plan_passes(
     dtype: torch.dtype = torch.float32,
     prior: bool = False,
     refits: bool = False,
+    recollected: int = 0,
 ) -> Plan | None:
     """Return the plan with the fewest passes; None where the memory or `max_passes` does not allow any.
+
+    What does not fit into one pass goes to the disk, or is collected twice.
 
     Args:
         targets: in the model's order.
@@ -110,6 +111,8 @@ def plan_passes(
         dtype: what gradients are rounded to.
         prior: whether inputs are summed too.
         refits: whether layers are refitted afterwards, beside the sums of one pass.
+        recollected: where sums are dropped and collected anew, how many sparsities are pruned to together; 0 for sums
+            that go to the disk.
     """
     device = targets[0].weight.device
     blocks = largest_shares(list(targets), processes)
@@ -141,18 +144,23 @@ def plan_passes(
         steps = (step, microbatch_of(step, costs, device))
         return Plan([list(targets)], block_size, *steps, available, needed, sum(sizes), 0, batch_bytes)
 
-    # All these are on the disk then, except for what the losses are compared by.
-    batch_bytes, solving = fit(solver.BATCH_BYTES, max(sizes) + compared)
-    room = available - collecting
-    after = max(max(sizes) + solving, refitting) + compared
+    if recollected:
+        # New weights of all sparsities are in memory, and what losses are compared by beside the last pass's sums.
+        held += recollected * sum(target.block_size * count * target.weight.element_size() for target, count in shares)
+        batch_bytes, solving = fit(solver.BATCH_BYTES, max(sizes) + held + compared)
+        room = available - held - max(collecting, solving + compared)
+        after = held + refitting
+    else:
+        # All these are on the disk then, except for what the losses are compared by.
+        batch_bytes, solving = fit(solver.BATCH_BYTES, max(sizes) + compared)
+        room = available - collecting
+        after = max(max(sizes) + solving, refitting) + compared
     if max(sizes) > room or after > available:
         return None
     passes = split_passes(targets, sizes, room)
-    if max_passes is not None and len(passes) > max_passes:
-        return None
     size_of = {target.name: size for target, size in zip(targets, sizes, strict=True)}
-    peak = max(sum(size_of[target.name] for target in each) for each in passes) + collecting
-    return Plan(
+    peak = max(sum(size_of[target.name] for target in each) for each in passes) + available - room
+    plan = Plan(
         passes,
         block_size,
         step,
@@ -161,9 +169,11 @@ def plan_passes(
         needed=max(peak, after),
         sums=sum(sizes),
         # One pass may do for the sums alone, but not for what is kept beside them: then that goes to the disk.
-        spilled=sum(sizes) + held,
+        spilled=0 if recollected else sum(sizes) + held,
         batch_bytes=batch_bytes,
+        recollects=bool(recollected),
     )
+    return plan if max_passes is None or plan.num_passes <= max_passes else None
 
 
 def split_passes(targets: Sequence[Target], sizes: Sequence[int], room: int) -> list[list[Target]]:
@@ -193,77 +203,6 @@ def in_model_bytes(step: int, costs: Costs, device: torch.device) -> int:
     microbatch = microbatch_of(step, costs, device)
     kept = costs.kept * step if microbatch < step else 0
     return costs.bytes * microbatch + kept + costs.held * step + gradients.making_bytes(costs.patches)
-
-
-def make_plan(
-    find: Find,
-    block_size: int | str,
-    resources: Resources,
-    costs: Costs,
-    processes: Processes,
-    dtype: torch.dtype = torch.float32,
-    prior: bool = False,
-    refits: bool = False,
-) -> Plan:
-    """Return the plan for a block size, or for the largest that the memory allows (`auto`), the same on every process.
-
-    Args:
-        find: gives the targets for a block size.
-        block_size: a number, 'row' or 'auto'.
-        resources: what may be used.
-        costs: of a gradient sample, on this process.
-        processes: of the run.
-        dtype: what gradients are rounded to.
-        prior: whether inputs are summed too.
-        refits: whether layers are refitted afterwards.
-
-    Raises:
-        CAPError: nothing fits; says what would.
-    """
-    sizes = ("samples", "bytes", "kept", "widest", "patches", "held")
-    everyone = processes.gather_ints(
-        available_bytes(resources, processes.device), *(getattr(costs, name) for name in sizes)
-    )
-    available = min(each[0] for each in everyone)
-    largest = [max(values) for values in list(zip(*everyone, strict=True))[1:]]
-    costs = replace(costs, **dict(zip(sizes, largest, strict=True)))
-    most = resources.max_passes
-
-    def plan(size: int | str, most: int | None) -> Plan | None:
-        return plan_passes(find(size), size, available, costs, processes, most, dtype, prior, refits)
-
-    tries = [(block_size, most)]
-    if block_size == "auto":
-        # In one pass, unless somebody asks for more of them, or nothing fits into one.
-        automatic = automatic_sizes(find)
-        tries = [(size, limit) for limit in ((1, None) if most is None else (most,)) for size in automatic]
-    for size, limit in tries:
-        found = plan(size, limit)
-        if found is not None:
-            check_disk(found.spilled, len(found.passes), resources)
-            return found
-    would = next((size for size in BLOCK_SIZES if plan(size, most)), None)
-    advice = "prune fewer targets at a time with --include, or take a smaller batch size"
-    if would is not None:
-        advice = f"--fisher_block_size {would} would do"
-    wish = "any Fisher" if block_size == "auto" else f"the Fisher with fisher_block_size={block_size}"
-    targets = find(BLOCK_SIZES[-1] if block_size == "auto" else block_size)
-    shares = largest_shares(targets, processes)
-    needed = sum(sums_bytes(target, blocks, prior) for target, blocks in zip(targets, shares, strict=True))
-    passes = "" if most is None else f" in {most} pass{'es' if most > 1 else ''}"
-    raise CAPError(
-        f"{wish} ({readable(needed)}) does not fit into the {readable(max(available, 0))} that are free{passes}: "
-        f"{advice}"
-    )
-
-
-def automatic_sizes(find: Find) -> list[int | str]:
-    """Return the block sizes that are tried in turn where none is asked for."""
-
-    def is_cheap(size: int | str) -> bool:
-        return sum(solver.work_of(target, target.num_blocks) for target in find(size)) <= MOST_WORK
-
-    return [size for size in BLOCK_SIZES if (size != "row" and int(size) <= USUAL_SIZE) or is_cheap(size)]
 
 
 def sums_bytes(target: Target, blocks: int, prior: bool = False) -> int:

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import torch
 
+from cap_hf.collection.recollection import Recollection
 from cap_hf.collection.running import Remembered
 from cap_hf.collection.shares import block_shares, own_blocks
 from cap_hf.collection.solver import Solver, order_dtype, work_of
@@ -17,6 +18,9 @@ from cap_hf.targets import Target, fit_block_size
 Tensors = MutableMapping[str, torch.Tensor]
 # Makes a dict of tensors of a name, in memory or on the disk.
 MakeTensors = Callable[[str], Tensors]
+# Told how many blocks are done, and how much work that was; made for a work that begins.
+Advance = Callable[[int, float], None]
+Begin = Callable[[float], Advance]
 
 
 class RemovalPaths:
@@ -28,6 +32,7 @@ class RemovalPaths:
         processes: of the run.
         tensors: where weights, orders and losses are kept.
         statistics: of batch norm, which are remembered as the biases of the targets' layers are.
+        recollection: brings back the sums of a pass where not all are kept, see there.
 
     Attributes:
         beside: those statistics and biases, as they were at the beginning.
@@ -42,8 +47,10 @@ class RemovalPaths:
         processes: Processes,
         tensors: MakeTensors = lambda name: {},
         statistics: Sequence[torch.Tensor] = (),
+        recollection: Recollection | None = None,
     ) -> None:
         self.targets, self.solver, self.processes = list(targets), solver, processes
+        self.recollection = recollection
         self.make_tensors = tensors
         self.weights = tensors("weights")
         for target in self.targets:
@@ -62,14 +69,13 @@ class RemovalPaths:
         return sum(target.weight.numel() for target in self.targets)
 
     @property
-    def num_blocks(self) -> int:
-        """Return how many blocks this process owns."""
-        return sum(len(self.weights[target.name]) for target in self.targets)
+    def passes(self) -> list[list[Target]]:
+        """Return the targets whose sums are there together."""
+        return [self.targets] if self.recollection is None else self.recollection.passes
 
-    @property
-    def work(self) -> float:
-        """Return what all blocks take to solve, in the measure of `work_of`."""
-        return sum(work_of(target, len(self.weights[target.name])) for target in self.targets)
+    def work(self, targets: Sequence[Target]) -> float:
+        """Return what the blocks of some targets take to solve, in the measure of `work_of`."""
+        return sum(work_of(target, len(self.weights[target.name])) for target in targets)
 
     def count_zeros(self) -> int:
         """Return how many of all processes' weights are 0 already."""
@@ -80,12 +86,13 @@ class RemovalPaths:
         """Return whether the paths of a pattern are there."""
         return self._eliminated and self._pattern == pattern
 
-    def eliminate(self, pattern: NMPattern | None, advance: Callable[[int, float], None]) -> None:
+    def eliminate(self, pattern: NMPattern | None, begin: Begin) -> None:
         """Find the order and losses of all removals; what an interrupted run has kept of them is taken as it is.
 
         Args:
             pattern: N:M, or None.
-            advance: told how many blocks are done, and how much work that was.
+            begin: called with the work of the targets that are there together; returns what is told how many blocks
+                are done, and how much work that was.
 
         Raises:
             CAPError: a block cannot be solved for, or N:M does not fit the blocks.
@@ -94,16 +101,36 @@ class RemovalPaths:
         kind = "" if pattern is None else f"-{pattern.n}-{pattern.m}"
         self.orders, self.losses = self.make_tensors(f"orders{kind}"), self.make_tensors(f"losses{kind}")
         self._eliminated, self._pattern = False, pattern
-        for target in self.targets:
-            weights = self.weights[target.name]
+        waiting: list[list[Target]] = []
+        for targets in self.passes:
             # The losses are written last: where they are, the order is.
-            if target.name in self.losses:
-                advance(len(weights), work_of(target, len(weights)))
-                continue
-            found = self.solver.eliminate(target, weights, pattern, advance)
-            self.orders[target.name] = found.order
-            self.losses[target.name] = found.losses
+            rest = [target for target in targets if target.name not in self.losses]
+            advance = self._begin(rest, begin, self.work(targets))
+            for target in targets:
+                if target.name in self.losses:
+                    advance(len(self.weights[target.name]), self.work([target]))
+                elif self.solver.has_damp(target):
+                    self._eliminate(target, advance)
+            waiting.append([target for target in targets if target.name not in self.losses])
+        # Targets without any gradient take the mean damp of all others, which is known only now.
+        for targets in filter(None, waiting):
+            advance = self._begin(targets, begin, self.work(targets))
+            for target in targets:
+                self._eliminate(target, advance)
         self._eliminated = True
+
+    def _begin(self, targets: Sequence[Target], begin: Begin, work: float) -> Advance:
+        """Have the sums of some targets, of one pass, in memory before their work begins."""
+        if self.recollection is not None and targets:
+            # The examples are to meet the model that they met the first time.
+            self.restore()
+            self.recollection.load(targets)
+        return begin(work)
+
+    def _eliminate(self, target: Target, advance: Advance) -> None:
+        found = self.solver.eliminate(target, self.weights[target.name], self._pattern, advance)
+        self.orders[target.name] = found.order
+        self.losses[target.name] = found.losses
 
     def allocate(self, config: CAPConfig, sparsity: float) -> list[torch.Tensor]:
         """Return how many weights each of this process's blocks gives up, `(n,)` int64 for each target.
@@ -124,27 +151,40 @@ class RemovalPaths:
         sizes = [target.weight.numel() for target in self.targets]
         return allocate_uniform(paths, sizes, sparsity, self.processes)
 
-    def reconstruct(
-        self, counts: Sequence[torch.Tensor], advance: Callable[[int, float], None]
-    ) -> tuple[Tensors, torch.Tensor]:
-        """Return what becomes of this process's blocks, and what the changes of all processes' cost.
+    def reconstruct(self, counts: Sequence[Sequence[torch.Tensor]], begin: Begin) -> list[tuple[Tensors, torch.Tensor]]:
+        """Return what becomes of this process's blocks, and what the changes of all processes' cost, several times.
 
         Args:
-            counts: for each target `(n,)` how many weights each block gives up.
-            advance: told how many blocks are done, and how much work that was.
+            counts: for each time, and for each target, `(n,)` how many weights each block gives up.
+            begin: as for `eliminate`.
 
         Returns:
-            For each target's name the new weights, `(n, B)`; and the losses, `(targets,)`, 0 where there is no Fisher.
+            For each time, for each target's name the new weights, `(n, B)`; and the losses, `(targets,)`, 0 where there
+            is no Fisher.
 
         Raises:
             CAPError: a block cannot be solved for.
         """
-        pruned, losses = self.make_tensors("pruned"), []
-        for target, count in zip(self.targets, counts, strict=True):
-            name = target.name
-            pruned[name], loss = self.solver.reconstruct(target, self.weights[name], self.orders[name], count, advance)
-            losses.append(loss or 0.0)
-        return pruned, self.processes.sum(torch.tensor(losses, dtype=torch.float64))
+        made = [self.make_tensors(f"pruned-{time}") for time in range(len(counts))]
+        losses = torch.zeros(len(counts), len(self.targets), dtype=torch.float64)
+        places = {target.name: place for place, target in enumerate(self.targets)}
+        # From the last on, whose sums are still there.
+        for targets in reversed(self.passes):
+            advance = self._begin(targets, begin, self.work(targets) * len(counts))
+            for target in targets:
+                place, weights, order = places[target.name], self.weights[target.name], self.orders[target.name]
+                for time, each in enumerate(counts):
+                    found, loss = self.solver.reconstruct(target, weights, order, each[place], advance)
+                    made[time][target.name], losses[time, place] = found, loss or 0.0
+        if self.recollection is not None:
+            self.recollection.clear()
+        return list(zip(made, self.processes.sum(losses), strict=True))
+
+    def restore(self) -> None:
+        """Make the targets' layers, and what lies beside them, what they were at the beginning."""
+        self.beside.put_back()
+        for target in self.targets:
+            target.weight.data.copy_(self._assembled(target, self.weights[target.name]))
 
     def write(self, pruned: Tensors) -> None:
         """Make the new blocks of all processes the targets' weights; all else is as at the beginning.

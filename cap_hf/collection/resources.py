@@ -29,13 +29,21 @@ class Resources:
     )
     spill_dir: str | None = field(
         default=None,
-        metadata={"help": "Folder for what several passes keep on the disk. Default: the system's temporary one."},
+        metadata={
+            "help": "Folder for what several passes keep on the disk, where that takes less time than collecting it "
+            "anew; `none` keeps nothing there. Default: the system's temporary one."
+        },
     )
 
     def __post_init__(self) -> None:
         _ = self.bytes
         if self.max_passes is not None and self.max_passes < 1:
             raise CAPError(f"max_passes={self.max_passes} must be at least 1")
+
+    @property
+    def spills_nothing(self) -> bool:
+        """Whether nothing may go to the disk."""
+        return self.spill_dir == "none"
 
     @property
     def bytes(self) -> int | None:
@@ -46,3 +54,16 @@ class Resources:
         if not match or match[2] not in UNITS or not float(match[1]):
             raise CAPError(f"max_memory={self.max_memory!r} is not a size such as 8GB or 500MiB")
         return int(float(match[1]) * UNITS[match[2]])
+
+
+@dataclass(frozen=True)
+class Afterwards:
+    """What a collection is made for, by which it is planned; it changes no result.
+
+    Attributes:
+        prunes: how many sparsities will be pruned to.
+        refits: whether layers will be refitted after each of them.
+    """
+
+    prunes: int = 1
+    refits: bool = False

@@ -35,6 +35,10 @@ class Solver:
         self.config, self.method, self.fisher = config, METHODS[config.method], fisher
         self.batch_bytes = batch_bytes
 
+    def has_damp(self, target: Target) -> bool:
+        """Return whether it is known what a target is damped with, as it must be where its blocks are solved."""
+        return self.fisher is None or target.name in self.fisher.damps
+
     def eliminate(
         self, target: Target, weights: torch.Tensor, pattern: NMPattern | None, advance: Callable[[int, float], None]
     ) -> Elimination:

@@ -123,7 +123,7 @@ def prune(
         )
         companions, form = load_companions(model_args), load_form(model_args, model)
         compressor = CAPCompressor(
-            model, config, accelerator, args.disable_tqdm, resources, len(sparsities), form.dtype
+            model, config, accelerator, args.disable_tqdm, resources, len(sparsities), form.dtype, refits
         )
         for sparsity in sparsities:
             compressor.check_sparsity(sparsity)
@@ -171,12 +171,12 @@ def prune(
     facts = describe(model_args, data_args, config, accelerator)
     facts |= {"dense": dense, "sparsity_dense": sparsity_dense, "left_alone": left_alone(model, compressor.targets)}
     facts["image_size"] = size_of(model, collate([calibration[0]]))
-    results = []
+    results, reports = [], compressor.prune_each(sparsities)
     for sparsity in sparsities:
         if healing is not None:
             healing.restore()
         with phases(f"prune {sparsity:g}"):
-            report = compressor.prune(sparsity)
+            report = next(reports)
         if refits:
             with phases(f"refit {sparsity:g}"):
                 report = compressor.refit(train_loader)

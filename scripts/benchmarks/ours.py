@@ -3,8 +3,8 @@
 import torch
 from torch import nn
 
-from cap_hf.collection.collection import mean_diagonals
 from cap_hf.collection.gradient_sums import GradientSums
+from cap_hf.collection.passes import mean_diagonals
 from cap_hf.distributed.processes import Processes
 from cap_hf.method.elimination import Elimination, eliminate, invert
 from cap_hf.method.fisher import BlockFisher, damps_of

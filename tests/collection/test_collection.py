@@ -9,8 +9,8 @@ from support.sums import fill
 from torch import nn
 
 from cap_hf import CAPCompressor, CAPConfig
-from cap_hf.collection.collection import mean_diagonals
 from cap_hf.collection.gradient_sums import GradientSums
+from cap_hf.collection.passes import mean_diagonals
 from cap_hf.collection.resources import Resources
 from cap_hf.distributed.processes import Processes
 from cap_hf.errors import CAPError
@@ -78,7 +78,8 @@ def test_data_that_ends_early_or_is_not_there(caplog):
 def test_collecting_again_leaves_nothing_of_the_first_time(tmp_path, monkeypatch):
     model = build("ViT")
     resources = Resources(spill_dir=str(tmp_path))
-    monkeypatch.setattr("cap_hf.collection.plan.available_bytes", lambda *_: 250_000)
+    monkeypatch.setattr("cap_hf.collection.planning.available_bytes", lambda *_: 250_000)
+    monkeypatch.setattr("cap_hf.collection.planning.extra_seconds", lambda plan, *_: float(plan.recollects))
     monkeypatch.setattr("cap_hf.collection.solver.BATCH_BYTES", 2**13)
     compressor = CAPCompressor(model, CAPConfig(num_grads=8), resources=resources)
     compressor.collect(random_batches(model, 8))

@@ -1,24 +1,18 @@
 """Passes within a memory budget: what is planned, and that the result is that of one pass."""
 
-from functools import partial
-
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.models import build, random_batches
-from torch.utils.data import DataLoader
+from support.models import build
+from support.short_memory import loader, squeeze, sums_of
 
 import cap_hf.collection.plan as plan_module
 import cap_hf.collection.solver as solver_module
-from cap_hf import CAPCompressor, CAPConfig, CAPError
-from cap_hf.collection import room
+from cap_hf import CAPCompressor, CAPConfig
 from cap_hf.collection.costs import Costs
 from cap_hf.collection.fitting import least_bytes
-from cap_hf.collection.plan import BLOCK_SIZES, Plan, automatic_sizes, plan_passes, sums_bytes
-from cap_hf.collection.resources import Resources
-from cap_hf.collection.shares import largest_shares
-from cap_hf.collection.solver import work_of
+from cap_hf.collection.plan import Plan, plan_passes
 from cap_hf.distributed.processes import Processes
 from cap_hf.targets import find_targets
 
@@ -59,50 +53,6 @@ def test_a_plan_takes_every_target_once_and_stays_within_the_budget(
     assert len(more.passes) <= len(plan.passes)
 
 
-def sums_of(targets, prior: bool = True) -> int:
-    """Bytes of the sums of some targets, in one process."""
-    return sum(
-        sums_bytes(target, blocks, prior)
-        for target, blocks in zip(targets, largest_shares(targets, Processes()), strict=True)
-    )
-
-
-def squeeze(monkeypatch, fraction: float, **sizes) -> None:
-    """Let the plan find so much of the Fisher's bytes free, with small chunks beside them."""
-    monkeypatch.setattr(solver_module, "BATCH_BYTES", 2**13)
-    total = sums_of(find_targets(build("ViT"), **sizes))
-    monkeypatch.setattr(plan_module, "available_bytes", lambda *_: int(total * fraction))
-
-
-def loader(model, count: int = 30, **arguments) -> DataLoader:
-    (batch,) = random_batches(model, 8, sizes=(count,))
-    return DataLoader([{key: value[i] for key, value in batch.items()} for i in range(count)], **arguments)
-
-
-@pytest.mark.parametrize("shuffle", [False, True])
-@pytest.mark.parametrize("fisher_loss", ["labels", "sampled", "features"])
-def test_several_passes_equal_one(monkeypatch, tmp_path, shuffle, fisher_loss):
-    results = []
-    for fraction in (100.0, 0.7):
-        model = build("ViT")
-        squeeze(monkeypatch, fraction, block_size="row")
-        config = CAPConfig(num_grads=30, fisher_loss=fisher_loss)
-        compressor = CAPCompressor(model, config, resources=Resources(spill_dir=str(tmp_path)))
-        compressor.collect(loader(model, batch_size=7, shuffle=shuffle))
-        found = []
-        for sparsity in (0.5, 0.9, 0.5):
-            compressor.prune(sparsity)
-            found.append({key: value.clone() for key, value in model.state_dict().items()})
-        results.append((len(compressor.plan.passes), found))
-        del compressor
-        assert not any(tmp_path.iterdir())
-    assert results[0][0] == 1
-    assert results[1][0] > 2
-    for one, several in zip(results[0][1], results[1][1], strict=True):
-        for name, value in one.items():
-            assert torch.equal(value, several[name]), name
-
-
 def test_larger_batches_are_split_where_memory_is_short(monkeypatch):
     model = build("ViT")
     squeeze(monkeypatch, 100.0, block_size="row")
@@ -114,86 +64,6 @@ def test_larger_batches_are_split_where_memory_is_short(monkeypatch):
         assert (compressor.plan.step < 16) == (bytes_ > 0)
     for name, value in sums[0].items():
         torch.testing.assert_close(value, sums[1][name], rtol=1e-4, atol=1e-7)
-
-
-def test_batches_that_come_once_serve_one_pass_only(monkeypatch):
-    model = build("ViT")
-    batches = random_batches(model, 8, sizes=(8, 8))
-    compressor = CAPCompressor(model, CAPConfig(num_grads=16)).collect(iter(batches))
-    assert compressor.fisher.count == 16
-    squeeze(monkeypatch, 1.2, block_size="row")
-    with pytest.raises(CAPError, match="passes need the examples again"):
-        CAPCompressor(model, CAPConfig(num_grads=16, fisher_block_size="row")).collect(iter(batches))
-
-
-def test_too_little_memory_names_a_block_size(monkeypatch):
-    model = build("ViT")
-    squeeze(monkeypatch, 0.5, block_size=512)
-    batches = random_batches(model, 8)
-    with pytest.raises(
-        CAPError, match=r"fisher_block_size=512 .* do.*in 1 pass: --fisher_block_size (row|\d+) would do"
-    ):
-        CAPCompressor(model, CAPConfig(fisher_block_size=512), resources=Resources(max_passes=1)).collect(batches)
-    monkeypatch.setattr(plan_module, "available_bytes", lambda *_: 1000)
-    with pytest.raises(CAPError, match=r"any Fisher .* does not fit .*--include"):
-        CAPCompressor(model, CAPConfig(fisher_block_size="auto")).collect(batches)
-
-
-def test_auto_takes_the_largest_blocks_that_fit(monkeypatch):
-    model = build("ViT")
-    batches = random_batches(model, 8, sizes=(8, 8))
-    found = {}
-    for fraction in (4.0, 1.22):
-        for passes in (1, 8):
-            squeeze(monkeypatch, fraction, block_size="row")
-            config, resources = CAPConfig(num_grads=16, fisher_block_size="auto"), Resources(max_passes=passes)
-            compressor = CAPCompressor(model, config, resources=resources).collect(batches)
-            found[fraction, passes] = max(target.block_size for target in compressor.targets)
-            assert len(compressor.plan.passes) <= passes
-            compressor.prune(0.5)
-    assert found[4.0, 1] == found[1.22, 8] == 32
-    assert found[1.22, 1] < 32
-
-
-def test_a_full_disk_is_said_before_the_start(monkeypatch):
-    model = build("ViT")
-    squeeze(monkeypatch, 1.2, block_size="row")
-    usage = room.shutil.disk_usage("/")._replace(free=10)
-    monkeypatch.setattr(room.shutil, "disk_usage", lambda *_: usage)
-    with pytest.raises(CAPError, match=r"passes keep .* in .*, where 10 bytes are free: name another .*--spill_dir"):
-        CAPCompressor(model, CAPConfig(num_grads=16)).collect(random_batches(model, 8, sizes=(8, 8)))
-
-
-def test_the_plan_is_said(monkeypatch, capsys):
-    model = build("ViT")
-    squeeze(monkeypatch, 1.2, block_size="row")
-    for disable in (False, True):
-        config = CAPConfig(num_grads=16, fisher_block_size="row")
-        compressor = CAPCompressor(model, config, disable_tqdm=disable)
-        compressor.collect(random_batches(model, 8, sizes=(8, 8)))
-        said = capsys.readouterr().err
-        assert ("passes over the examples" in said) != disable
-        assert ("blocks of a row" in said) != disable
-
-
-def test_blocks_are_as_large_as_memory_and_time_allow(monkeypatch):
-    """Whole rows where their elimination is cheap, USUAL_SIZE or less where it is not; several passes at the last."""
-    find = partial(find_targets, build("ViT"))
-    assert automatic_sizes(find) == list(BLOCK_SIZES)
-    monkeypatch.setattr(plan_module, "USUAL_SIZE", 16)
-    rows = sum(work_of(target, target.num_blocks) for target in find("row"))
-    monkeypatch.setattr(plan_module, "MOST_WORK", rows - 1)
-    assert automatic_sizes(find) == [16]
-    monkeypatch.setattr(plan_module, "MOST_WORK", rows)
-    assert automatic_sizes(find)[0] == "row"
-
-    model, batches = build("ViT"), random_batches(build("ViT"), 8, sizes=(8, 8))
-    squeeze(monkeypatch, 1.2, block_size="row")
-    small = CAPCompressor(model, CAPConfig(num_grads=16)).collect(batches).plan
-    assert (len(small.passes), small.block_size) == (1, 16)
-    squeeze(monkeypatch, 1.2, block_size=16)
-    spilled = CAPCompressor(model, CAPConfig(num_grads=16)).collect(batches).plan
-    assert len(spilled.passes) > 1
 
 
 def test_a_plan_counts_what_each_room_says(monkeypatch):

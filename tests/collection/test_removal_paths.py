@@ -33,7 +33,7 @@ def test_what_is_there_is_not_eliminated_again():
     model = build("ViT")
     paths = paths_of(model, lambda name: kept.setdefault(name, {}))
     done = []
-    paths.eliminate(None, lambda count, work: done.append(count))
+    paths.eliminate(None, lambda work: lambda count, work: done.append(count))
     assert paths.is_eliminated(None)
     assert not paths.is_eliminated(NMPattern(2, 4))
     names = [target.name for target in paths.targets]
@@ -43,11 +43,11 @@ def test_what_is_there_is_not_eliminated_again():
     again = paths_of(model, lambda name: kept.setdefault(name, {}))
     solve = again.solver.eliminate
     again.solver.eliminate = lambda target, *args: (called.append(target.name), solve(target, *args))[1]
-    again.eliminate(None, lambda count, work: None)
+    again.eliminate(None, lambda work: lambda count, work: None)
     assert called == [names[1]]
     assert again.orders[names[0]] is order
     # Another pattern has paths of its own.
-    again.eliminate(NMPattern(2, 4), lambda count, work: None)
+    again.eliminate(NMPattern(2, 4), lambda work: lambda count, work: None)
     assert set(kept) == {"weights", "orders", "losses", "orders-2-4", "losses-2-4"}
 
 
@@ -71,7 +71,7 @@ def test_a_config_changes_only_where_it_is_told():
 
 def test_it_says_what_it_takes():
     paths = paths_of(build("ViT"))
-    paths.eliminate(None, lambda count, work: None)
+    paths.eliminate(None, lambda work: lambda count, work: None)
     for target in paths.targets:
         kept = (paths.weights, paths.orders, paths.losses)
         assert held_bytes(target, target.num_blocks) == sum(each[target.name].nbytes for each in kept)

@@ -1,4 +1,4 @@
-"""Several passes of several processes: what they spill and keep gives the result of one process in one pass."""
+"""Several passes of several processes: whatever they keep, the result is that of one process in one pass."""
 
 import json
 
@@ -10,17 +10,18 @@ from cap_hf.commands.main import main
 
 # What a launched process runs: the command with little memory.
 SCRIPT = """
-import cap_hf.collection.plan as plan
+import cap_hf.collection.planning as planning
 import cap_hf.collection.solver as solver
 from cap_hf.commands.launch import launch
 
-plan.available_bytes = lambda *_: 190_000
+planning.available_bytes = lambda *_: 190_000
+planning.extra_seconds = lambda plan, *_: float(plan.recollects)
 solver.BATCH_BYTES = 2**13
 launch("prune")
 """
 
 
-def test_they_spill_and_keep_their_state(tmp_path):
+def test_they_spill_or_collect_anew_and_keep_their_state(tmp_path):
     dense = dense_checkpoint(tmp_path / "dense")
     common = ["--model_name_or_path", str(dense), "--sparsity", "0.75", "--num_grads", "40", "--do_eval", "false"]
     # A refit adds up the examples in the order of the processes: its last bits depend on their number.
@@ -30,7 +31,15 @@ def test_they_spill_and_keep_their_state(tmp_path):
     assert main(["prune", *common, "--disable_tqdm", "true", "--output_dir", str(tmp_path / "one")]) == 0
     (tmp_path / "script.py").write_text(SCRIPT)
     expected = load_file(tmp_path / "one" / "sparsity-0.75" / "model.safetensors")
-    for number, extra in enumerate((["--spill_dir", str(tmp_path / "spill")], ["--checkpoint_every", "16"])):
+    nothing = ["--spill_dir", "none"]
+    for number, extra in enumerate(
+        (
+            ["--spill_dir", str(tmp_path / "spill")],
+            ["--checkpoint_every", "16"],
+            nothing,
+            [*nothing, "--checkpoint_every", "16"],
+        )
+    ):
         output = tmp_path / f"two-{number}"
         done = launch(2, *common, *extra, "--output_dir", str(output), script=tmp_path / "script.py")
         assert "passes over the examples" in done.stderr, done.stderr

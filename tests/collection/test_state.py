@@ -11,7 +11,7 @@ import pytest
 import torch
 from support.models import build, random_batches
 
-import cap_hf.collection.plan as plan_module
+import cap_hf.collection.planning as planning_module
 import cap_hf.collection.solver as solver_module
 import cap_hf.collection.state as state_module
 from cap_hf import CAPCompressor, CAPConfig, CAPError
@@ -27,12 +27,14 @@ from cap_hf.targets import find_targets
 CONFIG = {"num_grads": 32, "fisher_loss": "sampled"}
 
 
-def squeeze(passes: bool) -> None:
-    """Let little memory be free, so that there are several passes."""
+def squeeze(kind: str) -> None:
+    """Let little memory be free for several passes: sums go to the `disk`, or are collected `anew`."""
     solver_module.BATCH_BYTES = 2**13
     targets = find_targets(build("ViT"))
     total = sum(map(sums_bytes, targets, largest_shares(targets, Processes())))
-    plan_module.available_bytes = lambda *_: int(total * (0.7 if passes else 100))
+    free = int(total * {"one pass": 100, "disk": 0.7, "anew": 0.9}[kind])
+    planning_module.available_bytes = lambda *_: free
+    planning_module.extra_seconds = lambda plan, *_: float(plan.recollects != (kind == "anew"))
 
 
 def prune(folder: Path | None, resume: bool = False, config=CONFIG, model=None, sizes=(4,) * 8, seed: int = 0):
@@ -43,7 +45,7 @@ def prune(folder: Path | None, resume: bool = False, config=CONFIG, model=None, 
     compressor.collect(batches, folder and Checkpointing(folder, 8, resume))
     compressor.prune(0.7)
     compressor.discard_state()
-    return {name: value.clone() for name, value in model.state_dict().items()}, len(compressor.plan.passes)
+    return {name: value.clone() for name, value in model.state_dict().items()}, compressor.plan
 
 
 def die(function, call: int):
@@ -71,6 +73,8 @@ MOMENTS = {
     "while the old save goes": dies_in(state_module.shutil, "rmtree", 5),
     "while sums are spilled": dies_in(SpilledSums, "update", 3),
     "in the elimination": dies_in(solver_module.Solver, "eliminate", 3),
+    "late in the elimination": dies_in(solver_module.Solver, "eliminate", 10),
+    "while new weights are made": dies_in(solver_module.Solver, "reconstruct", 10),
     "between the order and the losses of a target": dies_in(DiskTensors, "__setitem__", 6),
 }
 
@@ -80,46 +84,59 @@ def restore(monkeypatch):
     """Undo `squeeze`."""
     for module, name in (
         (solver_module, "BATCH_BYTES"),
-        (plan_module, "available_bytes"),
+        (planning_module, "available_bytes"),
+        (planning_module, "extra_seconds"),
     ):
         monkeypatch.setattr(module, name, getattr(module, name))
 
 
 @pytest.mark.parametrize(
-    ("moment", "passes"),
+    ("moment", "kind"),
     [
-        ("between two saves", False),
-        ("in a save", False),
-        ("in a save", True),
-        ("while the old save goes", False),
-        ("while sums are spilled", True),
-        ("in the elimination", False),
-        ("in the elimination", True),
-        ("between the order and the losses of a target", False),
+        ("between two saves", "one pass"),
+        ("in a save", "one pass"),
+        ("in a save", "disk"),
+        ("in a save", "anew"),
+        ("while the old save goes", "one pass"),
+        ("while the old save goes", "anew"),
+        ("while sums are spilled", "disk"),
+        ("in the elimination", "one pass"),
+        ("in the elimination", "disk"),
+        ("in the elimination", "anew"),
+        ("late in the elimination", "anew"),
+        ("between the order and the losses of a target", "one pass"),
+        ("while new weights are made", "anew"),
     ],
 )
-def test_a_killed_run_goes_on_to_the_same_weights(tmp_path, monkeypatch, restore, moment, passes):
+def test_a_killed_run_goes_on_to_the_same_weights(tmp_path, monkeypatch, restore, moment, kind):
     folder = tmp_path / "state"
-    command = [sys.executable, __file__, str(folder), moment, str(int(passes))]
+    command = [sys.executable, __file__, str(folder), moment, kind]
     root = Path(__file__).parents[2]
     environment = {**os.environ, "PYTHONPATH": f"{root}:{root / 'tests'}", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120, env=environment)
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert folder.is_dir()
-    squeeze(passes)
+    squeeze(kind)
     steps, eliminated = [], []
     with monkeypatch.context() as patch:
         patch.setattr(GradientSums, "step", noting(steps, GradientSums.step))
         patch.setattr(solver_module.Solver, "eliminate", noting(eliminated, solver_module.Solver.eliminate))
-        resumed, count = prune(folder, resume=True)
+        resumed, plan = prune(folder, resume=True)
         steps_again, eliminated_again = len(steps), len(eliminated)
         expected, _ = prune(None)
-    assert (count > 1) == passes
+    assert (len(plan.passes) > 1) == (kind != "one pass")
+    assert plan.recollects == (kind == "anew")
     # Not all was done again.
     assert steps_again < len(steps) - steps_again
-    if "elimination" in moment:
+    targets = len(find_targets(build("ViT")))
+    if moment == "in the elimination":
+        assert eliminated_again == targets - 2
+    if "elimination" in moment and kind != "anew":
         assert steps_again == 0
-        assert eliminated_again == len(find_targets(build("ViT"))) - 2
+    if moment == "while new weights are made":
+        assert eliminated_again == 0
+        # But for the pass that the elimination ends with, each is gone through once more.
+        assert steps_again == 8 * len(plan.passes)
     assert not folder.exists()
     for name, value in expected.items():
         assert torch.equal(value, resumed[name]), name
@@ -172,13 +189,15 @@ def test_a_state_of_another_run_is_refused(tmp_path, monkeypatch):
     assert all(torch.equal(value, resumed[name]) for name, value in prune(None)[0].items())
 
 
-def test_memory_that_changed_does_not_change_the_passes(tmp_path, monkeypatch, restore):
+@pytest.mark.parametrize("kind", ["disk", "anew"])
+def test_memory_that_changed_does_not_change_the_passes(tmp_path, monkeypatch, restore, kind):
     folder = tmp_path / "state"
-    squeeze(True)
+    squeeze(kind)
     interrupted(folder, monkeypatch)
-    squeeze(False)
-    resumed, passes = prune(folder, resume=True)
-    assert passes > 1
+    squeeze("one pass")
+    resumed, plan = prune(folder, resume=True)
+    assert len(plan.passes) > 1
+    assert plan.recollects == (kind == "anew")
     assert all(torch.equal(value, resumed[name]) for name, value in prune(None)[0].items())
     assert Resources().bytes is None
 
@@ -280,19 +299,24 @@ def test_a_state_of_more_processes_is_not_begun_over(tmp_path):
         CollectionState(Checkpointing(folder, 8, resume=True), Processes(), {}, {})
 
 
-def test_other_examples_are_refused_after_a_finished_pass_too(tmp_path, monkeypatch, restore):
+@pytest.mark.parametrize(
+    ("kind", "owner", "name", "call"),
+    [("disk", SpilledSums, "update", 3), ("anew", solver_module.Solver, "eliminate", 12)],
+)
+def test_other_examples_are_refused_after_a_finished_pass_too(tmp_path, monkeypatch, restore, kind, owner, name, call):
     """A finished pass was taken as it was, and the next one filled from other images."""
     folder = tmp_path / "state"
-    squeeze(True)
+    squeeze(kind)
     with monkeypatch.context() as patch:
-        patch.setattr(SpilledSums, "update", interrupt_at(SpilledSums.update, 3))
+        patch.setattr(owner, name, interrupt_at(getattr(owner, name), call))
         with pytest.raises(KeyboardInterrupt):
             prune(folder)
     gc.collect()
     with pytest.raises(CAPError, match="the examples differ"):
         prune(folder, resume=True, seed=1)
-    resumed, passes = prune(folder, resume=True)
-    assert passes > 1
+    resumed, plan = prune(folder, resume=True)
+    assert len(plan.passes) > 1
+    assert plan.recollects == (kind == "anew")
     assert all(torch.equal(value, resumed[name]) for name, value in prune(None)[0].items())
 
 
@@ -320,7 +344,7 @@ def test_after_the_state_is_gone_nothing_is_pruned(tmp_path):
 
 
 if __name__ == "__main__":
-    target, moment, several = sys.argv[1:]
-    squeeze(bool(int(several)))
+    target, moment, kind = sys.argv[1:]
+    squeeze(kind)
     MOMENTS[moment]()
     prune(Path(target))

@@ -4,8 +4,8 @@ import pytest
 from support.models import build, random_batches
 from support.sums import fill
 
-from cap_hf.collection.collection import mean_diagonals
 from cap_hf.collection.gradient_sums import GradientSums
+from cap_hf.collection.passes import mean_diagonals
 from cap_hf.distributed.processes import Processes
 from cap_hf.errors import CAPError
 from cap_hf.method.fisher import damps_of

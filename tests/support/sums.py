@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 from torch import nn
 
-from cap_hf.collection.collection import fill as fill_sums
+from cap_hf.collection.passes import fill as fill_sums
 from cap_hf.collection.running import frozen
 
 

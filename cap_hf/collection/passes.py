@@ -1,0 +1,188 @@
+"""Passes over the examples: each fills the sums of some targets, and what it has done may outlive the run."""
+
+import logging
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import nn
+
+from cap_hf.collection.examples import CalibrationExamples
+from cap_hf.collection.gradient_sums import GradientSums
+from cap_hf.collection.input_sums import InputSums
+from cap_hf.collection.plan import Plan
+from cap_hf.collection.progress import Phase, Progress
+from cap_hf.collection.running import differentiable, frozen
+from cap_hf.collection.state import CollectionState, Item, hash_weights
+from cap_hf.config import CAPConfig
+from cap_hf.distributed.processes import Processes
+from cap_hf.errors import CAPError
+from cap_hf.method.losses import FisherLoss
+from cap_hf.method.methods import METHODS
+from cap_hf.targets import Target, summarize
+
+logger = logging.getLogger(__name__)
+
+
+class Passes:
+    """Goes through the examples for one pass of a plan after the other, or once more for one of them.
+
+    Args:
+        plan: whose passes they are.
+        model: on its device; a pass that is gone through again must find it as the first one did.
+        examples: of this process.
+        order: names of the targets, as a backward pass meets them.
+        loss: whose gradients are summed; None for inputs.
+        config: how to prune.
+        processes: of the run.
+        progress: told what goes on.
+        state: keeps what is done for a run that goes on, or None.
+
+    Attributes:
+        means: for the name of each target of the passes so far the mean of its F's diagonal, over all processes.
+        count: of gradient samples of a pass; 0 before the first.
+        finished: how many passes an interrupted run had done with.
+
+    Raises:
+        CAPError: the examples are not those of the interrupted run.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        model: nn.Module,
+        examples: CalibrationExamples,
+        order: list[str],
+        loss: FisherLoss | None,
+        config: CAPConfig,
+        processes: Processes,
+        progress: Progress,
+        state: CollectionState | None,
+    ) -> None:
+        self.plan, self.model, self.examples, self.order, self.loss = plan, model, examples, order, loss
+        self.config, self.processes, self.progress, self.state = config, processes, progress, state
+        self.means: dict[str, float] = {}
+        self.count = 0
+        done = [] if state is None else state.passes()
+        for each in done:
+            self.means |= each["means"]
+            self.count = each["count"]
+        if state is not None and done:
+            state.check_examples(examples, done[-1]["digest"])
+        self.finished = len(done)
+        # Two passes see the same model: what comes between may have pruned or trained it.
+        self._weights = hash_weights(model) if plan.recollects else None
+
+    def skip(self, number: int) -> None:
+        """Count a pass that an interrupted run had done with."""
+        self._phase(number).skip(self.count)
+
+    def collect(self, number: int) -> GradientSums | InputSums:
+        """Return the sums of a pass; on all processes together.
+
+        Raises:
+            CAPError: there are no examples, a loss or a sum is not finite, a layer mixes examples or is missing, or the
+                model has changed since the first pass.
+        """
+        if self._weights is not None and hash_weights(self.model) != self._weights:
+            raise CAPError(
+                "the model has changed since collect, whose sums did not fit into memory and are collected anew for "
+                "each prune: prune to all sparsities together with prune_each, or collect again"
+            )
+        targets, advance = self.plan.passes[number], self._phase(number)
+        statistic = self._statistic(targets)
+        with differentiable(self.model), frozen(self.model):
+            if self.state is None or number < self.finished:
+                fill(statistic, self.model, self.examples, advance)
+            else:
+                rest = self.state.begin_pass(number, statistic, self.examples)
+                advance.skip(statistic.count)
+                fill(statistic, self.model, rest, self.state.saving(number, statistic, advance))
+        self.count = statistic.count
+        if not self.count:
+            raise CAPError("the dataloader is empty: no example to collect gradients from")
+        if not self.means and self.count < self.config.num_grads:
+            logger.warning(
+                "The data ended after %d of %d gradient samples; they are what the Fisher is estimated from.",
+                self.count,
+                self.config.num_grads,
+            )
+        if any(target.name not in self.means for target in targets):
+            self.means |= mean_diagonals(statistic, self.processes)
+        return statistic
+
+    def keep(self, number: int, statistic: GradientSums | InputSums) -> None:
+        """Keep the sums of a pass for a run that goes on, until `finish`."""
+        if self.state is not None and number >= self.finished:
+            self.state.save(number, statistic)
+
+    def finish(self, number: int) -> None:
+        """Note for a run that goes on that a pass need not be gone through for its removal paths."""
+        if self.state is not None and number >= self.finished:
+            means = {target.name: self.means[target.name] for target in self.plan.passes[number]}
+            self.state.finish_pass(number, {"means": means, "count": self.count})
+            self.finished = number + 1
+
+    def _phase(self, number: int) -> Phase:
+        passes = len(self.plan.passes)
+        name = "collecting" if passes == 1 else f"collecting, pass {number + 1} of {passes}"
+        return self.progress.phase("collecting", "gradient", self.config.num_grads, name)
+
+    def _statistic(self, targets: list[Target]) -> GradientSums | InputSums:
+        if self.loss is None:
+            return InputSums(targets, self.processes)
+        dtype = getattr(torch, self.config.fisher_dtype)
+        has_prior = METHODS[self.config.method].has_prior(self.config)
+        inputs = InputSums(targets, self.processes) if has_prior else None
+        return GradientSums(targets, self.processes, dtype, self.plan.microbatch, self.order, self.loss, inputs)
+
+
+def fill(
+    statistic: GradientSums | InputSums,
+    model: nn.Module,
+    examples: Iterable[Item],
+    on_step: Callable[[int], None] = lambda samples: None,
+) -> None:
+    """Take examples through a frozen model, step by step, together with the other processes.
+
+    Args:
+        statistic: gets the sums.
+        model: within `frozen`.
+        examples: of this process: (batch, number of gradient samples, what is random in their loss or None). Processes
+            may have different numbers of them.
+        on_step: told after each step (of all processes) the number of its gradient samples.
+
+    Raises:
+        CAPError: a loss or a sum is not finite, or a layer mixes examples or is missing.
+    """
+    stream = iter(examples)
+    with statistic.listening():
+        while True:
+            batch, samples, draws = next(stream, (None, 0, None))
+            counts = [count for (count,) in statistic.processes.gather_ints(samples)]
+            if not any(counts):
+                break
+            statistic.step(model, batch, draws, counts)
+            statistic.count += sum(counts)
+            on_step(sum(counts))
+    statistic.finish()
+
+
+def mean_diagonals(statistic: GradientSums | InputSums, processes: Processes) -> dict[str, float]:
+    """Return the mean of each target's diagonal of F, over the blocks of all processes, exactly the same on each.
+
+    Name blocks without any gradient in a warning, one for all targets.
+    """
+    means = {}
+    dead, places = 0, []
+    for target in statistic.targets:
+        traces = statistic.traces(target)
+        means[target.name] = float(traces.sum()) / (len(traces) * target.block_size * statistic.count)
+        if here := int((traces == 0).sum()):
+            dead += here
+            places.append(f"{here} of {len(traces)} in {target.name}")
+    # Where all are, an error is raised.
+    if dead and any(means.values()) and processes.rank == 0:
+        logger.warning(
+            "%d blocks have no gradient at all; their weights are removed first: %s", dead, summarize(places, 3)
+        )
+    return means

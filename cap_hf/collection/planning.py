@@ -1,0 +1,145 @@
+"""The plan of a collection: how large its blocks are, and whether what does not fit is kept or collected twice."""
+
+from dataclasses import replace
+
+import torch
+
+from cap_hf.collection import solver
+from cap_hf.collection.costs import Costs
+from cap_hf.collection.plan import Find, Plan, plan_passes, sums_bytes
+from cap_hf.collection.resources import Afterwards, Resources
+from cap_hf.collection.room import available_bytes, check_disk, disk_seconds, spill_folder
+from cap_hf.collection.shares import largest_shares
+from cap_hf.config import CAPConfig
+from cap_hf.distributed.processes import Processes
+from cap_hf.errors import CAPError, readable
+from cap_hf.method.methods import METHODS
+
+# What is tried where a block size has to be found, largest first.
+BLOCK_SIZES = ("row", 4096, 3072, 2048, 1536, 1024, 768, 512, 384, 256, 192, 128, 96, 64, 48, 32, 16)
+# Where it has to be found, no block is larger than this if all blocks together would take more than so much work (see
+# `solver.work_of`): on two cores a few minutes. Larger blocks cost with the square of their size, and once layers are
+# refitted they gain little (docs/results.md).
+USUAL_SIZE, MOST_WORK = 192, 1e12
+# Rather several passes than smaller blocks than these.
+LEAST_SIZE = 64
+
+
+def make_plan(
+    find: Find,
+    config: CAPConfig,
+    resources: Resources,
+    costs: Costs,
+    processes: Processes,
+    afterwards: Afterwards,
+) -> Plan:
+    """Return the plan for a block size, or for the largest that the memory allows (`auto`), the same on every process.
+
+    Args:
+        find: gives the targets for a block size.
+        config: how to prune, by a method that sums gradients.
+        resources: what may be used.
+        costs: of a gradient sample, on this process.
+        processes: of the run.
+        afterwards: what the collection is for.
+
+    Raises:
+        CAPError: nothing fits; says what would.
+    """
+    method = METHODS[config.method]
+    block_size, prior = method.block_size(config), method.has_prior(config)
+    dtype = getattr(torch, config.fisher_dtype)
+    sizes = ("samples", "bytes", "kept", "widest", "patches", "held")
+    everyone = processes.gather_ints(
+        available_bytes(resources, processes.device), *(getattr(costs, name) for name in sizes)
+    )
+    available = min(each[0] for each in everyone)
+    largest = [max(values) for values in list(zip(*everyone, strict=True))[1:]]
+    costs = replace(costs, **dict(zip(sizes, largest, strict=True)))
+    most = resources.max_passes
+
+    def plan(size: int | str, most: int | None, refits: bool = afterwards.refits) -> Plan | None:
+        first, second = (
+            plan_passes(find(size), size, available, costs, processes, most, dtype, prior, refits, recollected)
+            for recollected in (0, afterwards.prunes)
+        )
+        if first is None or second is None or not first.spilled:
+            return first if first is not None and not (first.spilled and resources.spills_nothing) else second
+        if resources.spills_nothing or not all(fits for (fits,) in processes.gather_ints(int(disk_fits(first)))):
+            return second
+        kept, again = (
+            extra_seconds(each, costs, processes, resources, prior, afterwards.prunes, config.num_grads)
+            for each in (first, second)
+        )
+        return first if kept <= again else second
+
+    def disk_fits(plan: Plan) -> bool:
+        try:
+            check_disk(plan.spilled, len(plan.passes), resources)
+        except CAPError:
+            return False
+        return True
+
+    tries = [(block_size, most)]
+    if block_size == "auto":
+        # In one pass, unless somebody asks for more of them, or nothing fits into one.
+        automatic = automatic_sizes(find)
+        tries = [(size, limit) for limit in ((1, None) if most is None else (most,)) for size in automatic]
+    for size, limit in tries:
+        found = plan(size, limit)
+        if found is not None:
+            check_disk(found.spilled, len(found.passes), resources)
+            return found
+    would = next((size for size in BLOCK_SIZES if plan(size, most)), None)
+    advice = "prune fewer targets at a time with --include, or take a smaller batch size"
+    if afterwards.refits and any(plan(size, limit, refits=False) for size, limit in tries):
+        advice = "it would with --refit false, which takes no memory afterwards"
+    elif would is not None:
+        advice = f"--fisher_block_size {would} would do"
+    wish = "any Fisher" if block_size == "auto" else f"the Fisher with fisher_block_size={block_size}"
+    targets = find(BLOCK_SIZES[-1] if block_size == "auto" else block_size)
+    shares = largest_shares(targets, processes)
+    needed = sum(sums_bytes(target, blocks, prior) for target, blocks in zip(targets, shares, strict=True))
+    passes = "" if most is None else f" in {most} pass{'es' if most > 1 else ''}"
+    raise CAPError(
+        f"{wish} ({readable(needed)}) does not fit into the {readable(max(available, 0))} that are free{passes}: "
+        f"{advice}"
+    )
+
+
+def extra_seconds(
+    plan: Plan,
+    costs: Costs,
+    processes: Processes,
+    resources: Resources,
+    prior: bool,
+    prunes: int,
+    num_grads: int,
+) -> float:
+    """Return the seconds that a plan takes beside the solving, to the largest of what the processes say.
+
+    Args:
+        plan: of several passes.
+        costs: of a gradient sample.
+        processes: of the run.
+        resources: for the folder on the disk.
+        prior: whether inputs are summed too.
+        prunes: how many sparsities will be pruned to.
+        num_grads: gradient samples of a pass.
+    """
+    again = plan.passes[:-1] if plan.recollects else []
+    samples = num_grads / processes.world
+    seconds = sum(samples * (costs.seconds + costs.summing_seconds(each, prior)) for each in [*plan.passes, *again])
+    if plan.spilled:
+        # Written once, read by the elimination and for the weights of each sparsity.
+        seconds += (2 + prunes) * plan.spilled * disk_seconds(spill_folder(resources))
+    return max(each for (each,) in processes.gather_ints(int(1e3 * seconds))) / 1e3
+
+
+def automatic_sizes(find: Find) -> list[int | str]:
+    """Return the block sizes that are tried in turn where none is asked for."""
+
+    def is_cheap(size: int | str) -> bool:
+        return sum(solver.work_of(target, target.num_blocks) for target in find(size)) <= MOST_WORK
+
+    return [size for size in BLOCK_SIZES if (size != "row" and int(size) <= USUAL_SIZE) or is_cheap(size)]

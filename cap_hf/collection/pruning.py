@@ -1,0 +1,64 @@
+"""From removal paths to the weights of a model at one sparsity or several."""
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+
+import torch
+from torch import nn
+
+from cap_hf.checkpoints.form import check_range, round_weights, too_large
+from cap_hf.collection.progress import Progress
+from cap_hf.collection.removal_paths import RemovalPaths, Tensors
+from cap_hf.config import CAPConfig, NMPattern
+
+
+def eliminate(paths: RemovalPaths, pattern: NMPattern | None, progress: Progress) -> None:
+    """Find the removal paths of a pattern, unless they are there; errors as of `RemovalPaths.eliminate`."""
+    if not paths.is_eliminated(pattern):
+        paths.eliminate(pattern, partial(progress.phase, "eliminating", "block"))
+
+
+def solve_each(
+    paths: RemovalPaths, config: CAPConfig, sparsities: Sequence[float | None], progress: Progress
+) -> Iterator[tuple[float, Tensors, torch.Tensor]]:
+    """Yield what a model is pruned to, one sparsity after the other: what `RemovalPaths.reconstruct` returns of each.
+
+    Where sums are collected anew they are so once, for all sparsities together.
+
+    Args:
+        paths: of the model.
+        config: for the allocation and the selection.
+        sparsities: as `CAPCompressor.prune` takes them.
+        progress: told what goes on.
+
+    Raises:
+        CAPError: a sparsity is out of range, below the model's, or not the N:M pattern's; a block cannot be solved for.
+    """
+    zeros = paths.count_zeros()
+    exact = [config.check_sparsity(sparsity, paths.num_weights, zeros) for sparsity in sparsities]
+    eliminate(paths, config.pattern, progress)
+    for together in [exact] if paths.recollection is not None else [[sparsity] for sparsity in exact]:
+        counts = [paths.allocate(config, sparsity) for sparsity in together]
+        solved = paths.reconstruct(counts, partial(progress.phase, "reconstructing", "block"))
+        for sparsity, (pruned, losses) in zip(together, solved, strict=True):
+            progress.end_phase()
+            yield sparsity, pruned, losses
+
+
+def write_pruned(model: nn.Module, paths: RemovalPaths, pruned: Tensors, dtype: torch.dtype | None) -> None:
+    """Make new blocks a model's weights, rounded to what it will be stored in.
+
+    Args:
+        model: whose targets they are of.
+        paths: of the model.
+        pruned: of this process's blocks, as `reconstruct` returns them.
+        dtype: that the model will be stored in, None for its own.
+
+    Raises:
+        CAPError: a weight is too large for the dtype; nothing has changed then.
+    """
+    names = {target.weight: target.name for target in paths.targets}
+    wrong = too_large(model, dtype, lambda each: pruned[names[each]] if each in names else each)
+    check_range(paths.processes.share_first(wrong))
+    paths.write(pruned)
+    round_weights(model, dtype)

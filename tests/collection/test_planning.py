@@ -1,0 +1,123 @@
+"""What is planned where memory is short, and that the result is that of one pass."""
+
+from functools import partial
+
+import pytest
+import torch
+from support.models import build, random_batches
+from support.short_memory import loader, squeeze
+
+import cap_hf.collection.planning as planning_module
+from cap_hf import CAPCompressor, CAPConfig, CAPError
+from cap_hf.collection import room
+from cap_hf.collection.planning import BLOCK_SIZES, automatic_sizes
+from cap_hf.collection.resources import Resources
+from cap_hf.collection.solver import work_of
+from cap_hf.targets import find_targets
+
+
+@pytest.mark.parametrize("anew", [False, True])
+@pytest.mark.parametrize("shuffle", [False, True])
+@pytest.mark.parametrize("fisher_loss", ["labels", "sampled", "features"])
+def test_several_passes_equal_one(monkeypatch, tmp_path, shuffle, fisher_loss, anew):
+    results = []
+    for fraction in (100.0, 0.9 if anew else 0.7):
+        model = build("ViT")
+        squeeze(monkeypatch, fraction, anew, block_size="row")
+        config = CAPConfig(num_grads=30, fisher_loss=fisher_loss)
+        compressor = CAPCompressor(model, config, resources=Resources(spill_dir=str(tmp_path)))
+        compressor.collect(loader(model, batch_size=7, shuffle=shuffle))
+        found = []
+        for sparsity in (0.5, 0.9, 0.5):
+            compressor.prune(sparsity)
+            found.append({key: value.clone() for key, value in model.state_dict().items()})
+        results.append((len(compressor.plan.passes), found))
+        assert compressor.plan.recollects == (anew and fraction < 1)
+        assert any(tmp_path.iterdir()) == bool(compressor.plan.spilled)
+        del compressor
+        assert not any(tmp_path.iterdir())
+    assert results[0][0] == 1
+    assert results[1][0] > 2
+    for one, several in zip(results[0][1], results[1][1], strict=True):
+        for name, value in one.items():
+            assert torch.equal(value, several[name]), name
+
+
+def test_batches_that_come_once_serve_one_pass_only(monkeypatch):
+    model = build("ViT")
+    batches = random_batches(model, 8, sizes=(8, 8))
+    compressor = CAPCompressor(model, CAPConfig(num_grads=16)).collect(iter(batches))
+    assert compressor.fisher.count == 16
+    squeeze(monkeypatch, 1.2, block_size="row")
+    with pytest.raises(CAPError, match="passes need the examples again"):
+        CAPCompressor(model, CAPConfig(num_grads=16, fisher_block_size="row")).collect(iter(batches))
+
+
+def test_too_little_memory_names_a_block_size(monkeypatch):
+    model = build("ViT")
+    squeeze(monkeypatch, 0.5, block_size=512)
+    batches = random_batches(model, 8)
+    with pytest.raises(
+        CAPError, match=r"fisher_block_size=512 .* do.*in 1 pass: --fisher_block_size (row|\d+) would do"
+    ):
+        CAPCompressor(model, CAPConfig(fisher_block_size=512), resources=Resources(max_passes=1)).collect(batches)
+    monkeypatch.setattr(planning_module, "available_bytes", lambda *_: 1000)
+    with pytest.raises(CAPError, match=r"any Fisher .* does not fit .*--include"):
+        CAPCompressor(model, CAPConfig(fisher_block_size="auto")).collect(batches)
+
+
+def test_auto_takes_the_largest_blocks_that_fit(monkeypatch):
+    model = build("ViT")
+    batches = random_batches(model, 8, sizes=(8, 8))
+    found = {}
+    for fraction in (4.0, 1.22):
+        for passes in (1, 8):
+            squeeze(monkeypatch, fraction, block_size="row")
+            config, resources = CAPConfig(num_grads=16, fisher_block_size="auto"), Resources(max_passes=passes)
+            compressor = CAPCompressor(model, config, resources=resources).collect(batches)
+            found[fraction, passes] = max(target.block_size for target in compressor.targets)
+            assert len(compressor.plan.passes) <= passes
+            compressor.prune(0.5)
+    assert found[4.0, 1] == found[1.22, 8] == 32
+    assert found[1.22, 1] < 32
+
+
+def test_a_full_disk_is_said_before_the_start(monkeypatch):
+    model = build("ViT")
+    squeeze(monkeypatch, 1.2, block_size="row")
+    usage = room.shutil.disk_usage("/")._replace(free=10)
+    monkeypatch.setattr(room.shutil, "disk_usage", lambda *_: usage)
+    with pytest.raises(CAPError, match=r"passes keep .* in .*, where 10 bytes are free: name another .*--spill_dir"):
+        CAPCompressor(model, CAPConfig(num_grads=16)).collect(random_batches(model, 8, sizes=(8, 8)))
+
+
+def test_the_plan_is_said(monkeypatch, capsys):
+    model = build("ViT")
+    squeeze(monkeypatch, 1.2, block_size="row")
+    for disable in (False, True):
+        config = CAPConfig(num_grads=16, fisher_block_size="row")
+        compressor = CAPCompressor(model, config, disable_tqdm=disable)
+        compressor.collect(random_batches(model, 8, sizes=(8, 8)))
+        said = capsys.readouterr().err
+        assert ("passes over the examples" in said) != disable
+        assert ("blocks of a row" in said) != disable
+
+
+def test_blocks_are_as_large_as_memory_and_time_allow(monkeypatch):
+    """Whole rows where their elimination is cheap, USUAL_SIZE or less where it is not; several passes at the last."""
+    find = partial(find_targets, build("ViT"))
+    assert automatic_sizes(find) == list(BLOCK_SIZES)
+    monkeypatch.setattr(planning_module, "USUAL_SIZE", 16)
+    rows = sum(work_of(target, target.num_blocks) for target in find("row"))
+    monkeypatch.setattr(planning_module, "MOST_WORK", rows - 1)
+    assert automatic_sizes(find) == [16]
+    monkeypatch.setattr(planning_module, "MOST_WORK", rows)
+    assert automatic_sizes(find)[0] == "row"
+
+    model, batches = build("ViT"), random_batches(build("ViT"), 8, sizes=(8, 8))
+    squeeze(monkeypatch, 1.2, block_size="row")
+    small = CAPCompressor(model, CAPConfig(num_grads=16)).collect(batches).plan
+    assert (len(small.passes), small.block_size) == (1, 16)
+    squeeze(monkeypatch, 1.2, block_size=16)
+    spilled = CAPCompressor(model, CAPConfig(num_grads=16)).collect(batches).plan
+    assert len(spilled.passes) > 1
