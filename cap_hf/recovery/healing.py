@@ -193,10 +193,7 @@ def make_trainer(
     """
     if is_classifier(model):
         check_task(model, "healing is", "leave it out (--heal_steps 0)")
-        changes |= {} if gives_states(model, dataset) else {"hidden_state_weight": 0.0}
-    else:
-        # Found out by what it learns: 1, or 0 where there are none.
-        changes["hidden_state_weight"] = None
+    changes |= {} if gives_states(model, dataset) else {"hidden_state_weight": 0.0}
     own = {"logging_steps": 1, "report_to": "none", "disable_tqdm": True, "use_cpu": model.device.type == "cpu"}
     args = SparseTrainingArguments(output_dir=folder, **HEAL | own | changes)
     # Pruning takes one device per process, where the Trainer would share batches out among all that it sees.
@@ -207,10 +204,11 @@ def make_trainer(
 
 
 def gives_states(model: PreTrainedModel, dataset: Any) -> bool:
-    """Return whether a classifier gives its hidden states, found out on one image; a line says if it does not."""
+    """Return whether a model gives its hidden states, found out on one image; a line says if it does not."""
     batch = collated(collate, [dataset[0]])
     inputs = {name: torch.as_tensor(each) for name, each in batch.items() if name != "labels"}
     found = has_states(Tower(model), inputs)
     if not found:
-        logger.warning("%s gives no hidden states: it learns the logits alone.", type(model).__name__)
+        rest = "logits" if is_classifier(model) else "features"
+        logger.warning("%s gives no hidden states: it learns the %s alone.", type(model).__name__, rest)
     return found
