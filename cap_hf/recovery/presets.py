@@ -8,8 +8,8 @@ from typing import Any
 
 # Healing: a few hundred steps towards what the dense model makes of images without labels (STARFISH, arXiv 2606.01126).
 # The mean over the hidden states of their error relative to their size, and the divergence of the logits as they are;
-# the optimizer is AdamW, as everywhere. Rate and weight are measured (docs/results.md): with both at weight 1 nearly all
-# of the gradient is the logits', which learn no better for it, and the states get worse.
+# the optimizer is AdamW, as everywhere. Rate and weight are measured (docs/results.md): with weights of 1 nearly all of
+# the gradient is the logits', which learn no better for it, while the states get worse.
 HEAL: dict[str, Any] = {
     "max_steps": 300,
     "per_device_train_batch_size": 64,
