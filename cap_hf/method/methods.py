@@ -6,7 +6,7 @@ import torch
 
 from cap_hf.config import CAPConfig, NMPattern
 from cap_hf.method.baselines import input_scores, rank_scores, saliencies
-from cap_hf.method.elimination import Elimination, decouple, eliminate, invert
+from cap_hf.method.elimination import Elimination, decouple, eliminate_fisher, invert
 from cap_hf.method.reconstruction import independent_update, reconstruct
 
 
@@ -64,7 +64,7 @@ class Method:
             NotInvertibleError: a Fisher is not positive definite.
             LostPivotError: rounding destroyed a pivot.
         """
-        return eliminate(weights, invert(decouple(required(fisher), weights == 0)), pattern)
+        return eliminate_fisher(weights, decouple(required(fisher), weights == 0), pattern)
 
     def reconstruct(
         self, weights: torch.Tensor, fisher: torch.Tensor | None, keep: torch.Tensor, update: str

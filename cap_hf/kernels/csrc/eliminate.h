@@ -16,18 +16,19 @@ namespace cap_hf {
 
 // Steps of a panel: few enough for its columns to stay in the second-level cache.
 constexpr int kPanel = 64;
-// Entries of a vector; compilers turn one into as many registers as the processor needs.
-constexpr int kLanes = 8;
+// Bytes of a vector; compilers turn one into as many registers as the processor needs.
+constexpr int kVectorBytes = 64;
 // The update goes tile by tile, kRows rows by kColumns vectors each, whose sums stay in registers.
 constexpr int kRows = 8;
 constexpr int kColumns = 2;
-using Vector = double __attribute__((vector_size(kLanes * sizeof(double)), aligned(sizeof(double))));
 
-inline Vector load(const double* from) { return *reinterpret_cast<const Vector*>(from); }
-inline void store(double* to, Vector value) { *reinterpret_cast<Vector*>(to) = value; }
-
-// The working memory of a thread, for blocks of one size, and the elimination in it.
+// The working memory of a thread, for blocks of one size, and the elimination in it, in float or double.
+template <typename Scalar>
 class Eliminator {
+  // Entries of a vector.
+  static constexpr int kLanes = kVectorBytes / sizeof(Scalar);
+  typedef Scalar Vector __attribute__((vector_size(kVectorBytes), aligned(sizeof(Scalar))));
+
  public:
   explicit Eliminator(int64_t size)
       : stride_((size + kLanes - 1) / kLanes * kLanes + kLanes * kColumns),
@@ -38,34 +39,34 @@ class Eliminator {
 
   // Removes `steps` of the `size` weights. At most `limit` of `group` consecutive ones go (group 0: any number).
   // Returns whether every pivot was positive and finite.
-  bool run(const double* weights, const double* inverse, int64_t size, int64_t steps, int64_t group, int64_t limit,
-           int64_t* order, double* losses) {
+  bool run(const Scalar* weights, const Scalar* inverse, int64_t size, int64_t steps, int64_t group, int64_t limit,
+           int64_t* order, Scalar* losses) {
     std::copy_n(weights, size, w_.begin());
-    std::fill(w_.begin() + size, w_.end(), 0.0);
+    std::fill(w_.begin() + size, w_.end(), Scalar{0});
     std::fill(gate_.begin(), gate_.end(), kNever);
     for (int64_t i = 0; i < size; ++i) {
       position_[i] = i;
-      gate_[i] = weights[i] == 0.0 ? kFirst : kLive;
+      gate_[i] = weights[i] == 0 ? kFirst : kLive;
     }
     std::fill(given_.begin(), given_.end(), 0);
     // The first panel reads the caller's matrix; after it, what is left of A is packed into a_.
-    const double* a = inverse;
+    const Scalar* a = inverse;
     int64_t a_stride = size;
     int64_t count = size;  // weights that A still holds
     for (int64_t start = 0; start < steps; start += kPanel) {
       const int64_t width = std::min<int64_t>(kPanel, steps - start);
       for (int64_t i = 0; i < count; ++i) diagonal_[i] = a[i * a_stride + i];
-      std::fill(diagonal_.begin() + count, diagonal_.end(), 1.0);
+      std::fill(diagonal_.begin() + count, diagonal_.end(), Scalar{1});
       for (int64_t k = 0; k < width; ++k) {
         const int64_t pivot = cheapest(count);
         if (pivot < 0) return false;
-        const double root = std::sqrt(diagonal_[pivot]);
-        const double cost = w_[pivot] / root, loss = cost * cost / 2;
-        if (!(diagonal_[pivot] > 0.0) || !std::isfinite(loss)) return false;
+        const Scalar root = std::sqrt(diagonal_[pivot]);
+        const Scalar cost = w_[pivot] / root, loss = cost * cost / 2;
+        if (!(diagonal_[pivot] > 0) || !std::isfinite(loss)) return false;
         std::copy_n(a + pivot * a_stride, count, row_.begin());
         form_column(pivot, k, count, root, cost);
-        w_[pivot] = 0.0;
-        diagonal_[pivot] = 1.0;
+        w_[pivot] = 0;
+        diagonal_[pivot] = 1;
         gate_[pivot] = kNever;
         pivots_[k] = pivot;
         if (group && ++given_[position_[pivot] / group] == limit) close(position_[pivot] / group, group, count);
@@ -82,8 +83,11 @@ class Eliminator {
   }
 
  private:
+  static Vector load(const Scalar* from) { return *reinterpret_cast<const Vector*>(from); }
+  static void store(Scalar* to, Vector value) { *reinterpret_cast<Vector*>(to) = value; }
+
   // Added to a weight's cost: it may be removed, it is 0 and goes before all others, or it stays.
-  static constexpr double kLive = 0.0, kFirst = -1.0, kNever = std::numeric_limits<double>::infinity();
+  static constexpr Scalar kLive = 0, kFirst = -1, kNever = std::numeric_limits<Scalar>::infinity();
 
   // Returns the weight whose removal costs least, the first of equals; -1 if every cost is infinite or not a number.
   int64_t cheapest(int64_t count) {
@@ -93,7 +97,7 @@ class Eliminator {
       store(&scores_[i], score);
       least = score < least ? score : least;
     }
-    double lowest = kNever;
+    Scalar lowest = kNever;
     for (int lane = 0; lane < kLanes; ++lane) lowest = std::min(lowest, least[lane]);
     if (lowest == kNever) return -1;
     int64_t found = 0;
@@ -110,12 +114,12 @@ class Eliminator {
 
   // Forms the pivot's column of the current A, divided by the root of its diagonal entry, and updates w and the
   // diagonal with it.
-  void form_column(int64_t pivot, int64_t k, int64_t count, double root, double cost) {
-    double at_pivot[kPanel];
+  void form_column(int64_t pivot, int64_t k, int64_t count, Scalar root, Scalar cost) {
+    Scalar at_pivot[kPanel];
     for (int64_t j = 0; j < k; ++j) at_pivot[j] = panel_[j * stride_ + pivot];
-    const double* row = row_.data();
-    double* column = &panel_[k * stride_];
-    const double scale = 1.0 / root;
+    const Scalar* row = row_.data();
+    Scalar* column = &panel_[k * stride_];
+    const Scalar scale = Scalar{1} / root;
     constexpr int kStep = 4;
     int64_t i = 0;
     for (; i + kStep * kLanes <= count; i += kStep * kLanes) form_part<kStep>(i, k, row, column, at_pivot, scale, cost);
@@ -123,11 +127,11 @@ class Eliminator {
   }
 
   template <int kStep>
-  void form_part(int64_t i, int64_t k, const double* row, double* column, const double* at_pivot, double scale,
-                 double cost) {
+  void form_part(int64_t i, int64_t k, const Scalar* row, Scalar* column, const Scalar* at_pivot, Scalar scale,
+                 Scalar cost) {
     Vector sum[kStep];
     for (int v = 0; v < kStep; ++v) sum[v] = load(row + i + v * kLanes);
-    const double* past = &panel_[i];
+    const Scalar* past = &panel_[i];
     for (int64_t j = 0; j < k; ++j, past += stride_) {
       for (int v = 0; v < kStep; ++v) sum[v] -= at_pivot[j] * load(past + v * kLanes);
     }
@@ -142,7 +146,7 @@ class Eliminator {
 
   // Brings A up to date with a whole panel, for the weights that are left, which are packed into the first rows and
   // columns. Returns how many there are.
-  int64_t shrink(const double* a, int64_t a_stride, int64_t count, int64_t width) {
+  int64_t shrink(const Scalar* a, int64_t a_stride, int64_t count, int64_t width) {
     std::fill(taken_.begin(), taken_.end(), false);
     for (int64_t k = 0; k < width; ++k) taken_[pivots_[k]] = true;
     int64_t kept = 0;
@@ -154,10 +158,10 @@ class Eliminator {
       gate_[i] = gate_[left_[i]];
       position_[i] = position_[left_[i]];
     }
-    std::fill(w_.begin() + kept, w_.begin() + count, 0.0);
+    std::fill(w_.begin() + kept, w_.begin() + count, Scalar{0});
     std::fill(gate_.begin() + kept, gate_.begin() + count, kNever);
     for (int64_t k = 0; k < width; ++k) {
-      double* column = &panel_[k * stride_];
+      Scalar* column = &panel_[k * stride_];
       for (int64_t i = 0; i < kept; ++i) column[i] = column[left_[i]];
     }
     // Packing moves rows up and columns to the left, and a tile is read before it is written, so nothing that is read
@@ -170,20 +174,20 @@ class Eliminator {
   }
 
   template <int kHeight>
-  void update_rows(const double* a, int64_t a_stride, int64_t i, int64_t width) {
+  void update_rows(const Scalar* a, int64_t a_stride, int64_t i, int64_t width) {
     constexpr int64_t kWide = kColumns * kLanes;
-    double packed[kHeight][kWide];
+    Scalar packed[kHeight][kWide];
     for (int64_t j = 0; j < i + kHeight; j += kWide) {
       const int64_t real = std::min<int64_t>(kWide, i + kHeight - j);
       for (int r = 0; r < kHeight; ++r) {
-        const double* row = a + left_[i + r] * a_stride;
+        const Scalar* row = a + left_[i + r] * a_stride;
         for (int64_t c = 0; c < real; ++c) packed[r][c] = row[left_[j + c]];
       }
       Vector sum[kHeight][kColumns];
       for (int r = 0; r < kHeight; ++r) {
         for (int c = 0; c < kColumns; ++c) sum[r][c] = load(&packed[r][c * kLanes]);
       }
-      const double* column = panel_.data();
+      const Scalar* column = panel_.data();
       for (int64_t k = 0; k < width; ++k, column += stride_) {
         Vector right[kColumns];
         for (int c = 0; c < kColumns; ++c) right[c] = load(column + j + c * kLanes);
@@ -214,7 +218,7 @@ class Eliminator {
   }
 
   int64_t stride_;
-  std::vector<double> a_, panel_, row_, w_, diagonal_, scores_, gate_;
+  std::vector<Scalar> a_, panel_, row_, w_, diagonal_, scores_, gate_;
   std::vector<int64_t> position_, left_, given_;
   std::vector<uint8_t> taken_;
   int64_t pivots_[kPanel];

@@ -16,29 +16,19 @@ namespace {
 
 using at::Tensor;
 
-// Returns the order (n, steps) and losses (n, steps) of the removals in n blocks, and the first block with a pivot that
-// is not positive and finite, or -1. At most `limit` of `group` consecutive weights go (group 0: any number).
-std::tuple<Tensor, Tensor, int64_t> eliminate(const Tensor& weights, const Tensor& inverse, int64_t steps,
-                                              int64_t group, int64_t limit) {
-  TORCH_CHECK(weights.scalar_type() == at::kDouble && inverse.scalar_type() == at::kDouble, "float64 is needed");
-  TORCH_CHECK(weights.dim() == 2 && inverse.dim() == 3 && inverse.size(0) == weights.size(0) &&
-                  inverse.size(1) == weights.size(1) && inverse.size(2) == weights.size(1),
-              "weights (n, B) and inverse (n, B, B) are needed");
-  TORCH_CHECK(steps >= 0 && steps <= weights.size(1), "more steps than weights");
-  const Tensor w = weights.contiguous();
-  // Blocks may share one matrix, expanded.
-  const Tensor a = inverse.stride(2) == 1 && inverse.stride(1) == inverse.size(2) ? inverse : inverse.contiguous();
+// Removes weights of n blocks in Scalar; returns the first block with a pivot that is not positive and finite, or -1.
+template <typename Scalar>
+int64_t eliminate_blocks(const Tensor& w, const Tensor& a, int64_t steps, int64_t group, int64_t limit, Tensor& order,
+                         Tensor& losses) {
   const int64_t n = w.size(0), size = w.size(1), block_stride = a.stride(0);
-  Tensor order = at::empty({n, steps}, w.options().dtype(at::kLong));
-  Tensor losses = at::empty({n, steps}, w.options());
-  const double* w_data = w.const_data_ptr<double>();
-  const double* a_data = a.const_data_ptr<double>();
+  const Scalar* w_data = w.const_data_ptr<Scalar>();
+  const Scalar* a_data = a.const_data_ptr<Scalar>();
   int64_t* order_data = order.mutable_data_ptr<int64_t>();
-  double* losses_data = losses.mutable_data_ptr<double>();
+  Scalar* losses_data = losses.mutable_data_ptr<Scalar>();
   std::atomic<int64_t> lost{n}, next{0};
   // Each thread takes the next block when it is done with one: some blocks end early, and some cores are slower.
   at::parallel_for(0, std::min<int64_t>(n, at::get_num_threads()), 1, [&](int64_t begin, int64_t end) {
-    cap_hf::Eliminator eliminator(size);
+    cap_hf::Eliminator<Scalar> eliminator(size);
     for (int64_t b = next++; b < n; b = next++) {
       const bool whole = eliminator.run(w_data + b * size, a_data + b * block_stride, size, steps, group, limit,
                                         order_data + b * steps, losses_data + b * steps);
@@ -49,7 +39,28 @@ std::tuple<Tensor, Tensor, int64_t> eliminate(const Tensor& weights, const Tenso
       }
     }
   });
-  return {order, losses, lost.load() == n ? -1 : lost.load()};
+  return lost.load() == n ? -1 : lost.load();
+}
+
+// Returns the order (n, steps) and losses (n, steps) of the removals in n blocks, and the first block with a pivot that
+// is not positive and finite, or -1. At most `limit` of `group` consecutive weights go (group 0: any number).
+std::tuple<Tensor, Tensor, int64_t> eliminate(const Tensor& weights, const Tensor& inverse, int64_t steps,
+                                              int64_t group, int64_t limit) {
+  const auto kind = weights.scalar_type();
+  TORCH_CHECK((kind == at::kDouble || kind == at::kFloat) && inverse.scalar_type() == kind,
+              "float64 or float32 is needed, the same for both");
+  TORCH_CHECK(weights.dim() == 2 && inverse.dim() == 3 && inverse.size(0) == weights.size(0) &&
+                  inverse.size(1) == weights.size(1) && inverse.size(2) == weights.size(1),
+              "weights (n, B) and inverse (n, B, B) are needed");
+  TORCH_CHECK(steps >= 0 && steps <= weights.size(1), "more steps than weights");
+  const Tensor w = weights.contiguous();
+  // Blocks may share one matrix, expanded.
+  const Tensor a = inverse.stride(2) == 1 && inverse.stride(1) == inverse.size(2) ? inverse : inverse.contiguous();
+  Tensor order = at::empty({w.size(0), steps}, w.options().dtype(at::kLong));
+  Tensor losses = at::empty({w.size(0), steps}, w.options());
+  const int64_t lost = kind == at::kDouble ? eliminate_blocks<double>(w, a, steps, group, limit, order, losses)
+                                           : eliminate_blocks<float>(w, a, steps, group, limit, order, losses);
+  return {order, losses, lost};
 }
 
 // Returns the inverses of positive definite matrices (n, B, B), and LAPACK's info (n) of each factorisation.
