@@ -168,9 +168,10 @@ class CAPCompressor:
         self.targets = self.collection.targets
         solver = Solver(self.config, fisher, self.collection.batch_bytes)
         again, tensors = self.collection.recollection, self.collection.tensors
-        self.paths = RemovalPaths(self.targets, solver, self.processes, tensors, statistics, again)
+        paths = RemovalPaths(self.targets, solver, self.processes, tensors, statistics, again)
         if again:
-            eliminate(self.paths, self.config.pattern, self.progress)
+            eliminate(paths, self.config.pattern, self.progress)
+        self.paths = paths
         return self
 
     def prune(
@@ -188,8 +189,7 @@ class CAPCompressor:
 
         Raises:
             CAPError: the sparsity is out of range, below the model's, or not the N:M pattern's; `collect` was not
-                called; a block Fisher cannot be inverted; a weight is too large for the dtype; sums are to be
-                collected anew from a model that has changed.
+                called; a block Fisher cannot be inverted; a weight is too large for the dtype.
         """
         return next(self.prune_each([sparsity], allocation, selection))
 
@@ -198,11 +198,11 @@ class CAPCompressor:
     ) -> Iterator[PruneReport]:
         """Prune the model as `prune` does, to one sparsity after the other, and yield the report of each.
 
-        Sums that did not fit into memory are collected anew once for all of them, before the first; between two the
-        model may be refitted or trained.
+        Sums that did not fit into memory are collected anew once for `prunes` of them together. Between two the model
+        may be refitted or trained.
         """
         paths, config = self._collected_paths(), with_changes(self.config, allocation, selection)
-        for sparsity, pruned, losses in solve_each(paths, config, sparsities, self.progress):
+        for sparsity, pruned, losses in solve_each(paths, config, sparsities, self.progress, self.afterwards.prunes):
             write_pruned(self.model, paths, pruned, self.dtype)
             known = [None] * len(self.targets) if self.fisher is None else losses.tolist()
             self.report, self.config = report_pruning(self.targets, config, sparsity, known), config

@@ -118,7 +118,9 @@ class Collection:
             self.state = None
 
     def close(self) -> None:
-        """Remove what was spilled."""
+        """Remove what was spilled, and let go of sums that are collected anew."""
+        if self.recollection is not None:
+            self.recollection.clear()
         if self._temporary is not None:
             self._temporary.cleanup()
 
@@ -155,8 +157,10 @@ class Collection:
             plan = plan.like(self.state.plan, self.find)
         examples.limit = plan.step
         passes = plan.num_passes
-        if passes > 1 and examples.once:
-            raise CAPError(f"{passes} passes need the examples again: collect from a DataLoader or a list of batches")
+        if examples.once and (passes > 1 or plan.recollects):
+            raise CAPError(
+                f"{max(passes, 2)} passes need the examples again: collect from a DataLoader or a list of batches"
+            )
         if plan.spilled and self.state is not None:
             self._folder = self.state.folder / "spill"
             self._folder.mkdir(exist_ok=True)
@@ -193,20 +197,11 @@ class Collection:
         sums: dict[str, SymmetricSums] = {}
         moments: dict[str, SymmetricSums] = {}
         fisher = self._fisher(passes, sums, moments)
-        last: int | None = None
 
-        def collect(number: int) -> tuple[Mapping[str, SymmetricSums], Mapping[str, SymmetricSums]]:
-            nonlocal last
-            if last is not None:
-                # Its targets are eliminated.
-                passes.finish(last)
-            last = number
-            statistic = passes.collect(number)
-            passes.keep(number, statistic)
+        def on_load() -> None:
             fisher.count, fisher.damps = passes.count, self._damps(passes)
-            return statistic.sums, statistic.moments
 
-        self.recollection = Recollection(plan.passes, sums, moments, collect)
+        self.recollection = Recollection(passes, sums, moments, on_load)
         return fisher
 
     def _fisher(
@@ -223,11 +218,15 @@ class Collection:
 
     def _damps(self, passes: Passes) -> dict[str, float]:
         """Return the damps of the targets for which they can be said."""
-        means = passes.means
+        damp, absolute, means = self.method.damp(self.config), self.config.absolute_damp, passes.means
         if len(means) < len(self.targets):
+            if absolute:
+                return dict.fromkeys(means, damp)
             # That of a target without any gradient is made from those of all others.
             means = {name: mean for name, mean in means.items() if mean}
-        return damps_of(means, self.method.damp(self.config), self.config.absolute_damp) if means else {}
+            if not means:
+                return {}
+        return damps_of(means, damp, absolute)
 
     def _store(self, kind: str, size: Callable[[Target], int]) -> dict[str, SymmetricSums] | SpilledSums:
         """Return what takes the sums of all passes: on the disk where the plan spills, else in memory."""

@@ -1,7 +1,9 @@
 """Passes over the examples: each fills the sums of some targets, and what it has done may outlive the run."""
 
+import hashlib
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -11,8 +13,8 @@ from cap_hf.collection.gradient_sums import GradientSums
 from cap_hf.collection.input_sums import InputSums
 from cap_hf.collection.plan import Plan
 from cap_hf.collection.progress import Phase, Progress
-from cap_hf.collection.running import differentiable, frozen
-from cap_hf.collection.state import CollectionState, Item, hash_weights
+from cap_hf.collection.running import Remembered, differentiable, frozen
+from cap_hf.collection.state import CollectionState, Item, note
 from cap_hf.config import CAPConfig
 from cap_hf.distributed.processes import Processes
 from cap_hf.errors import CAPError
@@ -69,8 +71,9 @@ class Passes:
         if state is not None and done:
             state.check_examples(examples, done[-1]["digest"])
         self.finished = len(done)
-        # Two passes see the same model: what comes between may have pruned or trained it.
-        self._weights = hash_weights(model) if plan.recollects else None
+        # A pass that is gone through again sees the same model: what came between may have pruned or trained it.
+        self._model = Remembered([*model.parameters(), *model.buffers()]) if plan.recollects else None
+        self._digest: str | None = None
 
     def skip(self, number: int) -> None:
         """Count a pass that an interrupted run had done with."""
@@ -80,23 +83,18 @@ class Passes:
         """Return the sums of a pass; on all processes together.
 
         Raises:
-            CAPError: there are no examples, a loss or a sum is not finite, a layer mixes examples or is missing, or the
-                model has changed since the first pass.
+            CAPError: there are no examples, or others than before; a loss or a sum is not finite; a layer mixes
+                examples or is missing.
         """
-        if self._weights is not None and hash_weights(self.model) != self._weights:
-            raise CAPError(
-                "the model has changed since collect, whose sums did not fit into memory and are collected anew for "
-                "each prune: prune to all sparsities together with prune_each, or collect again"
-            )
-        targets, advance = self.plan.passes[number], self._phase(number)
-        statistic = self._statistic(targets)
-        with differentiable(self.model), frozen(self.model):
-            if self.state is None or number < self.finished:
-                fill(statistic, self.model, self.examples, advance)
-            else:
-                rest = self.state.begin_pass(number, statistic, self.examples)
-                advance.skip(statistic.count)
-                fill(statistic, self.model, rest, self.state.saving(number, statistic, advance))
+        advance = self._phase(number)
+        with differentiable(self.model), self._as_it_was(), frozen(self.model):
+            statistic = self._statistic(self.plan.passes[number])
+            try:
+                self._fill(number, statistic, advance)
+            except BaseException:
+                # Hooks hold it until the garbage is collected, and memory is short.
+                statistic.clear()
+                raise
         self.count = statistic.count
         if not self.count:
             raise CAPError("the dataloader is empty: no example to collect gradients from")
@@ -106,9 +104,45 @@ class Passes:
                 self.count,
                 self.config.num_grads,
             )
-        if any(target.name not in self.means for target in targets):
+        if any(target.name not in self.means for target in statistic.targets):
             self.means |= mean_diagonals(statistic, self.processes)
         return statistic
+
+    def _fill(self, number: int, statistic: GradientSums | InputSums, advance: Phase) -> None:
+        digest = hashlib.blake2b()
+        examples = self._noted(digest) if self.plan.recollects else self.examples
+        if self.state is None or number < self.finished:
+            fill(statistic, self.model, examples, advance)
+        else:
+            rest = self.state.begin_pass(number, statistic, examples)
+            advance.skip(statistic.count)
+            fill(statistic, self.model, rest, self.state.saving(number, statistic, advance))
+        differ = self._digest not in (None, digest.hexdigest())
+        # Said by all processes, or they would wait for each other.
+        if any(each for (each,) in self.processes.gather_ints(int(differ))):
+            raise CAPError(
+                "the examples differ from those of the pass before, and passes need the same: give a dataloader or a "
+                "list that does not change"
+            )
+        self._digest = digest.hexdigest()
+
+    def _noted(self, digest: "hashlib.blake2b") -> Iterator[Item]:
+        for item in self.examples:
+            note(digest, item)
+            yield item
+
+    @contextmanager
+    def _as_it_was(self) -> Iterator[None]:
+        """Have the model as it was before the first pass, and afterwards as it is now."""
+        if self._model is None:
+            yield
+            return
+        now = Remembered(self._model.values)
+        self._model.put_back()
+        try:
+            yield
+        finally:
+            now.put_back()
 
     def keep(self, number: int, statistic: GradientSums | InputSums) -> None:
         """Keep the sums of a pass for a run that goes on, until `finish`."""
@@ -124,7 +158,8 @@ class Passes:
 
     def _phase(self, number: int) -> Phase:
         passes = len(self.plan.passes)
-        name = "collecting" if passes == 1 else f"collecting, pass {number + 1} of {passes}"
+        kind = "group" if self.plan.recollects else "pass"
+        name = "collecting" if passes == 1 else f"collecting, {kind} {number + 1} of {passes}"
         return self.progress.phase("collecting", "gradient", self.config.num_grads, name)
 
     def _statistic(self, targets: list[Target]) -> GradientSums | InputSums:

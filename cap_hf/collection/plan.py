@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from cap_hf.collection import exchange, fitting, input_sums, removal_paths, solver
+from cap_hf.collection import exchange, input_sums, removal_paths, solver
 from cap_hf.collection.costs import Costs
 from cap_hf.collection.exchange import made_in
 from cap_hf.collection.shares import largest_shares
@@ -70,8 +70,9 @@ class Plan:
         targets = {target.name: target for target in find(other["block_size"])}
         passes = [[targets[name] for name in each] for each in other["passes"]]
         spilled = max(self.spilled, 1) if other["spills"] else 0
-        same = {name: other[name] for name in ("block_size", "step", "microbatch", "recollects")}
-        return replace(self, passes=passes, spilled=spilled, **same)
+        same = {name: other[name] for name in ("block_size", "step", "microbatch")}
+        # A state of before sums were collected anew does not say so.
+        return replace(self, passes=passes, spilled=spilled, recollects=other.get("recollects", False), **same)
 
     def describe(self, seconds: float, folder: Path | None) -> str:
         """Return one line about the plan; `seconds` are what the passes are expected to take."""
@@ -94,7 +95,7 @@ def plan_passes(
     max_passes: int | None = None,
     dtype: torch.dtype = torch.float32,
     prior: bool = False,
-    refits: bool = False,
+    refitting: int = 0,
     recollected: int = 0,
 ) -> Plan | None:
     """Return the plan with the fewest passes; None where the memory or `max_passes` does not allow any.
@@ -110,7 +111,7 @@ def plan_passes(
         max_passes: over the examples, or None for any number.
         dtype: what gradients are rounded to.
         prior: whether inputs are summed too.
-        refits: whether layers are refitted afterwards, beside the sums of one pass.
+        refitting: bytes that a refit afterwards takes at the least, beside the sums of one pass.
         recollected: where sums are dropped and collected anew, how many sparsities are pruned to together; 0 for sums
             that go to the disk.
     """
@@ -129,8 +130,6 @@ def plan_passes(
     exchanged = max(exchange.peak_bytes(target, processes, step, dtype) for target in targets)
     collecting = in_model_bytes(step, costs, device) + exchanged
     paths = max(removal_paths.peak_bytes(target, count) for target, count in shares)
-    # With fewer examples than are asked for a refit gets by; not with fewer than these.
-    refitting = fitting.least_bytes(costs.widest) if refits else 0
 
     def fit(batch_bytes: int, beside: int) -> tuple[int, int]:
         """Return how large batches are that fit beside what else is there, and what they take with the paths."""
@@ -145,7 +144,9 @@ def plan_passes(
         return Plan([list(targets)], block_size, *steps, available, needed, sum(sizes), 0, batch_bytes)
 
     if recollected:
-        # New weights of all sparsities are in memory, and what losses are compared by beside the last pass's sums.
+        # New weights of all sparsities are in memory, the model as it was and as it is, and what losses are compared by
+        # beside the last pass's sums.
+        held += 2 * sum(target.weight.nbytes for target in targets)
         held += recollected * sum(target.block_size * count * target.weight.element_size() for target, count in shares)
         batch_bytes, solving = fit(solver.BATCH_BYTES, max(sizes) + held + compared)
         room = available - held - max(collecting, solving + compared)

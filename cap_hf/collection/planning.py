@@ -6,6 +6,7 @@ import torch
 
 from cap_hf.collection import solver
 from cap_hf.collection.costs import Costs
+from cap_hf.collection.fitting import least_bytes
 from cap_hf.collection.plan import Find, Plan, plan_passes, sums_bytes
 from cap_hf.collection.resources import Afterwards, Resources
 from cap_hf.collection.room import available_bytes, check_disk, disk_seconds, spill_folder
@@ -59,26 +60,22 @@ def make_plan(
     most = resources.max_passes
 
     def plan(size: int | str, most: int | None, refits: bool = afterwards.refits) -> Plan | None:
+        # A refit gets by with fewer examples than are asked for, but not with fewer than so many.
+        refitting = least_bytes(costs.widest // config.samples_per_grad) if refits else 0
         first, second = (
-            plan_passes(find(size), size, available, costs, processes, most, dtype, prior, refits, recollected)
+            plan_passes(find(size), size, available, costs, processes, most, dtype, prior, refitting, recollected)
             for recollected in (0, afterwards.prunes)
         )
         if first is None or second is None or not first.spilled:
             return first if first is not None and not (first.spilled and resources.spills_nothing) else second
-        if resources.spills_nothing or not all(fits for (fits,) in processes.gather_ints(int(disk_fits(first)))):
+        seconds_per_byte = None if resources.spills_nothing else disk_speed(first, resources, processes)
+        if seconds_per_byte is None:
             return second
-        kept, again = (
-            extra_seconds(each, costs, processes, resources, prior, afterwards.prunes, config.num_grads)
+        kept, anew = (
+            extra_seconds(each, costs, processes, seconds_per_byte, prior, afterwards.prunes, config.num_grads)
             for each in (first, second)
         )
-        return first if kept <= again else second
-
-    def disk_fits(plan: Plan) -> bool:
-        try:
-            check_disk(plan.spilled, len(plan.passes), resources)
-        except CAPError:
-            return False
-        return True
+        return first if kept <= anew else second
 
     tries = [(block_size, most)]
     if block_size == "auto":
@@ -90,10 +87,13 @@ def make_plan(
         if found is not None:
             check_disk(found.spilled, len(found.passes), resources)
             return found
-    would = next((size for size in BLOCK_SIZES if plan(size, most)), None)
     advice = "prune fewer targets at a time with --include, or take a smaller batch size"
+    more = [plan(size, None) for size, _ in tries] if most is not None else []
+    would = next((size for size in BLOCK_SIZES if plan(size, most)), None)
     if afterwards.refits and any(plan(size, limit, refits=False) for size, limit in tries):
         advice = "it would with --refit false, which takes no memory afterwards"
+    elif any(more):
+        advice = f"--max_passes {min(each.num_passes for each in more if each)} would do"
     elif would is not None:
         advice = f"--fisher_block_size {would} would do"
     wish = "any Fisher" if block_size == "auto" else f"the Fisher with fisher_block_size={block_size}"
@@ -107,11 +107,23 @@ def make_plan(
     )
 
 
+def disk_speed(plan: Plan, resources: Resources, processes: Processes) -> float | None:
+    """Return the seconds that writing a byte takes, of the slowest process; None where one has no room for a plan."""
+    try:
+        check_disk(plan.spilled, len(plan.passes), resources)
+        seconds = int(1e15 * disk_seconds(spill_folder(resources)))
+    except CAPError:
+        seconds = -1
+    # Processes gather whole numbers.
+    found = [each for (each,) in processes.gather_ints(seconds)]
+    return None if min(found) < 0 else max(found) / 1e15
+
+
 def extra_seconds(
     plan: Plan,
     costs: Costs,
     processes: Processes,
-    resources: Resources,
+    seconds_per_byte: float,
     prior: bool,
     prunes: int,
     num_grads: int,
@@ -122,7 +134,7 @@ def extra_seconds(
         plan: of several passes.
         costs: of a gradient sample.
         processes: of the run.
-        resources: for the folder on the disk.
+        seconds_per_byte: that writing to the disk takes, and as many that reading does.
         prior: whether inputs are summed too.
         prunes: how many sparsities will be pruned to.
         num_grads: gradient samples of a pass.
@@ -130,9 +142,8 @@ def extra_seconds(
     again = plan.passes[:-1] if plan.recollects else []
     samples = num_grads / processes.world
     seconds = sum(samples * (costs.seconds + costs.summing_seconds(each, prior)) for each in [*plan.passes, *again])
-    if plan.spilled:
-        # Written once, read by the elimination and for the weights of each sparsity.
-        seconds += (2 + prunes) * plan.spilled * disk_seconds(spill_folder(resources))
+    # Written once, read by the elimination and for the weights of each sparsity.
+    seconds += (2 + prunes) * plan.spilled * seconds_per_byte
     return max(each for (each,) in processes.gather_ints(int(1e3 * seconds))) / 1e3
 
 

@@ -19,17 +19,18 @@ def eliminate(paths: RemovalPaths, pattern: NMPattern | None, progress: Progress
 
 
 def solve_each(
-    paths: RemovalPaths, config: CAPConfig, sparsities: Sequence[float | None], progress: Progress
+    paths: RemovalPaths, config: CAPConfig, sparsities: Sequence[float | None], progress: Progress, at_once: int
 ) -> Iterator[tuple[float, Tensors, torch.Tensor]]:
     """Yield what a model is pruned to, one sparsity after the other: what `RemovalPaths.reconstruct` returns of each.
 
-    Where sums are collected anew they are so once, for all sparsities together.
+    Where sums are collected anew they are so once for several sparsities.
 
     Args:
         paths: of the model.
         config: for the allocation and the selection.
         sparsities: as `CAPCompressor.prune` takes them.
         progress: told what goes on.
+        at_once: for how many of them memory was planned.
 
     Raises:
         CAPError: a sparsity is out of range, below the model's, or not the N:M pattern's; a block cannot be solved for.
@@ -37,7 +38,9 @@ def solve_each(
     zeros = paths.count_zeros()
     exact = [config.check_sparsity(sparsity, paths.num_weights, zeros) for sparsity in sparsities]
     eliminate(paths, config.pattern, progress)
-    for together in [exact] if paths.recollection is not None else [[sparsity] for sparsity in exact]:
+    step = 1 if paths.recollection is None else at_once
+    for first in range(0, len(exact), step):
+        together = exact[first : first + step]
         counts = [paths.allocate(config, sparsity) for sparsity in together]
         solved = paths.reconstruct(counts, partial(progress.phase, "reconstructing", "block"))
         for sparsity, (pruned, losses) in zip(together, solved, strict=True):

@@ -1,57 +1,70 @@
-"""Sums that are not kept: those of one pass at a time are in memory, another's are collected when they are wanted."""
+"""Sums that are not kept: those of one group of targets are in memory, and others' are collected anew when wanted."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 from cap_hf.method.sums import SymmetricSums
 from cap_hf.targets import Target
 
-# Goes through the examples for the pass of a number: the sums of its targets, and the moments of their inputs.
-Collect = Callable[[int], tuple[Mapping[str, SymmetricSums], Mapping[str, SymmetricSums]]]
+if TYPE_CHECKING:
+    # Passes go by a plan, which asks the removal paths what they take, and these are loaded by this.
+    from cap_hf.collection.passes import Passes
 
 
 class Recollection:
-    """Gives a Fisher the sums of some of its targets, and takes those of all others from it.
+    """Gives a Fisher the sums of one group of its targets, and takes those of all others from it.
 
-    Collecting them once for the elimination, and once more for the new weights, costs passes over the examples, and
-    spares what all sums together take on the disk.
+    A group is what one pass collects. To collect it for the elimination, and once more for the new weights, costs
+    passes over the examples, and spares what all sums together take on the disk.
 
     Args:
-        passes: the targets of each.
+        passes: that collect the groups.
         sums: of a Fisher, to be filled.
         moments: that its prior is made from, to be filled.
-        collect: must give the same for a number every time.
+        on_load: called when a group is there: what is known of its Fisher has changed.
     """
 
     def __init__(
         self,
-        passes: Sequence[Sequence[Target]],
+        passes: "Passes",
         sums: dict[str, SymmetricSums],
         moments: dict[str, SymmetricSums],
-        collect: Collect,
+        on_load: Callable[[], None],
     ) -> None:
-        self.passes = [list(each) for each in passes]
-        self.sums, self.moments, self.collect = sums, moments, collect
-        self._numbers = {target.name: number for number, each in enumerate(passes) for target in each}
+        self.passes, self.sums, self.moments, self.on_load = passes, sums, moments, on_load
         self._loaded: int | None = None
 
-    def load(self, targets: Sequence[Target]) -> None:
-        """Have the sums of some targets in memory; on all processes together.
+    @property
+    def groups(self) -> Sequence[Sequence[Target]]:
+        """Return the targets of each group."""
+        return self.passes.plan.passes
 
-        Args:
-            targets: of one pass, at least one.
+    def load(self, number: int) -> None:
+        """Have the sums of a group in memory; on all processes together.
 
         Raises:
-            CAPError: as `Collection.run`, or the model is not what it was.
+            CAPError: as `Passes.collect`.
         """
-        number = self._numbers[targets[0].name]
         if number == self._loaded:
             return
-        # Before others are made: memory holds those of one pass.
+        # Before others are made: memory holds those of one group.
         self.clear()
-        sums, moments = self.collect(number)
-        self.sums.update(sums)
-        self.moments.update(moments)
+        statistic = self.passes.collect(number)
+        self.passes.keep(number, statistic)
+        self.sums.update(statistic.sums)
+        self.moments.update(statistic.moments)
+        # Or it would hold them beyond `clear`, until the garbage is collected.
+        statistic.clear()
         self._loaded = number
+        self.on_load()
+
+    def is_finished(self, number: int) -> bool:
+        """Return whether an interrupted run had all removal paths of a group, and noted it; the same everywhere."""
+        return number < self.passes.finished
+
+    def finish(self, number: int) -> None:
+        """Note for a run that goes on that the removal paths of a group are there; on all processes together."""
+        self.passes.finish(number)
 
     def clear(self) -> None:
         """Take all sums away."""

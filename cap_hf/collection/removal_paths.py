@@ -69,9 +69,9 @@ class RemovalPaths:
         return sum(target.weight.numel() for target in self.targets)
 
     @property
-    def passes(self) -> list[list[Target]]:
+    def groups(self) -> Sequence[Sequence[Target]]:
         """Return the targets whose sums are there together."""
-        return [self.targets] if self.recollection is None else self.recollection.passes
+        return [self.targets] if self.recollection is None else self.recollection.groups
 
     def work(self, targets: Sequence[Target]) -> float:
         """Return what the blocks of some targets take to solve, in the measure of `work_of`."""
@@ -102,30 +102,42 @@ class RemovalPaths:
         self.orders, self.losses = self.make_tensors(f"orders{kind}"), self.make_tensors(f"losses{kind}")
         self._eliminated, self._pattern = False, pattern
         waiting: list[list[Target]] = []
-        for targets in self.passes:
+        for number, targets in enumerate(self.groups):
             # The losses are written last: where they are, the order is.
             rest = [target for target in targets if target.name not in self.losses]
-            advance = self._begin(rest, begin, self.work(targets))
+            self._load(number, len(rest))
+            advance = begin(self.work(targets))
             for target in targets:
                 if target.name in self.losses:
                     advance(len(self.weights[target.name]), self.work([target]))
                 elif self.solver.has_damp(target):
                     self._eliminate(target, advance)
             waiting.append([target for target in targets if target.name not in self.losses])
+            if self.recollection is not None:
+                self.recollection.finish(number)
         # Targets without any gradient take the mean damp of all others, which is known only now.
-        for targets in filter(None, waiting):
-            advance = self._begin(targets, begin, self.work(targets))
-            for target in targets:
-                self._eliminate(target, advance)
+        for number, targets in enumerate(waiting):
+            self._load(number, len(targets), begun=True)
+            if targets:
+                advance = begin(self.work(targets))
+                for target in targets:
+                    self._eliminate(target, advance)
         self._eliminated = True
 
-    def _begin(self, targets: Sequence[Target], begin: Begin, work: float) -> Advance:
-        """Have the sums of some targets, of one pass, in memory before their work begins."""
-        if self.recollection is not None and targets:
-            # The examples are to meet the model that they met the first time.
-            self.restore()
-            self.recollection.load(targets)
-        return begin(work)
+    def _load(self, number: int, left: int, begun: bool = False) -> None:
+        """Have the sums of a group in memory if any process has something left to do with them.
+
+        Args:
+            number: of the group.
+            left: how many of its targets this process has not eliminated.
+            begun: whether all that is to be known of the group is known.
+        """
+        if self.recollection is None:
+            return
+        # A process that was killed may have done less than others.
+        wanted = any(each for (each,) in self.processes.gather_ints(left))
+        if wanted or not (begun or self.recollection.is_finished(number)):
+            self.recollection.load(number)
 
     def _eliminate(self, target: Target, advance: Advance) -> None:
         found = self.solver.eliminate(target, self.weights[target.name], self._pattern, advance)
@@ -169,8 +181,10 @@ class RemovalPaths:
         losses = torch.zeros(len(counts), len(self.targets), dtype=torch.float64)
         places = {target.name: place for place, target in enumerate(self.targets)}
         # From the last on, whose sums are still there.
-        for targets in reversed(self.passes):
-            advance = self._begin(targets, begin, self.work(targets) * len(counts))
+        for number, targets in reversed(list(enumerate(self.groups))):
+            if self.recollection is not None:
+                self.recollection.load(number)
+            advance = begin(self.work(targets) * len(counts))
             for target in targets:
                 place, weights, order = places[target.name], self.weights[target.name], self.orders[target.name]
                 for time, each in enumerate(counts):
@@ -179,12 +193,6 @@ class RemovalPaths:
         if self.recollection is not None:
             self.recollection.clear()
         return list(zip(made, self.processes.sum(losses), strict=True))
-
-    def restore(self) -> None:
-        """Make the targets' layers, and what lies beside them, what they were at the beginning."""
-        self.beside.put_back()
-        for target in self.targets:
-            target.weight.data.copy_(self._assembled(target, self.weights[target.name]))
 
     def write(self, pruned: Tensors) -> None:
         """Make the new blocks of all processes the targets' weights; all else is as at the beginning.

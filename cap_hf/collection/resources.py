@@ -63,7 +63,14 @@ class Afterwards:
     Attributes:
         prunes: how many sparsities will be pruned to.
         refits: whether layers will be refitted after each of them.
+
+    Raises:
+        CAPError: there is no prune.
     """
 
     prunes: int = 1
     refits: bool = False
+
+    def __post_init__(self) -> None:
+        if self.prunes < 1:
+            raise CAPError(f"prunes={self.prunes} must be at least 1")

@@ -165,7 +165,7 @@ class CollectionState:
         """
         self.digest = hashlib.blake2b()
         for item in examples:
-            self._note(item)
+            note(self.digest, item)
         self._compare_examples(expected)
 
     def _compare_examples(self, expected: str) -> None:
@@ -205,19 +205,12 @@ class CollectionState:
             item = next(stream, None)
             if item is None:
                 break
-            self._note(item)
+            note(self.digest, item)
         if expected is not None:
             self._compare_examples(expected)
         for item in stream:
-            self._note(item)
+            note(self.digest, item)
             yield item
-
-    def _note(self, item: Item) -> None:
-        batch, samples, draws = item
-        self.digest.update(f"{samples}".encode())
-        for tensor in (*batch.values(), draws):
-            if tensor is not None:
-                self.digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
 
     def saving(self, number: int, statistic: Statistic, advance: Callable[[int], None]) -> Callable[[int], None]:
         """Return what is called after each step: it counts it, saves where it is time, and passes it on."""
@@ -274,6 +267,15 @@ class CollectionState:
             if self.root.is_dir() and not self.root.is_symlink() and not any(self.root.iterdir()):
                 with suppress(OSError):  # a mount point stays, and a folder whose parent may not be written
                     self.root.rmdir()
+
+
+def note(digest: "hashlib.blake2b", item: Item) -> None:
+    """Let a digest change with the examples of a step, and with what is random in their loss."""
+    batch, samples, draws = item
+    digest.update(f"{samples}".encode())
+    for tensor in (*batch.values(), draws):
+        if tensor is not None:
+            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
 
 
 def is_foreign(folder: Path) -> bool:

@@ -116,7 +116,9 @@ def invert_quickly(fisher: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         inverse, info = torch.ops.cap_hf.invert(matrices)
     else:
         factor, info = torch.linalg.cholesky_ex(matrices)
-        inverse = torch.cholesky_inverse(factor)
+        # LAPACK ends with an error at a factor with a 0 on its diagonal.
+        whole = torch.eye(matrices.shape[-1], device=matrices.device).expand_as(factor)
+        inverse = torch.cholesky_inverse(torch.where((info == 0)[:, None, None], factor, whole))
     residual = torch.bmm(matrices, inverse[:, :, -1:])[..., 0]
     residual[:, -1] -= 1
     # What is not a number is not below anything.

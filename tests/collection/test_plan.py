@@ -25,31 +25,42 @@ from cap_hf.targets import find_targets
     widest=st.sampled_from([0, 2**10, 2**21, 2**24]),
     prior=st.booleans(),
     refits=st.booleans(),
+    recollected=st.integers(0, 3),
 )
 @settings(max_examples=100, deadline=None)
 def test_a_plan_takes_every_target_once_and_stays_within_the_budget(
-    available, size, sample, share, widest, prior, refits
+    available, size, sample, share, widest, prior, refits, recollected
 ):
     targets, processes = find_targets(build("ViT"), size), Processes()
     costs = Costs(16, sample, int(share * sample), widest)
+    refitting = least_bytes(widest) if refits else 0
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(solver_module, "BATCH_BYTES", 2**12)
         plan, more = (
-            plan_passes(targets, size, bytes_, costs, processes, prior=prior, refits=refits)
+            plan_passes(targets, size, bytes_, costs, processes, None, torch.float32, prior, refitting, recollected)
             for bytes_ in (available, 2 * available)
         )
     if plan is None:
         return
     assert [target for each in plan.passes for target in each] == targets
     assert plan.needed <= available
-    assert not refits or plan.needed >= least_bytes(widest)
+    assert plan.needed >= refitting
     assert 1 <= plan.microbatch <= plan.step <= 16
     assert plan.microbatch in (1, plan.step) or plan.microbatch * widest <= plan_module.CACHED_BYTES
     held = sample * plan.microbatch + costs.kept * plan.step * (plan.microbatch < plan.step)
     assert plan.needed >= held
     for each in plan.passes:
         assert sums_of(each, prior) <= available
-    assert bool(plan.spilled) or len(plan.passes) == 1
+    assert bool(plan.spilled) or plan.recollects or len(plan.passes) == 1
+    assert not (plan.spilled and recollected)
+    if plan.recollects:
+        weights = sum(target.weight.nbytes for target in targets)
+        # New weights of each sparsity, those of the beginning, and the model twice; orders and losses.
+        beside = (recollected + 3) * weights + sum(
+            2 * target.weight.numel() + target.weight.nbytes for target in targets
+        )
+        assert plan.needed >= beside + max(sums_of(each, prior) for each in plan.passes)
+        assert plan.num_passes == 2 * len(plan.passes) - 1
     assert len(more.passes) <= len(plan.passes)
 
 
@@ -79,7 +90,9 @@ def test_a_plan_counts_what_each_room_says(monkeypatch):
     assert 12 * (10 * 16**2 + 2 * 32**2) // 2 < inputs <= 12 * (10 * 16**2 + 2 * 32**2)
     assert plan_passes(targets, "row", 10**12, costs, Processes(), prior=True).needed == base + inputs
     wide = Costs(16, 1000, 10, 10**9)
-    refitted, plain = (plan_passes(targets, "row", 10**13, wide, Processes(), refits=each) for each in (True, False))
+    refitted, plain = (
+        plan_passes(targets, "row", 10**13, wide, Processes(), refitting=each) for each in (least_bytes(10**9), 0)
+    )
     assert plain.needed + least_bytes(10**9) // 2 < refitted.needed < 2 * least_bytes(10**9)
     patched = Costs(16, 1000, 10, 0, patches=10**9, held=10**9)
     assert plan_passes(targets, "row", 10**12, patched, Processes()).needed > base + 16 * 10**9

@@ -121,3 +121,63 @@ def test_blocks_are_as_large_as_memory_and_time_allow(monkeypatch):
     squeeze(monkeypatch, 1.2, block_size=16)
     spilled = CAPCompressor(model, CAPConfig(num_grads=16)).collect(batches).plan
     assert len(spilled.passes) > 1
+
+
+def test_what_may_not_or_cannot_go_to_the_disk_is_collected_anew(monkeypatch, tmp_path):
+    model, batches = build("ViT"), random_batches(build("ViT"), 8, sizes=(8, 8))
+
+    def recollects(**resources) -> bool:
+        return (
+            CAPCompressor(model, CAPConfig(num_grads=16), resources=Resources(**resources))
+            .collect(batches)
+            .plan.recollects
+        )
+
+    squeeze(monkeypatch, 1.0, block_size="row")
+    assert not recollects()
+    assert recollects(spill_dir="none")
+    assert not (tmp_path / "none").exists()
+    (tmp_path / "file").touch()
+    assert recollects(spill_dir=str(tmp_path / "file"))
+    with monkeypatch.context() as patch:
+        patch.setattr(planning_module, "disk_seconds", lambda folder: (_ for _ in ()).throw(CAPError("read-only")))
+        assert recollects()
+    usage = room.shutil.disk_usage("/")._replace(free=10)
+    monkeypatch.setattr(room.shutil, "disk_usage", lambda *_: usage)
+    assert recollects()
+
+
+@pytest.mark.parametrize(("seconds", "anew"), [(1e-3, True), (1e-15, False)])
+def test_the_cheaper_way_is_taken(monkeypatch, seconds, anew):
+    model = build("ViT")
+    before = planning_module.extra_seconds
+    squeeze(monkeypatch, 1.0, block_size="row")
+    monkeypatch.setattr(planning_module, "extra_seconds", before)
+    monkeypatch.setattr(planning_module, "disk_seconds", lambda folder: seconds)
+    compressor = CAPCompressor(model, CAPConfig(num_grads=16)).collect(random_batches(model, 8, sizes=(8, 8)))
+    assert compressor.plan.recollects == anew
+
+
+def test_a_limit_of_passes_counts_all_of_them(monkeypatch):
+    model, batches = build("ViT"), random_batches(build("ViT"), 8, sizes=(8, 8))
+    squeeze(monkeypatch, 0.9, anew=True, block_size="row")
+    config = CAPConfig(num_grads=16, fisher_block_size="row")
+    free = CAPCompressor(model, config, resources=Resources(spill_dir="none")).collect(batches).plan
+    assert free.num_passes == 2 * len(free.passes) - 1 > 1
+    enough = Resources(max_passes=free.num_passes, spill_dir="none")
+    assert CAPCompressor(model, config, resources=enough).collect(batches).plan.num_passes == free.num_passes
+    less = Resources(max_passes=free.num_passes - 1, spill_dir="none")
+    with pytest.raises(CAPError, match=f"--max_passes {free.num_passes} would do"):
+        CAPCompressor(model, config, resources=less).collect(batches)
+
+
+def test_a_refit_that_does_not_fit_is_named(monkeypatch):
+    model, batches = build("ViT"), random_batches(build("ViT"), 8, sizes=(8, 8))
+    squeeze(monkeypatch, 0.9, block_size="row")
+    monkeypatch.setattr("cap_hf.collection.fitting.LEAST", 1000)
+    config = CAPConfig(num_grads=16, fisher_block_size="row")
+    CAPCompressor(model, config).collect(batches)
+    with pytest.raises(CAPError, match="does not fit into .*: it would with --refit false"):
+        CAPCompressor(model, config, refits=True).collect(batches)
+    with pytest.raises(CAPError, match="prunes=0 must be at least 1"):
+        CAPCompressor(model, config, prunes=0)

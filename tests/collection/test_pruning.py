@@ -1,12 +1,16 @@
 """Several sparsities from one collection, also where its sums are collected anew."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 from support.models import build, random_batches
-from support.short_memory import loader, squeeze
+from support.short_memory import loader, squeeze, sums_of
 
 from cap_hf import CAPCompressor, CAPConfig, CAPError
 from cap_hf.collection.gradient_sums import GradientSums
+from cap_hf.method.sums import SymmetricSums
 from cap_hf.targets import find_targets
 
 SPARSITIES = (0.5, 0.7, 0.9)
@@ -62,15 +66,111 @@ def test_several_sparsities_take_the_passes_of_one_and_a_model_may_be_trained_be
     assert compressor.plan.num_passes == (2 * len(compressor.plan.passes) - 1 if anew else 1)
 
 
-def test_a_model_that_is_another_one_is_not_collected_from_again(monkeypatch):
-    squeeze(monkeypatch, 0.9, anew=True, block_size="row")
+@pytest.mark.parametrize("anew", [False, True])
+def test_a_model_that_was_trained_is_pruned_as_it_was_at_collect(monkeypatch, anew):
+    """Its layers that is; what is no target keeps what training made of it."""
+    squeeze(monkeypatch, 1.0 if anew else 100.0, anew, block_size="row")
+    model, expected = build("ViT"), one_pass()
+    compressor = CAPCompressor(model, CAPConfig(num_grads=24)).collect(loader(model, 24, batch_size=8))
+    compressor.prune(0.5)
+    norm = model.vit.layernorm.weight
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1)
+    trained = norm.clone()
+    compressor.prune(0.7)
+    assert torch.equal(norm, trained)
+    for target in compressor.targets:
+        assert torch.equal(target.weight, expected[1][f"{target.name}.weight"])
+        assert torch.equal(target.module.bias, expected[1][f"{target.name}.bias"])
+
+
+@pytest.mark.parametrize("kind", ["error", "Ctrl-C"])
+def test_a_prune_that_fails_leaves_the_model_as_it_was(monkeypatch, kind):
+    squeeze(monkeypatch, 1.0, anew=True, block_size="row")
     model = build("ViT")
     compressor = CAPCompressor(model, CAPConfig(num_grads=24)).collect(loader(model, 24, batch_size=8))
     compressor.prune(0.5)
-    with torch.no_grad():
-        model.vit.layernorm.weight.add_(0.1)
-    with pytest.raises(CAPError, match="the model has changed since collect, .* with prune_each, or collect again"):
+    compressor.refit(loader(model, 24, batch_size=8))
+    before, step, calls = weights_of(model), GradientSums.step, []
+
+    def failing(*args) -> None:
+        calls.append(1)
+        if len(calls) == 5:
+            raise CAPError("what must not be") if kind == "error" else KeyboardInterrupt
+        step(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(GradientSums, "step", failing)
+        with pytest.raises((CAPError, KeyboardInterrupt)):
+            compressor.prune(0.7)
+    assert_equal([weights_of(model)], [before])
+    compressor.prune(0.7)
+    assert_equal([weights_of(model)], [one_pass()[1]])
+
+
+def test_other_examples_than_the_first_time_are_refused(monkeypatch):
+    squeeze(monkeypatch, 1.0, anew=True, block_size="row")
+    model = build("ViT")
+    batches = random_batches(model, 8, sizes=(8, 8, 8))
+    compressor = CAPCompressor(model, CAPConfig(num_grads=24)).collect(batches)
+    batches[1]["pixel_values"][0] += 1
+    with pytest.raises(CAPError, match="the examples differ from those of the pass before, .* that does not change"):
         compressor.prune(0.7)
+
+
+def test_the_sums_of_one_group_are_in_memory_without_the_help_of_the_garbage_collector(monkeypatch):
+    squeeze(monkeypatch, 1.0, anew=True, block_size="row")
+    model, alive, zeros = build("ViT"), weakref.WeakSet(), SymmetricSums.zeros.__func__
+
+    def noted(kind, *args):
+        # Of another group nothing may be left when a group begins.
+        made = zeros(kind, *args)
+        alive.add(made)
+        return made
+
+    largest = []
+    monkeypatch.setattr(SymmetricSums, "zeros", classmethod(noted))
+    step = GradientSums.step
+    monkeypatch.setattr(GradientSums, "step", lambda *args: (largest.append(sum(map(size_of, alive))), step(*args))[1])
+    gc.collect()
+    gc.disable()
+    try:
+        compressor = CAPCompressor(model, CAPConfig(num_grads=24)).collect(loader(model, 24, batch_size=8))
+        compressor.prune(0.7)
+        compressor.collect(loader(model, 24, batch_size=8))
+    finally:
+        gc.enable()
+    groups = [sums_of(targets) for targets in compressor.plan.passes]
+    assert len(groups) > 1
+    assert max(groups) // 2 < max(largest) < 1.5 * max(groups) < sum(groups)
+
+
+def size_of(sums: SymmetricSums) -> int:
+    return sum(strip.nbytes for strip in sums.strips)
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_pruning_twice_rounds_as_in_one_pass(monkeypatch, dtype):
+    found = []
+    for anew in (False, True):
+        squeeze(monkeypatch, 1.0 if anew else 100.0, anew, block_size="row")
+        model = build("ViT")
+        compressor = CAPCompressor(model, CAPConfig(num_grads=24), dtype=dtype)
+        compressor.collect(loader(model, 24, batch_size=8))
+        for sparsity in SPARSITIES:
+            compressor.prune(sparsity)
+            found.append(weights_of(model))
+    assert_equal(found[:3], found[3:])
+
+
+def test_inside_inference_mode_a_group_is_collected_again(monkeypatch):
+    squeeze(monkeypatch, 1.0, anew=True, block_size="row")
+    model = build("ViT")
+    compressor = CAPCompressor(model, CAPConfig(num_grads=24)).collect(loader(model, 24, batch_size=8))
+    with torch.inference_mode():
+        compressor.prune(0.7)
+    assert_equal([weights_of(model)], [one_pass()[1]])
 
 
 def test_targets_without_a_gradient_are_damped_as_in_one_pass(monkeypatch):

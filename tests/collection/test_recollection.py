@@ -1,4 +1,6 @@
-"""One pass's sums are in memory at a time, and are collected once more when they are wanted again."""
+"""One group's sums are in memory at a time, and are collected once more when they are wanted again."""
+
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,42 +11,61 @@ from cap_hf.method.sums import SymmetricSums
 from cap_hf.targets import find_targets
 
 
-def test_loading_takes_the_other_passes_sums_away_first():
-    targets = find_targets(build("ViT"))
-    passes = [targets[:3], targets[3:5], targets[5:]]
-    sums, moments, calls = {}, {}, []
+class Statistic:
+    """Sums of some targets, and of their inputs."""
 
-    def collect(number: int) -> tuple[dict, dict]:
+    def __init__(self, targets) -> None:
+        device = torch.device("cpu")
+        self.sums = {each.name: SymmetricSums.zeros(1, each.block_size, torch.float32, device) for each in targets}
+        self.moments = dict(self.sums)
+
+    def clear(self) -> None:
+        self.sums, self.moments = {}, {}
+
+
+class Passes:
+    """Passes that collect nothing, and note what they are asked for."""
+
+    def __init__(self, fails_at: int | None = None) -> None:
+        targets = find_targets(build("ViT"))
+        self.plan = SimpleNamespace(passes=[targets[:3], targets[3:5], targets[5:]])
+        self.sums, self.moments, self.calls, self.fails_at = {}, {}, [], fails_at
+        self.last: Statistic | None = None
+
+    def collect(self, number: int) -> Statistic:
         # Whatever was there is gone before memory is taken.
-        assert not sums
-        assert not moments
-        calls.append(number)
-        made = {
-            each.name: SymmetricSums.zeros(1, each.block_size, torch.float32, torch.device("cpu"))
-            for each in passes[number]
-        }
-        return made, dict(made)
+        assert not self.sums
+        assert not self.moments
+        self.calls.append(number)
+        if len(self.calls) == self.fails_at:
+            raise KeyboardInterrupt
+        self.last = Statistic(self.plan.passes[number])
+        return self.last
 
-    recollection = Recollection(passes, sums, moments, collect)
-    for target, loaded in ((targets[0], [0]), (targets[2], [0]), (targets[4], [0, 1]), (targets[1], [0, 1, 0])):
-        recollection.load([target])
-        assert calls == loaded
-        assert list(sums) == list(moments) == [each.name for each in passes[loaded[-1]]]
+    def keep(self, number: int, statistic: Statistic) -> None:
+        assert statistic.sums
+
+
+def test_loading_takes_the_other_groups_sums_away_first():
+    passes, told = Passes(), []
+    recollection = Recollection(passes, passes.sums, passes.moments, lambda: told.append(list(passes.sums)))
+    for number, loaded in ((0, [0]), (0, [0]), (1, [0, 1]), (0, [0, 1, 0])):
+        recollection.load(number)
+        names = [each.name for each in passes.plan.passes[number]]
+        assert passes.calls == loaded
+        assert list(passes.sums) == list(passes.moments) == told[-1] == names
+        # Nobody else holds them.
+        assert passes.last.sums == {}
+    assert len(told) == 3
+    recollection.clear()
+    assert passes.sums == passes.moments == {}
 
 
 def test_after_a_pass_that_failed_nothing_counts_as_loaded():
-    targets = find_targets(build("ViT"))
-    calls = []
-
-    def collect(number: int) -> tuple[dict, dict]:
-        calls.append(number)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return {}, {}
-
-    recollection = Recollection([targets[:3], targets[3:]], {}, {}, collect)
-    recollection.load(targets[:1])
+    passes = Passes(fails_at=2)
+    recollection = Recollection(passes, passes.sums, passes.moments, lambda: None)
+    recollection.load(0)
     with pytest.raises(KeyboardInterrupt):
-        recollection.load(targets[3:])
-    recollection.load(targets[:1])
-    assert calls == [0, 1, 0]
+        recollection.load(1)
+    recollection.load(0)
+    assert passes.calls == [0, 1, 0]

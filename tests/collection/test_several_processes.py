@@ -21,6 +21,42 @@ launch("prune")
 """
 
 
+# One process is killed in the last elimination of the first group, which the other one may have done.
+KILLED = """
+import os, signal
+from cap_hf.collection.removal_paths import RemovalPaths
+
+eliminate = RemovalPaths._eliminate
+
+def dying(self, target, advance):
+    if self.processes.rank == 1 and target is self.groups[0][-1]:
+        os.kill(os.getpid(), signal.SIGKILL)
+    eliminate(self, target, advance)
+
+RemovalPaths._eliminate = dying
+"""
+
+
+def test_they_go_on_from_different_places(tmp_path):
+    dense = dense_checkpoint(tmp_path / "dense")
+    common = ["--model_name_or_path", str(dense), "--sparsity", "0.75", "--num_grads", "40", "--do_eval", "false"]
+    common += ["--refit", "false", "--per_device_batch_size", "4", "--spill_dir", "none", "--checkpoint_every", "16"]
+    output = ["--output_dir", str(tmp_path / "out")]
+    (tmp_path / "script.py").write_text(SCRIPT)
+    (tmp_path / "killed.py").write_text(KILLED + SCRIPT)
+    launch(2, *common, "--output_dir", str(tmp_path / "expected"), script=tmp_path / "script.py")
+    launch(2, *common, *output, script=tmp_path / "killed.py", expect=1)
+    state = tmp_path / "out-collection"
+    done = [len(list((state / f"rank-{rank}" / "losses").iterdir())) for rank in (0, 1)]
+    assert done[0] == done[1] + 1
+    launch(2, *common, *output, "--resume", script=tmp_path / "script.py")
+    found, expected = (
+        load_file(tmp_path / name / "sparsity-0.75" / "model.safetensors") for name in ("out", "expected")
+    )
+    assert all(torch.equal(value, found[name]) for name, value in expected.items())
+    assert not state.exists()
+
+
 def test_they_spill_or_collect_anew_and_keep_their_state(tmp_path):
     dense = dense_checkpoint(tmp_path / "dense")
     common = ["--model_name_or_path", str(dense), "--sparsity", "0.75", "--num_grads", "40", "--do_eval", "false"]

@@ -8,10 +8,12 @@ from hypothesis import strategies as st
 from support.quadratics import constrained_minimum, fisher_of
 
 from cap_hf.config import NMPattern
+from cap_hf.method import elimination
 from cap_hf.method.elimination import (
     LostPivotError,
     NotInvertibleError,
     eliminate,
+    eliminate_fisher,
     invert,
     select_symmetric,
 )
@@ -141,3 +143,88 @@ def test_lost_pivot_is_an_error_not_a_nan():
     with pytest.raises(LostPivotError) as caught:
         eliminate(torch.ones(1, 3, dtype=torch.float64), inverse)
     assert caught.value.block == 0
+
+
+def blocks(n: int, size: int, condition: float = 1e2) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weights and Fishers of a condition number."""
+    generator = torch.Generator().manual_seed(0)
+    basis = torch.linalg.qr(torch.randn(n, size, size, generator=generator, dtype=torch.float64)).Q
+    values = torch.logspace(0, -float(np.log10(condition)), size, dtype=torch.float64)
+    return torch.randn(n, size, generator=generator, dtype=torch.float64), (basis * values) @ basis.mT
+
+
+@pytest.fixture(params=["kernels", "PyTorch"])
+def kernels(request, monkeypatch):
+    if request.param == "PyTorch":
+        monkeypatch.setattr(elimination, "has_kernels", lambda *_: False)
+
+
+@pytest.mark.parametrize("pattern", [None, NMPattern(2, 4)])
+def test_in_float32_masks_are_as_good(kernels, pattern):
+    """The quadratic loss of what each says to remove, solved for in float64."""
+    weights, fisher = blocks(6, 96, condition=1e5)
+    exact, found = eliminate(weights, invert(fisher), pattern), eliminate_fisher(weights, fisher, pattern)
+    for share in (0.3, 0.6, 0.9) if pattern is None else (1.0,):
+        losses = []
+        for each in (exact, found):
+            count = int(share * each.order.shape[1])
+            keep = torch.ones_like(weights, dtype=torch.bool).scatter(1, each.order[:, :count], False)
+            change = reconstruct(weights, fisher, keep) - weights
+            losses.append((change * (fisher @ change[..., None])[..., 0]).sum(1) / 2)
+            torch.testing.assert_close(each.losses[:, :count].sum(1), losses[-1], rtol=1e-2, atol=1e-9)
+        assert ((losses[1] - losses[0]) / losses[0]).mean() < 0.01
+
+
+def test_blocks_that_float32_cannot_invert_are_done_in_float64_and_change_no_other(kernels):
+    weights, fisher = blocks(5, 64)
+    hard = blocks(5, 64, condition=1e11)[1]
+    fisher[1], fisher[4] = hard[1], hard[4]
+    found, exact = eliminate_fisher(weights, fisher), eliminate(weights, invert(fisher))
+    for block in (1, 4):
+        assert torch.equal(found.losses[block], exact.losses[block])
+        assert torch.equal(found.order[block], exact.order[block])
+    for block in range(5):
+        alone = eliminate_fisher(weights[block : block + 1], fisher[block : block + 1])
+        assert torch.equal(found.losses[block], alone.losses[0])
+        assert torch.equal(found.order[block], alone.order[0])
+    # Not everything was.
+    assert not torch.equal(found.losses[0], exact.losses[0])
+
+
+def test_a_pivot_that_float32_loses_is_found_again_in_float64(monkeypatch):
+    weights, fisher = blocks(4, 32)
+    calls, once = [], elimination.eliminate
+
+    def losing(weights, inverse, pattern=None):
+        calls.append((len(weights), weights.dtype))
+        if weights.dtype == torch.float32 and len(calls) <= 2:
+            raise LostPivotError(1)
+        return once(weights, inverse, pattern)
+
+    monkeypatch.setattr(elimination, "eliminate", losing)
+    found = eliminate_fisher(weights, fisher)
+    assert calls == [(4, torch.float32), (3, torch.float32), (2, torch.float32), (2, torch.float64)]
+    exact = once(weights, invert(fisher))
+    # The second of all, and the second of the three that were left.
+    for block in (1, 2):
+        assert torch.equal(found.losses[block], exact.losses[block])
+
+
+def test_what_float64_cannot_do_either_names_the_block(kernels):
+    weights, fisher = blocks(5, 16)
+    fisher[3] = -torch.eye(16, dtype=torch.float64)
+    with pytest.raises(NotInvertibleError) as caught:
+        eliminate_fisher(weights, fisher)
+    assert caught.value.block == 3
+    assert caught.value.damp > 1
+
+
+def test_one_matrix_of_many_blocks_is_inverted_once(kernels):
+    weights, fisher = blocks(5, 16)
+    shared = fisher[:1].expand(5, -1, -1)
+    found, apart = eliminate_fisher(weights, shared), eliminate_fisher(weights, shared.contiguous())
+    assert torch.equal(found.losses, apart.losses)
+    assert torch.equal(found.order, apart.order)
+    inverse, accurate = elimination.invert_quickly(shared)
+    assert inverse.stride(0) == 0
+    assert accurate.all()

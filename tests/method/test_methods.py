@@ -71,7 +71,8 @@ def test_each_method_has_its_own_order(problem, pattern):
     for name, method in METHODS.items():
         found = method.eliminate(weights, None if name == "magnitude" else fisher.clone(), pattern)
         assert torch.equal(found.order, expected[name].order), name
-        torch.testing.assert_close(found.losses, expected[name].losses)
+        # CAP eliminates in float32 where that is accurate.
+        torch.testing.assert_close(found.losses, expected[name].losses, rtol=1e-5, atol=1e-9)
 
 
 def test_what_is_kept_moves_as_the_config_says(problem):

@@ -63,19 +63,34 @@ std::tuple<Tensor, Tensor, int64_t> eliminate(const Tensor& weights, const Tenso
   return {order, losses, lost};
 }
 
-// Returns the inverses of positive definite matrices (n, B, B), and LAPACK's info (n) of each factorisation.
+// Blocks of at most so many weights are inverted by one thread each, larger ones by all threads together.
+constexpr int64_t kOneThread = 1024;
+
+// Returns the inverses of positive definite matrices (n, B, B), and LAPACK's info (n) of each factorisation. What comes
+// out for a matrix does not depend on how many others there are: LAPACK rounds otherwise with several threads, and a
+// loop of one turn would leave it all of them.
 std::tuple<Tensor, Tensor> invert(const Tensor& matrices) {
   Tensor inverse = at::empty_like(matrices, at::MemoryFormat::Contiguous);
   Tensor info = at::empty({matrices.size(0)}, matrices.options().dtype(at::kInt));
-  at::parallel_for(0, matrices.size(0), 1, [&](int64_t begin, int64_t end) {
+  const int64_t n = matrices.size(0);
+  const auto solve = [&](int64_t begin, int64_t end) {
     // This thread does not have the caller's autograd and inference modes, so both are left out.
     const at::AutoDispatchBelowADInplaceOrView plain;
-    for (int64_t b = begin; b < end; ++b) {
+    for (int64_t b = begin; b < std::min(end, n); ++b) {
       auto [factor, code] = at::linalg_cholesky_ex(matrices[b]);
       info[b].copy_(code);
-      inverse[b].copy_(at::cholesky_inverse(factor));
+      if (code.item<int>() == 0) {
+        inverse[b].copy_(at::cholesky_inverse(factor));
+      } else {
+        inverse[b].zero_();
+      }
     }
-  });
+  };
+  if (matrices.size(-1) > kOneThread) {
+    solve(0, n);
+  } else {
+    at::parallel_for(0, std::max<int64_t>(n, 2), 1, solve);
+  }
   return {inverse, info};
 }
 
