@@ -52,7 +52,7 @@ NOT_RUN = {
 # A run that is resumed must have been killed before.
 NOT_RUN_WITH = {"--resume": "needs a run that was killed", "--resume_from_checkpoint": "needs a run that was killed"}
 # Scripts that hand what they do not know on to a command.
-HAND_ON = {"scripts/recipes/structured_then_cap.py": "prune"}
+HAND_ON = {"scripts/recipes/structured_then_cap.py": "prune", "scripts/benchmarks/accuracy.py": "prune"}
 # Arguments that make a command quick; the names of the page's own stay as they are.
 QUICK = {
     "benchmark": ["--backends", "dense", "sparse", "--runs", "3"],
