@@ -35,6 +35,7 @@ class Costs:
         widest: bytes of the largest of these.
         patches: bytes of its patches in the convolution that has most of them.
         held: bytes that a convolution holds of it, patches or gradients, at most.
+        model: bytes of the model's parameters and buffers.
         seconds: of its forward and backward pass.
         multiplications: how many take a second while outer products are summed.
         order: names of the targets in the order in which the backward pass meets them.
@@ -47,6 +48,7 @@ class Costs:
     widest: int = 0
     patches: int = 0
     held: int = 0
+    model: int = 0
     seconds: float = 0.0
     multiplications: float = 1e10
     order: list[str] = field(default_factory=list)
@@ -99,6 +101,7 @@ def measure(
         # Once more: the first time a device sets itself up.
         costs.seconds = timed_step(model, batch, loss, draws, targets, count) / count
     costs.samples = samples
+    costs.model = sum(each.nbytes for each in (*model.parameters(), *model.buffers()))
     costs.multiplications = summing_speed(max(targets, key=products))
     return costs
 

@@ -72,7 +72,9 @@ class Passes:
             state.check_examples(examples, done[-1]["digest"])
         self.finished = len(done)
         # A pass that is gone through again sees the same model: what came between may have pruned or trained it.
-        self._model = Remembered([*model.parameters(), *model.buffers()]) if plan.recollects else None
+        # Of what lies several times in the same memory, which no copy can be written to, nothing changes.
+        own = [each for each in (*model.parameters(), *model.buffers()) if 0 not in each.stride()]
+        self._model = Remembered(own) if plan.recollects else None
         self._digest: str | None = None
 
     def skip(self, number: int) -> None:
@@ -138,8 +140,8 @@ class Passes:
             yield
             return
         now = Remembered(self._model.values)
-        self._model.put_back()
         try:
+            self._model.put_back()
             yield
         finally:
             now.put_back()

@@ -146,7 +146,7 @@ def plan_passes(
     if recollected:
         # New weights of all sparsities are in memory, the model as it was and as it is, and what losses are compared by
         # beside the last pass's sums.
-        held += 2 * sum(target.weight.nbytes for target in targets)
+        held += 2 * costs.model
         held += recollected * sum(target.block_size * count * target.weight.element_size() for target, count in shares)
         batch_bytes, solving = fit(solver.BATCH_BYTES, max(sizes) + held + compared)
         room = available - held - max(collecting, solving + compared)

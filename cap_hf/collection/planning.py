@@ -50,7 +50,7 @@ def make_plan(
     method = METHODS[config.method]
     block_size, prior = method.block_size(config), method.has_prior(config)
     dtype = getattr(torch, config.fisher_dtype)
-    sizes = ("samples", "bytes", "kept", "widest", "patches", "held")
+    sizes = ("samples", "bytes", "kept", "widest", "patches", "held", "model")
     everyone = processes.gather_ints(
         available_bytes(resources, processes.device), *(getattr(costs, name) for name in sizes)
     )

@@ -10,8 +10,8 @@ from cap_hf.kernels.build import load_extension
 # Steps between two updates of the inverse: long enough that the update is a matrix product, short enough that
 # the pending columns stay in the cache.
 PANEL = 64
-# The largest error of `F A - I` in the last column of A with which an inverse in float32 is taken. Fishers with
-# condition numbers of 10^6 are below it, and masks chosen with their inverses cost 0.1 % more of the quadratic loss.
+# The largest error of `F A v - v`, for a v of ones and minus ones, relative to the length of v, with which an inverse A
+# in float32 is taken. Fishers with condition numbers of 10^6 are below it.
 MOST_RESIDUAL = 0.1
 
 
@@ -24,11 +24,11 @@ class NotInvertibleError(ArithmeticError):
 
 
 class LostPivotError(ArithmeticError):
-    """Rounding made a pivot of block `block` zero, negative or not finite."""
+    """Rounding made a pivot zero, negative or not finite: in `block`, and in all that are True in `lost`, `(n,)`."""
 
-    def __init__(self, block: int) -> None:
-        super().__init__(f"lost the pivot of block {block}")
-        self.block = block
+    def __init__(self, lost: torch.Tensor) -> None:
+        self.block, self.lost = int(lost.nonzero()[0, 0]), lost
+        super().__init__(f"lost the pivot of block {self.block}")
 
 
 @dataclass
@@ -80,23 +80,33 @@ def eliminate_fisher(weights: torch.Tensor, fisher: torch.Tensor, pattern: NMPat
     Raises:
         NotInvertibleError, LostPivotError: as of `invert` and `eliminate`, in float64.
     """
-    inverse, accurate = invert_quickly(fisher)
+    # By powers of two, which change no digit, so that float32 holds small Fishers and the squares of small weights.
+    scale, unit = power_of_two(fisher.diagonal(dim1=-2, dim2=-1)), power_of_two(weights.abs())
+    scaled = weights / unit
+    shared = len(fisher) > 1 and fisher.stride(0) == 0
+    inverse, accurate = invert_quickly((fisher[:1] if shared else fisher) / scale[: 1 if shared else None, None])
+    accurate = accurate.expand(len(fisher)).clone()
+
+    def of(matrices: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+        if shared:
+            return matrices[:1].expand(len(index), -1, -1)
+        return matrices if len(index) == len(weights) else matrices[index]
+
     steps = num_steps(weights.shape[1], pattern)
     order = torch.empty(len(weights), steps, dtype=torch.int64, device=weights.device)
     losses = weights.new_empty(order.shape)
     while len(index := accurate.nonzero()[:, 0]):
-        part = slice(None) if len(index) == len(weights) else index
         try:
-            found = eliminate(weights[part].float(), inverse[part], pattern)
+            found = eliminate(scaled[index].float(), of(inverse, index), pattern)
         except LostPivotError as error:
-            accurate[index[error.block]] = False
+            accurate[index[error.lost]] = False
             continue
-        order[part], losses[part] = found.order, found.losses.double()
+        order[index], losses[index] = found.order, found.losses.double() * (scale * unit.square())[index]
         break
     index = (~accurate).nonzero()[:, 0]
     if len(index):
         try:
-            found = eliminate(weights[index], invert(fisher[index]), pattern)
+            found = eliminate(weights[index], invert(of(fisher, index)), pattern)
         except (NotInvertibleError, LostPivotError) as error:
             error.block = int(index[error.block])
             raise
@@ -105,13 +115,8 @@ def eliminate_fisher(weights: torch.Tensor, fisher: torch.Tensor, pattern: NMPat
 
 
 def invert_quickly(fisher: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return inverses in float32, `(n, B, B)`, and whether each of them can be used, `(n,)` bool.
-
-    Args:
-        fisher: as for `eliminate_fisher`.
-    """
-    shared = len(fisher) > 1 and fisher.stride(0) == 0
-    matrices = (fisher[:1] if shared else fisher).float()
+    """Return inverses of Fishers `(n, B, B)` in float32, and whether each of them can be used, `(n,)` bool."""
+    matrices = fisher.float()
     if has_kernels(matrices, torch.float32):
         inverse, info = torch.ops.cap_hf.invert(matrices)
     else:
@@ -119,11 +124,21 @@ def invert_quickly(fisher: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         # LAPACK ends with an error at a factor with a 0 on its diagonal.
         whole = torch.eye(matrices.shape[-1], device=matrices.device).expand_as(factor)
         inverse = torch.cholesky_inverse(torch.where((info == 0)[:, None, None], factor, whole))
-    residual = torch.bmm(matrices, inverse[:, :, -1:])[..., 0]
-    residual[:, -1] -= 1
-    # What is not a number is not below anything.
-    accurate = (info == 0) & (residual.abs().amax(dim=1) < MOST_RESIDUAL)
-    return inverse.expand_as(fisher), accurate.expand(len(fisher)).clone()
+    # In sums of one row each, which are the same however many blocks there are; matrix products round otherwise.
+    signs = torch.ones(matrices.shape[-1], dtype=torch.float64, device=matrices.device)
+    signs[::2] = -1
+    solved = (inverse.double() * signs).sum(dim=-1)
+    residual = (matrices.double() * solved[:, None]).sum(dim=-1) - signs
+    # As large as the error of a single column; what is not a number is not below anything.
+    error = residual.abs().amax(dim=1) / max(1, len(signs)) ** 0.5
+    return inverse, (info == 0) & (error < MOST_RESIDUAL)
+
+
+def power_of_two(values: torch.Tensor) -> torch.Tensor:
+    """Return `(n, 1)` powers of two near the means of values `(n, B)`; 1 where a mean is 0 or not finite."""
+    mean = values.mean(dim=1, keepdim=True)
+    mean = torch.where(mean.isfinite() & (mean > 0), mean, 1.0)
+    return torch.exp2(mean.log2().round())
 
 
 def check_factors(fisher: torch.Tensor, info: torch.Tensor) -> None:
@@ -153,12 +168,7 @@ def decouple(fisher: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
 
 
 def has_kernels(tensor: torch.Tensor, *dtypes: torch.dtype) -> bool:
-    """Return whether the C++ kernels take a tensor like this one; else the PyTorch code does, with the same results.
-
-    Args:
-        tensor: on any device.
-        dtypes: that a kernel takes beside float64.
-    """
+    """Return whether a C++ kernel, which takes float64 and `dtypes`, takes a tensor; else the PyTorch code does."""
     known = tensor.dtype in (torch.float64, *dtypes)
     return tensor.device.type == "cpu" and known and load_extension("elimination")
 
@@ -184,7 +194,7 @@ def eliminate(weights: torch.Tensor, inverse: torch.Tensor, pattern: NMPattern |
     steps = num_steps(weights.shape[1], pattern)
     group, limit = (0, 0) if pattern is None else (pattern.m, pattern.m - pattern.n)
     order, losses, lost = torch.ops.cap_hf.eliminate(weights, inverse, steps, group, limit)
-    if lost >= 0:
+    if lost.any():
         raise LostPivotError(lost)
     return Elimination(order, losses)
 
@@ -241,9 +251,10 @@ def eliminate_in_torch(weights: torch.Tensor, inverse: torch.Tensor, pattern: NM
                 given.scatter_add_(1, group, torch.ones_like(group))
         order[:, start : start + count] = position.gather(1, pivots)
         costs.square_().div_(2)
-        lost = ~costs.isfinite().all(dim=1)
+        # What costs infinitely much looks as if it were removed, and something removed is taken instead of it.
+        lost = ~costs.isfinite().all(dim=1) | (removed.sum(dim=1) < count)
         if lost.any():
-            raise LostPivotError(int(lost.nonzero()[0, 0]))
+            raise LostPivotError(lost)
         if start + count < steps:
             left = (~removed).nonzero()[:, 1].view(n, width - count)
             w, zero, position = w.gather(1, left), zero.gather(1, left), position.gather(1, left)

@@ -32,7 +32,7 @@ def test_a_plan_takes_every_target_once_and_stays_within_the_budget(
     available, size, sample, share, widest, prior, refits, recollected
 ):
     targets, processes = find_targets(build("ViT"), size), Processes()
-    costs = Costs(16, sample, int(share * sample), widest)
+    costs = Costs(16, sample, int(share * sample), widest, model=10**5)
     refitting = least_bytes(widest) if refits else 0
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(solver_module, "BATCH_BYTES", 2**12)
@@ -56,8 +56,10 @@ def test_a_plan_takes_every_target_once_and_stays_within_the_budget(
     if plan.recollects:
         weights = sum(target.weight.nbytes for target in targets)
         # New weights of each sparsity, those of the beginning, and the model twice; orders and losses.
-        beside = (recollected + 3) * weights + sum(
-            2 * target.weight.numel() + target.weight.nbytes for target in targets
+        beside = (
+            (recollected + 1) * weights
+            + 2 * costs.model
+            + sum(2 * target.weight.numel() + target.weight.nbytes for target in targets)
         )
         assert plan.needed >= beside + max(sums_of(each, prior) for each in plan.passes)
         assert plan.num_passes == 2 * len(plan.passes) - 1

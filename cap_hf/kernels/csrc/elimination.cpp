@@ -16,36 +16,31 @@ namespace {
 
 using at::Tensor;
 
-// Removes weights of n blocks in Scalar; returns the first block with a pivot that is not positive and finite, or -1.
+// Removes weights of n blocks in Scalar, and notes in `lost` whose pivots were not all positive and finite.
 template <typename Scalar>
-int64_t eliminate_blocks(const Tensor& w, const Tensor& a, int64_t steps, int64_t group, int64_t limit, Tensor& order,
-                         Tensor& losses) {
+void eliminate_blocks(const Tensor& w, const Tensor& a, int64_t steps, int64_t group, int64_t limit, Tensor& order,
+                      Tensor& losses, Tensor& lost) {
   const int64_t n = w.size(0), size = w.size(1), block_stride = a.stride(0);
   const Scalar* w_data = w.const_data_ptr<Scalar>();
   const Scalar* a_data = a.const_data_ptr<Scalar>();
   int64_t* order_data = order.mutable_data_ptr<int64_t>();
   Scalar* losses_data = losses.mutable_data_ptr<Scalar>();
-  std::atomic<int64_t> lost{n}, next{0};
+  bool* lost_data = lost.mutable_data_ptr<bool>();
+  std::atomic<int64_t> next{0};
   // Each thread takes the next block when it is done with one: some blocks end early, and some cores are slower.
   at::parallel_for(0, std::min<int64_t>(n, at::get_num_threads()), 1, [&](int64_t begin, int64_t end) {
     cap_hf::Eliminator<Scalar> eliminator(size);
     for (int64_t b = next++; b < n; b = next++) {
-      const bool whole = eliminator.run(w_data + b * size, a_data + b * block_stride, size, steps, group, limit,
-                                        order_data + b * steps, losses_data + b * steps);
-      if (!whole) {
-        int64_t first = lost.load();
-        while (b < first && !lost.compare_exchange_weak(first, b)) {
-        }
-      }
+      lost_data[b] = !eliminator.run(w_data + b * size, a_data + b * block_stride, size, steps, group, limit,
+                                     order_data + b * steps, losses_data + b * steps);
     }
   });
-  return lost.load() == n ? -1 : lost.load();
 }
 
-// Returns the order (n, steps) and losses (n, steps) of the removals in n blocks, and the first block with a pivot that
-// is not positive and finite, or -1. At most `limit` of `group` consecutive weights go (group 0: any number).
-std::tuple<Tensor, Tensor, int64_t> eliminate(const Tensor& weights, const Tensor& inverse, int64_t steps,
-                                              int64_t group, int64_t limit) {
+// Returns the order (n, steps) and losses (n, steps) of the removals in n blocks, and which blocks (n) had a pivot that
+// is not positive and finite. At most `limit` of `group` consecutive weights go (group 0: any number).
+std::tuple<Tensor, Tensor, Tensor> eliminate(const Tensor& weights, const Tensor& inverse, int64_t steps,
+                                             int64_t group, int64_t limit) {
   const auto kind = weights.scalar_type();
   TORCH_CHECK((kind == at::kDouble || kind == at::kFloat) && inverse.scalar_type() == kind,
               "float64 or float32 is needed, the same for both");
@@ -58,8 +53,12 @@ std::tuple<Tensor, Tensor, int64_t> eliminate(const Tensor& weights, const Tenso
   const Tensor a = inverse.stride(2) == 1 && inverse.stride(1) == inverse.size(2) ? inverse : inverse.contiguous();
   Tensor order = at::empty({w.size(0), steps}, w.options().dtype(at::kLong));
   Tensor losses = at::empty({w.size(0), steps}, w.options());
-  const int64_t lost = kind == at::kDouble ? eliminate_blocks<double>(w, a, steps, group, limit, order, losses)
-                                           : eliminate_blocks<float>(w, a, steps, group, limit, order, losses);
+  Tensor lost = at::zeros({w.size(0)}, w.options().dtype(at::kBool));
+  if (kind == at::kDouble) {
+    eliminate_blocks<double>(w, a, steps, group, limit, order, losses, lost);
+  } else {
+    eliminate_blocks<float>(w, a, steps, group, limit, order, losses, lost);
+  }
   return {order, losses, lost};
 }
 
@@ -143,7 +142,7 @@ std::tuple<Tensor, Tensor> reconstruct(const Tensor& weights, const Tensor& fish
 
 TORCH_LIBRARY_FRAGMENT(cap_hf, library) {
   library.def("eliminate(Tensor weights, Tensor inverse, int steps, int group, int limit)"
-              " -> (Tensor, Tensor, int)");
+              " -> (Tensor, Tensor, Tensor)");
   library.def("invert(Tensor matrices) -> (Tensor, Tensor)");
   library.def("reconstruct(Tensor weights, Tensor fisher, Tensor keep) -> (Tensor, Tensor)");
   library.impl("eliminate", c10::DispatchKey::CPU, TORCH_FN(eliminate));
