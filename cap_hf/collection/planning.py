@@ -22,8 +22,6 @@ BLOCK_SIZES = ("row", 4096, 3072, 2048, 1536, 1024, 768, 512, 384, 256, 192, 128
 # `solver.work_of`): on two cores a few minutes. Larger blocks cost with the square of their size, and once layers are
 # refitted they gain little (docs/results.md).
 USUAL_SIZE, MOST_WORK = 192, 1e12
-# Rather several passes than smaller blocks than these.
-LEAST_SIZE = 64
 
 
 def make_plan(
