@@ -1,21 +1,19 @@
 """CAPCompressor: collect once, prune to any sparsity, save."""
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from torch.utils.data import DataLoader
 from transformers import BaseImageProcessor, PreTrainedModel
 
 from cap_hf.checkpoints.form import StoredForm, round_weights
 from cap_hf.checkpoints.saving import check_shared, save_checkpoint
-from cap_hf.collection.batch_norm import recalibrate_batch_norm, statistics_of
+from cap_hf.collection.batch_norm import NUM_EXAMPLES, recalibrate_batch_norm, statistics_of
 from cap_hf.collection.collection import Collection
-from cap_hf.collection.examples import CalibrationExamples, first_examples
-from cap_hf.collection.objective import choose_loss
+from cap_hf.collection.examples import first_examples
+from cap_hf.collection.forecast import Forecast
 from cap_hf.collection.plan import Plan
 from cap_hf.collection.precision import check_precision
 from cap_hf.collection.progress import Progress
@@ -24,7 +22,7 @@ from cap_hf.collection.refitting import parameters_of, refit, work_of
 from cap_hf.collection.removal_paths import RemovalPaths, with_changes
 from cap_hf.collection.reporting import report_pruning, report_refit
 from cap_hf.collection.resources import Afterwards, Resources
-from cap_hf.collection.running import Batch, differentiable, unchanged_on_error
+from cap_hf.collection.running import Batches, differentiable, unchanged_on_error
 from cap_hf.collection.solver import Solver
 from cap_hf.collection.state import Checkpointing
 from cap_hf.config import CAPConfig, check_type
@@ -36,11 +34,6 @@ from cap_hf.method.methods import METHODS
 from cap_hf.models import usable, usable_of_transformers
 from cap_hf.report import PruneReport
 from cap_hf.targets import find_targets
-from cap_hf.towers import taken_by, tower_of
-
-# So many give batch norm nearly as good statistics as four times as many (docs/results.md), and fit into memory: all of
-# them go through the model at once.
-BATCH_NORM_EXAMPLES = 256
 
 
 class CAPCompressor:
@@ -92,13 +85,8 @@ class CAPCompressor:
         self.processes = Processes(self.accelerator)
         self.progress = Progress(disable_tqdm or not self.accelerator.is_main_process)
         # Not a method: a collection that holds its compressor would outlive it, and so would what it has spilled.
-        self._find = partial(
-            find_targets,
-            self.model,
-            include=self.config.include,
-            exclude=self.config.exclude,
-            pattern=self.config.pattern,
-        )
+        own = self.config
+        self._find = partial(find_targets, self.model, include=own.include, exclude=own.exclude, pattern=own.pattern)
         block_size = METHODS[self.config.method].block_size(self.config)
         self.targets = self._find("row" if block_size == "auto" else block_size)
         self.report: PruneReport | None = None
@@ -115,9 +103,7 @@ class CAPCompressor:
         """Return how the collection went through memory."""
         return None if self.collection is None else self.collection.plan
 
-    def collect(
-        self, dataloader: DataLoader | Iterable[Batch], checkpointing: Checkpointing | None = None
-    ) -> "CAPCompressor":
+    def collect(self, dataloader: Batches, checkpointing: Checkpointing | None = None) -> "CAPCompressor":
         """Estimate the Fisher once, from `num_grads * samples_per_grad` examples, and remember the weights.
 
         What does not fit into memory is collected in several passes over the examples, and kept on the disk or
@@ -148,23 +134,15 @@ class CAPCompressor:
         zeros, total = count_zeros(self.targets)
         self.config.check_sparsity(sparsity, total, zeros)
 
-    def _collect(
-        self, dataloader: DataLoader | Iterable[Batch], checkpointing: Checkpointing | None
-    ) -> "CAPCompressor":
+    def _collect(self, dataloader: Batches, checkpointing: Checkpointing | None) -> "CAPCompressor":
         self.model.to(self.accelerator.device)
         statistics = statistics_of(self.model)
         if METHODS[self.config.method].statistic is None:
             self.paths = RemovalPaths(self.targets, Solver(self.config, None), self.processes, statistics=statistics)
             return self
-        check_precision(self.targets, self.accelerator.device)
-        examples = CalibrationExamples(dataloader, self.config, self.processes, taken_by(tower_of(self.model)))
-        if METHODS[self.config.method].statistic == "gradients":
-            chosen = choose_loss(self.config.fisher_loss, self.model, examples.first(), self.processes)
-            self.config = replace(self.config, fisher_loss=chosen)
-        self.collection = Collection(
-            self.model, self.config, self._find, self.processes, self.resources, self.progress, self.afterwards
-        )
-        fisher = self.collection.run(examples, checkpointing)
+        self.collection = self._collection(dataloader)
+        self.config = self.collection.config
+        fisher = self.collection.run(checkpointing)
         self.targets = self.collection.targets
         solver = Solver(self.config, fisher, self.collection.batch_bytes)
         again, tensors = self.collection.recollection, self.collection.tensors
@@ -173,6 +151,30 @@ class CAPCompressor:
             eliminate(paths, self.config.pattern, self.progress)
         self.paths = paths
         return self
+
+    def _collection(self, dataloader: Batches) -> Collection:
+        check_precision(self.targets, self.accelerator.device)
+        how = (self.config, self._find, self.processes, self.resources, self.progress, self.afterwards)
+        return Collection(self.model, dataloader, *how)
+
+    def forecast(self, dataloader: Batches, processes: Sequence[int] = (1, 2, 4, 8)) -> list[Forecast]:
+        """Return what `collect` and all that is to come after it would take in so many processes; the model stays.
+
+        Args:
+            dataloader: as `collect` takes it; its first batch goes through the model.
+            processes: numbers of them, each with the memory and the speed of this one.
+
+        Returns:
+            For each its `plan`, its `seconds` by kind of phase, and the `problem` where nothing fits.
+
+        Raises:
+            CAPError: as of `collect`, of what the first batch shows.
+        """
+        if METHODS[self.config.method].statistic is None:
+            return [Forecast(count) for count in processes]
+        self.model.to(self.accelerator.device)
+        with differentiable(self.model):
+            return self._collection(dataloader).forecast(processes)
 
     def prune(
         self, sparsity: float | None = None, allocation: str | None = None, selection: str | None = None
@@ -208,7 +210,7 @@ class CAPCompressor:
             self.report, self.config = report_pruning(self.targets, config, sparsity, known), config
             yield self.report
 
-    def refit(self, dataloader: DataLoader | Iterable[Batch]) -> PruneReport:
+    def refit(self, dataloader: Batches) -> PruneReport:
         """Refit the weights that `prune` has left, and biases, to what the layers of the dense model make, in place.
 
         Layer by layer in the order of the forward pass, by least squares with a ridge (see `cap_hf.method.refit`), and
@@ -238,9 +240,7 @@ class CAPCompressor:
         self.progress.end_phase()
         return self.report
 
-    def recalibrate_batch_norm(
-        self, dataloader: DataLoader | Iterable[Batch], num_examples: int = BATCH_NORM_EXAMPLES
-    ) -> list[str]:
+    def recalibrate_batch_norm(self, dataloader: Batches, num_examples: int = NUM_EXAMPLES) -> list[str]:
         """Estimate the statistics of all batch norm layers anew, for the weights as they are after `prune`.
 
         Args:

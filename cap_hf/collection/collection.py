@@ -1,15 +1,17 @@
 """A whole collection: planned, gone through in passes, kept on the disk where it must be, finished as a Fisher."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from cap_hf.collection.costs import Costs, measure
+from cap_hf.collection.costs import Costs, forward_seconds, measure
 from cap_hf.collection.examples import CalibrationExamples
-from cap_hf.collection.forecast import foresee
-from cap_hf.collection.objective import make_loss, measure_deviations
+from cap_hf.collection.forecast import Alike, Forecast, forecast, foresee
+from cap_hf.collection.objective import choose_loss, make_loss, measure_deviations
 from cap_hf.collection.passes import Passes
 from cap_hf.collection.plan import Plan
 from cap_hf.collection.planning import make_plan
@@ -18,6 +20,7 @@ from cap_hf.collection.recollection import Recollection
 from cap_hf.collection.removal_paths import Tensors
 from cap_hf.collection.resources import Afterwards, Resources
 from cap_hf.collection.room import spill_folder
+from cap_hf.collection.running import Batches
 from cap_hf.collection.shares import own_blocks
 from cap_hf.collection.spill import DiskTensors, SpilledSums
 from cap_hf.collection.state import Checkpointing, CollectionState, hash_weights
@@ -32,6 +35,7 @@ from cap_hf.method.methods import METHODS
 from cap_hf.method.prior import InputPrior
 from cap_hf.method.sums import SymmetricSums
 from cap_hf.targets import Target
+from cap_hf.towers import taken_by, tower_of
 
 Find = Callable[[int | str], list[Target]]
 
@@ -41,6 +45,7 @@ class Collection:
 
     Args:
         model: in float32 or float64, on its device.
+        dataloader: as `CalibrationExamples` takes it.
         config: how to prune.
         find: gives the model's targets for a block size.
         processes: of the run.
@@ -49,15 +54,20 @@ class Collection:
         afterwards: what it is for.
 
     Attributes:
+        config: how to prune; it says the loss of the gradients too.
         plan: how it goes through memory; None before `run`.
         targets: as the plan has found them; none before `run`.
         state: what it keeps on the disk for a run that goes on, if it does.
         recollection: brings back the sums of a pass, where those of all are not kept.
+
+    Raises:
+        CAPError: as of `CalibrationExamples`, and of its `first`.
     """
 
     def __init__(
         self,
         model: nn.Module,
+        dataloader: Batches,
         config: CAPConfig,
         find: Find,
         processes: Processes,
@@ -68,6 +78,10 @@ class Collection:
         self.model, self.config, self.find, self.processes = model, config, find, processes
         self.resources, self.progress, self.afterwards = resources, progress, afterwards
         self.method = METHODS[config.method]
+        self.examples = CalibrationExamples(dataloader, config, processes, taken_by(tower_of(model)))
+        if self.method.statistic == "gradients":
+            chosen = choose_loss(config.fisher_loss, model, self.examples.first(), processes)
+            self.config = replace(config, fisher_loss=chosen)
         self.plan: Plan | None = None
         self.targets: list[Target] = []
         self.state: CollectionState | None = None
@@ -80,11 +94,10 @@ class Collection:
         """Return the bytes of the matrices that are solved at a time, as the plan has them."""
         return None if self.plan is None else self.plan.batch_bytes
 
-    def run(self, examples: CalibrationExamples, checkpointing: Checkpointing | None) -> BlockFisher:
+    def run(self, checkpointing: Checkpointing | None) -> BlockFisher:
         """Go over the examples as often as memory asks for.
 
         Args:
-            examples: of this process.
             checkpointing: keep the state on the disk so that a run that was killed can go on.
 
         Returns:
@@ -94,14 +107,31 @@ class Collection:
         Raises:
             CAPError: there is too little memory, no data, a batch that does not fit, or a gradient that is not finite.
         """
-        block_size = self.method.block_size(self.config)
-        loss = self._prepare_loss(examples)
-        costs = measure(self.model, examples.peek(), self.find("row" if block_size == "auto" else block_size), loss)
-        self.plan = plan = self._make_plan(costs, examples, checkpointing)
+        loss = self._prepare_loss()
+        costs = self._measure(loss)
+        self.plan = plan = self._begin(costs, checkpointing)
         self.targets = [target for each in plan.passes for target in each]
         order = self._shared_order(costs)
-        passes = Passes(plan, self.model, examples, order, loss, self.config, self.processes, self.progress, self.state)
+        how = (self.config, self.processes, self.progress, self.state)
+        passes = Passes(plan, self.model, self.examples, order, loss, *how)
         return self._recollected(plan, passes) if plan.recollects else self._kept(plan, passes)
+
+    def forecast(self, worlds: Sequence[int]) -> list[Forecast]:
+        """Return what this would take in so many processes, each like this one; nothing is collected."""
+        costs = self._measure(self._prepare_loss())
+        first = self.examples.first()
+        forward = 0.0 if first is None else forward_seconds(self.model, first)
+        device, folder = self.processes.device, partial(spill_folder, self.resources)
+        found = []
+        for processes in (Alike(world, device) for world in worlds):
+            try:
+                plan = self._plan(costs, processes)
+            except CAPError as error:
+                found.append(Forecast(processes.world, problem=str(error)))
+                continue
+            where = folder() if plan.spilled else None
+            found.append(forecast(plan, costs, forward, self.config, processes, where, self.afterwards))
+        return found
 
     def tensors(self, kind: str) -> Tensors:
         """Return a dict of tensors, on the disk where the plan spills or a run that goes on will want them."""
@@ -124,7 +154,7 @@ class Collection:
         if self._temporary is not None:
             self._temporary.cleanup()
 
-    def _prepare_loss(self, examples: CalibrationExamples) -> FisherLoss | None:
+    def _prepare_loss(self) -> FisherLoss | None:
         """Return the loss of the config, ready for its gradients, and have the examples bring what it needs.
 
         None where the method sums no gradients: its examples need no labels, and its model no head.
@@ -132,11 +162,11 @@ class Collection:
         if self.method.statistic != "gradients":
             return None
         loss = make_loss(self.config, self.model)
-        examples.use(loss)
+        self.examples.use(loss)
         if isinstance(loss, FeatureLoss):
-            if examples.once:
+            if self.examples.once:
                 raise CAPError("fisher_loss='features' needs the examples twice: collect from a DataLoader or a list")
-            batches = (batch for batch, _ in examples.batches())
+            batches = (batch for batch, _ in self.examples.batches())
             measure_deviations(loss, self.model, batches, self.processes, self.progress.disable)
         return loss
 
@@ -144,11 +174,19 @@ class Collection:
         """Return the order in which a backward pass meets the targets, everywhere that of the first with examples."""
         return self.processes.share_first(costs.order)
 
-    def _make_plan(self, costs: Costs, examples: CalibrationExamples, checkpointing: Checkpointing | None) -> Plan:
+    def _measure(self, loss: FisherLoss | None) -> Costs:
+        block_size = self.method.block_size(self.config)
+        targets = self.find("row" if block_size == "auto" else block_size)
+        return measure(self.model, self.examples.peek(), targets, loss)
+
+    def _plan(self, costs: Costs, processes: Processes) -> Plan:
         if self.method.statistic == "inputs":
-            plan = Plan([self.find(self.method.block_size(self.config))], "row", costs.samples, costs.samples)
-        else:
-            plan = make_plan(self.find, self.config, self.resources, costs, self.processes, self.afterwards)
+            return Plan([self.find(self.method.block_size(self.config))], "row", costs.samples, costs.samples)
+        return make_plan(self.find, self.config, self.resources, costs, processes, self.afterwards)
+
+    def _begin(self, costs: Costs, checkpointing: Checkpointing | None) -> Plan:
+        """Return the plan, or that of the interrupted run; state, disk and bar are ready then."""
+        plan, examples = self._plan(costs, self.processes), self.examples
         if checkpointing is not None:
             facts = {f"config {name}": value for name, value in self.config.to_dict().items()}
             facts |= {"model weights": hash_weights(self.model), "number of processes": self.processes.world}

@@ -20,6 +20,8 @@ from cap_hf.towers import see
 
 # Gradient samples that are measured.
 MEASURED = 2
+# Examples that are measured without gradients.
+EXAMPLES = 8
 # What lives during a pass beside the tensors that are saved for the backward pass.
 PASSING = 1.25
 
@@ -171,6 +173,20 @@ def timed_step(
             backward(model, batch, loss, draws)
     synchronize(targets[0].weight.device)
     return time.perf_counter() - start
+
+
+def forward_seconds(model: nn.Module, batch: Batch) -> float:
+    """Return the seconds that one example takes through a model, without gradients, of a few that go together."""
+    few = {name: value[:EXAMPLES] for name, value in batch.items() if name != "labels"}
+    device, seconds = few["pixel_values"].device, 0.0
+    with frozen(model):
+        for _ in range(2):  # the first time a device sets itself up
+            synchronize(device)
+            start = time.perf_counter()
+            forward(model, few)
+            synchronize(device)
+            seconds = time.perf_counter() - start
+    return seconds / len(few["pixel_values"])
 
 
 def forward(model: nn.Module, batch: Batch) -> None:

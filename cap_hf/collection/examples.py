@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from cap_hf.collection.batches import check_dataloader, read, to_batch
-from cap_hf.collection.running import Batch
+from cap_hf.collection.running import Batch, Batches
 from cap_hf.config import CAPConfig
 from cap_hf.distributed.processes import Processes
 from cap_hf.errors import CAPError
@@ -43,7 +43,7 @@ class CalibrationExamples:
 
     def __init__(
         self,
-        dataloader: DataLoader | Iterable[Batch],
+        dataloader: Batches,
         config: CAPConfig,
         processes: Processes,
         taken: Collection[str] = (),
@@ -166,7 +166,7 @@ class CalibrationExamples:
 
 
 def first_examples(
-    dataloader: DataLoader | Iterable[Batch],
+    dataloader: Batches,
     number: int,
     config: CAPConfig,
     processes: Processes,
@@ -206,7 +206,7 @@ def whole_groups(batch_size: int, config: CAPConfig) -> int:
 
 
 @contextmanager
-def seeded(dataloader: DataLoader | Iterable[Batch], seed: int) -> Iterator[None]:
+def seeded(dataloader: Batches, seed: int) -> Iterator[None]:
     """Let everything that a dataloader may draw from begin with a seed; what was there before is put back."""
     sampler = getattr(dataloader, "sampler", None)
     owners: list[Any] = [owner for owner in (dataloader, sampler) if hasattr(owner, "generator")]

@@ -1,6 +1,8 @@
 """How long the phases of a prune will take, from what the first examples cost and from blocks solved on trial."""
 
 import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -8,14 +10,93 @@ import torch
 from cap_hf.collection.costs import Costs, synchronize
 from cap_hf.collection.plan import Plan, sums_bytes
 from cap_hf.collection.progress import Foreseen
+from cap_hf.collection.resources import Afterwards
 from cap_hf.collection.room import disk_seconds
 from cap_hf.collection.shares import own_blocks
 from cap_hf.config import CAPConfig
 from cap_hf.distributed.processes import Processes
 from cap_hf.method.methods import METHODS
+from cap_hf.targets import Target
 
 # The largest block that is solved on trial; larger ones take as much longer as their size to the third power.
 TRIAL_SIZE = 768
+
+
+class Alike(Processes):
+    """So many processes that are all like this one, for a plan of them: each says what this one says.
+
+    Args:
+        world: how many.
+        device: of each.
+    """
+
+    def __init__(self, world: int, device: torch.device) -> None:
+        self.rank, self.world, self.device = 0, world, device
+
+    def gather_ints(self, *values: int) -> list[list[int]]:
+        """Return these numbers, once for every process."""
+        return [list(values) for _ in range(self.world)]
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What collecting and all that follows would take in some processes.
+
+    Attributes:
+        processes: how many.
+        plan: of the collection; None where nothing is summed, or nothing fits.
+        seconds: of each kind of phase, of all sparsities together: collecting, eliminating, reconstructing, refitting.
+        problem: why nothing fits; empty where something does.
+    """
+
+    processes: int
+    plan: Plan | None = None
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    problem: str = ""
+
+
+def forecast(
+    plan: Plan,
+    costs: Costs,
+    forward: float,
+    config: CAPConfig,
+    processes: Processes,
+    folder: Path | None,
+    afterwards: Afterwards,
+) -> Forecast:
+    """Return the seconds of a plan by kind of phase.
+
+    Args:
+        plan, costs, config, processes, folder: as for `foresee`.
+        forward: seconds of one example through the model.
+        afterwards: what the collection is for.
+    """
+    seconds: dict[str, float] = {}
+    for each in foresee(plan, costs, config, processes, folder, afterwards.prunes):
+        seconds[each.kind] = seconds.get(each.kind, 0.0) + each.seconds
+    if afterwards.refits:
+        targets = [target for each in plan.passes for target in each]
+        once = refit_seconds(targets, costs, forward, config, processes)
+        seconds["refitting"] = afterwards.prunes * once
+    return Forecast(processes.world, plan, seconds)
+
+
+def refit_seconds(
+    targets: Sequence[Target], costs: Costs, forward: float, config: CAPConfig, processes: Processes
+) -> float:
+    """Return the seconds of one refit: gradients that weigh positions, both models, moments, and the solving."""
+    positions = {name: count / config.samples_per_grad for name, count in costs.positions.items()}
+    moments = sum(
+        positions.get(target.name, 0.0) * target.row_size * (target.row_size + len(target.weight)) for target in targets
+    )
+    backward = costs.seconds / config.samples_per_grad
+    examples = config.refit_examples / processes.world
+    seconds = examples * (backward + 2 * forward + moments / costs.multiplications)
+    sizes = {target.row_size for target in targets}
+    trials = {size: trial_seconds(config, size, targets[0].weight.device) for size in sizes}
+    steps = (0, 1) if METHODS[config.method].sequential else (1,)
+    rows = sum(trials[target.row_size][step] * len(target.weight) for target in targets for step in steps)
+    return seconds + rows / processes.world
 
 
 def foresee(

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import nn
+from torch.utils.data import DataLoader
 
 from cap_hf.errors import CAPError
 from cap_hf.method.losses import FisherLoss
@@ -17,6 +18,8 @@ RECOMPUTES = ("gradient_checkpointing", "grad_checkpointing")
 
 # `pixel_values` and what else the model is called with, and `labels` where there are some; each `(b, ...)`.
 Batch = dict[str, torch.Tensor]
+# What examples come from.
+Batches = DataLoader | Iterable[Batch]
 
 
 @contextmanager

@@ -48,6 +48,12 @@ class PruneArguments:
         default=None,
         metadata={"help": "Estimate batch norm anew after pruning, from 256 examples; default: where there is any."},
     )
+    dry_run: bool = field(
+        default=False,
+        metadata={
+            "help": "Print what it would take, memory, disk and time, in 1, 2, 4 and 8 processes; prune nothing."
+        },
+    )
     disable_tqdm: bool = field(default=False, metadata={"help": "No progress bars."})
 
 
@@ -68,10 +74,11 @@ def main(argv: list[str]) -> None:
     )
     sparsities = check_sparsities(args.sparsity, config)
     check_state(args)
-    check_output(args.output_dir, args.overwrite_output_dir or args.resume, state_folder(args))
-    # Now, and not only after the pruning.
-    for sparsity in sparsities:
-        check_place(Path(args.output_dir) / checkpoint_name(sparsity))
+    if not args.dry_run:
+        check_output(args.output_dir, args.overwrite_output_dir or args.resume, state_folder(args))
+        # Now, and not only after the pruning.
+        for sparsity in sparsities:
+            check_place(Path(args.output_dir) / checkpoint_name(sparsity))
     prune(model_args, data_args, args, heal_args, probe_args, config, resources, sparsities)
 
 
@@ -95,6 +102,7 @@ def prune(
     from cap_hf.collection.objective import check_loss
     from cap_hf.collection.state import Checkpointing
     from cap_hf.commands.common import hide_bars, image_dataset, load_all, load_companions, load_form
+    from cap_hf.commands.dry_run import print_plan
     from cap_hf.commands.evaluation import Evaluation
     from cap_hf.compressor import CAPCompressor
     from cap_hf.data.images import calibration_split, collate, make_dataloader
@@ -156,6 +164,11 @@ def prune(
         if args.recalibrate_batch_norm and not norms:
             raise CAPError(f"{type(model).__name__} has no batch norm: leave --recalibrate_batch_norm out")
         recalibrate = bool(norms) if args.recalibrate_batch_norm is None else args.recalibrate_batch_norm
+    if args.dry_run:
+        evaluated = len(splits["eval"]) + len(splits.get("bank", ())) if args.do_eval else 0
+        print_plan(compressor, train_loader, data_args, config, heal_args, evaluated)
+        accelerator.end_training()
+        return
     dense = None
     if evaluation is not None:
         # Before anything is pruned: the model that is compared with is this one.

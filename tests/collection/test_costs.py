@@ -5,7 +5,7 @@ from support.models import build, random_batches
 
 from cap_hf import CAPConfig
 from cap_hf.collection import costs as costs_module
-from cap_hf.collection.costs import measure
+from cap_hf.collection.costs import forward_seconds, measure
 from cap_hf.collection.examples import CalibrationExamples
 from cap_hf.distributed.processes import Processes
 from cap_hf.method.gradients import GradientSamples
@@ -80,3 +80,15 @@ def test_the_positions_of_a_sample_are_counted():
         )
     model(**random_batches(model, 16)[0])
     assert costs.positions == outputs
+
+
+def test_a_forward_pass_is_timed_after_the_first_and_leaves_the_model_as_it_was(monkeypatch):
+    model = build("ResNet").train()
+    norms = [module.running_mean.clone() for module in model.modules() if isinstance(module, torch.nn.BatchNorm2d)]
+    times = iter([0.0, 100.0, 200.0, 216.0])
+    monkeypatch.setattr(costs_module.time, "perf_counter", lambda: next(times))
+    batch = {"pixel_values": torch.zeros(20, 3, 16, 16), "labels": torch.zeros(20, dtype=torch.long)}
+    assert forward_seconds(model, batch) == 16 / costs_module.EXAMPLES
+    assert model.training
+    after = [module.running_mean for module in model.modules() if isinstance(module, torch.nn.BatchNorm2d)]
+    assert all(torch.equal(*pair) for pair in zip(norms, after, strict=True))
