@@ -19,7 +19,7 @@ import torch
 from datasets import load_dataset
 from results import Results
 from torch.nn import functional as F
-from transformers import ResNetConfig, ResNetForImageClassification, set_seed
+from transformers import ResNetConfig, ResNetForImageClassification, ViTImageProcessor, set_seed
 
 from cap_hf import CAPCompressor, CAPConfig
 from cap_hf.collection.batch_norm import batch_norms, recalibrate_batch_norm
@@ -27,6 +27,8 @@ from cap_hf.distributed.processes import Processes
 
 BATCH = 64
 WIDTHS = [32, 64, 128]
+# About those of CIFAR-10's pixels, from 0 to 1.
+MEAN, DEVIATION = 0.47, 0.25
 
 
 def load(folder: str, split: str, count: int | None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -36,7 +38,7 @@ def load(folder: str, split: str, count: int | None) -> tuple[torch.Tensor, torc
     label = "label" if "label" in rows.column_names else "labels"
     images = np.stack([np.asarray(image) for image in rows["image"]])
     pixels = torch.from_numpy(images).float().reshape(*images.shape[:3], -1).permute(0, 3, 1, 2)
-    return (pixels / 255 - 0.47) / 0.25, torch.tensor(rows[label])
+    return (pixels / 255 - MEAN) / DEVIATION, torch.tensor(rows[label])
 
 
 def train(pixels: torch.Tensor, labels: torch.Tensor, epochs: int, seed: int) -> ResNetForImageClassification:
@@ -101,9 +103,13 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--max_train_samples", type=int)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--save", metavar="FOLDER", help="save the first ResNet there, dense, and measure nothing")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     pixels, labels = load(args.dataset_name, "train", args.max_train_samples)
+    if args.save:
+        save(train(pixels, labels, args.epochs, 0), pixels.shape, args.save)
+        return
     test = load(args.dataset_name, "test", None)
 
     with Results(args, args.seeds * len(args.methods) * len(args.sparsity), keys=("seed", "sparsity")) as results:
@@ -132,6 +138,14 @@ def main() -> None:
                     results.add({"method": method, "seed": seed, "sparsity": sparsity, **found})
                     results.advance()
     print(table(results.content["results"], list(ways)))
+
+
+def save(model: ResNetForImageClassification, shape: torch.Size, folder: str) -> None:
+    """Save a model with an image processor that makes of images what `load` does."""
+    _, channels, height, width = shape
+    size, mean, deviation = {"height": height, "width": width}, [MEAN] * channels, [DEVIATION] * channels
+    ViTImageProcessor(size=size, image_mean=mean, image_std=deviation).save_pretrained(folder)
+    model.save_pretrained(folder)
 
 
 def changed(model: torch.nn.Module, change: Callable[[torch.nn.Module], object]) -> torch.nn.Module:
