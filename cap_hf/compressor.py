@@ -153,7 +153,8 @@ class CAPCompressor:
         return self
 
     def _collection(self, dataloader: Batches) -> Collection:
-        check_precision(self.targets, self.accelerator.device)
+        if METHODS[self.config.method].statistic is not None:
+            check_precision(self.targets, self.accelerator.device)
         how = (self.config, self._find, self.processes, self.resources, self.progress, self.afterwards)
         return Collection(self.model, dataloader, *how)
 
@@ -170,8 +171,7 @@ class CAPCompressor:
         Raises:
             CAPError: as of `collect`, of what the first batch shows.
         """
-        if METHODS[self.config.method].statistic is None:
-            return [Forecast(count) for count in processes]
+        check_type("processes", processes, Sequence, "pass such as (1, 2, 4, 8)")
         self.model.to(self.accelerator.device)
         with differentiable(self.model):
             return self._collection(dataloader).forecast(processes)

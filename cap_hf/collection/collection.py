@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -10,17 +10,18 @@ from torch import nn
 
 from cap_hf.collection.costs import Costs, forward_seconds, measure
 from cap_hf.collection.examples import CalibrationExamples
-from cap_hf.collection.forecast import Alike, Forecast, forecast, foresee
+from cap_hf.collection.forecast import Alike, Forecast, Measured, Trials, foresee
 from cap_hf.collection.objective import choose_loss, make_loss, measure_deviations
 from cap_hf.collection.passes import Passes
 from cap_hf.collection.plan import Plan
 from cap_hf.collection.planning import make_plan
 from cap_hf.collection.progress import Progress
 from cap_hf.collection.recollection import Recollection
+from cap_hf.collection.relevance import label_free_loss
 from cap_hf.collection.removal_paths import Tensors
 from cap_hf.collection.resources import Afterwards, Resources
-from cap_hf.collection.room import spill_folder
-from cap_hf.collection.running import Batches
+from cap_hf.collection.room import spill_folder, unmade
+from cap_hf.collection.running import Batch, Batches, frozen
 from cap_hf.collection.shares import own_blocks
 from cap_hf.collection.spill import DiskTensors, SpilledSums
 from cap_hf.collection.state import Checkpointing, CollectionState, hash_weights
@@ -107,31 +108,55 @@ class Collection:
         Raises:
             CAPError: there is too little memory, no data, a batch that does not fit, or a gradient that is not finite.
         """
-        loss = self._prepare_loss()
-        costs = self._measure(loss)
-        self.plan = plan = self._begin(costs, checkpointing)
-        self.targets = [target for each in plan.passes for target in each]
-        order = self._shared_order(costs)
-        how = (self.config, self.processes, self.progress, self.state)
-        passes = Passes(plan, self.model, self.examples, order, loss, *how)
-        return self._recollected(plan, passes) if plan.recollects else self._kept(plan, passes)
+        try:
+            loss = self._prepare_loss()
+            costs = self._measure(loss)
+            self.plan = plan = self._begin(costs, checkpointing)
+            self.targets = [target for each in plan.passes for target in each]
+            order = self._shared_order(costs)
+            how = (self.config, self.processes, self.progress, self.state)
+            passes = Passes(plan, self.model, self.examples, order, loss, *how)
+            return self._recollected(plan, passes) if plan.recollects else self._kept(plan, passes)
+        finally:
+            # They may be all images of a list.
+            del self.examples
 
     def forecast(self, worlds: Sequence[int]) -> list[Forecast]:
-        """Return what this would take in so many processes, each like this one; nothing is collected."""
-        costs = self._measure(self._prepare_loss())
+        """Return what this and all that follows would take in so many processes, each like this one.
+
+        Raises:
+            CAPError: a process has no example, the examples can be gone through only once, or as of `run` of the first.
+        """
+        found, device = [Forecast(world) for world in worlds], self.processes.device
         first = self.examples.first()
-        forward = 0.0 if first is None else forward_seconds(self.model, first)
-        device, folder = self.processes.device, partial(spill_folder, self.resources)
-        found = []
-        for processes in (Alike(world, device) for world in worlds):
-            try:
-                plan = self._plan(costs, processes)
-            except CAPError as error:
-                found.append(Forecast(processes.world, problem=str(error)))
-                continue
-            where = folder() if plan.spilled else None
-            found.append(forecast(plan, costs, forward, self.config, processes, where, self.afterwards))
+        if any(not there for (there,) in self.processes.gather_ints(int(first is not None))) or first is None:
+            raise CAPError("the dataloader is empty: no example to forecast from")
+        if self.examples.once:
+            raise CAPError("a forecast leaves the examples to `collect`: pass a DataLoader or a list of batches")
+        rows = Trials(CAPConfig(allocation=self.config.allocation), device)
+        with unmade(self.resources):
+            costs = None if self.method.statistic is None else self._measure(self._prepare_loss(first_alone=True))
+            again = self._measure_refit(first) if self.afterwards.refits else None
+            forward, trials = forward_seconds(self.model, first), Trials(self.config, device)
+            measured = Measured(self.config, self.afterwards, costs, again, forward, trials, rows)
+            for number, each in enumerate(found):
+                processes = Alike(each.processes, device)
+                try:
+                    plan = None if costs is None else self._plan(costs, processes)
+                    folder = spill_folder(self.resources) if plan is not None and plan.spilled else None
+                    found[number] = measured.forecast(plan, self.find("row"), processes, folder)
+                except CAPError as error:
+                    found[number] = replace(each, problem=str(error))
         return found
+
+    def _measure_refit(self, first: Batch) -> Costs:
+        """Return what an example costs while layers are refitted."""
+        images = {name: value for name, value in first.items() if name != "labels"}
+        with frozen(self.model), torch.no_grad():
+            loss = label_free_loss(self.model, images, self.config, self.processes)
+        alone = CalibrationExamples([images], CAPConfig(num_grads=len(first["pixel_values"])), Processes())
+        alone.use(loss)
+        return measure(self.model, alone, self.find("row"), loss)
 
     def tensors(self, kind: str) -> Tensors:
         """Return a dict of tensors, on the disk where the plan spills or a run that goes on will want them."""
@@ -154,7 +179,7 @@ class Collection:
         if self._temporary is not None:
             self._temporary.cleanup()
 
-    def _prepare_loss(self) -> FisherLoss | None:
+    def _prepare_loss(self, first_alone: bool = False) -> FisherLoss | None:
         """Return the loss of the config, ready for its gradients, and have the examples bring what it needs.
 
         None where the method sums no gradients: its examples need no labels, and its model no head.
@@ -166,7 +191,7 @@ class Collection:
         if isinstance(loss, FeatureLoss):
             if self.examples.once:
                 raise CAPError("fisher_loss='features' needs the examples twice: collect from a DataLoader or a list")
-            batches = (batch for batch, _ in self.examples.batches())
+            batches = (batch for batch, _ in islice(self.examples.batches(), 1 if first_alone else None))
             measure_deviations(loss, self.model, batches, self.processes, self.progress.disable)
         return loss
 

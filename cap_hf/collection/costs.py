@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 
 import torch
@@ -56,10 +57,11 @@ class Costs:
     order: list[str] = field(default_factory=list)
     positions: dict[str, int] = field(default_factory=dict)
 
-    def summing_seconds(self, targets: Sequence[Target], prior: bool = False) -> float:
-        """Return the seconds that the outer products of one gradient sample take, with those of its inputs."""
-        inputs = sum(input_sums.products(target, self.positions.get(target.name, 0)) for target in targets)
-        return (sum(products(target) for target in targets) + prior * inputs) / self.multiplications
+    def summing_seconds(self, targets: Sequence[Target], inputs: bool = False, gradients: bool = True) -> float:
+        """Return the seconds that the outer products of one gradient sample take, and those of its inputs."""
+        count = gradients * sum(products(target) for target in targets)
+        count += inputs * sum(input_sums.products(target, self.positions.get(target.name, 0)) for target in targets)
+        return count / self.multiplications
 
 
 def products(target: Target) -> float:
@@ -96,8 +98,7 @@ def measure(
     draws = None if draws is None else draws[:first]
     with frozen(model):
         if loss is None:
-            costs = Costs()
-            forward(model, batch)
+            costs = Costs(positions=count_positions(model, batch, targets, count))
         else:
             costs = measure_memory(model, batch, loss, draws, targets, count)
         # Once more: the first time a device sets itself up.
@@ -106,6 +107,22 @@ def measure(
     costs.model = sum(each.nbytes for each in (*model.parameters(), *model.buffers()))
     costs.multiplications = summing_speed(max(targets, key=products))
     return costs
+
+
+def count_positions(model: nn.Module, batch: Batch, targets: Sequence[Target], samples: int) -> dict[str, int]:
+    """Return how many positions of a gradient sample go through each target, of a batch of so many of them."""
+    found: dict[str, int] = {}
+
+    def note(target: Target, output: torch.Tensor) -> None:
+        found[target.name] = found.get(target.name, 0) + output.numel() // len(target.weight) // samples
+
+    with ExitStack() as stack:
+        for target in targets:
+            for module in target.modules:
+                handle = module.register_forward_hook(lambda module, args, output, each=target: note(each, output))
+                stack.callback(handle.remove)
+        forward(model, batch)
+    return found
 
 
 def measure_memory(
@@ -175,11 +192,17 @@ def timed_step(
     return time.perf_counter() - start
 
 
-def forward_seconds(model: nn.Module, batch: Batch) -> float:
-    """Return the seconds that one example takes through a model, without gradients, of a few that go together."""
+def forward_seconds(model: nn.Module, batch: Batch, dtype: torch.dtype | None = None) -> float:
+    """Return the seconds that one example takes through a model, without gradients, of a few that go together.
+
+    Args:
+        model: on the device of the batch.
+        batch: its labels are left out.
+        dtype: of mixed precision; None for none.
+    """
     few = {name: value[:EXAMPLES] for name, value in batch.items() if name != "labels"}
     device, seconds = few["pixel_values"].device, 0.0
-    with frozen(model):
+    with frozen(model), torch.autocast(device.type, dtype, enabled=dtype is not None):
         for _ in range(2):  # the first time a device sets itself up
             synchronize(device)
             start = time.perf_counter()

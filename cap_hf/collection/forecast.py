@@ -13,8 +13,10 @@ from cap_hf.collection.progress import Foreseen
 from cap_hf.collection.resources import Afterwards
 from cap_hf.collection.room import disk_seconds
 from cap_hf.collection.shares import own_blocks
+from cap_hf.collection.solver import default_batch_bytes
 from cap_hf.config import CAPConfig
 from cap_hf.distributed.processes import Processes
+from cap_hf.errors import CAPError
 from cap_hf.method.methods import METHODS
 from cap_hf.targets import Target
 
@@ -38,6 +40,24 @@ class Alike(Processes):
         return [list(values) for _ in range(self.world)]
 
 
+class Trials(dict[int, tuple[float, float]]):
+    """The seconds of a block by its size, tried once each: see `trial_seconds`.
+
+    Args:
+        config: how to prune.
+        device: that solves.
+    """
+
+    def __init__(self, config: CAPConfig, device: torch.device) -> None:
+        super().__init__()
+        self.config, self.device = config, device
+
+    def __missing__(self, size: int) -> tuple[float, float]:
+        """Try a block of this size."""
+        self[size] = trial_seconds(self.config, size, self.device)
+        return self[size]
+
+
 @dataclass(frozen=True)
 class Forecast:
     """What collecting and all that follows would take in some processes.
@@ -46,61 +66,106 @@ class Forecast:
         processes: how many.
         plan: of the collection; None where nothing is summed, or nothing fits.
         seconds: of each kind of phase, of all sparsities together: collecting, eliminating, reconstructing, refitting.
+        images: how many of them each of these kinds goes through, all processes together.
         problem: why nothing fits; empty where something does.
+
+    Raises:
+        CAPError: the number of processes is none.
     """
 
     processes: int
     plan: Plan | None = None
     seconds: Mapping[str, float] = field(default_factory=dict)
+    images: Mapping[str, int] = field(default_factory=dict)
     problem: str = ""
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.processes, int) or self.processes < 1:
+            raise CAPError(f"a forecast for {self.processes!r} processes: pass whole numbers of at least 1")
 
-def forecast(
-    plan: Plan,
-    costs: Costs,
-    forward: float,
-    config: CAPConfig,
-    processes: Processes,
-    folder: Path | None,
-    afterwards: Afterwards,
-) -> Forecast:
-    """Return the seconds of a plan by kind of phase.
 
-    Args:
-        plan, costs, config, processes, folder: as for `foresee`.
-        forward: seconds of one example through the model.
+@dataclass
+class Measured:
+    """What forecasts for all numbers of processes are made from.
+
+    Attributes:
+        config: how to prune, with the loss of the gradients.
         afterwards: what the collection is for.
+        costs: of a gradient sample; None where nothing is summed.
+        refitting: costs of an example while layers are refitted; None where they will not be.
+        forward: seconds of an example through the model, without gradients.
+        trials: of the blocks of the method.
+        rows: of the rows that are refitted.
     """
-    seconds: dict[str, float] = {}
-    for each in foresee(plan, costs, config, processes, folder, afterwards.prunes):
-        seconds[each.kind] = seconds.get(each.kind, 0.0) + each.seconds
-    if afterwards.refits:
-        targets = [target for each in plan.passes for target in each]
-        once = refit_seconds(targets, costs, forward, config, processes)
-        seconds["refitting"] = afterwards.prunes * once
-    return Forecast(processes.world, plan, seconds)
+
+    config: CAPConfig
+    afterwards: Afterwards
+    costs: Costs | None
+    refitting: Costs | None
+    forward: float
+    trials: Trials
+    rows: Trials
+
+    def forecast(
+        self, plan: Plan | None, targets: Sequence[Target], processes: Processes, folder: Path | None
+    ) -> Forecast:
+        """Return the forecast of a plan.
+
+        Args:
+            plan: None where nothing is summed.
+            targets: that will be refitted.
+            processes: of the run.
+            folder: as of `foresee`.
+        """
+        prunes, config = self.afterwards.prunes, self.config
+        seconds: dict[str, float] = {}
+        images: dict[str, int] = {}
+        if plan is not None and self.costs is not None:
+            for each in foresee(plan, self.costs, config, processes, folder, prunes, self.trials):
+                seconds[each.kind] = seconds.get(each.kind, 0.0) + each.seconds
+            images["collecting"] = plan.num_passes * config.num_examples
+            if config.fisher_loss == "features":
+                # Whose deviations are measured before.
+                images["collecting"] += config.num_examples
+                seconds["collecting"] += config.num_examples * self.forward / processes.world
+        if self.refitting is not None:
+            once = refit_seconds(targets, self.refitting, self.forward, config, processes, self.rows)
+            seconds["refitting"], images["refitting"] = prunes * once, prunes * config.refit_examples
+        return Forecast(processes.world, plan, seconds, images)
 
 
 def refit_seconds(
-    targets: Sequence[Target], costs: Costs, forward: float, config: CAPConfig, processes: Processes
+    targets: Sequence[Target], costs: Costs, forward: float, config: CAPConfig, processes: Processes, rows: Trials
 ) -> float:
-    """Return the seconds of one refit: gradients that weigh positions, both models, moments, and the solving."""
-    positions = {name: count / config.samples_per_grad for name, count in costs.positions.items()}
+    """Return the seconds of one refit: gradients that weigh positions, both models, moments, and the solving.
+
+    Args:
+        targets: whose layers are refitted.
+        costs: of a gradient sample that is one example.
+        forward: seconds of an example through the model.
+        config: how to refit.
+        processes: of the run.
+        rows: seconds of a row by its size.
+    """
     moments = sum(
-        positions.get(target.name, 0.0) * target.row_size * (target.row_size + len(target.weight)) for target in targets
+        costs.positions.get(target.name, 0) * target.row_size * (target.row_size + len(target.weight))
+        for target in targets
     )
-    backward = costs.seconds / config.samples_per_grad
     examples = config.refit_examples / processes.world
-    seconds = examples * (backward + 2 * forward + moments / costs.multiplications)
-    sizes = {target.row_size for target in targets}
-    trials = {size: trial_seconds(config, size, targets[0].weight.device) for size in sizes}
+    seconds = examples * (costs.seconds + 2 * forward + moments / costs.multiplications)
     steps = (0, 1) if METHODS[config.method].sequential else (1,)
-    rows = sum(trials[target.row_size][step] * len(target.weight) for target in targets for step in steps)
-    return seconds + rows / processes.world
+    solving = sum(rows[target.row_size][step] * len(target.weight) for target in targets for step in steps)
+    return seconds + solving / processes.world
 
 
 def foresee(
-    plan: Plan, costs: Costs, config: CAPConfig, processes: Processes, folder: Path | None, prunes: int
+    plan: Plan,
+    costs: Costs,
+    config: CAPConfig,
+    processes: Processes,
+    folder: Path | None,
+    prunes: int,
+    trials: Trials | None = None,
 ) -> list[Foreseen]:
     """Return the phases of a collection and of so many prunes after it, in order.
 
@@ -111,20 +176,22 @@ def foresee(
         processes: of the run.
         folder: on the disk that sums are spilled to, None where they stay in memory.
         prunes: how many sparsities are pruned to.
+        trials: of blocks, where there are some already.
 
     Raises:
         CAPError: the folder cannot be written.
     """
     byte = 0.0 if folder is None else disk_seconds(folder)
-    prior = METHODS[config.method].has_prior(config)
-    sizes = {target.block_size for each in plan.passes for target in each}
-    trials = {size: trial_seconds(config, size, plan.passes[0][0].weight.device) for size in sizes}
+    method = METHODS[config.method]
+    prior = method.has_prior(config)
+    trials = Trials(config, plan.passes[0][0].weight.device) if trials is None else trials
     collecting, eliminating, reconstructing = [], [], []
     for targets in plan.passes:
         own = [own_blocks(target, processes) for target in targets]
         shares = [(target, blocks.stop - blocks.start) for target, blocks in zip(targets, own, strict=True)]
         disk = byte * sum(sums_bytes(target, count, prior) for target, count in shares)
-        seconds = (costs.seconds + costs.summing_seconds(targets, prior)) * config.num_grads / processes.world
+        summing = costs.summing_seconds(targets, prior or method.statistic == "inputs", method.statistic == "gradients")
+        seconds = (costs.seconds + summing) * config.num_grads / processes.world
         collecting.append(Foreseen("collecting", seconds + disk))
         solving = [disk + sum(trials[target.block_size][step] * count for target, count in shares) for step in (0, 1)]
         eliminating.append(solving[0])
@@ -148,7 +215,8 @@ def trial_seconds(config: CAPConfig, size: int, device: torch.device) -> tuple[f
     side = min(size, TRIAL_SIZE)
     if pattern is not None:
         side = side // pattern.m * pattern.m
-    count = torch.get_num_threads()
+    # As many as are solved at a time: few small ones would cost their calls.
+    count = max(torch.get_num_threads(), default_batch_bytes(device) // (8 * side**2))
     generator = torch.Generator().manual_seed(0)
     weights = torch.randn(count, side, dtype=torch.float64, generator=generator).to(device)
     fisher = torch.eye(side, dtype=torch.float64).add_(0.5 / side).to(device).expand(count, -1, -1)
@@ -158,10 +226,12 @@ def trial_seconds(config: CAPConfig, size: int, device: torch.device) -> tuple[f
         lambda: method.eliminate(weights, fisher.contiguous(), pattern),
         lambda: method.reconstruct(weights, fisher.contiguous(), keep, config.weight_update),
     ):
-        work()  # the first compiles kernels
-        synchronize(device)
-        start = time.perf_counter()
-        work()
-        synchronize(device)
-        seconds.append((time.perf_counter() - start) / count * (size / side) ** 3)
+        taken = []
+        for _ in range(3):  # the first compiles kernels
+            synchronize(device)
+            start = time.perf_counter()
+            work()
+            synchronize(device)
+            taken.append(time.perf_counter() - start)
+        seconds.append(min(taken) / count * (size / side) ** 3)
     return seconds[0], seconds[1]

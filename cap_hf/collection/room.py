@@ -4,6 +4,8 @@ import os
 import shutil
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -65,6 +67,19 @@ def disk_seconds(folder: Path) -> float:
             return (time.perf_counter() - start) / TRIAL_BYTES
     except OSError as error:
         raise CAPError(f"{folder} cannot be written ({reason(error)}): name another folder with --spill_dir") from error
+
+
+@contextmanager
+def unmade(resources: Resources) -> Iterator[None]:
+    """Take away what `spill_folder` has made meanwhile, where nothing has come into it."""
+    folder = Path(resources.spill_dir or ".")
+    missing = [each for each in (folder, *folder.parents) if not each.exists()]
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            for each in missing:
+                each.rmdir()
 
 
 def spill_folder(resources: Resources) -> Path:

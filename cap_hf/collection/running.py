@@ -18,7 +18,7 @@ RECOMPUTES = ("gradient_checkpointing", "grad_checkpointing")
 
 # `pixel_values` and what else the model is called with, and `labels` where there are some; each `(b, ...)`.
 Batch = dict[str, torch.Tensor]
-# What examples come from.
+# What examples come from: a DataLoader, or anything that yields batches.
 Batches = DataLoader | Iterable[Batch]
 
 

@@ -1,25 +1,22 @@
 """`cap-hf prune --dry_run`: what the command would take, in how many processes, without pruning anything."""
 
 import time
-from collections.abc import Iterable, Mapping, Sequence, Sized
+from collections.abc import Mapping, Sequence, Sized
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from torch import nn
 from torch.utils.data import DataLoader
 
+from cap_hf.collection.batch_norm import NUM_EXAMPLES
 from cap_hf.collection.costs import forward_seconds
 from cap_hf.collection.forecast import Forecast
 from cap_hf.collection.progress import format_seconds
-from cap_hf.collection.running import Batch
 from cap_hf.commands.healing import HealArguments
 from cap_hf.commands.tables import table
 from cap_hf.compressor import CAPCompressor
-from cap_hf.config import CAPConfig
 from cap_hf.data.arguments import DataArguments
 from cap_hf.errors import readable
-from cap_hf.method.methods import METHODS
 
 # What kinds of phases are called in the table, in their order.
 HEADINGS = {
@@ -27,11 +24,17 @@ HEADINGS = {
     "eliminating": "eliminate",
     "reconstructing": "reconstruct",
     "refitting": "refit",
+    "recalibrating": "batch norm",
     "healing": "heal",
     "evaluating": "evaluate",
 }
 # Times an image goes through the model in a step of healing: the dense one, the sparse one, and twice as much backward.
 HEALING = 4
+# What the table leaves out.
+NOTE = (
+    "Memory and disk are those of each process, beside the model, and each is taken to have the memory and the speed\n"
+    "of this one. Loading the model, probes of features and saving come on top."
+)
 # Images that loading is timed on.
 LOADED = 8
 
@@ -45,28 +48,39 @@ class Images(Sized, Protocol):
 
 @dataclass
 class Reading:
-    """How many images the phases of a prune read, and what that takes.
+    """What reading images takes.
 
     Attributes:
         seconds: that reading and processing an image takes.
         workers: processes that read beside the model; 0 where it waits for them.
-        counts: of images, for each kind of phase; all processes share them, but each one heals on so many.
-        passes: which kinds of phases read them once for every pass.
     """
 
     seconds: float
     workers: int
-    counts: Mapping[str, int]
-    passes: Iterable[str] = ("collecting",)
+
+
+@dataclass
+class Phase:
+    """A kind of phase that is in no forecast of the compressor.
+
+    Attributes:
+        images: how many it goes through: all processes together, or each of them.
+        seconds: that an image takes in the model.
+        each: whether every process goes through as many.
+    """
+
+    images: int
+    seconds: float
+    each: bool = False
 
 
 def print_plan(
     compressor: CAPCompressor,
     loader: DataLoader,
     data_args: DataArguments,
-    config: CAPConfig,
     heal_args: HealArguments,
     evaluated: int,
+    recalibrates: bool,
 ) -> None:
     """Print what a prune would take in several numbers of processes, from the first images of a loader.
 
@@ -74,28 +88,26 @@ def print_plan(
         compressor: which has collected nothing.
         loader: of calibration examples.
         data_args: for the number of processes that read images.
-        config: how to prune.
         heal_args: how to heal.
         evaluated: images that one evaluation reads.
+        recalibrates: whether batch norm is estimated anew.
     """
-    method, prunes, device = METHODS[config.method], compressor.afterwards.prunes, compressor.accelerator.device
-    counts = {"evaluating": evaluated * (1 + prunes)}
-    if method.statistic is not None:
-        counts["collecting"] = config.num_examples
-    if method.refits(config):
-        counts["refitting"] = config.refit_examples * prunes
     forecasts = compressor.forecast(loader)
+    prunes, device = compressor.afterwards.prunes, compressor.accelerator.device
     model, batch = compressor.model.to(device), {name: value.to(device) for name, value in next(iter(loader)).items()}
-    forwards = {"evaluating": forward_seconds(model, batch)}
+    forward = forward_seconds(model, batch)
+    after = {"evaluating": Phase(evaluated * (1 + prunes), forward)}
+    if recalibrates:
+        after["recalibrating"] = Phase(NUM_EXAMPLES * prunes, forward)
     if heal_args.heal_steps:
-        counts["healing"] = heal_args.num_images(1) * prunes
-        forwards["healing"] = healing_seconds(model, batch, heal_args.heal_bf16)
+        dtype = torch.bfloat16 if heal_args.heal_bf16 else None
+        step = HEALING * forward_seconds(model, batch, dtype)
+        after["healing"] = Phase(heal_args.num_images(1) * prunes, step, each=True)
     own: Any = loader.dataset  # has a length
-    reading = Reading(reading_seconds(own), data_args.dataloader_num_workers, counts)
-    seconds = [phases(each, reading, forwards) for each in forecasts]
+    reading = Reading(reading_seconds(own), data_args.dataloader_num_workers)
+    seconds = [phases(each, reading, after) for each in forecasts]
     if compressor.accelerator.is_main_process:
         print(plan_table(forecasts, seconds))
-        print("\nEach process with the memory and the speed of this one; times without loading the model and saving.")
 
 
 def reading_seconds(images: Images) -> float:
@@ -109,26 +121,22 @@ def reading_seconds(images: Images) -> float:
     return seconds / max(1, len(few))
 
 
-def healing_seconds(model: nn.Module, batch: Batch, bf16: bool) -> float:
-    """Return the seconds that healing takes for an image, in bfloat16 mixed precision or not."""
-    with torch.autocast(batch["pixel_values"].device.type, torch.bfloat16, enabled=bf16):
-        return HEALING * forward_seconds(model, batch)
-
-
-def phases(forecast: Forecast, reading: Reading, forwards: Mapping[str, float]) -> dict[str, float]:
+def phases(forecast: Forecast, reading: Reading, after: Mapping[str, Phase]) -> dict[str, float]:
     """Return the seconds of each kind of phase of a prune, in their order; none that takes no time.
 
     Args:
-        forecast: of collecting and solving.
-        reading: the images of all kinds of phases.
-        forwards: seconds that an image takes in the model, of those kinds that are not in the forecast.
+        forecast: of collecting and all that the compressor does.
+        reading: of images.
+        after: what else there is, by kind.
     """
     found = dict(forecast.seconds)
-    for kind, count in reading.counts.items():
-        own = count if kind == "healing" else count / forecast.processes
-        times = forecast.plan.num_passes if forecast.plan is not None and kind in reading.passes else 1
-        model, read = found.get(kind, 0.0) + own * forwards.get(kind, 0.0), own * times * reading.seconds
-        found[kind] = max(model, read / reading.workers) if reading.workers else model + read
+    images = {kind: count / forecast.processes for kind, count in forecast.images.items()}
+    for kind, phase in after.items():
+        images[kind] = phase.images if phase.each else phase.images / forecast.processes
+        found[kind] = images[kind] * phase.seconds
+    for kind, count in images.items():
+        read = count * reading.seconds
+        found[kind] = max(found[kind], read / reading.workers) if reading.workers else found[kind] + read
     return {kind: found[kind] for kind in HEADINGS if found.get(kind)}
 
 
@@ -147,5 +155,12 @@ def plan_table(forecasts: Sequence[Forecast], seconds: Sequence[Mapping[str, flo
         times = [format_seconds(taken.get(kind, 0.0)) for kind in kinds]
         lines.append([str(each.processes), *plan, *times, format_seconds(sum(taken.values()))])
     header = ["processes", "passes", "blocks", "memory", "disk", *(HEADINGS[kind] for kind in kinds), "together"]
-    problems = [f"{each.processes}: {each.problem}" for each in forecasts if each.problem]
-    return "\n".join([*([table(header, lines)] if lines else []), *problems])
+    # Each text once, with all numbers of processes that it is of.
+    problems: dict[str, list[str]] = {}
+    for each in forecasts:
+        if each.problem:
+            problems.setdefault(each.problem, []).append(str(each.processes))
+    below = [
+        f"with {' or '.join(counts)} process{'es' * (counts != ['1'])}: {text}" for text, counts in problems.items()
+    ]
+    return "\n".join([*([table(header, lines), "", NOTE] if lines else []), *below])

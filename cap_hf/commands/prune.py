@@ -166,7 +166,7 @@ def prune(
         recalibrate = bool(norms) if args.recalibrate_batch_norm is None else args.recalibrate_batch_norm
     if args.dry_run:
         evaluated = len(splits["eval"]) + len(splits.get("bank", ())) if args.do_eval else 0
-        print_plan(compressor, train_loader, data_args, config, heal_args, evaluated)
+        print_plan(compressor, train_loader, data_args, heal_args, evaluated, recalibrate)
         accelerator.end_training()
         return
     dense = None

@@ -92,3 +92,22 @@ def test_a_forward_pass_is_timed_after_the_first_and_leaves_the_model_as_it_was(
     assert model.training
     after = [module.running_mean for module in model.modules() if isinstance(module, torch.nn.BatchNorm2d)]
     assert all(torch.equal(*pair) for pair in zip(norms, after, strict=True))
+
+
+def test_mixed_precision_is_timed_in_mixed_precision():
+    model, seen = build("ViT"), set()
+    model.register_forward_hook(lambda module, args, output: seen.add(output.logits.dtype))
+    batch = {"pixel_values": torch.zeros(2, 3, 8, 8)}
+    forward_seconds(model, batch)
+    assert seen == {torch.float32}
+    seen.clear()
+    forward_seconds(model, batch, torch.bfloat16)
+    assert seen == {torch.bfloat16}
+
+
+def test_positions_are_counted_alike_with_a_loss_and_without():
+    for name, side in (("ViT", 8), ("ResNet", 16)):
+        model = build(name)
+        examples = CalibrationExamples(random_batches(model, side), CAPConfig(), Processes())
+        without = measure(model, examples.peek(), find_targets(model), None)
+        assert without.positions == measured(model, side).positions
