@@ -13,7 +13,7 @@ from cap_hf.checkpoints.saving import check_shared, save_checkpoint
 from cap_hf.collection.batch_norm import NUM_EXAMPLES, recalibrate_batch_norm, statistics_of
 from cap_hf.collection.collection import Collection
 from cap_hf.collection.examples import first_examples
-from cap_hf.collection.forecast import Forecast
+from cap_hf.collection.forecast import Forecast, check_forecast
 from cap_hf.collection.plan import Plan
 from cap_hf.collection.precision import check_precision
 from cap_hf.collection.progress import Progress
@@ -171,7 +171,7 @@ class CAPCompressor:
         Raises:
             CAPError: as of `collect`, of what the first batch shows.
         """
-        check_type("processes", processes, Sequence, "pass such as (1, 2, 4, 8)")
+        check_forecast(dataloader, processes)
         self.model.to(self.accelerator.device)
         with differentiable(self.model):
             return self._collection(dataloader).forecast(processes)

@@ -125,14 +125,12 @@ class Collection:
         """Return what this and all that follows would take in so many processes, each like this one.
 
         Raises:
-            CAPError: a process has no example, the examples can be gone through only once, or as of `run` of the first.
+            CAPError: a process has no example, or as of `run` of the first.
         """
         found, device = [Forecast(world) for world in worlds], self.processes.device
         first = self.examples.first()
         if any(not there for (there,) in self.processes.gather_ints(int(first is not None))) or first is None:
             raise CAPError("the dataloader is empty: no example to forecast from")
-        if self.examples.once:
-            raise CAPError("a forecast leaves the examples to `collect`: pass a DataLoader or a list of batches")
         rows = Trials(CAPConfig(allocation=self.config.allocation), device)
         with unmade(self.resources):
             costs = None if self.method.statistic is None else self._measure(self._prepare_loss(first_alone=True))

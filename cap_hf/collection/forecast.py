@@ -1,7 +1,7 @@
 """How long the phases of a prune will take, from what the first examples cost and from blocks solved on trial."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from cap_hf.collection.resources import Afterwards
 from cap_hf.collection.room import disk_seconds
 from cap_hf.collection.shares import own_blocks
 from cap_hf.collection.solver import default_batch_bytes
-from cap_hf.config import CAPConfig
+from cap_hf.config import CAPConfig, check_type
 from cap_hf.distributed.processes import Processes
 from cap_hf.errors import CAPError
 from cap_hf.method.methods import METHODS
@@ -82,6 +82,13 @@ class Forecast:
     def __post_init__(self) -> None:
         if not isinstance(self.processes, int) or self.processes < 1:
             raise CAPError(f"a forecast for {self.processes!r} processes: pass whole numbers of at least 1")
+
+
+def check_forecast(dataloader: object, processes: object) -> None:
+    """Raise a CAPError if the processes are no sequence, or if looking at the first batch would take it from a prune."""
+    check_type("processes", processes, Sequence, "pass such as (1, 2, 4, 8)")
+    if isinstance(dataloader, Iterator):
+        raise CAPError("a forecast leaves the examples to `collect`: pass a DataLoader or a list of batches")
 
 
 @dataclass

@@ -118,8 +118,11 @@ def test_features_are_gone_through_once_more_for_their_deviations():
 def test_a_forecast_takes_no_example_from_a_collection():
     model = build("ViT")
     config = CAPConfig(num_grads=8)
+    batches = random_batches(model, 8)
+    once = iter(batches)
     with pytest.raises(CAPError, match="a forecast leaves the examples"):
-        CAPCompressor(model, config).forecast(iter(random_batches(model, 8)))
+        CAPCompressor(model, config).forecast(once)
+    assert len([*once]) == len(batches)
     with pytest.raises(CAPError, match="the dataloader is empty"):
         CAPCompressor(model, config).forecast([])
     for wrong in ((0,), (-1,), (1.5,)):
