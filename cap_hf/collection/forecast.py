@@ -85,7 +85,7 @@ class Forecast:
 
 
 def check_forecast(dataloader: object, processes: object) -> None:
-    """Raise a CAPError if the processes are no sequence, or if looking at the first batch would take it from a prune."""
+    """Raise a CAPError if the processes are no sequence, or if a look at the first batch would take it from a prune."""
     check_type("processes", processes, Sequence, "pass such as (1, 2, 4, 8)")
     if isinstance(dataloader, Iterator):
         raise CAPError("a forecast leaves the examples to `collect`: pass a DataLoader or a list of batches")
