@@ -13,7 +13,6 @@ from cap_hf.collection.progress import Foreseen
 from cap_hf.collection.resources import Afterwards
 from cap_hf.collection.room import disk_seconds
 from cap_hf.collection.shares import own_blocks
-from cap_hf.collection.solver import default_batch_bytes
 from cap_hf.config import CAPConfig, check_type
 from cap_hf.distributed.processes import Processes
 from cap_hf.errors import CAPError
@@ -22,6 +21,8 @@ from cap_hf.targets import Target
 
 # The largest block that is solved on trial; larger ones take as much longer as their size to the third power.
 TRIAL_SIZE = 768
+# Of matrices that are solved on trial at a time, where one is not larger.
+TRIAL_BYTES = 2**18
 
 
 class Alike(Processes):
@@ -222,8 +223,8 @@ def trial_seconds(config: CAPConfig, size: int, device: torch.device) -> tuple[f
     side = min(size, TRIAL_SIZE)
     if pattern is not None:
         side = side // pattern.m * pattern.m
-    # As many as are solved at a time: few small ones would cost their calls.
-    count = max(torch.get_num_threads(), default_batch_bytes(device) // (8 * side**2))
+    # Few small ones would cost their calls and little else.
+    count = max(torch.get_num_threads(), TRIAL_BYTES // (8 * side**2))
     generator = torch.Generator().manual_seed(0)
     weights = torch.randn(count, side, dtype=torch.float64, generator=generator).to(device)
     fisher = torch.eye(side, dtype=torch.float64).add_(0.5 / side).to(device).expand(count, -1, -1)
