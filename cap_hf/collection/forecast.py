@@ -155,12 +155,12 @@ def refit_seconds(
         processes: of the run.
         rows: seconds of a row by its size.
     """
-    moments = sum(
-        costs.positions.get(target.name, 0) * target.row_size * (target.row_size + len(target.weight))
-        for target in targets
-    )
+    # Moments are matrix products, as fast as those of a forward pass.
+    through = [(target, costs.positions.get(target.name, 0) * target.row_size) for target in targets]
+    once = sum(entries * len(target.weight) for target, entries in through)
+    moments = sum(entries * (target.row_size + len(target.weight)) for target, entries in through) / max(once, 1)
     examples = config.refit_examples / processes.world
-    seconds = examples * (costs.seconds + 2 * forward + moments / costs.multiplications)
+    seconds = examples * (costs.seconds + (2 + moments) * forward)
     steps = (0, 1) if METHODS[config.method].sequential else (1,)
     solving = sum(rows[target.row_size][step] * len(target.weight) for target in targets for step in steps)
     return seconds + solving / processes.world

@@ -170,8 +170,9 @@ def test_the_seconds_of_a_refit_are_those_of_its_parts():
     rows = sum(len(target.weight) for target in targets)
     costs = Costs(4, seconds=2.0, multiplications=10.0, positions={targets[0].name: 3, targets[1].name: 2})
     config = CAPConfig(refit_examples=8)
-    squares = [target.row_size * (target.row_size + len(target.weight)) for target in targets]
-    expected = 8 * (2.0 + 2 * 0.5 + (3 * squares[0] + 2 * squares[1]) / 10) + 0.1 * rows
+    # fc1 is 32 x 16 and fc2 16 x 32: of one position's 512 products each, moments are 16 x 48 and 32 x 48.
+    moments = (3 * 16 * 48 + 2 * 32 * 48) / ((3 + 2) * 512)
+    expected = 8 * (2.0 + (2 + moments) * 0.5) + 0.1 * rows
     assert refit_seconds(targets, costs, 0.5, config, Processes(), Given()) == pytest.approx(expected)
     four = Alike(4, torch.device("cpu"))
     assert refit_seconds(targets, costs, 0.5, config, four, Given()) == pytest.approx(expected / 4)
