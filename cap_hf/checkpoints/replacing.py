@@ -108,7 +108,9 @@ def has_to_stay(folder: Path) -> bool:
     with suppress(FileNotFoundError):  # a current folder that was removed lies nowhere
         if Path(os.path.realpath(".")).is_relative_to(folder):
             return True
-    return any(stays(name, folder) for name in os.listdir(folder))
+    with suppress(FileNotFoundError):  # another run took it away since the first look
+        return any(stays(name, folder) for name in os.listdir(folder))
+    return False
 
 
 def is_empty(folder: Path, but: Path | None = None) -> bool:

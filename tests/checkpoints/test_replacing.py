@@ -7,7 +7,7 @@ import pytest
 
 from cap_hf import CAPError
 from cap_hf.checkpoints.atomic import atomic_directory, check_place
-from cap_hf.checkpoints.replacing import check_replaceable, is_empty
+from cap_hf.checkpoints.replacing import check_replaceable, has_to_stay, is_empty
 
 CHECKPOINT = {"config.json": '{"model_type": "vit"}', "model.safetensors": "weights"}
 
@@ -156,3 +156,15 @@ def test_what_mkfs_puts_onto_a_disk_is_nothing_and_stays(tmp_path):
         put(folder, CHECKPOINT)
     assert sorted(os.listdir(tmp_path / "disk")) == sorted([*CHECKPOINT, "lost+found"])
     assert not is_empty(tmp_path / "disk")
+
+
+def test_a_folder_that_another_run_takes_away_at_this_moment_does_not_have_to_stay(tmp_path, monkeypatch):
+    put(tmp_path / "out", CHECKPOINT)
+
+    def taken_away(path):
+        os.rename(path, tmp_path / "old")
+        return False
+
+    monkeypatch.setattr("os.path.ismount", taken_away)
+    assert not has_to_stay(tmp_path / "out")
+    assert (tmp_path / "old").is_dir()
