@@ -14,6 +14,8 @@ from cap_hf.collection.batch_norm import NUM_EXAMPLES, recalibrate_batch_norm, s
 from cap_hf.collection.collection import Collection
 from cap_hf.collection.examples import first_examples
 from cap_hf.collection.forecast import Forecast, check_forecast
+from cap_hf.collection.forecasting import forecasts
+from cap_hf.collection.hardware import WORLDS, Hardware
 from cap_hf.collection.plan import Plan
 from cap_hf.collection.precision import check_precision
 from cap_hf.collection.progress import Progress
@@ -127,43 +129,41 @@ class CAPCompressor:
             self.collection.close()
         self.collection, self.paths, self.report = None, None, None
         with differentiable(self.model):
-            return self._collect(dataloader, checkpointing)
+            self.model.to(self.accelerator.device)
+            statistics = statistics_of(self.model)
+            if METHODS[self.config.method].statistic is None:
+                solver = Solver(self.config, None)
+                self.paths = RemovalPaths(self.targets, solver, self.processes, statistics=statistics)
+                return self
+            self.collection = collection = self._collection(dataloader)
+            self.config = collection.config
+            fisher = collection.run(checkpointing)
+            self.targets, again = collection.targets, collection.recollection
+            solver = Solver(self.config, fisher, collection.batch_bytes)
+            paths = RemovalPaths(self.targets, solver, self.processes, collection.tensors, statistics, again)
+            if again:
+                eliminate(paths, self.config.pattern, self.progress)
+            self.paths = paths
+            return self
 
     def check_sparsity(self, sparsity: float | None = None) -> None:
         """Raise the CAPError of `prune` about a sparsity that the model, as it is, cannot be pruned to; any time."""
         zeros, total = count_zeros(self.targets)
         self.config.check_sparsity(sparsity, total, zeros)
 
-    def _collect(self, dataloader: Batches, checkpointing: Checkpointing | None) -> "CAPCompressor":
-        self.model.to(self.accelerator.device)
-        statistics = statistics_of(self.model)
-        if METHODS[self.config.method].statistic is None:
-            self.paths = RemovalPaths(self.targets, Solver(self.config, None), self.processes, statistics=statistics)
-            return self
-        self.collection = self._collection(dataloader)
-        self.config = self.collection.config
-        fisher = self.collection.run(checkpointing)
-        self.targets = self.collection.targets
-        solver = Solver(self.config, fisher, self.collection.batch_bytes)
-        again, tensors = self.collection.recollection, self.collection.tensors
-        paths = RemovalPaths(self.targets, solver, self.processes, tensors, statistics, again)
-        if again:
-            eliminate(paths, self.config.pattern, self.progress)
-        self.paths = paths
-        return self
-
     def _collection(self, dataloader: Batches) -> Collection:
-        if METHODS[self.config.method].statistic is not None:
-            check_precision(self.targets, self.accelerator.device)
         how = (self.config, self._find, self.processes, self.resources, self.progress, self.afterwards)
         return Collection(self.model, dataloader, *how)
 
-    def forecast(self, dataloader: Batches, processes: Sequence[int] = (1, 2, 4, 8)) -> list[Forecast]:
+    def forecast(
+        self, dataloader: Batches, processes: Sequence[int] = WORLDS, hardware: Hardware | None = None
+    ) -> list[Forecast]:
         """Return what `collect` and all that is to come after it would take in so many processes; the model stays.
 
         Args:
             dataloader: as `collect` takes it; its first batch goes through the model.
             processes: numbers of them, each with the memory and the speed of this one.
+            hardware: a GPU for each of them, on paper; sums go to no disk then.
 
         Returns:
             For each its `plan`, its `seconds` by kind of phase, and the `problem` where nothing fits.
@@ -174,7 +174,7 @@ class CAPCompressor:
         check_forecast(dataloader, processes)
         self.model.to(self.accelerator.device)
         with differentiable(self.model):
-            return self._collection(dataloader).forecast(processes)
+            return forecasts(self._collection(dataloader), processes, hardware)
 
     def prune(
         self, sparsity: float | None = None, allocation: str | None = None, selection: str | None = None

@@ -1,6 +1,6 @@
 """A whole collection: planned, gone through in passes, kept on the disk where it must be, finished as a Fisher."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -8,20 +8,20 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from cap_hf.collection.costs import Costs, forward_seconds, measure
+from cap_hf.collection.costs import Costs, measure
 from cap_hf.collection.examples import CalibrationExamples
-from cap_hf.collection.forecast import Alike, Forecast, Measured, Trials, foresee
+from cap_hf.collection.forecast import foresee
 from cap_hf.collection.objective import choose_loss, make_loss, measure_deviations
 from cap_hf.collection.passes import Passes
 from cap_hf.collection.plan import Plan
 from cap_hf.collection.planning import make_plan
+from cap_hf.collection.precision import check_precision
 from cap_hf.collection.progress import Progress
 from cap_hf.collection.recollection import Recollection
-from cap_hf.collection.relevance import label_free_loss
 from cap_hf.collection.removal_paths import Tensors
 from cap_hf.collection.resources import Afterwards, Resources
-from cap_hf.collection.room import spill_folder, unmade
-from cap_hf.collection.running import Batch, Batches, frozen
+from cap_hf.collection.room import spill_folder
+from cap_hf.collection.running import Batches
 from cap_hf.collection.shares import own_blocks
 from cap_hf.collection.spill import DiskTensors, SpilledSums
 from cap_hf.collection.state import Checkpointing, CollectionState, hash_weights
@@ -62,7 +62,7 @@ class Collection:
         recollection: brings back the sums of a pass, where those of all are not kept.
 
     Raises:
-        CAPError: as of `CalibrationExamples`, and of its `first`.
+        CAPError: as of `CalibrationExamples`, of its `first`, and of `check_precision`.
     """
 
     def __init__(
@@ -79,6 +79,8 @@ class Collection:
         self.model, self.config, self.find, self.processes = model, config, find, processes
         self.resources, self.progress, self.afterwards = resources, progress, afterwards
         self.method = METHODS[config.method]
+        if self.method.statistic is not None:
+            check_precision(find("row"), processes.device)
         self.examples = CalibrationExamples(dataloader, config, processes, taken_by(tower_of(model)))
         if self.method.statistic == "gradients":
             chosen = choose_loss(config.fisher_loss, model, self.examples.first(), processes)
@@ -109,8 +111,8 @@ class Collection:
             CAPError: there is too little memory, no data, a batch that does not fit, or a gradient that is not finite.
         """
         try:
-            loss = self._prepare_loss()
-            costs = self._measure(loss)
+            loss = self.prepare_loss()
+            costs = self.measure(loss)
             self.plan = plan = self._begin(costs, checkpointing)
             self.targets = [target for each in plan.passes for target in each]
             order = self._shared_order(costs)
@@ -121,40 +123,36 @@ class Collection:
             # They may be all images of a list.
             del self.examples
 
-    def forecast(self, worlds: Sequence[int]) -> list[Forecast]:
-        """Return what this and all that follows would take in so many processes, each like this one.
+    def prepare_loss(self, first_alone: bool = False) -> FisherLoss | None:
+        """Return the loss of the config, ready for its gradients, and have the examples bring what it needs.
 
-        Raises:
-            CAPError: a process has no example, or as of `run` of the first.
+        None where the method sums no gradients: its examples need no labels, and its model no head.
+
+        Args:
+            first_alone: let the first batch stand for all where the loss looks at the examples before.
         """
-        found, device = [Forecast(world) for world in worlds], self.processes.device
-        first = self.examples.first()
-        if any(not there for (there,) in self.processes.gather_ints(int(first is not None))) or first is None:
-            raise CAPError("the dataloader is empty: no example to forecast from")
-        rows = Trials(CAPConfig(allocation=self.config.allocation), device)
-        with unmade(self.resources):
-            costs = None if self.method.statistic is None else self._measure(self._prepare_loss(first_alone=True))
-            again = self._measure_refit(first) if self.afterwards.refits else None
-            forward, trials = forward_seconds(self.model, first), Trials(self.config, device)
-            measured = Measured(self.config, self.afterwards, costs, again, forward, trials, rows)
-            for number, each in enumerate(found):
-                processes = Alike(each.processes, device)
-                try:
-                    plan = None if costs is None else self._plan(costs, processes)
-                    folder = spill_folder(self.resources) if plan is not None and plan.spilled else None
-                    found[number] = measured.forecast(plan, self.find("row"), processes, folder)
-                except CAPError as error:
-                    found[number] = replace(each, problem=str(error))
-        return found
+        if self.method.statistic != "gradients":
+            return None
+        loss = make_loss(self.config, self.model)
+        self.examples.use(loss)
+        if isinstance(loss, FeatureLoss):
+            if self.examples.once:
+                raise CAPError("fisher_loss='features' needs the examples twice: collect from a DataLoader or a list")
+            batches = (batch for batch, _ in islice(self.examples.batches(), 1 if first_alone else None))
+            measure_deviations(loss, self.model, batches, self.processes, self.progress.disable)
+        return loss
 
-    def _measure_refit(self, first: Batch) -> Costs:
-        """Return what an example costs while layers are refitted."""
-        images = {name: value for name, value in first.items() if name != "labels"}
-        with frozen(self.model), torch.no_grad():
-            loss = label_free_loss(self.model, images, self.config, self.processes)
-        alone = CalibrationExamples([images], CAPConfig(num_grads=len(first["pixel_values"])), Processes())
-        alone.use(loss)
-        return measure(self.model, alone, self.find("row"), loss)
+    def measure(self, loss: FisherLoss | None) -> Costs:
+        """Return what a gradient sample costs, of the first examples."""
+        block_size = self.method.block_size(self.config)
+        targets = self.find("row" if block_size == "auto" else block_size)
+        return measure(self.model, self.examples.peek(), targets, loss)
+
+    def plan_for(self, costs: Costs, processes: Processes, available: int | None = None) -> Plan:
+        """Return the plan for such costs and processes; `available` as of `make_plan`."""
+        if self.method.statistic == "inputs":
+            return Plan([self.find(self.method.block_size(self.config))], "row", costs.samples, costs.samples)
+        return make_plan(self.find, self.config, self.resources, costs, processes, self.afterwards, available)
 
     def tensors(self, kind: str) -> Tensors:
         """Return a dict of tensors, on the disk where the plan spills or a run that goes on will want them."""
@@ -177,39 +175,13 @@ class Collection:
         if self._temporary is not None:
             self._temporary.cleanup()
 
-    def _prepare_loss(self, first_alone: bool = False) -> FisherLoss | None:
-        """Return the loss of the config, ready for its gradients, and have the examples bring what it needs.
-
-        None where the method sums no gradients: its examples need no labels, and its model no head.
-        """
-        if self.method.statistic != "gradients":
-            return None
-        loss = make_loss(self.config, self.model)
-        self.examples.use(loss)
-        if isinstance(loss, FeatureLoss):
-            if self.examples.once:
-                raise CAPError("fisher_loss='features' needs the examples twice: collect from a DataLoader or a list")
-            batches = (batch for batch, _ in islice(self.examples.batches(), 1 if first_alone else None))
-            measure_deviations(loss, self.model, batches, self.processes, self.progress.disable)
-        return loss
-
     def _shared_order(self, costs: Costs) -> list[str]:
         """Return the order in which a backward pass meets the targets, everywhere that of the first with examples."""
         return self.processes.share_first(costs.order)
 
-    def _measure(self, loss: FisherLoss | None) -> Costs:
-        block_size = self.method.block_size(self.config)
-        targets = self.find("row" if block_size == "auto" else block_size)
-        return measure(self.model, self.examples.peek(), targets, loss)
-
-    def _plan(self, costs: Costs, processes: Processes) -> Plan:
-        if self.method.statistic == "inputs":
-            return Plan([self.find(self.method.block_size(self.config))], "row", costs.samples, costs.samples)
-        return make_plan(self.find, self.config, self.resources, costs, processes, self.afterwards)
-
     def _begin(self, costs: Costs, checkpointing: Checkpointing | None) -> Plan:
         """Return the plan, or that of the interrupted run; state, disk and bar are ready then."""
-        plan, examples = self._plan(costs, self.processes), self.examples
+        plan, examples = self.plan_for(costs, self.processes), self.examples
         if checkpointing is not None:
             facts = {f"config {name}": value for name, value in self.config.to_dict().items()}
             facts |= {"model weights": hash_weights(self.model), "number of processes": self.processes.world}

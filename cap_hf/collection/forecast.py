@@ -1,7 +1,7 @@
 """How long the phases of a prune will take, from what the first examples cost and from blocks solved on trial."""
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -42,20 +42,19 @@ class Alike(Processes):
 
 
 class Trials(dict[int, tuple[float, float]]):
-    """The seconds of a block by its size, tried once each: see `trial_seconds`.
+    """The seconds of a block's elimination and of its reconstruction, by the block's size; each size is tried once.
 
     Args:
-        config: how to prune.
-        device: that solves.
+        attempt: says them for a size, such as `trial_seconds`.
     """
 
-    def __init__(self, config: CAPConfig, device: torch.device) -> None:
+    def __init__(self, attempt: Callable[[int], tuple[float, float]]) -> None:
         super().__init__()
-        self.config, self.device = config, device
+        self.attempt = attempt
 
     def __missing__(self, size: int) -> tuple[float, float]:
         """Try a block of this size."""
-        self[size] = trial_seconds(self.config, size, self.device)
+        self[size] = self.attempt(size)
         return self[size]
 
 
@@ -192,7 +191,8 @@ def foresee(
     byte = 0.0 if folder is None else disk_seconds(folder)
     method = METHODS[config.method]
     prior = method.has_prior(config)
-    trials = Trials(config, plan.passes[0][0].weight.device) if trials is None else trials
+    device = plan.passes[0][0].weight.device
+    trials = Trials(lambda size: trial_seconds(config, size, device)) if trials is None else trials
     collecting, eliminating, reconstructing = [], [], []
     for targets in plan.passes:
         own = [own_blocks(target, processes) for target in targets]

@@ -115,7 +115,7 @@ def plan_passes(
         recollected: where sums are dropped and collected anew, how many sparsities are pruned to together; 0 for sums
             that go to the disk.
     """
-    device = targets[0].weight.device
+    device = processes.device
     blocks = largest_shares(list(targets), processes)
     shares = list(zip(targets, blocks, strict=True))
     sizes = [sums_bytes(target, count, prior) for target, count in shares]

@@ -31,6 +31,7 @@ def make_plan(
     costs: Costs,
     processes: Processes,
     afterwards: Afterwards,
+    available: int | None = None,
 ) -> Plan:
     """Return the plan for a block size, or for the largest that the memory allows (`auto`), the same on every process.
 
@@ -41,6 +42,7 @@ def make_plan(
         costs: of a gradient sample, on this process.
         processes: of the run.
         afterwards: what the collection is for.
+        available: bytes that this process may take beside the model; None to look.
 
     Raises:
         CAPError: nothing fits; says what would.
@@ -49,9 +51,8 @@ def make_plan(
     block_size, prior = method.block_size(config), method.has_prior(config)
     dtype = getattr(torch, config.fisher_dtype)
     sizes = ("samples", "bytes", "kept", "widest", "patches", "held", "model")
-    everyone = processes.gather_ints(
-        available_bytes(resources, processes.device), *(getattr(costs, name) for name in sizes)
-    )
+    own = available_bytes(resources, processes.device) if available is None else available
+    everyone = processes.gather_ints(own, *(getattr(costs, name) for name in sizes))
     available = min(each[0] for each in everyone)
     largest = [max(values) for values in list(zip(*everyone, strict=True))[1:]]
     costs = replace(costs, **dict(zip(sizes, largest, strict=True)))

@@ -9,8 +9,9 @@ import torch
 from torch.utils.data import DataLoader
 
 from cap_hf.collection.batch_norm import NUM_EXAMPLES
-from cap_hf.collection.costs import forward_seconds
+from cap_hf.collection.clock import REACHED, READ, Clock, PaperClock
 from cap_hf.collection.forecast import Forecast
+from cap_hf.collection.hardware import WORLDS, parse_hardware
 from cap_hf.collection.progress import format_seconds
 from cap_hf.commands.healing import HealArguments
 from cap_hf.commands.tables import table
@@ -34,6 +35,12 @@ HEALING = 4
 NOTE = (
     "Memory and disk are those of each process, beside the model, and each is taken to have the memory and the speed\n"
     "of this one. Loading the model, probes of features and saving come on top."
+)
+PAPER = (
+    f"On paper: each process has one {{}},\nof which {REACHED:.0%} of the arithmetic and {READ:.0%} of the memory's "
+    "speed are taken to be reached, and no disk; nothing was\nmeasured there. Memory is that of each process, beside "
+    "the model. Images are read as fast as here. What processes\nsend each other, loading the model, probes of "
+    "features and saving come on top."
 )
 # Images that loading is timed on.
 LOADED = 8
@@ -81,6 +88,7 @@ def print_plan(
     heal_args: HealArguments,
     evaluated: int,
     recalibrates: bool,
+    plan_for: str | None = None,
 ) -> None:
     """Print what a prune would take in several numbers of processes, from the first images of a loader.
 
@@ -91,23 +99,26 @@ def print_plan(
         heal_args: how to heal.
         evaluated: images that one evaluation reads.
         recalibrates: whether batch norm is estimated anew.
+        plan_for: a GPU that is not there, and how many of them, as `parse_hardware` takes it; None for this machine.
     """
-    forecasts = compressor.forecast(loader)
+    hardware, worlds = (None, WORLDS) if plan_for is None else parse_hardware(plan_for)
+    forecasts = compressor.forecast(loader, worlds, hardware)
     prunes, device = compressor.afterwards.prunes, compressor.accelerator.device
+    clock = Clock(device) if hardware is None else PaperClock(hardware)
     model, batch = compressor.model.to(device), {name: value.to(device) for name, value in next(iter(loader)).items()}
-    forward = forward_seconds(model, batch)
+    forward = clock.forward(model, batch)
     after = {"evaluating": Phase(evaluated * (1 + prunes), forward)}
     if recalibrates:
         after["recalibrating"] = Phase(NUM_EXAMPLES * prunes, forward)
     if heal_args.heal_steps:
         dtype = torch.bfloat16 if heal_args.heal_bf16 else None
-        step = HEALING * forward_seconds(model, batch, dtype)
+        step = HEALING * clock.forward(model, batch, dtype)
         after["healing"] = Phase(heal_args.num_images(1) * prunes, step, each=True)
     own: Any = loader.dataset  # has a length
     reading = Reading(reading_seconds(own), data_args.dataloader_num_workers)
     seconds = [phases(each, reading, after) for each in forecasts]
     if compressor.accelerator.is_main_process:
-        print(plan_table(forecasts, seconds))
+        print(plan_table(forecasts, seconds, NOTE if hardware is None else PAPER.format(hardware.describe())))
 
 
 def reading_seconds(images: Images) -> float:
@@ -140,7 +151,7 @@ def phases(forecast: Forecast, reading: Reading, after: Mapping[str, Phase]) -> 
     return {kind: found[kind] for kind in HEADINGS if found.get(kind)}
 
 
-def plan_table(forecasts: Sequence[Forecast], seconds: Sequence[Mapping[str, float]]) -> str:
+def plan_table(forecasts: Sequence[Forecast], seconds: Sequence[Mapping[str, float]], note: str = NOTE) -> str:
     """Return a line for each forecast with the seconds of its phases, and below why nothing fits where that is so."""
     fitting = [(each, taken) for each, taken in zip(forecasts, seconds, strict=True) if not each.problem]
     kinds = [kind for kind in HEADINGS if any(kind in taken for _, taken in fitting)]
@@ -163,4 +174,4 @@ def plan_table(forecasts: Sequence[Forecast], seconds: Sequence[Mapping[str, flo
     below = [
         f"with {' or '.join(counts)} process{'es' * (counts != ['1'])}: {text}" for text, counts in problems.items()
     ]
-    return "\n".join([*([table(header, lines), "", NOTE] if lines else []), *below])
+    return "\n".join([*([table(header, lines), "", note] if lines else []), *below])

@@ -1,20 +1,20 @@
 """`cap-hf prune`: one collection, several sparsities, each evaluated and saved."""
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cap_hf.checkpoints.atomic import check_place
 from cap_hf.collection.resources import Resources
-from cap_hf.commands.arguments import (
-    DEFAULT_OUTPUT_DIR,
-    ModelArguments,
-    ProbeArguments,
-    beside,
-    check_output,
-    parse,
-)
+from cap_hf.commands.arguments import ModelArguments, ProbeArguments, check_output, parse
 from cap_hf.commands.healing import HealArguments, Healing
+from cap_hf.commands.prune_arguments import (
+    PruneArguments,
+    check_sparsities,
+    check_state,
+    checkpoint_name,
+    state_folder,
+)
 from cap_hf.commands.tables import results_table
 from cap_hf.config import CAPConfig
 from cap_hf.data.arguments import DataArguments
@@ -22,39 +22,6 @@ from cap_hf.errors import CAPError
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-
-
-@dataclass
-class PruneArguments:
-    """What to make of the checkpoint, and where it goes."""
-
-    output_dir: str = field(default=DEFAULT_OUTPUT_DIR, metadata={"help": "Gets report.json and sparsity-*/."})
-    sparsity: list[float] | None = field(
-        default=None,
-        metadata={"help": "Share of the target weights to be 0, in [0, 1); several give a checkpoint each."},
-    )
-    per_device_batch_size: int = field(
-        default=64, metadata={"help": "Examples per step while gradients are collected."}
-    )
-    per_device_eval_batch_size: int = field(default=64, metadata={"help": "Examples per step of evaluation."})
-    do_eval: bool = field(default=True, metadata={"help": "Evaluate the dense model and each sparse one."})
-    overwrite_output_dir: bool = field(default=False, metadata={"help": "Replace checkpoints that are there."})
-    checkpoint_every: int | None = field(
-        default=None,
-        metadata={"help": "Gradient samples between two saves of the collection's state, in OUTPUT_DIR-collection."},
-    )
-    resume: bool = field(default=False, metadata={"help": "Go on from the state that a killed run has left."})
-    recalibrate_batch_norm: bool | None = field(
-        default=None,
-        metadata={"help": "Estimate batch norm anew after pruning, from 256 examples; default: where there is any."},
-    )
-    dry_run: bool = field(
-        default=False,
-        metadata={
-            "help": "Print what it would take, memory, disk and time, in 1, 2, 4 and 8 processes; prune nothing."
-        },
-    )
-    disable_tqdm: bool = field(default=False, metadata={"help": "No progress bars."})
 
 
 def main(argv: list[str]) -> None:
@@ -166,7 +133,7 @@ def prune(
         recalibrate = bool(norms) if args.recalibrate_batch_norm is None else args.recalibrate_batch_norm
     if args.dry_run:
         evaluated = len(splits["eval"]) + len(splits.get("bank", ())) if args.do_eval else 0
-        print_plan(compressor, train_loader, data_args, heal_args, evaluated, recalibrate)
+        print_plan(compressor, train_loader, data_args, heal_args, evaluated, recalibrate, args.plan_for)
         accelerator.end_training()
         return
     dense = None
@@ -217,53 +184,6 @@ def prune(
     compressor.discard_state()
     accelerator.wait_for_everyone()
     accelerator.end_training()
-
-
-def checkpoint_name(sparsity: float) -> str:
-    """Return the name of the folder for a checkpoint of this sparsity."""
-    return f"sparsity-{sparsity:.12g}"
-
-
-def state_folder(args: PruneArguments) -> Path:
-    """Return where the state of a collection lies: beside the output, which is not there before the end."""
-    return beside(args.output_dir, "collection")
-
-
-def check_state(args: PruneArguments) -> None:
-    """Check the arguments that keep the state of a collection and go on from it.
-
-    Raises:
-        CAPError: `resume` without `checkpoint_every`, `resume` where no state was saved, or fewer than one sample
-            between two saves.
-    """
-    if args.checkpoint_every is None:
-        if args.resume:
-            raise CAPError("--resume goes with --checkpoint_every, as the run that was killed had it")
-        return
-    if args.checkpoint_every < 1:
-        raise CAPError(f"checkpoint_every={args.checkpoint_every} must be at least 1")
-    if args.resume and not state_folder(args).is_dir():
-        raise CAPError(f"--resume: {state_folder(args)} is not there, so nothing was saved: leave --resume out")
-
-
-def check_sparsities(sparsities: list[float] | None, config: CAPConfig) -> list[float]:
-    """Return the sparsities in rising order, each once; the pattern's own where the allocation is N:M.
-
-    Raises:
-        CAPError: none is given, one is out of range, or they contradict an N:M allocation.
-    """
-    pattern = config.pattern
-    if pattern is not None:
-        for sparsity in sparsities or ():
-            pattern.check_sparsity(sparsity)
-        return [pattern.sparsity]
-    if not sparsities:
-        raise CAPError("say how sparse: --sparsity 0.5 0.75 0.9")
-    for sparsity in sparsities:
-        if not 0 <= round(sparsity, 12) < 1:
-            raise CAPError(f"sparsity {sparsity:g} is not in [0, 1)")
-    # Closer than this, two would share a folder.
-    return sorted({round(sparsity, 12) for sparsity in sparsities})
 
 
 def describe(

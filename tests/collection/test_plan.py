@@ -12,6 +12,7 @@ import cap_hf.collection.solver as solver_module
 from cap_hf import CAPCompressor, CAPConfig
 from cap_hf.collection.costs import Costs
 from cap_hf.collection.fitting import least_bytes
+from cap_hf.collection.forecast import Alike
 from cap_hf.collection.plan import Plan, plan_passes
 from cap_hf.distributed.processes import Processes
 from cap_hf.targets import find_targets
@@ -105,10 +106,9 @@ def test_on_a_device_batches_take_what_memory_is_left(monkeypatch):
     targets, costs = find_targets(build("ViT")), Costs(16, 1000, 10, 0)
     found = {}
     for kind in ("cpu", "meta"):
-        for target in targets:
-            target.module.to(kind)
         for available in (5 * 10**8, 10**10):
-            found[kind, available] = plan_passes(targets, "row", available, costs, Processes()).batch_bytes
+            alike = Alike(1, torch.device(kind))
+            found[kind, available] = plan_passes(targets, "row", available, costs, alike).batch_bytes
     assert found["cpu", 5 * 10**8] == found["cpu", 10**10] == solver_module.BATCH_BYTES
     assert found["meta", 10**10] > 10 * solver_module.BATCH_BYTES
     assert solver_module.COPIES * found["meta", 5 * 10**8] <= 5 * 10**8

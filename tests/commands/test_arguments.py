@@ -10,7 +10,7 @@ from cap_hf import CAPConfig, CAPError
 from cap_hf.collection.resources import Resources
 from cap_hf.commands.arguments import ModelArguments, arguments_from_file, beside, check_output, make_parser, parse
 from cap_hf.commands.main import main
-from cap_hf.commands.prune import PruneArguments
+from cap_hf.commands.prune_arguments import PruneArguments
 from cap_hf.data.arguments import DataArguments
 
 KINDS = (ModelArguments, DataArguments, PruneArguments, CAPConfig, Resources)

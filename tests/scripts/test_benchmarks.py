@@ -9,7 +9,10 @@ from datasets import Dataset
 from PIL import Image
 from support.models import build
 from support.scripts import load_script, run_script
-from transformers import ViTConfig
+from transformers import ViTConfig, ViTForImageClassification
+
+from cap_hf import CAPCompressor, CAPConfig
+from cap_hf.collection.hardware import GPUS
 
 models = load_script("benchmarks/models.py")
 
@@ -170,3 +173,22 @@ def test_batch_norm_compares_old_statistics_with_new_ones(figures, tmp_path, cap
     ]
     assert all(0 <= row[way] <= 100 for row in found["results"] for way in ("old", "averages", "new, 8", "new, 16"))
     assert "| magnitude | 50% |" in capsys.readouterr().out
+
+
+def test_plans_of_models_that_are_made_in_part_are_those_of_whole_ones(figures):
+    sizes = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 32, "image_size": 224, "patch_size": 112}
+
+    def make(layers):
+        return ViTForImageClassification(ViTConfig(**sizes, num_hidden_layers=layers, num_labels=1000))
+
+    found = figures("plans", "--gpu", "H100", "--counts", 1, 8, "--num_grads", 64, MODELS={"tiny": (make, 5)})
+    config = CAPConfig(num_grads=64, fisher_loss="labels")
+    batch = {"pixel_values": torch.zeros(64, 3, 224, 224), "labels": torch.zeros(64, dtype=torch.long)}
+    compressor = CAPCompressor(make(5), config, refits=True)
+    expected = compressor.forecast([batch], (1, 8), GPUS["H100"])
+    assert [row["processes"] for row in found["results"]] == [1, 8]
+    for row, forecast in zip(found["results"], expected, strict=True):
+        assert row["seconds"] == pytest.approx(dict(forecast.seconds), rel=1e-6)
+        assert (row["block_size"], row["passes"]) == (forecast.plan.block_size, forecast.plan.num_passes)
+        assert row["bytes"] == pytest.approx(forecast.plan.needed, rel=0.05)
+    assert found["results"][0]["parameters"] == make(5).num_parameters()

@@ -1,0 +1,105 @@
+"""The arguments of `cap-hf prune` that are its own, and their checks, which come before anything is loaded."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from cap_hf.collection.hardware import parse_hardware
+from cap_hf.commands.arguments import DEFAULT_OUTPUT_DIR, beside
+from cap_hf.config import CAPConfig
+from cap_hf.errors import CAPError
+
+
+@dataclass
+class PruneArguments:
+    """What to make of the checkpoint, and where it goes.
+
+    Raises:
+        CAPError: `plan_for` names no GPU that is known.
+    """
+
+    output_dir: str = field(default=DEFAULT_OUTPUT_DIR, metadata={"help": "Gets report.json and sparsity-*/."})
+    sparsity: list[float] | None = field(
+        default=None,
+        metadata={"help": "Share of the target weights to be 0, in [0, 1); several give a checkpoint each."},
+    )
+    per_device_batch_size: int = field(
+        default=64, metadata={"help": "Examples per step while gradients are collected."}
+    )
+    per_device_eval_batch_size: int = field(default=64, metadata={"help": "Examples per step of evaluation."})
+    do_eval: bool = field(default=True, metadata={"help": "Evaluate the dense model and each sparse one."})
+    overwrite_output_dir: bool = field(default=False, metadata={"help": "Replace checkpoints that are there."})
+    checkpoint_every: int | None = field(
+        default=None,
+        metadata={"help": "Gradient samples between two saves of the collection's state, in OUTPUT_DIR-collection."},
+    )
+    resume: bool = field(default=False, metadata={"help": "Go on from the state that a killed run has left."})
+    recalibrate_batch_norm: bool | None = field(
+        default=None,
+        metadata={"help": "Estimate batch norm anew after pruning, from 256 examples; default: where there is any."},
+    )
+    dry_run: bool = field(
+        default=False,
+        metadata={
+            "help": "Print what it would take, memory, disk and time, in 1, 2, 4 and 8 processes; prune nothing."
+        },
+    )
+    plan_for: str | None = field(
+        default=None,
+        metadata={
+            "help": "A dry run for GPUs that are not here, such as gpu=H100,count=8: on paper, from what their makers "
+            "state."
+        },
+    )
+    disable_tqdm: bool = field(default=False, metadata={"help": "No progress bars."})
+
+    def __post_init__(self) -> None:
+        if self.plan_for is not None:
+            parse_hardware(self.plan_for)
+            self.dry_run = True
+
+
+def checkpoint_name(sparsity: float) -> str:
+    """Return the name of the folder for a checkpoint of this sparsity."""
+    return f"sparsity-{sparsity:.12g}"
+
+
+def state_folder(args: PruneArguments) -> Path:
+    """Return where the state of a collection lies: beside the output, which is not there before the end."""
+    return beside(args.output_dir, "collection")
+
+
+def check_state(args: PruneArguments) -> None:
+    """Check the arguments that keep the state of a collection and go on from it.
+
+    Raises:
+        CAPError: `resume` without `checkpoint_every`, `resume` where no state was saved, or fewer than one sample
+            between two saves.
+    """
+    if args.checkpoint_every is None:
+        if args.resume:
+            raise CAPError("--resume goes with --checkpoint_every, as the run that was killed had it")
+        return
+    if args.checkpoint_every < 1:
+        raise CAPError(f"checkpoint_every={args.checkpoint_every} must be at least 1")
+    if args.resume and not state_folder(args).is_dir():
+        raise CAPError(f"--resume: {state_folder(args)} is not there, so nothing was saved: leave --resume out")
+
+
+def check_sparsities(sparsities: list[float] | None, config: CAPConfig) -> list[float]:
+    """Return the sparsities in rising order, each once; the pattern's own where the allocation is N:M.
+
+    Raises:
+        CAPError: none is given, one is out of range, or they contradict an N:M allocation.
+    """
+    pattern = config.pattern
+    if pattern is not None:
+        for sparsity in sparsities or ():
+            pattern.check_sparsity(sparsity)
+        return [pattern.sparsity]
+    if not sparsities:
+        raise CAPError("say how sparse: --sparsity 0.5 0.75 0.9")
+    for sparsity in sparsities:
+        if not 0 <= round(sparsity, 12) < 1:
+            raise CAPError(f"sparsity {sparsity:g} is not in [0, 1)")
+    # Closer than this, two would share a folder.
+    return sorted({round(sparsity, 12) for sparsity in sparsities})
