@@ -139,7 +139,10 @@ class CalibrationExamples:
                 if length <= 0:
                     break
                 device = self.processes.device
-                yield {name: keepable(value[:length].to(device)) for name, value in batch.items()}, start
+                yield (
+                    {name: keepable(value[:length].to(device, non_blocking=True)) for name, value in batch.items()},
+                    start,
+                )
 
     def _share(self) -> tuple[Iterable[Batch], int, int, int | None]:
         """Return what this process reads, its number among those that share it, how many these are, the batch size."""

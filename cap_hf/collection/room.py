@@ -12,6 +12,7 @@ import psutil
 import torch
 
 from cap_hf.collection.resources import Resources
+from cap_hf.distributed.processes import processes_here
 from cap_hf.errors import CAPError, readable, reason
 
 # Of the memory that is free, what is planned with: allocators and other programs need some.
@@ -31,11 +32,6 @@ def available_bytes(resources: Resources, device: torch.device) -> int:
         free = memory.mem_get_info(device)[0] + memory.memory_reserved(device) - used
     free = int(free * HEAD_ROOM)
     return free if resources.bytes is None else min(free, resources.bytes - used)
-
-
-def processes_here() -> int:
-    """Return how many processes of the run are on this machine."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 def check_disk(spilled: int, passes: int, resources: Resources) -> None:

@@ -17,6 +17,7 @@ from cap_hf.commands.healing import HealArguments
 from cap_hf.commands.tables import table
 from cap_hf.compressor import CAPCompressor
 from cap_hf.data.arguments import DataArguments
+from cap_hf.data.workers import num_workers
 from cap_hf.errors import readable
 
 # What kinds of phases are called in the table, in their order.
@@ -115,7 +116,7 @@ def print_plan(
         step = HEALING * clock.forward(model, batch, dtype)
         after["healing"] = Phase(heal_args.num_images(1) * prunes, step, each=True)
     own: Any = loader.dataset  # has a length
-    reading = Reading(reading_seconds(own), data_args.dataloader_num_workers)
+    reading = Reading(reading_seconds(own), num_workers(data_args.dataloader_num_workers, clock.device))
     seconds = [phases(each, reading, after) for each in forecasts]
     if compressor.accelerator.is_main_process:
         print(plan_table(forecasts, seconds, NOTE if hardware is None else PAPER.format(hardware.describe())))

@@ -53,7 +53,7 @@ class Evaluation:
         self.figures: AccuracyEvaluation | FeatureEvaluation
 
         def loader(dataset: Any) -> DataLoader:
-            return make_dataloader(dataset, batch_size, data_args.dataloader_num_workers)
+            return make_dataloader(dataset, batch_size, data_args.dataloader_num_workers, accelerator.device)
 
         asked, bank = loader(self.dataset), None
         if is_classifier(model) and self.dataset.labelled:

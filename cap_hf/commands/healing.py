@@ -62,7 +62,7 @@ class Healing:
         dataset: of the images to heal on.
         args: of which `heal_steps` is not 0.
         seed: of the order of the images and of flips.
-        num_workers: processes that load images.
+        num_workers: processes that read images, as of `cap_hf.data.workers.num_workers`.
         accelerator: from accelerate.
         disable_tqdm: no progress bar.
 
@@ -79,7 +79,7 @@ class Healing:
         dataset: "Dataset",
         args: HealArguments,
         seed: int,
-        num_workers: int,
+        num_workers: int | None,
         accelerator: "Accelerator",
         disable_tqdm: bool,
     ) -> None:

@@ -110,11 +110,11 @@ def prune(
         if config.fisher_loss is not None:
             check_loss(config.fisher_loss, model, collate([calibration[0]]))
         batch_size = whole_groups(args.per_device_batch_size, config)
-        train_loader = make_dataloader(calibration, batch_size, data_args.dataloader_num_workers)
+        workers = data_args.dataloader_num_workers
+        train_loader = make_dataloader(calibration, batch_size, workers, accelerator.device)
         healing = None
         if heal_args.heal_steps:
             images = image_dataset(splits["train"], image_processor, model, data_args)
-            workers = data_args.dataloader_num_workers
             healing = Healing(model, images, heal_args, config.seed, workers, accelerator, args.disable_tqdm)
         evaluation = None
         if args.do_eval:

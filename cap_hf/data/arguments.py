@@ -46,11 +46,17 @@ class DataArguments:
             "1.0 in floating point; pictures of 16 bits without a value above 4095 are an error then."
         },
     )
-    dataloader_num_workers: int = field(default=0, metadata={"help": "Processes that load images."})
+    dataloader_num_workers: int | None = field(
+        default=None,
+        metadata={
+            "help": "Processes that read images beside the model. Default: on CUDA one less than there are cores for "
+            "each process, 8 at most; none on a CPU, whose cores the model needs."
+        },
+    )
 
     def __post_init__(self) -> None:
         for name in ("dataloader_num_workers", "shuffle_buffer_size"):
-            if getattr(self, name) < 0:
+            if (getattr(self, name) or 0) < 0:
                 raise CAPError(f"{name}={getattr(self, name)} must be at least 0")
         if not self.dataset_name:
             raise CAPError("--dataset_name is empty: name a folder, a dataset of the Hub, or digits")

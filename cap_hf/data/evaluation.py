@@ -97,7 +97,7 @@ def score_all(
     done = 0
     with torch.inference_mode():
         for batch in transformers_logging.tqdm(dataloader, desc="Evaluating", delay=2, disable=disable):
-            batch = {name: value.to(accelerator.device) for name, value in batch.items()}
+            batch = {name: value.to(accelerator.device, non_blocking=True) for name, value in batch.items()}
             logits = logits_of(see(model, batch))
             if logits.isnan().any():
                 raise CAPError(

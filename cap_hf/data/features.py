@@ -74,7 +74,7 @@ def extract_features(
     )
     with torch.no_grad():
         for index, batch in enumerate(bar):
-            batch = {name: value.to(device) for name, value in batch.items()}
+            batch = {name: value.to(device, non_blocking=True) for name, value in batch.items()}
             parts = features_of(see(model, batch), prefix)
             own = [describe(parts)] + ([batch["labels"]] if "labels" in batch else [])
             if visit is not None:

@@ -13,6 +13,7 @@ from transformers import BaseImageProcessor, PretrainedConfig
 from cap_hf.data.arguments import DataArguments
 from cap_hf.data.labels import LabelNumbers, find_columns
 from cap_hf.data.pictures import read_picture
+from cap_hf.data.workers import num_workers
 from cap_hf.errors import CAPError, reason
 from cap_hf.notices import warn_once
 from cap_hf.targets import summarize
@@ -222,15 +223,30 @@ def collate(examples: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     return batch
 
 
-def make_dataloader(dataset: Dataset, batch_size: int, num_workers: int = 0) -> DataLoader:
-    """Batches in the dataset's order.
+def make_dataloader(
+    dataset: Dataset, batch_size: int, wish: int | None = None, device: torch.device | None = None
+) -> DataLoader:
+    """Batches in the dataset's order, in memory that CUDA copies from while it computes where they go there.
+
+    Args:
+        dataset: of examples that `collate` takes.
+        batch_size: examples of a batch.
+        wish: processes that read images, as of `num_workers`.
+        device: that the model is on; None for the CPU.
 
     Raises:
         CAPError: the batch size is not positive.
     """
     if batch_size < 1:
         raise CAPError(f"the batch size {batch_size} must be at least 1")
-    return DataLoader(dataset, batch_size=batch_size, num_workers=num_workers, collate_fn=collate)
+    device = device or torch.device("cpu")
+    return DataLoader(
+        dataset,
+        batch_size=batch_size,
+        num_workers=num_workers(wish, device),
+        collate_fn=collate,
+        pin_memory=device.type == "cuda",
+    )
 
 
 def calibration_split(split: datasets.Dataset, num_examples: int, seed: int) -> datasets.Dataset:

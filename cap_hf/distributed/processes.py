@@ -184,3 +184,8 @@ def _write_back(sent: torch.Tensor, tensor: torch.Tensor) -> None:
 def _as_bytes(tensor: torch.Tensor) -> torch.Tensor:
     """View a contiguous tensor as bytes: not every backend knows every dtype."""
     return tensor.view(torch.uint8)
+
+
+def processes_here() -> int:
+    """Return how many processes of the run are on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))

@@ -67,7 +67,9 @@ class GradualPruner:
         dataset = ImageDataset(examples, image_processor, shown, data_args, picks_label(model), image_shape(model)[0])
         if config.fisher_loss == "labels":
             dataset.need_labels()
-        loader = make_dataloader(dataset, whole_groups(batch_size, config), data_args.dataloader_num_workers)
+        loader = make_dataloader(
+            dataset, whole_groups(batch_size, config), data_args.dataloader_num_workers, model.device
+        )
         return cls(loader, config, disable_tqdm, resources)
 
     def check(self, model: nn.Module, schedule: SparsitySchedule) -> None:

@@ -81,7 +81,7 @@ def heal(
     learning_rate: float = HEAL["learning_rate"],
     bf16: bool = False,
     seed: int = 42,
-    num_workers: int = 0,
+    num_workers: int | None = None,
     disable_tqdm: bool = False,
 ) -> HealReport:
     """Train a sparse model, in place and with every zero held, towards the hidden states and logits of the dense one.
@@ -100,7 +100,7 @@ def heal(
         learning_rate: at its peak.
         bf16: compute in mixed precision, and the teacher in bfloat16; weights stay in float32.
         seed: of the order of the images and of flips; the same one gives the same weights.
-        num_workers: processes that load images.
+        num_workers: processes that read images, as of `cap_hf.data.workers.num_workers`.
         disable_tqdm: no progress bar.
 
     Raises:
@@ -138,7 +138,7 @@ def _heal(
     learning_rate: float,
     bf16: bool,
     seed: int,
-    num_workers: int,
+    num_workers: int | None,
     disable_tqdm: bool,
 ) -> HealReport:
     with TemporaryFolder() as folder:

@@ -7,6 +7,7 @@ import torch
 from transformers import SchedulerType, TrainingArguments
 from transformers.trainer_utils import HubStrategy
 
+from cap_hf.data.workers import num_workers
 from cap_hf.distributed.accelerator import TIMEOUT
 from cap_hf.errors import CAPError
 from cap_hf.recovery.augmentation import PRESETS
@@ -24,6 +25,13 @@ class SparseTrainingArguments(TrainingArguments):
     ddp_timeout: int = field(
         default=int(TIMEOUT.total_seconds()),
         metadata={"help": "Seconds that a process waits for the others; a pruning step has one of many minutes."},
+    )
+    dataloader_num_workers: int | None = field(  # type: ignore[assignment]  # a number from __post_init__ on
+        default=None,
+        metadata={
+            "help": "Processes that read images beside the model. Default: on CUDA one less than there are cores for "
+            "each process, 8 at most; none on a CPU, whose cores the model needs."
+        },
     )
     do_eval: bool = field(default=True, metadata={"help": "Evaluate the model before and after."})
     hub_strategy: HubStrategy | str = field(
@@ -83,6 +91,9 @@ class SparseTrainingArguments(TrainingArguments):
     )
 
     def __post_init__(self) -> None:
+        if self.dataloader_num_workers is None:
+            cuda = torch.cuda.is_available() and not self.use_cpu
+            self.dataloader_num_workers = num_workers(None, torch.device("cuda" if cuda else "cpu"))
         super().__post_init__()
         name = "num_train_epochs" if self.max_steps < 0 else "max_steps"
         # The Trainer would take one optimizer step of 0, and of 0 epochs none.

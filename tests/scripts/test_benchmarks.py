@@ -192,3 +192,11 @@ def test_plans_of_models_that_are_made_in_part_are_those_of_whole_ones(figures):
         assert (row["block_size"], row["passes"]) == (forecast.plan.block_size, forecast.plan.num_passes)
         assert row["bytes"] == pytest.approx(forecast.plan.needed, rel=0.05)
     assert found["results"][0]["parameters"] == make(5).num_parameters()
+
+
+def test_reading_says_how_long_the_model_waits(figures):
+    found = figures("reading", "--models", "vit-test", "--workers", 0, 1, "--images", 12, "--batch_size", 4)
+    assert [row["workers"] for row in found["results"]] == [0, 1]
+    for row in found["results"]:
+        assert 0 < row["waiting"] < row["seconds"]
+        assert row["share_waiting"] == row["waiting"] / row["seconds"]
