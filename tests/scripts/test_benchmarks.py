@@ -3,13 +3,23 @@
 import json
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from datasets import Dataset
 from PIL import Image
 from support.models import build
 from support.scripts import load_script, run_script
-from transformers import ViTConfig, ViTForImageClassification
+from transformers import (
+    ConvNextConfig,
+    ConvNextForImageClassification,
+    ResNetConfig,
+    ResNetForImageClassification,
+    SwinConfig,
+    SwinForImageClassification,
+    ViTConfig,
+    ViTForImageClassification,
+)
 
 from cap_hf import CAPCompressor, CAPConfig
 from cap_hf.collection.hardware import GPUS
@@ -200,3 +210,30 @@ def test_reading_says_how_long_the_model_waits(figures):
     for row in found["results"]:
         assert 0 < row["waiting"] < row["seconds"]
         assert row["share_waiting"] == row["waiting"] / row["seconds"]
+
+
+# Each has so large Fisher sums, in several layers, that a pass of all would be far over the limit.
+WIDE = {
+    "vit": lambda: ViTForImageClassification(
+        ViTConfig(hidden_size=192, num_attention_heads=3, intermediate_size=576, num_hidden_layers=3, patch_size=32)
+    ),
+    "swin": lambda: SwinForImageClassification(
+        SwinConfig(patch_size=16, embed_dim=160, depths=[1, 2], num_heads=[2, 4])
+    ),
+    "convnext": lambda: ConvNextForImageClassification(
+        ConvNextConfig(patch_size=16, hidden_sizes=[32, 64, 96, 256], depths=[1, 1, 1, 2])
+    ),
+    "resnet": lambda: ResNetForImageClassification(
+        ResNetConfig(embedding_size=16, hidden_sizes=[32, 64, 96, 160], depths=[1, 1, 1, 2], layer_type="basic")
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WIDE)
+def test_a_prune_keeps_to_the_memory_that_it_may_take(name, figures):
+    limit = psutil.Process().memory_info().rss + 400 * 10**6
+    arguments = ("--max_memory", limit, "--fisher_block_size", 128, "--spill_dir", "none", "--num_grads", 2)
+    (found,) = figures("memory", *arguments, "--batch_size", 2, MODELS={name: WIDE[name]})["results"]
+    assert found["passes"] > 1
+    assert found["over"] == found["peak_bytes"] / limit
+    assert found["over"] < 1.1
