@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Mapping, Sequence, Sized
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -82,13 +82,29 @@ class Phase:
     each: bool = False
 
 
+@dataclass
+class Counts:
+    """How often what a prune does is done.
+
+    Attributes:
+        sparsities: that are pruned to.
+        collections: of gradients, each with a prune and a refit for all sparsities of the compressor's own plan.
+        evaluated: images that one evaluation reads.
+        recalibrates: whether batch norm is estimated anew.
+    """
+
+    sparsities: int
+    collections: int
+    evaluated: int
+    recalibrates: bool
+
+
 def print_plan(
     compressor: CAPCompressor,
     loader: DataLoader,
     data_args: DataArguments,
     heal_args: HealArguments,
-    evaluated: int,
-    recalibrates: bool,
+    counts: Counts,
     plan_for: str | None = None,
 ) -> None:
     """Print what a prune would take in several numbers of processes, from the first images of a loader.
@@ -98,19 +114,19 @@ def print_plan(
         loader: of calibration examples.
         data_args: for the number of processes that read images.
         heal_args: how to heal.
-        evaluated: images that one evaluation reads.
-        recalibrates: whether batch norm is estimated anew.
+        counts: how often what is done.
         plan_for: a GPU that is not there, and how many of them, as `parse_hardware` takes it; None for this machine.
     """
     hardware, worlds = (None, WORLDS) if plan_for is None else parse_hardware(plan_for)
     forecasts = compressor.forecast(loader, worlds, hardware)
-    prunes, device = compressor.afterwards.prunes, compressor.accelerator.device
+    forecasts = [repeated(each, counts.collections) for each in forecasts]
+    prunes, device = counts.sparsities, compressor.accelerator.device
     clock = Clock(device) if hardware is None else PaperClock(hardware)
     model, batch = compressor.model.to(device), {name: value.to(device) for name, value in next(iter(loader)).items()}
     forward = clock.forward(model, batch)
-    after = {"evaluating": Phase(evaluated * (1 + prunes), forward)}
-    if recalibrates:
-        after["recalibrating"] = Phase(NUM_EXAMPLES * prunes, forward)
+    after = {"evaluating": Phase(counts.evaluated * (1 + prunes), forward)}
+    if counts.recalibrates:
+        after["recalibrating"] = Phase(NUM_EXAMPLES * max(prunes, counts.collections), forward)
     if heal_args.heal_steps:
         dtype = torch.bfloat16 if heal_args.heal_bf16 else None
         step = HEALING * clock.forward(model, batch, dtype)
@@ -120,6 +136,13 @@ def print_plan(
     seconds = [phases(each, reading, after) for each in forecasts]
     if compressor.accelerator.is_main_process:
         print(plan_table(forecasts, seconds, NOTE if hardware is None else PAPER.format(hardware.describe())))
+
+
+def repeated(forecast: Forecast, times: int) -> Forecast:
+    """Return a forecast of doing so often what another one is of."""
+    seconds = {kind: times * each for kind, each in forecast.seconds.items()}
+    images = {kind: times * each for kind, each in forecast.images.items()}
+    return replace(forecast, seconds=seconds, images=images)
 
 
 def reading_seconds(images: Images) -> float:

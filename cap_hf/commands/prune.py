@@ -39,7 +39,7 @@ def main(argv: list[str]) -> None:
         CAPConfig,
         Resources,
     )
-    sparsities = check_sparsities(args.sparsity, config)
+    sparsities = check_sparsities(args.sparsity, config, args.num_recomputations)
     check_state(args)
     if not args.dry_run:
         check_output(args.output_dir, args.overwrite_output_dir or args.resume, state_folder(args))
@@ -69,7 +69,7 @@ def prune(
     from cap_hf.collection.objective import check_loss
     from cap_hf.collection.state import Checkpointing
     from cap_hf.commands.common import hide_bars, image_dataset, load_all, load_companions, load_form
-    from cap_hf.commands.dry_run import print_plan
+    from cap_hf.commands.dry_run import Counts, print_plan
     from cap_hf.commands.evaluation import Evaluation
     from cap_hf.compressor import CAPCompressor
     from cap_hf.data.images import calibration_split, collate, make_dataloader
@@ -78,6 +78,7 @@ def prune(
     from cap_hf.masks import target_sparsity
     from cap_hf.method.methods import METHODS
     from cap_hf.report import Phases
+    from cap_hf.stepwise import prune_in_steps
     from cap_hf.targets import left_alone
 
     if args.disable_tqdm:
@@ -97,9 +98,8 @@ def prune(
             num_examples,
         )
         companions, form = load_companions(model_args), load_form(model_args, model)
-        compressor = CAPCompressor(
-            model, config, accelerator, args.disable_tqdm, resources, len(sparsities), form.dtype, refits
-        )
+        prunes = 1 if args.num_recomputations else len(sparsities)
+        compressor = CAPCompressor(model, config, accelerator, args.disable_tqdm, resources, prunes, form.dtype, refits)
         for sparsity in sparsities:
             compressor.check_sparsity(sparsity)
         sparsity_dense = target_sparsity(compressor.targets)
@@ -133,7 +133,9 @@ def prune(
         recalibrate = bool(norms) if args.recalibrate_batch_norm is None else args.recalibrate_batch_norm
     if args.dry_run:
         evaluated = len(splits["eval"]) + len(splits.get("bank", ())) if args.do_eval else 0
-        print_plan(compressor, train_loader, data_args, heal_args, evaluated, recalibrate, args.plan_for)
+        collections = (args.num_recomputations + 1) * len(sparsities) if args.num_recomputations else 1
+        counts = Counts(len(sparsities), collections, evaluated, recalibrate)
+        print_plan(compressor, train_loader, data_args, heal_args, counts, args.plan_for)
         accelerator.end_training()
         return
     dense = None
@@ -144,19 +146,25 @@ def prune(
     checkpointing = None
     if args.checkpoint_every is not None:
         checkpointing = Checkpointing(state_folder(args), args.checkpoint_every, args.resume)
-    with phases("collect"):
-        compressor.collect(train_loader, checkpointing)
-    # Now it also says which loss the Fisher is made from.
-    config = compressor.config
-    facts = describe(model_args, data_args, config, accelerator)
-    facts |= {"dense": dense, "sparsity_dense": sparsity_dense, "left_alone": left_alone(model, compressor.targets)}
+    if args.num_recomputations:
+        steps = args.num_recomputations, refits, recalibrate
+        reports = prune_in_steps(compressor, train_loader, sparsities, *steps)
+    else:
+        with phases("collect"):
+            compressor.collect(train_loader, checkpointing)
+        reports = compressor.prune_each(sparsities)
+    facts: dict[str, object] = {"dense": dense, "sparsity_dense": sparsity_dense}
+    facts |= {"left_alone": left_alone(model, compressor.targets), "num_recomputations": args.num_recomputations}
     facts["image_size"] = size_of(model, collate([calibration[0]]))
-    results, reports = [], compressor.prune_each(sparsities)
+    results = []
     for sparsity in sparsities:
         if healing is not None:
             healing.restore()
         with phases(f"prune {sparsity:g}"):
             report = next(reports)
+        # Now it also says which loss the Fisher is made from.
+        config = compressor.config
+        facts |= describe(model_args, data_args, config, accelerator)
         if refits:
             with phases(f"refit {sparsity:g}"):
                 report = compressor.refit(train_loader)

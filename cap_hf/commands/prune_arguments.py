@@ -14,13 +14,20 @@ class PruneArguments:
     """What to make of the checkpoint, and where it goes.
 
     Raises:
-        CAPError: `plan_for` names no GPU that is known.
+        CAPError: `plan_for` names no GPU that is known, or there are fewer recomputations than none.
     """
 
     output_dir: str = field(default=DEFAULT_OUTPUT_DIR, metadata={"help": "Gets report.json and sparsity-*/."})
     sparsity: list[float] | None = field(
         default=None,
         metadata={"help": "Share of the target weights to be 0, in [0, 1); several give a checkpoint each."},
+    )
+    num_recomputations: int = field(
+        default=0,
+        metadata={
+            "help": "Sparsities on the way to each one at which the Fisher is collected anew. Each takes as long as a "
+            "prune of its own, and makes high sparsities more accurate."
+        },
     )
     per_device_batch_size: int = field(
         default=64, metadata={"help": "Examples per step while gradients are collected."}
@@ -53,6 +60,8 @@ class PruneArguments:
     disable_tqdm: bool = field(default=False, metadata={"help": "No progress bars."})
 
     def __post_init__(self) -> None:
+        if self.num_recomputations < 0:
+            raise CAPError(f"num_recomputations={self.num_recomputations} must be at least 0")
         if self.plan_for is not None:
             parse_hardware(self.plan_for)
             self.dry_run = True
@@ -72,27 +81,31 @@ def check_state(args: PruneArguments) -> None:
     """Check the arguments that keep the state of a collection and go on from it.
 
     Raises:
-        CAPError: `resume` without `checkpoint_every`, `resume` where no state was saved, or fewer than one sample
-            between two saves.
+        CAPError: `resume` without `checkpoint_every`, `resume` where no state was saved, fewer than one sample between
+            two saves, or several collections.
     """
     if args.checkpoint_every is None:
         if args.resume:
             raise CAPError("--resume goes with --checkpoint_every, as the run that was killed had it")
         return
+    if args.num_recomputations:
+        raise CAPError("--checkpoint_every keeps the state of a single collection: leave out --num_recomputations")
     if args.checkpoint_every < 1:
         raise CAPError(f"checkpoint_every={args.checkpoint_every} must be at least 1")
     if args.resume and not state_folder(args).is_dir():
         raise CAPError(f"--resume: {state_folder(args)} is not there, so nothing was saved: leave --resume out")
 
 
-def check_sparsities(sparsities: list[float] | None, config: CAPConfig) -> list[float]:
+def check_sparsities(sparsities: list[float] | None, config: CAPConfig, num_recomputations: int = 0) -> list[float]:
     """Return the sparsities in rising order, each once; the pattern's own where the allocation is N:M.
 
     Raises:
-        CAPError: none is given, one is out of range, or they contradict an N:M allocation.
+        CAPError: none is given, one is out of range, or they or recomputations contradict an N:M allocation.
     """
     pattern = config.pattern
     if pattern is not None:
+        if num_recomputations:
+            raise CAPError(f"{pattern} has no sparsities on the way to it: leave out --num_recomputations")
         for sparsity in sparsities or ():
             pattern.check_sparsity(sparsity)
         return [pattern.sparsity]

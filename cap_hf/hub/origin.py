@@ -34,7 +34,7 @@ def kind_of(report: Report) -> str:
 
 
 def run_of(report: Report, base_model: str | None = None) -> dict[str, Any]:
-    """Return what a report says of its run: models, data, refit, training and healing, under the report's own names.
+    """Return what a report says of its run: models, data, recomputations, refit, training and healing, as it does.
 
     Args:
         report: of a checkpoint.
@@ -49,6 +49,7 @@ def run_of(report: Report, base_model: str | None = None) -> dict[str, Any]:
         "data": dict(report.get("data") or {}),
         "training_arguments": dict(report.get("training_arguments") or {}),
         "healing": dict(report.get("healing") or {}),
+        "num_recomputations": report.get("num_recomputations"),
         # None where nothing is known of it.
         "refit": dict(pruning.get("refit") or {}) if pruning else None,
     }
@@ -87,6 +88,8 @@ def command_line(kind: str, run: dict[str, Any], config: dict[str, Any], sparsit
         arguments |= {name: value for name, value in pruning.items() if kind == PRUNED or name != "seed"}
     if kind == PRUNED and ":" not in str(config.get("allocation")):
         arguments["sparsity"] = f"{sparsity:.4f}".rstrip("0").rstrip(".")
+    if kind == PRUNED and isinstance(run["num_recomputations"], int) and run["num_recomputations"] > 0:
+        arguments["num_recomputations"] = run["num_recomputations"]
     if kind == PRUNED:
         healing = single_values(run["healing"])
         arguments |= {f"heal_{name}": healing[name] for name in HEALING if healing.get(name)}
