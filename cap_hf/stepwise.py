@@ -38,7 +38,7 @@ def prune_in_steps(
     """Prune the model in place to one sparsity after the other, and yield the report of each one's last step.
 
     For each sparsity the model begins as it is now, and goes through `num_recomputations` more sparsities on its way;
-    at every one of them the Fisher is collected anew from what is left. Between two sparsities the model may be changed:
+    at every one of them the Fisher is collected anew from what is left. Between two sparsities the model may be
     refitted or trained.
 
     Args:

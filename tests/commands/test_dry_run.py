@@ -10,7 +10,7 @@ from transformers import ViTImageProcessor
 from cap_hf.collection.forecast import Forecast
 from cap_hf.collection.plan import Plan
 from cap_hf.commands import dry_run
-from cap_hf.commands.dry_run import NOTE, Phase, Reading, phases, plan_table, reading_seconds
+from cap_hf.commands.dry_run import NOTE, Counts, Phase, Reading, phases, plan_table, reading_seconds, repeated
 from cap_hf.targets import find_targets
 
 
@@ -103,3 +103,28 @@ def test_a_resnet_is_told_of_its_batch_norm(tmp_path, capsys):
     ViTImageProcessor(size={"height": 8, "width": 8}).save_pretrained(dense)
     assert prune(dense, tmp_path / "out", "--sparsity", "0.5", "--dry_run", "true") == 0
     assert "batch norm" in columns(capsys.readouterr().out)
+
+
+def test_a_collection_for_every_step_is_foreseen(monkeypatch):
+    each = Forecast(2, None, {"collecting": 10.0, "refitting": 1.0}, {"collecting": 300, "refitting": 20})
+    found = repeated(each, 6)
+    assert found.seconds == {"collecting": 60.0, "refitting": 6.0}
+    assert found.images == {"collecting": 1800, "refitting": 120}
+    assert found.processes == 2
+
+
+def test_a_dry_run_counts_the_steps(tiny_checkpoint, tmp_path, monkeypatch):
+    counted = []
+    monkeypatch.setattr(dry_run, "print_plan", lambda *args: counted.append((args[0].afterwards.prunes, args[4])))
+    arguments = ("--sparsity", "0.5", "0.75", "--dry_run", "true", "--do_eval", "false")
+    assert prune(tiny_checkpoint, tmp_path / "out", *arguments) == 0
+    assert prune(tiny_checkpoint, tmp_path / "out", *arguments, "--num_recomputations", "2") == 0
+    assert counted == [(2, Counts(2, 1, 0, False)), (1, Counts(2, 6, 0, False))]
+
+
+def test_a_plan_on_paper_names_the_gpu_and_its_count(tiny_checkpoint, tmp_path, capsys):
+    assert prune(tiny_checkpoint, tmp_path / "out", "--sparsity", "0.5", "--plan_for", "gpu=l4,count=3") == 0
+    printed = capsys.readouterr().out
+    assert [line.split()[0] for line in printed.splitlines()[2:3]] == ["3"]
+    assert "On paper: each process has one L4 (24.0 GB, 30.3 TFLOP/s in float32" in printed
+    assert [path.name for path in tmp_path.iterdir()] == ["dense"]
