@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from cap_hf.recovery.trainer import SparseTrainer
     from cap_hf.recovery.training_arguments import SparseTrainingArguments
     from cap_hf.report import LayerReport, PruneReport
+    from cap_hf.stepwise import prune_in_steps
     from cap_hf.targets import Target, find_targets
 
 __version__ = "0.1.0"
@@ -56,6 +57,7 @@ _HOMES = {
     "find_targets": "cap_hf.targets",
     "heal": "cap_hf.recovery.healing",
     "optimize_for_inference": "cap_hf.inference.optimize",
+    "prune_in_steps": "cap_hf.stepwise",
     "push_to_hub": "cap_hf.hub.publish",
     "quantize_int8": "cap_hf.inference.quantization",
 }
@@ -81,6 +83,7 @@ __all__ = [
     "find_targets",
     "heal",
     "optimize_for_inference",
+    "prune_in_steps",
     "push_to_hub",
     "quantize_int8",
 ]
