@@ -8,6 +8,7 @@ import pytest
 import torch
 from datasets import Dataset
 from PIL import Image
+from support.launching import dense_checkpoint
 from support.models import build
 from support.scripts import load_script, run_script
 from transformers import (
@@ -237,3 +238,20 @@ def test_a_prune_keeps_to_the_memory_that_it_may_take(name, figures):
     assert found["passes"] > 1
     assert found["over"] == found["peak_bytes"] / limit
     assert found["over"] < 1.1
+
+
+def test_real_measures_what_a_checkpoint_takes_and_was_foreseen_to(figures, tmp_path):
+    sizes = ("--num_grads", 16, "--batch_size", 8, "--vit", "vit-test", "--layers", 1, "--blocks", 6, 4, "--threads", 1)
+    memory = ("--max_memory", "64GB", "--vit_memory", "64GB", "--repeats", 1)
+    checkpoint = dense_checkpoint(tmp_path / "dense")
+    found = figures("real", "--model_name_or_path", checkpoint, "--dataset_name", "digits", *sizes, *memory)
+    checkpoint, layers, *eliminations = found["results"]
+    assert (checkpoint["work"], layers["work"]) == ("checkpoint", "1 layers of vit-test")
+    for row in (checkpoint, layers):
+        assert row["passes"] == 1
+        assert row["disk_bytes"] == 0
+        assert min(row["seconds"], row["planned_seconds"], row["peak_bytes"], row["planned_bytes"]) > 0
+        assert list(row["phases"]) == ["collect", "prune", "refit"]
+    assert layers["planned_of_all_layers"]["collecting"] > 0
+    assert [row["work"] for row in eliminations] == ["elimination of 6 of 32", "elimination of 4 of 128"]
+    assert all(row["seconds"] > 0 for row in eliminations)
