@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from transformers import SchedulerType, TrainingArguments
 from transformers.trainer_utils import HubStrategy
+from transformers.utils import is_torch_xla_available
 
 from cap_hf.data.workers import num_workers
 from cap_hf.distributed.accelerator import TIMEOUT
@@ -91,6 +92,9 @@ class SparseTrainingArguments(TrainingArguments):
     )
 
     def __post_init__(self) -> None:
+        if (self.bf16 or self.bf16_full_eval) and not (torch.accelerator.is_available() or is_torch_xla_available()):
+            # There it trains anyway, and transformers asks to be told that bfloat16 is for the CPU.
+            self.use_cpu = True
         if self.dataloader_num_workers is None:
             cuda = torch.cuda.is_available() and not self.use_cpu
             self.dataloader_num_workers = num_workers(None, torch.device("cuda" if cuda else "cpu"))

@@ -72,3 +72,15 @@ def test_a_report_gets_what_is_not_the_default_and_no_secret(tmp_path):
 )
 def test_the_learning_rate_restarts_only_where_it_decays_linearly(tmp_path, changes, cyclic):
     assert SparseTrainingArguments(output_dir=str(tmp_path), use_cpu=True, **changes).cyclic_lr == cyclic
+
+
+def test_bfloat16_without_an_accelerator_is_for_the_cpu(tmp_path, monkeypatch):
+    """transformers refuses it unless it is told so, in words that name none of the command's arguments."""
+    for name in ("bf16", "bf16_full_eval"):
+        monkeypatch.setattr("torch.accelerator.is_available", lambda: False)
+        assert SparseTrainingArguments(output_dir=str(tmp_path), **{name: True}).use_cpu
+        assert not SparseTrainingArguments(output_dir=str(tmp_path)).use_cpu
+        # Where there is one it is trained on, and what it can is transformers' to say.
+        monkeypatch.setattr("torch.accelerator.is_available", lambda: True)
+        with pytest.raises(ValueError, match="use_cpu"):
+            SparseTrainingArguments(output_dir=str(tmp_path), **{name: True})
