@@ -15,7 +15,7 @@ from cap_hf.collection.collection import Collection
 from cap_hf.collection.examples import first_examples
 from cap_hf.collection.forecast import Forecast, check_forecast
 from cap_hf.collection.forecasting import forecasts
-from cap_hf.collection.hardware import WORLDS, Hardware
+from cap_hf.collection.hardware import Hardware
 from cap_hf.collection.plan import Plan
 from cap_hf.collection.precision import check_precision
 from cap_hf.collection.progress import Progress
@@ -156,7 +156,7 @@ class CAPCompressor:
         return Collection(self.model, dataloader, *how)
 
     def forecast(
-        self, dataloader: Batches, processes: Sequence[int] = WORLDS, hardware: Hardware | None = None
+        self, dataloader: Batches, processes: Sequence[int] = (1, 2, 4, 8), hardware: Hardware | None = None
     ) -> list[Forecast]:
         """Return what `collect` and all that is to come after it would take in so many processes; the model stays.
 
@@ -171,7 +171,7 @@ class CAPCompressor:
         Raises:
             CAPError: as of `collect`, of what the first batch shows.
         """
-        check_forecast(dataloader, processes)
+        check_forecast(dataloader, processes, hardware, self.config.method)
         self.model.to(self.accelerator.device)
         with differentiable(self.model):
             return forecasts(self._collection(dataloader), processes, hardware)
@@ -211,7 +211,7 @@ class CAPCompressor:
             yield self.report
 
     def refit(self, dataloader: Batches) -> PruneReport:
-        """Refit the weights that `prune` has left, and biases, to what the layers of the dense model make, in place.
+        """Refit the weights that `prune` has left, and biases, to what the layers made at `collect`, in place.
 
         Layer by layer in the order of the forward pass, by least squares with a ridge (see `cap_hf.method.refit`), and
         before batch norm is estimated anew. The next `prune` begins with the weights and biases of `collect` again.

@@ -1,11 +1,14 @@
 """Pruning in steps, each with a Fisher of its own."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from support.checkpoints import assert_same_weights
 from support.models import build, random_batches
 
-from cap_hf import CAPCompressor, CAPConfig
+from cap_hf import CAPCompressor, CAPConfig, Resources
+from cap_hf.collection import planning
 from cap_hf.errors import CAPError
 from cap_hf.masks import count_zeros
 from cap_hf.stepwise import prune_in_steps, steps_towards
@@ -21,8 +24,7 @@ def test_steps_keep_the_same_share_each_time():
     assert steps_towards(1 - 1 / 32, 1, start=0.5) == pytest.approx([1 - 1 / 8, 1 - 1 / 32])
     assert steps_towards(0.5, 3, start=0.5) == [0.5] * 4
     assert steps_towards(0.0, 1) == [0.0, 0.0]
-    with pytest.raises(CAPError, match="num_recomputations=-1 must be at least 0"):
-        steps_towards(0.5, -1)
+    assert steps_towards(1 - 1e-9, 1, start=1.0) == [1.0, 1 - 1e-9]
 
 
 @pytest.mark.parametrize("name", ["ViT", "ResNet"])
@@ -31,8 +33,8 @@ def test_steps_are_those_of_prunes_in_a_row(name):
     recalibrates = name == "ResNet"
     model = build(name)
     batches = random_batches(model, 8)
-    compressor = CAPCompressor(model, CONFIG, disable_tqdm=True)
-    reports = prune_in_steps(compressor, batches, [0.75, 0.91], 1, refits=True, recalibrates=recalibrates)
+    compressor = CAPCompressor(model, CONFIG, disable_tqdm=True, refits=True)
+    reports = prune_in_steps(compressor, batches, [0.75, 0.91], 1, recalibrates)
     found = []
     for sparsity, report in zip([0.75, 0.91], reports, strict=True):
         assert report.sparsity == pytest.approx(sparsity, abs=1e-3)
@@ -71,4 +73,43 @@ def test_a_sparsity_below_that_of_the_model_is_refused_and_a_step_is_never_below
     zeros, total = count_zeros(compressor.targets)
     assert report.sparsity == pytest.approx(zeros / total)
     with pytest.raises(CAPError, match="sparse already: sparsity 0.4 would be less"):
-        next(prune_in_steps(compressor, batches, [0.4], 2))
+        prune_in_steps(compressor, batches, [0.7, 0.4], 2)
+
+
+@pytest.mark.parametrize(
+    ("changes", "arguments", "line"),
+    [
+        ({}, (random_batches, [0.5], -1), "num_recomputations=-1 must be at least 0"),
+        ({}, (random_batches, [0.5], 1.5), "num_recomputations=1.5 is of type float"),
+        ({}, (random_batches, 0.5, 1), "sparsities=0.5 is of type float"),
+        ({}, (random_batches, [0.5, 1.5], 1), "1.5"),
+        ({}, (lambda *args: iter(random_batches(*args)), [0.5], 1), "steps go through the examples again"),
+        ({"allocation": "2:4"}, (random_batches, [0.5], 1), "2:4 has no sparsities on the way"),
+        ({"method": "magnitude"}, (random_batches, [0.5], 1), "collects nothing that could be anew"),
+    ],
+)
+def test_what_cannot_be_is_said_before_any_work(changes, arguments, line, monkeypatch):
+    model = build("ViT")
+    make, *others = arguments
+    compressor = CAPCompressor(model, replace(CONFIG, **changes), disable_tqdm=True)
+    monkeypatch.setattr(CAPCompressor, "collect", None)
+    with pytest.raises(CAPError, match=line):
+        prune_in_steps(compressor, make(model, 8), *others)
+
+
+def test_all_steps_have_the_blocks_of_the_first(monkeypatch):
+    """Else what the first has left in memory would change the result of the second."""
+    sizes, own = [], planning.available_bytes
+    left = iter([10**12, 10**12, 0, 0])
+
+    def less_and_less(resources, device):
+        return own(resources, device) if next(left) else 6 * 10**5
+
+    monkeypatch.setattr(planning, "available_bytes", less_and_less)
+    model = build("ViT")
+    config = replace(CONFIG, fisher_block_size="auto")
+    compressor = CAPCompressor(model, config, resources=Resources(spill_dir="none"), disable_tqdm=True)
+    for _ in prune_in_steps(compressor, random_batches(model, 8), [0.5, 0.75], 0):
+        sizes.append(compressor.plan.block_size)
+    assert sizes == ["row", "row"]
+    assert compressor.config.fisher_block_size == "row"

@@ -220,7 +220,7 @@ def forward(model: nn.Module, batch: Batch) -> None:
 
 def summing_speed(target: Target, samples: int = 16) -> float:
     """Return how many multiplications take a second while one chunk of a target is summed."""
-    chunk = row_chunks(target)[0]
+    chunk = row_chunks(target, target.weight.device)[0]
     blocks = (chunk.stop - chunk.start) * target.row_size // target.block_size
     device = target.weight.device
     sums = SymmetricSums.zeros(blocks, target.block_size, made_in(target), device)

@@ -118,7 +118,7 @@ def peak_bytes(target: Target, processes: Processes, samples: int, dtype: torch.
         samples: gradient samples of a step, on each process.
         dtype: what gradients are rounded to.
     """
-    entries, made = chunk_weights(target) * samples, made_in(target)
+    entries, made = chunk_weights(target, processes.device) * samples, made_in(target)
     sent = dtype.itemsize if made == torch.float32 else made.itemsize
     # Where they were rounded they are made wider again to be summed.
     widened = entries * made.itemsize if sent < made.itemsize else 0

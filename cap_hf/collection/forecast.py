@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from cap_hf.collection.costs import Costs, synchronize
+from cap_hf.collection.hardware import Hardware
 from cap_hf.collection.plan import Plan, sums_bytes
 from cap_hf.collection.progress import Foreseen
 from cap_hf.collection.resources import Afterwards
@@ -84,9 +85,19 @@ class Forecast:
             raise CAPError(f"a forecast for {self.processes!r} processes: pass whole numbers of at least 1")
 
 
-def check_forecast(dataloader: object, processes: object) -> None:
-    """Raise a CAPError if the processes are no sequence, or if a look at the first batch would take it from a prune."""
+def check_forecast(dataloader: object, processes: object, hardware: object, method: str) -> None:
+    """Raise a CAPError if there can be no such forecast.
+
+    Args:
+        dataloader: none that a look at the first batch would take it from.
+        processes: a sequence.
+        hardware: a `Hardware`, or None.
+        method: on paper only CAP is known.
+    """
     check_type("processes", processes, Sequence, "pass such as (1, 2, 4, 8)")
+    check_type("hardware", hardware, Hardware, "pass such as cap_hf.collection.hardware.GPUS['H100']")
+    if hardware is not None and method != "cap":
+        raise CAPError(f"method={method}: a plan on paper is for cap alone; a dry run without it measures any method")
     if isinstance(dataloader, Iterator):
         raise CAPError("a forecast leaves the examples to `collect`: pass a DataLoader or a list of batches")
 

@@ -16,7 +16,7 @@ from cap_hf.collection.room import spill_folder, unmade
 from cap_hf.collection.running import Batch, frozen
 from cap_hf.config import CAPConfig
 from cap_hf.distributed.processes import Processes
-from cap_hf.errors import CAPError
+from cap_hf.errors import CAPError, readable
 
 
 def forecasts(collection: Collection, worlds: Sequence[int], hardware: Hardware | None = None) -> list[Forecast]:
@@ -48,6 +48,9 @@ def forecasts(collection: Collection, worlds: Sequence[int], hardware: Hardware 
         trials, rows = clock.trials(config), clock.trials(CAPConfig(allocation=config.allocation))
         measured = Measured(config, collection.afterwards, costs, again, forward, trials, rows)
         available = None if costs is None else clock.available(collection.resources, costs)
+        if costs is not None and available is not None and available <= 0:
+            left = f"the model takes {readable(costs.model)}, and leaves nothing of the memory that there is"
+            return [replace(each, problem=f"{left}: plan for a larger GPU") for each in found]
         for number, each in enumerate(found):
             processes = Alike(each.processes, clock.device)
             try:

@@ -8,6 +8,8 @@ from cap_hf.errors import CAPError, readable
 
 # How many processes a plan is made for where nothing says how many.
 WORLDS = (1, 2, 4, 8)
+# More of them than anybody has, and no more than a plan is quickly made for.
+MOST_GPUS = 4096
 KEYS = ("gpu", "count", "memory")
 
 
@@ -77,10 +79,13 @@ def parse_hardware(text: str) -> tuple[Hardware, Sequence[int]]:
     if gpu is None:
         raise CAPError(f"plan_for: gpu={found['gpu']} is none of {', '.join(GPUS)}")
     if "memory" in found:
-        gpu = replace(gpu, memory=float(Resources(max_memory=found["memory"]).bytes or 0))
+        try:
+            gpu = replace(gpu, memory=float(Resources(max_memory=found["memory"]).bytes or 0))
+        except CAPError as error:
+            raise CAPError(f"plan_for: memory={found['memory']} is not a size such as 40GB") from error
     count = found.get("count")
     if count is None:
         return gpu, WORLDS
-    if not count.isdigit() or not int(count):
-        raise CAPError(f"plan_for: count={count} is not a whole number of GPUs, such as 8")
+    if not (count.isascii() and count.isdigit() and 1 <= int(count) <= MOST_GPUS):
+        raise CAPError(f"plan_for: count={count} is not a whole number of GPUs from 1 to {MOST_GPUS}")
     return gpu, (int(count),)

@@ -1,5 +1,7 @@
 """Which blocks of a target each process owns, and the chunks of rows in which gradients are made, sent and summed."""
 
+import torch
+
 from cap_hf.distributed.processes import Processes
 from cap_hf.targets import Target
 
@@ -10,14 +12,14 @@ CHUNK_BYTES, DEVICE_CHUNK_BYTES, SAMPLES = 8 * 2**20, 256 * 2**20, 64
 CHUNK_ROWS, CHUNKS = 24, 16
 
 
-def row_chunks(target: Target) -> list[slice]:
-    """Return a target's rows in chunks that are whole blocks.
+def row_chunks(target: Target, device: torch.device) -> list[slice]:
+    """Return a target's rows in chunks that are whole blocks, for gradients that are made on a device.
 
     Matrix products round differently for different shapes: chunks that are the same for any number of processes give
     the same sums, bit for bit.
     """
     rows = len(target.weight)
-    size = CHUNK_BYTES if target.weight.device.type == "cpu" else DEVICE_CHUNK_BYTES
+    size = CHUNK_BYTES if device.type == "cpu" else DEVICE_CHUNK_BYTES
     fitting = max(CHUNK_ROWS, size // (SAMPLES * 4 * target.row_size))
     height = min(max(min(CHUNK_ROWS, -(-rows // 4)), -(-rows // CHUNKS)), fitting)
     unit = max(1, target.block_size // target.row_size)
@@ -25,14 +27,14 @@ def row_chunks(target: Target) -> list[slice]:
     return [slice(start, min(start + height, rows)) for start in range(0, rows, height)]
 
 
-def chunk_weights(target: Target) -> int:
+def chunk_weights(target: Target, device: torch.device) -> int:
     """Return the most weights that a chunk of a target has."""
-    return max(chunk.stop - chunk.start for chunk in row_chunks(target)) * target.row_size
+    return max(chunk.stop - chunk.start for chunk in row_chunks(target, device)) * target.row_size
 
 
 def chunk_shares(target: Target, processes: Processes) -> list[list[slice]]:
     """Return the chunks of a target that each process owns; the larger shares go round with the targets."""
-    chunks = row_chunks(target)
+    chunks = row_chunks(target, processes.device)
     return [chunks[share] for share in processes.shares(len(chunks), target.index)]
 
 

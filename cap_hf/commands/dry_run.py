@@ -40,8 +40,8 @@ NOTE = (
 PAPER = (
     f"On paper: each process has one {{}},\nof which {REACHED:.0%} of the arithmetic and {READ:.0%} of the memory's "
     "speed are taken to be reached, and no disk; nothing was\nmeasured there. Memory is that of each process, beside "
-    "the model. Images are read as fast as here. What processes\nsend each other, loading the model, probes of "
-    "features and saving come on top."
+    "the model. Images are read as on one machine like this. What processes\nsend each other, loading the model, "
+    "probes of features and saving come on top."
 )
 # Images that loading is timed on.
 LOADED = 8
@@ -132,8 +132,9 @@ def print_plan(
         step = HEALING * clock.forward(model, batch, dtype)
         after["healing"] = Phase(heal_args.num_images(1) * prunes, step, each=True)
     own: Any = loader.dataset  # has a length
-    reading = Reading(reading_seconds(own), num_workers(data_args.dataloader_num_workers, clock.device))
-    seconds = [phases(each, reading, after) for each in forecasts]
+    image, wish = reading_seconds(own), data_args.dataloader_num_workers
+    readings = [Reading(image, num_workers(wish, clock.device, each.processes)) for each in forecasts]
+    seconds = [phases(each, reading, after) for each, reading in zip(forecasts, readings, strict=True)]
     if compressor.accelerator.is_main_process:
         print(plan_table(forecasts, seconds, NOTE if hardware is None else PAPER.format(hardware.describe())))
 

@@ -104,9 +104,8 @@ def finetune(
         pruner = None
         if training_args.schedule:
             batch_size, quiet = training_args.per_device_train_batch_size, bool(training_args.disable_tqdm)
-            pruner = GradualPruner.from_split(
-                splits["train"], image_processor, model, data_args, config, batch_size, quiet, resources
-            )
+            how = (config, batch_size, quiet, resources, training_args.device)
+            pruner = GradualPruner.from_split(splits["train"], image_processor, model, data_args, *how)
         with one_line():
             trainer = SparseTrainer(
                 model,

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 def main(argv: list[str]) -> None:
     """Run the command with these arguments."""
-    description = "Prune a vision model with CAP, in one shot, to one or several sparsities."
+    description = "Prune a vision model with CAP to one or several sparsities."
     model_args, data_args, args, heal_args, probe_args, config, resources = parse(
         argv,
         "prune",
@@ -39,7 +39,7 @@ def main(argv: list[str]) -> None:
         CAPConfig,
         Resources,
     )
-    sparsities = check_sparsities(args.sparsity, config, args.num_recomputations)
+    sparsities = check_sparsities(args.sparsity, config)
     check_state(args)
     if not args.dry_run:
         check_output(args.output_dir, args.overwrite_output_dir or args.resume, state_folder(args))
@@ -78,7 +78,7 @@ def prune(
     from cap_hf.masks import target_sparsity
     from cap_hf.method.methods import METHODS
     from cap_hf.report import Phases
-    from cap_hf.stepwise import prune_in_steps
+    from cap_hf.stepwise import check_steps, prune_in_steps
     from cap_hf.targets import left_alone
 
     if args.disable_tqdm:
@@ -87,6 +87,7 @@ def prune(
     accelerator, phases = make_accelerator(), Phases()
     refits = METHODS[config.method].refits(config)
     num_examples = max(config.num_examples, config.refit_examples if refits else 0)
+    check_steps(config, args.num_recomputations, refits)
     with phases("load"):
         model, image_processor, splits = load_all(
             model_args,
@@ -147,8 +148,7 @@ def prune(
     if args.checkpoint_every is not None:
         checkpointing = Checkpointing(state_folder(args), args.checkpoint_every, args.resume)
     if args.num_recomputations:
-        steps = args.num_recomputations, refits, recalibrate
-        reports = prune_in_steps(compressor, train_loader, sparsities, *steps)
+        reports = prune_in_steps(compressor, train_loader, sparsities, args.num_recomputations, recalibrate)
     else:
         with phases("collect"):
             compressor.collect(train_loader, checkpointing)

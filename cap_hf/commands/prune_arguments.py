@@ -14,7 +14,7 @@ class PruneArguments:
     """What to make of the checkpoint, and where it goes.
 
     Raises:
-        CAPError: `plan_for` names no GPU that is known, or there are fewer recomputations than none.
+        CAPError: `plan_for` names no GPU that is known.
     """
 
     output_dir: str = field(default=DEFAULT_OUTPUT_DIR, metadata={"help": "Gets report.json and sparsity-*/."})
@@ -60,8 +60,6 @@ class PruneArguments:
     disable_tqdm: bool = field(default=False, metadata={"help": "No progress bars."})
 
     def __post_init__(self) -> None:
-        if self.num_recomputations < 0:
-            raise CAPError(f"num_recomputations={self.num_recomputations} must be at least 0")
         if self.plan_for is not None:
             parse_hardware(self.plan_for)
             self.dry_run = True
@@ -96,16 +94,14 @@ def check_state(args: PruneArguments) -> None:
         raise CAPError(f"--resume: {state_folder(args)} is not there, so nothing was saved: leave --resume out")
 
 
-def check_sparsities(sparsities: list[float] | None, config: CAPConfig, num_recomputations: int = 0) -> list[float]:
+def check_sparsities(sparsities: list[float] | None, config: CAPConfig) -> list[float]:
     """Return the sparsities in rising order, each once; the pattern's own where the allocation is N:M.
 
     Raises:
-        CAPError: none is given, one is out of range, or they or recomputations contradict an N:M allocation.
+        CAPError: none is given, one is out of range, or they contradict an N:M allocation.
     """
     pattern = config.pattern
     if pattern is not None:
-        if num_recomputations:
-            raise CAPError(f"{pattern} has no sparsities on the way to it: leave out --num_recomputations")
         for sparsity in sparsities or ():
             pattern.check_sparsity(sparsity)
         return [pattern.sparsity]

@@ -10,7 +10,7 @@ from cap_hf.distributed.processes import processes_here
 MOST_WORKERS = 8
 
 
-def num_workers(wish: int | None, device: torch.device) -> int:
+def num_workers(wish: int | None, device: torch.device, processes: int | None = None) -> int:
     """Return how many worker processes a DataLoader gets.
 
     On a CPU they take from the model the cores that they read on, and gain nothing (docs/scaling.md).
@@ -18,12 +18,13 @@ def num_workers(wish: int | None, device: torch.device) -> int:
     Args:
         wish: what was asked for; None for as many as the cores of a process beside CUDA allow, and none on a CPU.
         device: that the model is on.
+        processes: that share the machine; None for those of this run.
     """
     if wish is not None:
         return wish
     if device.type != "cuda":
         return 0
-    return max(0, min(MOST_WORKERS, usable_cores() // processes_here() - 1))
+    return max(0, min(MOST_WORKERS, usable_cores() // (processes or processes_here()) - 1))
 
 
 def usable_cores() -> int:

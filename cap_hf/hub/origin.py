@@ -26,7 +26,7 @@ ARGUMENT = re.compile(r"[A-Za-z]\w*", re.ASCII)
 
 
 def kind_of(report: Report) -> str:
-    """Return how the checkpoint of a report was made: PRUNED in one shot, GRADUAL or RECOVERED."""
+    """Return how the checkpoint of a report was made: PRUNED and not trained but to heal, GRADUAL or RECOVERED."""
     training = report.get("training_arguments")
     if training and training.get("sparsity_schedule") is not None:
         return GRADUAL
@@ -88,9 +88,8 @@ def command_line(kind: str, run: dict[str, Any], config: dict[str, Any], sparsit
         arguments |= {name: value for name, value in pruning.items() if kind == PRUNED or name != "seed"}
     if kind == PRUNED and ":" not in str(config.get("allocation")):
         arguments["sparsity"] = f"{sparsity:.4f}".rstrip("0").rstrip(".")
-    if kind == PRUNED and isinstance(run["num_recomputations"], int) and run["num_recomputations"] > 0:
-        arguments["num_recomputations"] = run["num_recomputations"]
     if kind == PRUNED:
+        arguments |= {"num_recomputations": recomputations_of(run)} if recomputations_of(run) else {}
         healing = single_values(run["healing"])
         arguments |= {f"heal_{name}": healing[name] for name in HEALING if healing.get(name)}
     for name, value in single_values(training).items():
@@ -99,6 +98,12 @@ def command_line(kind: str, run: dict[str, Any], config: dict[str, Any], sparsit
     for name, value in arguments.items():
         words += [f"--{name}", *map(argument, value if isinstance(value, list) else [value])]
     return " ".join(shlex.quote(word) for word in words)
+
+
+def recomputations_of(run: dict[str, Any]) -> int:
+    """Return how often the Fisher was collected anew on the way, by a run's report; 0 where it does not say."""
+    number = run.get("num_recomputations")
+    return number if isinstance(number, int) and number > 0 else 0
 
 
 def refits(config: dict[str, Any]) -> bool:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 import datasets
+import torch
 from accelerate import Accelerator
 from torch import nn
 from torch.utils.data import DataLoader
@@ -49,6 +50,7 @@ class GradualPruner:
         batch_size: int,
         disable_tqdm: bool = False,
         resources: Resources | None = None,
+        device: torch.device | None = None,
     ) -> "GradualPruner":
         """Return a pruner on a calibration set that the config's seed fixes.
 
@@ -61,6 +63,7 @@ class GradualPruner:
             batch_size: examples that are loaded together; made a multiple of `config.samples_per_grad`.
             disable_tqdm: no progress bars.
             resources: memory and passes of a step.
+            device: that the model will be trained on; None for where it is.
         """
         examples = calibration_split(split, config.num_grads * config.samples_per_grad, config.seed)
         shown = vision_config(model) or model.config
@@ -68,7 +71,7 @@ class GradualPruner:
         if config.fisher_loss == "labels":
             dataset.need_labels()
         loader = make_dataloader(
-            dataset, whole_groups(batch_size, config), data_args.dataloader_num_workers, model.device
+            dataset, whole_groups(batch_size, config), data_args.dataloader_num_workers, device or model.device
         )
         return cls(loader, config, disable_tqdm, resources)
 

@@ -23,7 +23,7 @@ from transformers import (
 
 from cap_hf import CAPConfig
 from cap_hf.collection.clock import PaperClock
-from cap_hf.collection.costs import measure
+from cap_hf.collection.costs import Costs, measure
 from cap_hf.collection.forecast import Alike, Measured
 from cap_hf.collection.hardware import parse_hardware
 from cap_hf.collection.planning import make_plan
@@ -75,7 +75,9 @@ MODELS = {
 }
 
 
-def costs_of(make: Callable[[int], PreTrainedModel], layers: int, clock: PaperClock, config: CAPConfig) -> tuple:
+def costs_of(
+    make: Callable[[int], PreTrainedModel], layers: int, clock: PaperClock, config: CAPConfig
+) -> tuple[Costs, float]:
     """Return the costs of a gradient sample of a model of so many layers, and the seconds of an example's forward pass.
 
     Positions are those of every target; memory and operations those of one layer, and the difference of two to one for

@@ -12,11 +12,14 @@ from support.models import build, random_batches
 
 from cap_hf import CAPCompressor
 from cap_hf.collection import clock
-from cap_hf.collection.forecast import Forecast
+from cap_hf.collection.forecast import Alike, Forecast
 from cap_hf.collection.hardware import GPUS
+from cap_hf.collection.plan import plan_passes
 from cap_hf.collection.resources import Resources
 from cap_hf.config import CAPConfig
 from cap_hf.errors import CAPError
+from cap_hf.method.losses import LabelLoss
+from cap_hf.targets import find_targets
 
 
 def test_a_forecast_has_the_plan_that_a_collection_takes_and_collects_nothing():
@@ -163,8 +166,24 @@ def test_on_paper_the_memory_is_that_of_the_gpu_and_nothing_goes_to_a_disk(tmp_p
     assert any(plan.recollects for plan in plans)
     assert not any(plan.spilled for plan in plans)
     (none,) = compressor.forecast(batches, (1,), replace(GPUS["H100"], memory=1e9))
-    assert "does not fit" in none.problem
+    assert none.problem.endswith("leaves nothing of the memory that there is: plan for a larger GPU")
+    # The plan is that of weights on a device, whatever they are on here.
+    costs = compressor._collection(batches).measure(LabelLoss())
+    alike = Alike(8, torch.device("cuda"))
+    plans = []
+    for kind in ("cpu", "meta"):
+        found = build("ViT").to(kind)
+        plans.append(plan_passes(find_targets(found, "row"), "row", 10**9, costs, alike))
+    assert plans[0].needed == plans[1].needed
     assert not (tmp_path / "spill").exists()
     # What a process may take is less than what there is.
     compressor.resources = Resources(max_memory="1GB")
     assert compressor.forecast(batches, (1,), GPUS["H100"])[0].plan.available == 10**9 - size
+
+
+def test_on_paper_only_a_gpu_and_cap_are_known():
+    model = build("ViT")
+    with pytest.raises(CAPError, match="hardware='H100' is of type str"):
+        CAPCompressor(model, CAPConfig(num_grads=8)).forecast(random_batches(model, 8), (1,), "H100")
+    with pytest.raises(CAPError, match="method=wanda: a plan on paper is for cap alone"):
+        CAPCompressor(model, CAPConfig(method="wanda")).forecast(random_batches(model, 8), (1,), GPUS["H100"])

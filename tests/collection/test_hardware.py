@@ -1,5 +1,7 @@
 """GPUs by their names."""
 
+import re
+
 import pytest
 
 from cap_hf.collection.hardware import GPUS, WORLDS, parse_hardware
@@ -26,12 +28,14 @@ def test_a_gpu_is_found_by_its_name():
         ("gpu=H9000", "plan_for: gpu=H9000 is none of T4, V100, "),
         ("gpu=H100,count=0", "plan_for: count=0 is not a whole number"),
         ("gpu=H100,count=-1", "plan_for: count=-1 is not a whole number"),
+        ("gpu=H100,count=²", "plan_for: count=² is not a whole number"),
+        ("gpu=H100,count=5000", "from 1 to 4096"),
         ("gpu=H100,count=two", "plan_for: count=two is not a whole number"),
-        ("gpu=H100,memory=much", "max_memory='much' is not a size"),
+        ("gpu=H100,memory=much", "plan_for: memory=much is not a size such as 40GB"),
     ],
 )
 def test_what_names_no_gpu_is_refused_in_one_line(text, line):
-    with pytest.raises(CAPError, match=line.replace("(", r"\\(")):
+    with pytest.raises(CAPError, match=re.escape(line)):
         parse_hardware(text)
 
 

@@ -11,6 +11,8 @@ from cap_hf.collection.shares import block_shares, chunk_weights, largest_shares
 from cap_hf.distributed.processes import Processes
 from cap_hf.targets import Target, find_targets
 
+CPU = torch.device("cpu")
+
 
 def processes(world: int, rank: int = 0) -> Processes:
     """One of several processes, which no backend connects."""
@@ -24,11 +26,11 @@ def processes(world: int, rank: int = 0) -> Processes:
 def test_chunks_are_whole_blocks_and_all_of_the_rows(rows, row, blocks_per):
     size = row * (blocks_per if rows % blocks_per == 0 else 1)
     target = Target("layer", nn.Linear(row, rows, bias=False), size)
-    chunks = row_chunks(target)
+    chunks = row_chunks(target, CPU)
     assert [chunk.start for chunk in chunks] == [0, *(chunk.stop for chunk in chunks[:-1])]
     assert chunks[-1].stop == rows
     assert all(chunk.start * row % size == 0 for chunk in chunks)
-    assert chunk_weights(target) == max(chunk.stop - chunk.start for chunk in chunks) * row
+    assert chunk_weights(target, CPU) == max(chunk.stop - chunk.start for chunk in chunks) * row
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -48,7 +50,7 @@ def test_the_larger_share_goes_round():
         sum(share.stop - share.start for share in (block_shares(target, processes(3))[rank] for target in targets[:3]))
         for rank in range(3)
     ]
-    assert max(owned) - min(owned) <= max(chunk_weights(target) // 8 for target in targets)
+    assert max(owned) - min(owned) <= max(chunk_weights(target, CPU) // 8 for target in targets)
     first = {tuple(share.stop - share.start for share in block_shares(target, processes(3))) for target in targets}
     assert len(first) > 1
     blocks = largest_shares(targets, processes(3))
@@ -58,7 +60,7 @@ def test_the_larger_share_goes_round():
 
 def test_chunks_are_larger_where_launches_cost():
     linear = nn.Linear(4096, 4096, bias=False, device="meta")
-    on_device = row_chunks(Target("layer", linear, 4096))
-    on_cpu = row_chunks(Target("layer", nn.Linear(4096, 4096, bias=False), 4096))
+    on_device = row_chunks(Target("layer", linear, 4096), linear.weight.device)
+    on_cpu = row_chunks(Target("layer", nn.Linear(4096, 4096, bias=False), 4096), CPU)
     assert len(on_device) < len(on_cpu)
     assert torch.device("meta") == linear.weight.device

@@ -45,11 +45,24 @@ def test_the_state_of_a_collection_goes_with_a_single_one(tmp_path):
     assert state_folder(PruneArguments(output_dir=str(tmp_path / "out"))) == tmp_path / "out-collection"
 
 
-def test_recomputations_that_there_cannot_be_are_refused():
-    with pytest.raises(CAPError, match="num_recomputations=-1 must be at least 0"):
-        PruneArguments(num_recomputations=-1)
-    with pytest.raises(CAPError, match="2:4 has no sparsities on the way to it"):
-        check_sparsities(None, CAPConfig(allocation="2:4"), 1)
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (("--sparsity", "0.5", "--num_recomputations", "-1"), "num_recomputations=-1 must be at least 0"),
+        (("--allocation", "2:4", "--num_recomputations", "1"), "2:4 has no sparsities on the way to it"),
+        (("--sparsity", "0.5", "--method", "magnitude", "--num_recomputations", "1"), "collects nothing that could be"),
+        (("--sparsity", "0.5", "--method", "wanda", "--plan_for", "gpu=H100"), "a plan on paper is for cap alone"),
+        (("--sparsity", "0.5", "--plan_for", "gpu=H100,memory=1MB"), "leaves nothing of the memory that there is"),
+    ],
+)
+def test_what_makes_no_sense_is_one_line(arguments, line, tmp_path, capsys):
+    dense = dense_checkpoint(tmp_path / "dense")
+    capsys.readouterr()
+    prune(dense, tmp_path / "out", *arguments)
+    printed = "".join(capsys.readouterr()).strip()
+    assert line in printed
+    assert len(printed.splitlines()) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["dense"]
 
 
 def test_a_prune_in_steps_is_that_of_commands_in_a_row(tmp_path):
@@ -65,4 +78,6 @@ def test_a_prune_in_steps_is_that_of_commands_in_a_row(tmp_path):
     assert [each["pruning"]["requested_sparsity"] for each in report["results"]] == [0.5, 0.75]
     content = CardFacts.gather(tmp_path / "steps" / "sparsity-0.75", "user/vit").render().content
     assert " --sparsity 0.75 --num_recomputations 1" in content
+    assert "It was pruned in 2 steps" in content
+    assert "what the layers of the model before each step make of" in content
     assert "--num_recomputations" not in CardFacts.gather(weights[1].parent, "user/vit").render().content
