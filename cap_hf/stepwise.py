@@ -13,17 +13,19 @@ from cap_hf.report import PruneReport
 
 
 def steps_towards(sparsity: float, num_recomputations: int, start: float = 0.0) -> list[float]:
-    """Return the sparsities on the way to the last one, which keep the same share of what the one before has kept.
+    """Return the sparsities on the way to the last one: every step keeps half of what the one before has kept.
+
+    Counted back from the last, since it is there that the gradients of the dense model say least: the first steps may
+    be none, where half of the model is more than is asked for. Steps of equal shares from the dense model on were
+    measured to be worth less.
 
     Args:
         sparsity: in [0, 1).
-        num_recomputations: steps before the last, 0 or more.
+        num_recomputations: steps before the last at most, 0 or more.
         start: sparsity of the model as it is, no more than the other.
     """
-    kept = 1 - start
-    ratio = (1 - sparsity) / kept if kept else 1.0
-    steps = [1 - kept * ratio ** (step / (num_recomputations + 1)) for step in range(1, num_recomputations + 1)]
-    return [*steps, sparsity]
+    steps = [1 - (1 - sparsity) * 2**step for step in range(num_recomputations, 0, -1)]
+    return [*(step for step in steps if step > start), sparsity]
 
 
 def check_steps(config: CAPConfig, num_recomputations: int, refits: bool) -> None:
@@ -53,15 +55,15 @@ def prune_in_steps(
 ) -> Iterator[PruneReport]:
     """Prune the model in place to one sparsity after the other, and yield the report of each one's last step.
 
-    For each sparsity the model begins as it is now, and goes through `num_recomputations` more sparsities on its way;
-    at every one of them the Fisher is collected anew from what is left, with the block size of the first. Between two
-    sparsities the model may be refitted or trained.
+    For each sparsity the model begins as it is now, and goes through `num_recomputations` more sparsities on its way
+    (see `steps_towards`); at every one of them the Fisher is collected anew from what is left, with the block size of
+    the first. Between two sparsities the model may be refitted or trained.
 
     Args:
         compressor: whose model it is; with `refits` it refits what every step but the last has left.
         dataloader: as `CAPCompressor.collect` takes it, not an iterator: it is gone through again in every step.
         sparsities: shares of all target weights.
-        num_recomputations: collections for a sparsity beside its first.
+        num_recomputations: collections for a sparsity beside its first, at most.
         recalibrates: estimate batch norm anew after every step but the last.
 
     Returns:

@@ -78,7 +78,7 @@ def prune(
     from cap_hf.masks import target_sparsity
     from cap_hf.method.methods import METHODS
     from cap_hf.report import Phases
-    from cap_hf.stepwise import check_steps, prune_in_steps
+    from cap_hf.stepwise import check_steps, prune_in_steps, steps_towards
     from cap_hf.targets import left_alone
 
     if args.disable_tqdm:
@@ -132,9 +132,10 @@ def prune(
         if args.recalibrate_batch_norm and not norms:
             raise CAPError(f"{type(model).__name__} has no batch norm: leave --recalibrate_batch_norm out")
         recalibrate = bool(norms) if args.recalibrate_batch_norm is None else args.recalibrate_batch_norm
+    steps = [steps_towards(sparsity, args.num_recomputations, sparsity_dense) for sparsity in sparsities]
     if args.dry_run:
         evaluated = len(splits["eval"]) + len(splits.get("bank", ())) if args.do_eval else 0
-        collections = (args.num_recomputations + 1) * len(sparsities) if args.num_recomputations else 1
+        collections = sum(len(each) for each in steps) if args.num_recomputations else 1
         counts = Counts(len(sparsities), collections, evaluated, recalibrate)
         print_plan(compressor, train_loader, data_args, heal_args, counts, args.plan_for)
         accelerator.end_training()
@@ -154,10 +155,10 @@ def prune(
             compressor.collect(train_loader, checkpointing)
         reports = compressor.prune_each(sparsities)
     facts: dict[str, object] = {"dense": dense, "sparsity_dense": sparsity_dense}
-    facts |= {"left_alone": left_alone(model, compressor.targets), "num_recomputations": args.num_recomputations}
+    facts |= {"left_alone": left_alone(model, compressor.targets)}
     facts["image_size"] = size_of(model, collate([calibration[0]]))
     results = []
-    for sparsity in sparsities:
+    for sparsity, way in zip(sparsities, steps, strict=True):
         if healing is not None:
             healing.restore()
         with phases(f"prune {sparsity:g}"):
@@ -181,7 +182,8 @@ def prune(
             with phases(f"evaluate {sparsity:g}"):
                 metrics = evaluation.measure(model)
         folder = output / checkpoint_name(sparsity)
-        outcome = {"sparse": metrics, "pruning": report.to_dict(), "recalibrated_batch_norm": layers, "healing": healed}
+        outcome: dict[str, object] = {"sparse": metrics, "pruning": report.to_dict(), "steps": way}
+        outcome |= {"recalibrated_batch_norm": layers, "healing": healed}
         if accelerator.is_main_process:
             save_checkpoint(folder, model, config, facts | outcome, image_processor, companions=companions, form=stored)
         results.append({"checkpoint": folder.name} | outcome)

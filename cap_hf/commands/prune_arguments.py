@@ -26,7 +26,7 @@ class PruneArguments:
         default=0,
         metadata={
             "help": "Sparsities on the way to each one at which the Fisher is collected anew. Each takes as long as a "
-            "prune of its own, and makes high sparsities more accurate."
+            "prune of its own; high sparsities may lose less with it."
         },
     )
     per_device_batch_size: int = field(

@@ -34,7 +34,7 @@ def kind_of(report: Report) -> str:
 
 
 def run_of(report: Report, base_model: str | None = None) -> dict[str, Any]:
-    """Return what a report says of its run: models, data, recomputations, refit, training and healing, as it does.
+    """Return what a report says of its run: models, data, steps, refit, training and healing, as it does.
 
     Args:
         report: of a checkpoint.
@@ -49,7 +49,7 @@ def run_of(report: Report, base_model: str | None = None) -> dict[str, Any]:
         "data": dict(report.get("data") or {}),
         "training_arguments": dict(report.get("training_arguments") or {}),
         "healing": dict(report.get("healing") or {}),
-        "num_recomputations": report.get("num_recomputations"),
+        "steps": report.get("steps"),
         # None where nothing is known of it.
         "refit": dict(pruning.get("refit") or {}) if pruning else None,
     }
@@ -89,7 +89,7 @@ def command_line(kind: str, run: dict[str, Any], config: dict[str, Any], sparsit
     if kind == PRUNED and ":" not in str(config.get("allocation")):
         arguments["sparsity"] = f"{sparsity:.4f}".rstrip("0").rstrip(".")
     if kind == PRUNED:
-        arguments |= {"num_recomputations": recomputations_of(run)} if recomputations_of(run) else {}
+        arguments |= {"num_recomputations": len(steps_of(run)) - 1} if steps_of(run) else {}
         healing = single_values(run["healing"])
         arguments |= {f"heal_{name}": healing[name] for name in HEALING if healing.get(name)}
     for name, value in single_values(training).items():
@@ -100,10 +100,12 @@ def command_line(kind: str, run: dict[str, Any], config: dict[str, Any], sparsit
     return " ".join(shlex.quote(word) for word in words)
 
 
-def recomputations_of(run: dict[str, Any]) -> int:
-    """Return how often the Fisher was collected anew on the way, by a run's report; 0 where it does not say."""
-    number = run.get("num_recomputations")
-    return number if isinstance(number, int) and number > 0 else 0
+def steps_of(run: dict[str, Any]) -> list[float]:
+    """Return the sparsities that a model was pruned to one after the other, by its report; none where it was one."""
+    steps = run.get("steps")
+    if not isinstance(steps, list) or len(steps) < 2 or not all(isinstance(step, (int, float)) for step in steps):
+        return []
+    return [float(step) for step in steps]
 
 
 def refits(config: dict[str, Any]) -> bool:
