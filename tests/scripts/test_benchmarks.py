@@ -216,7 +216,7 @@ def test_reading_says_how_long_the_model_waits(figures):
 # Each has so large Fisher sums, in several layers, that a pass of all would be far over the limit.
 WIDE = {
     "vit": lambda: ViTForImageClassification(
-        ViTConfig(hidden_size=192, num_attention_heads=3, intermediate_size=576, num_hidden_layers=3, patch_size=32)
+        ViTConfig(hidden_size=192, num_attention_heads=3, intermediate_size=576, num_hidden_layers=6, patch_size=32)
     ),
     "swin": lambda: SwinForImageClassification(
         SwinConfig(patch_size=16, embed_dim=160, depths=[1, 2], num_heads=[2, 4])
@@ -225,7 +225,7 @@ WIDE = {
         ConvNextConfig(patch_size=16, hidden_sizes=[32, 64, 96, 256], depths=[1, 1, 1, 2])
     ),
     "resnet": lambda: ResNetForImageClassification(
-        ResNetConfig(embedding_size=16, hidden_sizes=[32, 64, 96, 160], depths=[1, 1, 1, 2], layer_type="basic")
+        ResNetConfig(embedding_size=16, hidden_sizes=[32, 64, 128, 224], depths=[1, 1, 1, 2], layer_type="basic")
     ),
 }
 
