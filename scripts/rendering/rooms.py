@@ -8,13 +8,14 @@ PACKAGE = Path(__file__).parents[2] / "cap_hf"
 # The house, from the top floor down; rooms of one floor stand beside each other and know nothing of one another.
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("commands",),
-    ("hub", "recovery"),
+    ("hub", "recovery", "stepwise"),
     ("compressor",),
     ("collection",),
     ("method",),
     ("inference",),
     ("checkpoints",),
-    ("data", "distributed"),
+    ("data",),
+    ("distributed",),
     ("masks",),
     ("targets", "kernels", "memory"),
     ("models", "towers"),
