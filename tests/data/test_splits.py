@@ -350,7 +350,6 @@ def stream(hub, tmp_path_factory):
 # Of the bytes of the dataset, what 64 examples may cost: pages of up to 1 MB of each of 8 files, a row group of each of
 # 32 places. A tar is sent ahead of its reader into the buffers of both ends of the connection, some MB on one machine.
 @pytest.mark.parametrize(
-    # What a server has sent when its reader hangs up is up to some MB more of each tar, by what else the machine does.
     ("name", "column", "most"),
     [("user/parquet", "label", 0.5), ("user/old", "label", 0.35), ("user/tars", "cls", 0.75)],
 )
