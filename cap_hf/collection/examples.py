@@ -138,11 +138,11 @@ class CalibrationExamples:
                 length = min(count, self.wanted - start) // group * group
                 if length <= 0:
                     break
-                device = self.processes.device
-                yield (
-                    {name: keepable(value[:length].to(device, non_blocking=True)) for name, value in batch.items()},
-                    start,
+                # From pinned memory, where the loader has it, CUDA copies while this goes on.
+                moved = (
+                    (name, value[:length].to(self.processes.device, non_blocking=True)) for name, value in batch.items()
                 )
+                yield {name: keepable(value) for name, value in moved}, start
 
     def _share(self) -> tuple[Iterable[Batch], int, int, int | None]:
         """Return what this process reads, its number among those that share it, how many these are, the batch size."""
