@@ -3,7 +3,13 @@
 import logging
 import os
 
+import torch
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+if not torch.cuda.is_available():
+    # Triton's kernels then run on the CPU, by an interpreter. Others than these tests import Triton too, which looks at
+    # it once.
+    os.environ["TRITON_INTERPRET"] = "1"
 
 import datasets
 import pytest

@@ -15,7 +15,8 @@ from cap_hf import CAPCompressor, CAPConfig, CAPError, export_onnx, find_targets
 from cap_hf.inference.example import check_size
 from cap_hf.masks import differing_layers, find_pattern
 from cap_hf.method import elimination
-from cap_hf.method.elimination import LostPivotError, invert
+from cap_hf.method.elimination import invert
+from cap_hf.method.panels import LostPivotError
 from cap_hf.method.reconstruction import reconstruct
 
 

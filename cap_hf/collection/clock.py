@@ -1,5 +1,6 @@
 """What work takes: measured on this machine, or on paper, from what the maker of a GPU states."""
 
+import math
 from dataclasses import replace
 
 import torch
@@ -15,13 +16,13 @@ from cap_hf.collection.resources import Resources
 from cap_hf.collection.room import HEAD_ROOM
 from cap_hf.collection.running import Batch, frozen
 from cap_hf.config import CAPConfig
-from cap_hf.method.elimination import PANEL
 from cap_hf.method.methods import METHODS
+from cap_hf.method.panels import PANEL
 
 # Of the stated rates, what is taken to be reached: of arithmetic in matrix products of a model's sizes, and of memory.
 REACHED, READ = 0.4, 0.6
-# Seconds of a kernel's launch, and how many a step of the elimination has (docs/scaling.md).
-LAUNCH, LAUNCHES = 5e-6, 22
+# Seconds of a kernel's launch, and how many a panel of the elimination has (docs/scaling.md).
+LAUNCH, LAUNCHES = 5e-6, 32
 # Bytes that a GPU's libraries take before anything else.
 CONTEXT = 1e9
 # Operations of a gradient sample for one of its forward pass: forward, backward to the inputs, and the gradients of
@@ -101,10 +102,11 @@ class PaperClock(Clock):
         """Return the seconds of a block's elimination in float32, and of its reconstruction in float64."""
         gpu, cube = self.hardware, float(size) ** 3
         arithmetic = (INVERSION + PANELS) * cube / (gpu.float32 * REACHED)
-        moved = 4 * COPIES * cube / (3 * PANEL) / (gpu.bandwidth * READ)
-        # All blocks of a batch share the launches of its steps.
+        # A step of a panel reads the columns of those before it.
+        moved = 4 * (COPIES * cube / (3 * PANEL) + PANEL * float(size) ** 2 / 4) / (gpu.bandwidth * READ)
+        # All blocks of a batch share the launches of its panels.
         batch = max(1, solver.DEVICE_BATCH_BYTES // solver.COPIES // (8 * size**2))
-        eliminated = arithmetic + moved + LAUNCH * LAUNCHES * size / batch
+        eliminated = arithmetic + moved + LAUNCH * LAUNCHES * math.ceil(size / PANEL) / batch
         return eliminated, SOLVE * cube / (gpu.float64 * REACHED)
 
 

@@ -8,16 +8,17 @@ import torch
 from cap_hf.config import CAPConfig, NMPattern
 from cap_hf.errors import CAPError
 from cap_hf.method.allocation import removed_mask
-from cap_hf.method.elimination import Elimination, LostPivotError, NotInvertibleError, num_steps
+from cap_hf.method.elimination import NotInvertibleError
 from cap_hf.method.fisher import BlockFisher
 from cap_hf.method.methods import METHODS
+from cap_hf.method.panels import Elimination, LostPivotError, num_steps
 from cap_hf.targets import Target
 
 # Bytes of float64 matrices that are solved at a time. On a CPU they stay in the cache, and the allocator gives the same
 # memory again and again, where larger batches would come fresh from the system each time. Elsewhere a batch takes what
-# memory the plan leaves, up to so much, because a step of the elimination costs its launches however many blocks it is
-# of.
-BATCH_BYTES, DEVICE_BATCH_BYTES = 16 * 2**20, 2 * 2**30
+# memory the plan leaves, up to so much: an elimination takes as many steps however many blocks a batch has, and each of
+# them keeps one multiprocessor of a GPU busy.
+BATCH_BYTES, DEVICE_BATCH_BYTES = 16 * 2**20, 16 * 2**30
 # How many times that many bytes are in use while they are: F, its factor, the inverse and what changes of it.
 COPIES = 8
 

@@ -31,6 +31,11 @@ OPERATORS = {"elimination": "eliminate", "sparse_linear": "sparse_linear"}
 LOADING = threading.Lock()
 
 
+def are_disabled() -> bool:
+    """Return whether the environment says that no kernel is to be used."""
+    return os.environ.get(DISABLE_VARIABLE, "0") not in ("", "0")
+
+
 @functools.cache
 def load_extension(name: str) -> bool:
     """Load the operators of `csrc/<name>.cpp` as `torch.ops.cap_hf.*`, compiling them if they are not in the cache.
@@ -41,7 +46,7 @@ def load_extension(name: str) -> bool:
     Returns:
         Whether they are there. If not, one warning says why: there is no compiler, or it failed.
     """
-    if os.environ.get(DISABLE_VARIABLE, "0") not in ("", "0"):
+    if are_disabled():
         return False
     with LOADING:
         return is_loaded(name) or load(name)

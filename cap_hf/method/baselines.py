@@ -3,7 +3,7 @@
 import torch
 
 from cap_hf.config import NMPattern
-from cap_hf.method.elimination import Elimination
+from cap_hf.method.panels import Elimination
 
 
 def rank_scores(scores: torch.Tensor, pattern: NMPattern | None) -> Elimination:

@@ -1,15 +1,11 @@
 """The greedy correlation-aware elimination (arXiv 2210.09223, section 3 and Algorithm 1), on tensors alone."""
 
-from dataclasses import dataclass
-
 import torch
 
 from cap_hf.config import NMPattern
 from cap_hf.kernels.build import load_extension
+from cap_hf.method.panels import Elimination, LostPivotError, eliminate_in_torch, num_steps
 
-# Steps between two updates of the inverse: long enough that the update is a matrix product, short enough that
-# the pending columns stay in the cache.
-PANEL = 64
 # The largest error of `F A v - v`, for a v of ones and minus ones, relative to the length of v, with which an inverse A
 # in float32 is taken. Fishers with condition numbers of 10^6 are below it.
 MOST_RESIDUAL = 0.1
@@ -21,27 +17,6 @@ class NotInvertibleError(ArithmeticError):
     def __init__(self, block: int, damp: float) -> None:
         super().__init__(f"block {block} is not positive definite; an absolute damp of {damp:.1e} would do")
         self.block, self.damp = block, damp
-
-
-class LostPivotError(ArithmeticError):
-    """Rounding made a pivot zero, negative or not finite: in `block`, and in all that are True in `lost`, `(n,)`."""
-
-    def __init__(self, lost: torch.Tensor) -> None:
-        self.block, self.lost = int(lost.nonzero()[0, 0]), lost
-        super().__init__(f"lost the pivot of block {self.block}")
-
-
-@dataclass
-class Elimination:
-    """The greedy removal order of a set of blocks.
-
-    Attributes:
-        order: `(n, steps)` int64, the position removed at each step.
-        losses: `(n, steps)`, the increase of the quadratic loss at each step, `w_p^2 / (2 A_pp)`.
-    """
-
-    order: torch.Tensor
-    losses: torch.Tensor
 
 
 def invert(fisher: torch.Tensor) -> torch.Tensor:
@@ -197,100 +172,3 @@ def eliminate(weights: torch.Tensor, inverse: torch.Tensor, pattern: NMPattern |
     if lost.any():
         raise LostPivotError(lost)
     return Elimination(order, losses)
-
-
-def eliminate_in_torch(weights: torch.Tensor, inverse: torch.Tensor, pattern: NMPattern | None = None) -> Elimination:
-    """Eliminate in plain PyTorch, all blocks at once: what GPUs run, and what the kernel is checked against.
-
-    Removing entry p costs `w_p^2 / (2 A_pp)` and moves the others by `-A[:, p] w_p / A_pp`; `A` then loses rank
-    one. Within a panel of steps only the pivots' columns of the current `A` are formed (left-looking); after it
-    one matrix product brings `A` up to date on the survivors, so the work is 2/3 B^3 a block, almost all of it
-    matrix products, and nothing but `A` itself is carried along. What the steps of a panel have in common is done
-    after it, because on a GPU a step takes as long as its kernels take to launch. Arguments and results are those of
-    `eliminate`.
-    """
-    n, size = weights.shape
-    steps = num_steps(size, pattern)
-    w, a = weights.clone(), inverse
-    position = torch.arange(size, device=w.device).expand(n, size)
-    order = torch.empty(n, steps, dtype=torch.int64, device=w.device)
-    losses = torch.empty(n, steps, dtype=w.dtype, device=w.device)
-    given = torch.zeros(n, size // pattern.m if pattern else 0, dtype=torch.int64, device=w.device)
-    zero = weights == 0
-    batch = torch.arange(n, device=w.device)
-    # Memory that is fresh from the system costs more to touch than these copies: take it once.
-    work = inverse.new_empty(inverse.numel()), inverse.new_empty(inverse.numel())
-
-    for start in range(0, steps, PANEL):
-        count = min(PANEL, steps - start)
-        width = a.shape[-1]
-        diagonal = a.diagonal(dim1=-2, dim2=-1).clone()
-        columns = a.new_zeros(n, count, width)
-        pivots = torch.empty(n, count, dtype=torch.int64, device=w.device)
-        costs = losses[:, start : start + count]
-        removed = torch.zeros_like(zero)
-        for k in range(count):
-            scores = (w.square() / diagonal).masked_fill_(zero, -1.0).masked_fill_(removed, torch.inf)
-            if pattern:
-                full = given.gather(1, position // pattern.m) == pattern.m - pattern.n
-                scores.masked_fill_(full, torch.inf)
-            pivot = torch.argmin(scores, dim=1, keepdim=True, out=pivots[:, k : k + 1])
-            root = diagonal.gather(1, pivot).sqrt_()
-            column = a[batch, pivot[:, 0]]
-            if k:
-                past = columns[:, :k]
-                at_pivot = past.gather(2, pivot[:, None].expand(n, k, 1))
-                column = torch.baddbmm(column[:, None], at_pivot.mT, past, alpha=-1)[:, 0]
-            column = torch.div(column, root, out=columns[:, k])
-            cost = torch.div(w.gather(1, pivot), root, out=costs[:, k : k + 1])
-            w.addcmul_(column, cost, value=-1).scatter_(1, pivot, 0.0)
-            diagonal.addcmul_(column, column, value=-1)
-            removed.scatter_(1, pivot, True)
-            if pattern:
-                group = position.gather(1, pivot) // pattern.m
-                given.scatter_add_(1, group, torch.ones_like(group))
-        order[:, start : start + count] = position.gather(1, pivots)
-        costs.square_().div_(2)
-        # What costs infinitely much looks as if it were removed, and something removed is taken instead of it.
-        lost = ~costs.isfinite().all(dim=1) | (removed.sum(dim=1) < count)
-        if lost.any():
-            raise LostPivotError(lost)
-        if start + count < steps:
-            left = (~removed).nonzero()[:, 1].view(n, width - count)
-            w, zero, position = w.gather(1, left), zero.gather(1, left), position.gather(1, left)
-            columns = columns.gather(2, left[:, None].expand(n, count, -1))
-            a = select_symmetric(a, left, *work).baddbmm_(columns.mT, columns, alpha=-1)
-            work = work[::-1]
-    return Elimination(order, losses)
-
-
-def num_steps(size: int, pattern: NMPattern | None) -> int:
-    """Return how many weights of a block of `size` are removed: all, or as many as an N:M pattern allows."""
-    return size if pattern is None else pattern.steps(size)
-
-
-def select_symmetric(
-    matrices: torch.Tensor, index: torch.Tensor, rows: torch.Tensor | None = None, spare: torch.Tensor | None = None
-) -> torch.Tensor:
-    """Return `out[b, i, j] = matrices[b, index[b, i], index[b, j]]` for symmetric `(n, B, B)` and index `(n, m)`.
-
-    Whole rows are copied twice with a transpose between, which is several times faster than a gather of entries.
-
-    Args:
-        matrices: `(n, B, B)`.
-        index: `(n, m)`.
-        rows: 1-d memory of at least `n m B` entries, which the result will lie in; not `matrices`'.
-        spare: the same, to work in; may be `matrices`' own.
-    """
-    n, size, _ = matrices.shape
-    width = index.shape[1]
-    rows = matrices.new_empty(matrices.numel()) if rows is None else rows
-    spare = matrices.new_empty(matrices.numel()) if spare is None else spare
-    flat = (index + size * torch.arange(n, device=index.device)[:, None]).flatten()
-    half = rows[: n * width * size].view(n * width, size)
-    torch.index_select(matrices.reshape(n * size, size), 0, flat, out=half)
-    turned = spare[: n * size * width].view(n, size, width)
-    turned.copy_(half.view(n, width, size).mT)
-    result = rows[: n * width * width].view(n * width, width)
-    torch.index_select(turned.view(n * size, width), 0, flat, out=result)
-    return result.view(n, width, width)

@@ -2,7 +2,8 @@
 
 import torch
 
-from cap_hf.method.elimination import check_factors, has_kernels, select_symmetric
+from cap_hf.method.elimination import check_factors, has_kernels
+from cap_hf.method.panels import select_symmetric
 
 
 def reconstruct(weights: torch.Tensor, fisher: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:

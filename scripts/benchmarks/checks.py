@@ -12,6 +12,7 @@ from models import make_batches, make_vit
 from transformers import PreTrainedModel
 
 from cap_hf import CAPCompressor, CAPConfig, CAPError, find_targets, optimize_for_inference
+from cap_hf.method.panels import check_fused, load_fused
 
 # What is checked: architecture, and what differs from the default config.
 CHECKS: dict[str, tuple[str, dict]] = {
@@ -88,6 +89,17 @@ def check_prune(name: str, device: str) -> dict:
     if expected_loss is not None and not abs(row["loss_ratio"] - 1) <= LOSS_TOLERANCE:
         raise CAPError(f"the loss on {device} is {row['loss_ratio']:.4f} times the CPU's")
     return row
+
+
+def check_steps(device: torch.device) -> dict:
+    """Compare the kernel that does the steps of the elimination on CUDA with PyTorch, which does them elsewhere.
+
+    Raises:
+        ArithmeticError, ImportError: it differs, or there is no Triton.
+    """
+    if device.type == "cuda":
+        check_fused(load_fused(), device, torch.float32)
+    return {"fused": device.type == "cuda"}
 
 
 def make_pair(vit: str, device: torch.device) -> tuple[PreTrainedModel, PreTrainedModel]:

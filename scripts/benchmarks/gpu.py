@@ -19,7 +19,16 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from checks import CHECKS, accelerator_on, check_inference, check_prune, difference_of, make_pair, make_pixels
+from checks import (
+    CHECKS,
+    accelerator_on,
+    check_inference,
+    check_prune,
+    check_steps,
+    difference_of,
+    make_pair,
+    make_pixels,
+)
 from models import make_batches, make_vit
 from rates import measure_elimination, measure_fisher, measure_peak, seconds, wait
 from results import Results
@@ -87,6 +96,7 @@ def rows_of(part: str, args: argparse.Namespace) -> list[tuple[str, str, Callabl
     rows: list[tuple[str, Callable[[], dict]]] = []
     if part == "check":
         rows += [(name, lambda name=name: check_prune(name, args.device)) for name in CHECKS]
+        rows.append(("steps of the elimination", lambda: check_steps(device)))
         rows.append(("2:4 inference", lambda: check_inference(device)))
     elif part == "rate":
         rows += rate_rows(large, device, args)

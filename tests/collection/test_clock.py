@@ -4,11 +4,12 @@ import pytest
 import torch
 from support.models import build, random_batches
 
-from cap_hf.collection.clock import LAUNCH, LAUNCHES, REACHED, Clock, PaperClock, forward_operations
+from cap_hf.collection.clock import LAUNCH, LAUNCHES, REACHED, READ, Clock, PaperClock, forward_operations
 from cap_hf.collection.costs import Costs
 from cap_hf.collection.hardware import GPUS, Hardware
 from cap_hf.collection.resources import Resources
 from cap_hf.config import CAPConfig
+from cap_hf.method.panels import PANEL
 
 GPU = Hardware("unit", memory=11e9, float32=1e12, float64=5e11, bfloat16=4e12, bandwidth=1e12)
 
@@ -61,9 +62,12 @@ def test_on_paper_blocks_take_their_operations_and_small_ones_their_launches():
     eliminated, solved = trials[3072]
     assert 8 / 3 * 3072**3 / (REACHED * 1e12) < eliminated < 2 * 8 / 3 * 3072**3 / (REACHED * 1e12)
     assert solved == 2 / 3 * 3072**3 / (REACHED * 5e11)
-    # 16 blocks of 1,448 fill a batch of 2 GiB / 8: as many share the launches of a step.
-    launches = LAUNCH * LAUNCHES * 1448 / 16
-    assert trials[1448][0] - launches == pytest.approx(trials[2896][0] / 8 - LAUNCH * LAUNCHES * 2896 / 4 / 8)
+    # 128 blocks of 1,448 fill a batch of 16 GiB / 8, 32 of 2,896: as many share the launches of a panel.
+    launched = [LAUNCH * LAUNCHES * panels / blocks for panels, blocks in ((23, 128), (46, 32))]
+    # Within a panel each step reads what the others before it have left.
+    read = [4 * PANEL * size**2 / 4 / (READ * GPU.bandwidth) for size in (1448, 2896)]
+    small, large = (trials[size][0] - each - own for size, each, own in zip((1448, 2896), launched, read, strict=True))
+    assert small == pytest.approx(large / 8)
 
 
 def test_on_paper_a_gpu_is_free_but_for_the_model():

@@ -19,7 +19,7 @@ from cap_hf.collection.running import unchanged_on_error
 from cap_hf.collection.solver import Solver
 from cap_hf.distributed.processes import Processes
 from cap_hf.errors import CAPError
-from cap_hf.method.elimination import eliminate_in_torch
+from cap_hf.method.panels import eliminate_in_torch
 from cap_hf.method.refit import LeastSquares
 from cap_hf.report import RefitReport
 

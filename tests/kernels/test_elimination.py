@@ -6,32 +6,16 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.blocks import make_blocks, same_removals
 
 from cap_hf.config import NMPattern
 from cap_hf.kernels.build import load_extension
-from cap_hf.method import elimination, reconstruction
+from cap_hf.method import elimination, panels, reconstruction
 
 
 @pytest.fixture(scope="module", autouse=True)
 def kernels():
     assert load_extension("elimination"), "no C++ compiler: the kernels cannot be tested"
-
-
-def make_blocks(seed, n, size, zeros=0.0, samples=None):
-    generator = torch.Generator().manual_seed(seed)
-    gradients = torch.randn(n, samples or 2 * size, size, generator=generator, dtype=torch.float64)
-    fisher = gradients.mT @ gradients / gradients.shape[1]
-    fisher.diagonal(dim1=-2, dim2=-1).add_(1e-3)
-    weights = torch.randn(n, size, generator=generator, dtype=torch.float64)
-    weights[torch.rand(n, size, generator=generator) < zeros] = 0.0
-    return weights, elimination.decouple(fisher, weights == 0)
-
-
-def same_removals(found, expected):
-    torch.testing.assert_close(found.losses, expected.losses, rtol=1e-8, atol=1e-12)
-    costs = expected.losses > 0  # what is 0 already goes in any order
-    assert torch.equal(found.order[costs], expected.order[costs])
-    assert torch.equal(found.order.sort(dim=1).values, expected.order.sort(dim=1).values)
 
 
 @settings(max_examples=60, deadline=None)
@@ -44,7 +28,7 @@ def same_removals(found, expected):
 def test_kernel_removes_what_pytorch_removes(seed, n, size, zeros):
     weights, fisher = make_blocks(seed, n, size, zeros)
     inverse = elimination.invert(fisher)
-    same_removals(elimination.eliminate(weights, inverse), elimination.eliminate_in_torch(weights, inverse))
+    same_removals(elimination.eliminate(weights, inverse), panels.eliminate_in_torch(weights, inverse))
 
 
 @settings(max_examples=40, deadline=None)
@@ -62,7 +46,7 @@ def test_kernel_in_float32_removes_what_it_removes_in_float64(seed, n, size, zer
     assert found.losses.dtype == torch.float32
     assert torch.equal(found.order.sort(dim=1).values, exact.order.sort(dim=1).values)
     torch.testing.assert_close(found.losses.double().sum(1), exact.losses.sum(1), rtol=1e-2, atol=1e-6)
-    in_torch = elimination.eliminate_in_torch(weights.float(), inverse.float())
+    in_torch = panels.eliminate_in_torch(weights.float(), inverse.float())
     torch.testing.assert_close(found.losses.sum(1), in_torch.losses.sum(1), rtol=1e-2, atol=1e-6)
 
 
@@ -71,7 +55,7 @@ def test_kernel_keeps_a_pattern(kept, of, size):
     weights, fisher = make_blocks(3, 5, size, zeros=0.2)
     inverse, pattern = elimination.invert(fisher), NMPattern(kept, of)
     found = elimination.eliminate(weights, inverse, pattern)
-    same_removals(found, elimination.eliminate_in_torch(weights, inverse, pattern))
+    same_removals(found, panels.eliminate_in_torch(weights, inverse, pattern))
     removed = torch.zeros(5, size).scatter(1, found.order, 1.0)
     assert (removed.view(5, -1, of).sum(dim=2) == of - kept).all()
 
@@ -81,8 +65,8 @@ def test_kernel_names_the_first_block_with_a_lost_pivot():
     inverse = elimination.invert(fisher)
     inverse[4] = -inverse[4]
     inverse[2, 7, 7] = math.nan
-    for solve in (elimination.eliminate, elimination.eliminate_in_torch):
-        with pytest.raises(elimination.LostPivotError) as caught:
+    for solve in (elimination.eliminate, panels.eliminate_in_torch):
+        with pytest.raises(panels.LostPivotError) as caught:
             solve(weights, inverse)
         assert caught.value.block == 2
 
@@ -90,7 +74,7 @@ def test_kernel_names_the_first_block_with_a_lost_pivot():
 def test_blocks_may_share_one_inverse():
     weights, fisher = make_blocks(2, 3, 30)
     shared = elimination.invert(fisher[:1]).expand(3, -1, -1)
-    same_removals(elimination.eliminate(weights, shared), elimination.eliminate_in_torch(weights, shared))
+    same_removals(elimination.eliminate(weights, shared), panels.eliminate_in_torch(weights, shared))
 
 
 @pytest.mark.parametrize("share", [0.0, 0.03, 0.5, 1.0])

@@ -6,8 +6,9 @@ import torch
 from cap_hf.config import METHODS as NAMES
 from cap_hf.config import CAPConfig, NMPattern
 from cap_hf.method.baselines import rank_scores, saliencies
-from cap_hf.method.elimination import Elimination, eliminate
+from cap_hf.method.elimination import eliminate
 from cap_hf.method.methods import METHODS
+from cap_hf.method.panels import Elimination
 from cap_hf.method.reconstruction import independent_update, reconstruct
 
 

@@ -5,12 +5,16 @@ import gc
 import pytest
 import torch
 from support import pretend
+from support.blocks import make_blocks
 from support.models import build, random_batches
 from support.pretend.runs import CASES, INTERRUPTED, accelerator_on, compress, compress_interrupted, loader, weights
 from transformers import AutoModelForImageClassification
 
 from cap_hf import CAPCompressor, CAPConfig, CAPError, Resources
+from cap_hf.collection.clock import LAUNCHES
 from cap_hf.data.evaluation import evaluate_model
+from cap_hf.method import panels
+from cap_hf.method.elimination import invert
 from cap_hf.report import peak_memory, reset_peak_memory
 
 
@@ -138,6 +142,27 @@ def test_launches_do_not_grow_with_the_number_of_blocks():
     # 64 steps of an elimination, none of which waits for the accelerator.
     assert sum(few[1].launches.values()) < 40 * 64
     assert few[1].transfers["aten::_local_scalar_dense"] < 64
+
+
+def test_a_panel_has_few_launches_beside_its_steps():
+    """So a GPU, on which one kernel does the steps, has few launches in all, however many weights a block has."""
+    inside, totals = 0, []
+
+    def remove(panel: panels.Panel) -> None:
+        nonlocal inside
+        before = sum(torch.ops.pretend.launches().values())
+        panels.remove_in_torch(panel)
+        inside += sum(torch.ops.pretend.launches().values()) - before
+
+    for size in (panels.PANEL, 4 * panels.PANEL):
+        weights, fisher = (each.float().to("pretend") for each in make_blocks(0, 5, size))
+        inverse, inside = invert(fisher), 0
+        with pretend.count_launches() as counts:
+            panels.eliminate_in_torch(weights, inverse, None, remove)
+        totals.append(sum(counts.launches.values()) - inside + size // panels.PANEL)
+    # As plans on paper have it (cap_hf/collection/clock.py).
+    assert totals[0] < LAUNCHES
+    assert totals[1] < 4 * LAUNCHES
 
 
 def test_evaluation_gives_what_it_gives_on_the_cpu():

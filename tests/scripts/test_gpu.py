@@ -28,11 +28,12 @@ def test_every_row_of_the_tiny_form_is_measured(device, tmp_path, monkeypatch):
     run_script("benchmarks/gpu.py", "--tiny", "--device", device, "--json", path, monkeypatch=monkeypatch)
     rows = json.loads(path.read_text())["results"]
     parts = {part: [row for row in rows if row["part"] == part] for part in gpu.PARTS}
-    assert [len(parts[part]) for part in gpu.PARTS] == [len(gpu.CHECKS) + 1, 3 + 6, 3, 3]
+    assert [len(parts[part]) for part in gpu.PARTS] == [len(gpu.CHECKS) + 2, 3 + 6, 3, 3]
     assert not any("failed" in row for row in rows)
     # On the CPU both sides are the same computation; on a GPU rounding differs.
     least = 1.0 if device == "cpu" else 0.98
-    assert all(row["mask_agreement"] >= least for row in parts["check"][:-1])
+    assert all(row["mask_agreement"] >= least for row in parts["check"][:-2])
+    assert parts["check"][-2]["fused"] == (device == "cuda")
     eliminations = [row for row in parts["rate"] if row["name"] == "elimination"]
     assert [(row["block_size"], row["blocks"]) for row in eliminations] == [(64, 4 * 64 + 128), (128, 64)]
     assert all(rate > 0 for row in eliminations for rate in row["share_of_peak"])
