@@ -131,13 +131,18 @@ def plan_passes(
     collecting = in_model_bytes(step, costs, device) + exchanged
     paths = max(removal_paths.peak_bytes(target, count) for target, count in shares)
 
-    def fit(batch_bytes: int, beside: int) -> tuple[int, int]:
+    def fit(beside: int) -> tuple[int, int]:
         """Return how large batches are that fit beside what else is there, and what they take with the paths."""
-        if device.type != "cpu":
-            batch_bytes = max(0, min(solver.DEVICE_BATCH_BYTES, available - beside - paths)) // solver.COPIES
+        left = max(0, available - beside - paths)
+        if device.type == "cpu":
+            # A block for each thread, if that is no large part of the memory: a thread does whole blocks.
+            every = torch.get_num_threads() * max(8 * target.block_size**2 for target in targets)
+            batch_bytes = max(solver.BATCH_BYTES, min(every, min(left, available // 4) // solver.COPIES))
+        else:
+            batch_bytes = min(solver.DEVICE_BATCH_BYTES, left) // solver.COPIES
         return batch_bytes, solver.peak_bytes(targets, batch_bytes) + paths
 
-    batch_bytes, solving = fit(solver.BATCH_BYTES, sum(sizes) + held + compared)
+    batch_bytes, solving = fit(sum(sizes) + held + compared)
     needed = sum(sizes) + held + compared + max(collecting, solving, refitting)
     if needed <= available:
         steps = (step, microbatch_of(step, costs, device))
@@ -148,12 +153,12 @@ def plan_passes(
         # beside the last pass's sums.
         held += 2 * costs.model
         held += recollected * sum(target.block_size * count * target.weight.element_size() for target, count in shares)
-        batch_bytes, solving = fit(solver.BATCH_BYTES, max(sizes) + held + compared)
+        batch_bytes, solving = fit(max(sizes) + held + compared)
         room = available - held - max(collecting, solving + compared)
         after = held + refitting
     else:
         # All these are on the disk then, except for what the losses are compared by.
-        batch_bytes, solving = fit(solver.BATCH_BYTES, max(sizes) + compared)
+        batch_bytes, solving = fit(max(sizes) + compared)
         room = available - collecting
         after = max(max(sizes) + solving, refitting) + compared
     if max(sizes) > room or after > available:

@@ -59,7 +59,7 @@ def eliminate_fisher(weights: torch.Tensor, fisher: torch.Tensor, pattern: NMPat
     scale, unit = power_of_two(fisher.diagonal(dim1=-2, dim2=-1)), power_of_two(weights.abs())
     scaled = weights / unit
     shared = len(fisher) > 1 and fisher.stride(0) == 0
-    inverse, accurate = invert_quickly((fisher[:1] if shared else fisher) / scale[: 1 if shared else None, None])
+    inverse, accurate = invert_quickly(fisher[:1], scale[:1]) if shared else invert_quickly(fisher, scale)
     accurate = accurate.expand(len(fisher)).clone()
 
     def of(matrices: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
@@ -89,16 +89,21 @@ def eliminate_fisher(weights: torch.Tensor, fisher: torch.Tensor, pattern: NMPat
     return Elimination(order, losses)
 
 
-def invert_quickly(fisher: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return inverses of Fishers `(n, B, B)` in float32, and whether each of them can be used, `(n,)` bool."""
-    matrices = fisher.float()
-    if has_kernels(matrices, torch.float32):
-        inverse, info = torch.ops.cap_hf.invert(matrices)
-    else:
-        factor, info = torch.linalg.cholesky_ex(matrices)
-        # LAPACK ends with an error at a factor with a 0 on its diagonal.
-        whole = torch.eye(matrices.shape[-1], device=matrices.device).expand_as(factor)
-        inverse = torch.cholesky_inverse(torch.where((info == 0)[:, None, None], factor, whole))
+def invert_quickly(fisher: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return inverses in float32 of Fishers `(n, B, B)` over `scale` `(n, 1)`, and which can be used, `(n,)` bool.
+
+    Args:
+        fisher: in float64.
+        scale: powers of two.
+    """
+    if has_kernels(fisher):
+        inverse, error = torch.ops.cap_hf.invert_quickly(fisher, 1 / scale[:, 0])
+        return inverse, error < MOST_RESIDUAL
+    matrices = (fisher / scale[:, :, None]).float()
+    factor, info = torch.linalg.cholesky_ex(matrices)
+    # LAPACK ends with an error at a factor with a 0 on its diagonal.
+    whole = torch.eye(matrices.shape[-1], device=matrices.device).expand_as(factor)
+    inverse = torch.cholesky_inverse(torch.where((info == 0)[:, None, None], factor, whole))
     # In sums of one row each, which are the same however many blocks there are; matrix products round otherwise.
     signs = torch.ones(matrices.shape[-1], dtype=torch.float64, device=matrices.device)
     signs[::2] = -1

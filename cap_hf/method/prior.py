@@ -32,6 +32,27 @@ class InputPrior:
     moments: Mapping[str, SymmetricSums]
     strength: float
 
+    def __post_init__(self) -> None:
+        self._known: tuple[str, list[int]] | None = None
+        self._moments = torch.empty(0)
+
+    def of(self, target: Target, blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the moments that some blocks of a target are mixed with.
+
+        Args:
+            target: whose blocks they are.
+            blocks: `(n,)` their numbers in the target.
+
+        Returns:
+            The moments, whole, `(m, s, s)` in float64; and which of them each row of a block has, `(n, rows)`.
+        """
+        found, places = moments_of(target, blocks).unique(return_inverse=True)
+        key = (target.name, found.tolist())
+        # Blocks come in batches, and most batches of a target have the same moments.
+        if key != self._known:
+            self._known, self._moments = key, self.moments[target.name].full(found)
+        return self._moments, places
+
     def mix(self, fisher: torch.Tensor, target: Target, blocks: torch.Tensor) -> torch.Tensor:
         """Mix the Fishers of some blocks with their priors, in place.
 
@@ -44,17 +65,20 @@ class InputPrior:
             `fisher`, each row's part of it with the trace that it had.
         """
         strength, size = self.strength, moment_size(target)
-        moments = self.moments[target.name]
         traces = fisher.diagonal(dim1=1, dim2=2).unflatten(1, (-1, size)).sum(dim=2)
         fisher.mul_(1 - strength)
-        for row, index in enumerate(moments_of(target, blocks).unbind(dim=1)):
-            found, places = index.unique(return_inverse=True)
-            priors = moments.full(found)
-            whole = priors.diagonal(dim1=1, dim2=2).sum(dim=1)
+        priors, places = self.of(target, blocks)
+        whole = traces_of(priors)
+        for row, place in enumerate(places.unbind(dim=1)):
             # Inputs that are all 0 have no gradient: whatever their moment of 0 is divided by, they get no prior.
-            scale = strength * traces[:, row] / whole.masked_fill(whole == 0, 1.0)[places]
+            scale = strength * traces[:, row] / whole.masked_fill(whole == 0, 1.0)[place]
             part = slice(row * size, (row + 1) * size)
             # A matrix that all blocks have in common is not copied for each.
-            priors = priors if len(found) == 1 else priors[places]
-            fisher[:, part, part].addcmul_(priors, scale[:, None, None])
+            own = priors if len(priors) == 1 else priors[place]
+            fisher[:, part, part].addcmul_(own, scale[:, None, None])
         return fisher
+
+
+def traces_of(matrices: torch.Tensor) -> torch.Tensor:
+    """Return the traces `(n,)` of matrices `(n, B, B)`."""
+    return matrices.diagonal(dim1=1, dim2=2).sum(dim=1)

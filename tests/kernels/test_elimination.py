@@ -12,6 +12,8 @@ from cap_hf.config import NMPattern
 from cap_hf.kernels.build import load_extension
 from cap_hf.method import elimination, panels, reconstruction
 
+SIZES = st.one_of(st.integers(1, 70), st.sampled_from([96, 127, 192, 193]))
+
 
 @pytest.fixture(scope="module", autouse=True)
 def kernels():
@@ -22,7 +24,7 @@ def kernels():
 @given(
     seed=st.integers(0, 10**6),
     n=st.integers(0, 9),
-    size=st.one_of(st.integers(1, 70), st.sampled_from([96, 127, 192, 193])),
+    size=SIZES,
     zeros=st.sampled_from([0.0, 0.3, 1.0]),
 )
 def test_kernel_removes_what_pytorch_removes(seed, n, size, zeros):
@@ -35,7 +37,7 @@ def test_kernel_removes_what_pytorch_removes(seed, n, size, zeros):
 @given(
     seed=st.integers(0, 10**6),
     n=st.integers(0, 9),
-    size=st.one_of(st.integers(1, 70), st.sampled_from([96, 127, 192, 193])),
+    size=SIZES,
     zeros=st.sampled_from([0.0, 0.3, 1.0]),
 )
 def test_kernel_in_float32_removes_what_it_removes_in_float64(seed, n, size, zeros):
@@ -109,3 +111,49 @@ def test_one_thread_and_two_give_the_same_bits():
         torch.set_num_threads(threads)
     assert torch.equal(results[0].losses, results[1].losses)
     assert torch.equal(results[0].order, results[1].order)
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 10**6), n=st.integers(0, 5), size=SIZES, power=st.integers(-40, 40))
+def test_quick_inverses_are_as_good_as_those_of_float32_can_be(seed, n, size, power):
+    """Against float64, and against what the PyTorch code says of its own inverse's error."""
+    _, fisher = make_blocks(seed, n, size)
+    scale = torch.full((n, 1), 2.0**power, dtype=torch.float64)
+    inverse, error = torch.ops.cap_hf.invert_quickly(fisher * 2.0**power, 1 / scale[:, 0])
+    assert inverse.dtype == torch.float32
+    assert torch.equal(inverse, inverse.mT)
+    exact = torch.linalg.inv(fisher)
+    condition = torch.linalg.cond(fisher)
+    distance = (inverse.double() - exact).flatten(1).norm(dim=1) / exact.flatten(1).norm(dim=1)
+    assert (distance <= 1e-6 * condition).all()
+    signs = torch.ones(size, dtype=torch.float64)
+    signs[::2] = -1
+    expected = (fisher @ (inverse.double() @ signs)[..., None])[..., 0] - signs
+    torch.testing.assert_close(error, expected.abs().amax(dim=1) / size**0.5, rtol=1e-6, atol=1e-12)
+
+
+@pytest.mark.parametrize("size", [5, 70, 130])
+@pytest.mark.parametrize("wrong", [-1.0, 0.0, float("nan"), float("inf")])
+def test_what_cannot_be_inverted_is_infinitely_wrong_and_harms_no_other(size, wrong):
+    _, fisher = make_blocks(0, 3, size)
+    fisher[1, -2, -2] = wrong
+    ones = torch.ones(3, dtype=torch.float64)
+    inverse, error = torch.ops.cap_hf.invert_quickly(fisher, ones)
+    assert error[1] == torch.inf
+    assert (error[[0, 2]] < 1e-4).all()
+    assert inverse.isfinite().all()
+
+
+def test_quick_inverses_do_not_depend_on_threads_or_on_other_blocks():
+    _, fisher = make_blocks(2, 7, 130)
+    ones = torch.ones(7, dtype=torch.float64)
+    expected, error = torch.ops.cap_hf.invert_quickly(fisher, ones)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        assert torch.equal(torch.ops.cap_hf.invert_quickly(fisher, ones)[0], expected)
+    finally:
+        torch.set_num_threads(before)
+    found = torch.ops.cap_hf.invert_quickly(fisher[4:5], ones[:1])
+    assert torch.equal(found[0], expected[4:5])
+    assert torch.equal(found[1], error[4:5])

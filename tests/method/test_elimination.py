@@ -228,13 +228,14 @@ def test_what_float32_is_accurate_enough_for_does_not_depend_on_the_other_blocks
     fisher = gradients.mT @ gradients / size
     fisher.diagonal(dim1=-2, dim2=-1).add_(torch.logspace(-5, -7.5, 48, dtype=torch.float64)[:, None])
     weights = torch.randn(48, size, generator=generator, dtype=torch.float64)
-    together = elimination.invert_quickly(fisher)[1]
+    ones = torch.ones(48, 1, dtype=torch.float64)
+    together = elimination.invert_quickly(fisher, ones)[1]
     assert 4 < together.sum() < 44
-    alone = [elimination.invert_quickly(fisher[block : block + 1])[1] for block in range(48)]
+    alone = [elimination.invert_quickly(fisher[block : block + 1], ones[:1])[1] for block in range(48)]
     assert torch.equal(torch.cat(alone), together)
     # A weight that is 0 is alone in its Fisher, and says nothing of the others.
     weights[:, -1] = 0
-    decoupled = elimination.invert_quickly(decouple(fisher, weights == 0))[1]
+    decoupled = elimination.invert_quickly(decouple(fisher, weights == 0), ones)[1]
     assert (decoupled == together).sum() > 40
 
 

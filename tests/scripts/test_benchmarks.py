@@ -255,3 +255,16 @@ def test_real_measures_what_a_checkpoint_takes_and_was_foreseen_to(figures, tmp_
     assert layers["planned_of_all_layers"]["collecting"] > 0
     assert [row["work"] for row in eliminations] == ["elimination of 6 of 32", "elimination of 4 of 128"]
     assert all(row["seconds"] > 0 for row in eliminations)
+
+
+def test_elimination_writes_its_share_of_the_peak(figures):
+    found = figures("elimination", "--block_sizes", 16, 24, "--memory", 10**5, "--matrix", 64, "--repeats", 2)
+    rows = found["results"]
+    sizes = [(row["block_size"], row["dtype"], row["blocks"]) for row in rows]
+    assert sizes == [(size, dtype, 10**5 // (8 * size**2)) for dtype in ("float32", "float64") for size in (16, 24)]
+    for row in rows:
+        for work, operations in (("invert", 1), ("eliminate", 2 / 3)):
+            rate = operations * row["block_size"] ** 3 * row["blocks"] / row[f"{work}_seconds"]
+            assert row[f"{work}_flops_per_second"] == pytest.approx(rate)
+            share = rate / found[f"peak_{row['dtype']}"]["flops_per_second"]
+            assert row[f"{work}_share_of_peak"] == pytest.approx(share)

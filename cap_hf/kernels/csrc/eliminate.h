@@ -12,26 +12,19 @@
 #include <limits>
 #include <vector>
 
-namespace cap_hf {
+#include "tiles.h"
 
-// Steps of a panel: few enough for its columns to stay in the second-level cache.
-constexpr int kPanel = 64;
-// Bytes of a vector; compilers turn one into as many registers as the processor needs.
-constexpr int kVectorBytes = 64;
-// The update goes tile by tile, kRows rows by kColumns vectors each, whose sums stay in registers.
-constexpr int kRows = 8;
-constexpr int kColumns = 2;
+namespace cap_hf {
 
 // The working memory of a thread, for blocks of one size, and the elimination in it, in float or double.
 template <typename Scalar>
 class Eliminator {
-  // Entries of a vector.
-  static constexpr int kLanes = kVectorBytes / sizeof(Scalar);
-  typedef Scalar Vector __attribute__((vector_size(kVectorBytes), aligned(sizeof(Scalar))));
+  static constexpr int kLanes = lanes<Scalar>();
+  typedef cap_hf::Vector<Scalar> Vector;
 
  public:
   explicit Eliminator(int64_t size)
-      : stride_((size + kLanes - 1) / kLanes * kLanes + kLanes * kColumns),
+      : stride_(padded<Scalar>(size)),
         a_(std::max<int64_t>(0, size - kPanel) * stride_ + kLanes * kColumns),
         panel_(kPanel * stride_ + kLanes * kColumns),
         row_(stride_), w_(stride_), diagonal_(stride_), scores_(stride_), gate_(stride_),
@@ -83,9 +76,6 @@ class Eliminator {
   }
 
  private:
-  static Vector load(const Scalar* from) { return *reinterpret_cast<const Vector*>(from); }
-  static void store(Scalar* to, Vector value) { *reinterpret_cast<Vector*>(to) = value; }
-
   // Added to a weight's cost: it may be removed, it is 0 and goes before all others, or it stays.
   static constexpr Scalar kLive = 0, kFirst = -1, kNever = std::numeric_limits<Scalar>::infinity();
 
@@ -187,14 +177,7 @@ class Eliminator {
       for (int r = 0; r < kHeight; ++r) {
         for (int c = 0; c < kColumns; ++c) sum[r][c] = load(&packed[r][c * kLanes]);
       }
-      const Scalar* column = panel_.data();
-      for (int64_t k = 0; k < width; ++k, column += stride_) {
-        Vector right[kColumns];
-        for (int c = 0; c < kColumns; ++c) right[c] = load(column + j + c * kLanes);
-        for (int r = 0; r < kHeight; ++r) {
-          for (int c = 0; c < kColumns; ++c) sum[r][c] -= column[i + r] * right[c];
-        }
-      }
+      subtract_products<Scalar, kHeight>(sum, panel_.data(), stride_, width, i, j);
       for (int r = 0; r < kHeight; ++r) {
         for (int c = 0; c < kColumns; ++c) store(&packed[r][c * kLanes], sum[r][c]);
         std::copy_n(packed[r], real, &a_[(i + r) * stride_ + j]);

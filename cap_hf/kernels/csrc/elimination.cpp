@@ -1,4 +1,4 @@
-// The operators cap_hf::eliminate, invert and reconstruct: every thread computes whole blocks. For blocks of these
+// The operators cap_hf::assemble, invert, invert_quickly, eliminate and reconstruct: every thread computes whole blocks. For blocks of these
 // sizes that is faster than LAPACK with all threads on one block.
 #include <ATen/Functions.h>
 #include <ATen/Parallel.h>
@@ -10,11 +10,76 @@
 #include <tuple>
 #include <vector>
 
+#include "assemble.h"
 #include "eliminate.h"
+#include "invert.h"
 
 namespace {
 
 using at::Tensor;
+
+// Calls `work` in every thread with what gives it the next of n blocks, or n: each takes one when it is done with another,
+// as some blocks end early, and some cores are slower.
+template <typename Work>
+void each_block(int64_t n, const Work& work) {
+  std::atomic<int64_t> next{0};
+  at::parallel_for(0, std::min<int64_t>(n, at::get_num_threads()), 1,
+                   [&](int64_t begin, int64_t end) { work([&] { return next++; }); });
+}
+
+template <typename Scalar>
+void assemble_blocks(at::TensorList strips, const Tensor& blocks, double count, double strength,
+                     const cap_hf::Moments& moments, const Tensor& places, double damp, Tensor& out) {
+  std::vector<cap_hf::Strip<Scalar>> parts;
+  int64_t start = 0;
+  for (const Tensor& strip : strips) {
+    parts.push_back({strip.const_data_ptr<Scalar>(), start, strip.size(2)});
+    start = strip.size(2);
+  }
+  const int64_t n = blocks.size(0), size = out.size(1);
+  const int64_t* numbers = blocks.const_data_ptr<int64_t>();
+  const int64_t* place = places.const_data_ptr<int64_t>();
+  double* data = out.mutable_data_ptr<double>();
+  each_block(n, [&](auto&& next) {
+    for (int64_t b = next(); b < n; b = next()) {
+      cap_hf::assemble<Scalar>(parts, numbers[b], count, strength, moments, place + b * moments.rows, damp, size,
+                               data + b * size * size);
+    }
+  });
+}
+
+// Returns the damped Fishers (n, B, B) in float64 of the sums `blocks` (n), see `assemble`. Strips are as in
+// cap_hf/method/sums.py; moments are (m, s, s) and have `traces` (m), `places` (n, B / s) says which a block's parts have.
+Tensor assemble(at::TensorList strips, const Tensor& blocks, double count, double strength, const Tensor& moments,
+                const Tensor& traces, const Tensor& places, double damp) {
+  TORCH_CHECK(!strips.empty() && (strips[0].scalar_type() == at::kFloat || strips[0].scalar_type() == at::kDouble),
+              "strips in float32 or float64 are needed");
+  const int64_t size = strips.back().size(2), held = strips[0].size(0), known = moments.size(0);
+  int64_t start = 0;
+  std::vector<Tensor> whole;
+  for (const Tensor& strip : strips) {
+    TORCH_CHECK(strip.dim() == 3 && strip.size(0) == held && strip.size(1) == strip.size(2) - start &&
+                    strip.scalar_type() == strips[0].scalar_type(), "strips do not fit together");
+    start = strip.size(2);
+    whole.push_back(strip.contiguous());
+  }
+  TORCH_CHECK(blocks.dim() == 1 && blocks.scalar_type() == at::kLong && blocks.is_contiguous() &&
+                  (blocks.numel() == 0 || (blocks.min().item<int64_t>() >= 0 && blocks.max().item<int64_t>() < held)),
+              "blocks that there are no sums of");
+  const cap_hf::Moments priors{moments.const_data_ptr<double>(), traces.const_data_ptr<double>(), places.size(1),
+                               moments.size(1)};
+  TORCH_CHECK(moments.is_contiguous() && places.is_contiguous() && places.scalar_type() == at::kLong &&
+                  places.size(0) == blocks.size(0) && (priors.rows == 0 || priors.rows * priors.size == size) &&
+                  traces.numel() == known && (places.numel() == 0 || (places.min().item<int64_t>() >= 0 &&
+                  places.max().item<int64_t>() < known)), "moments do not fit the blocks");
+  Tensor out = at::empty({blocks.size(0), size, size}, moments.options());
+  if (strips[0].scalar_type() == at::kFloat) {
+    assemble_blocks<float>(whole, blocks, count, strength, priors, places, damp, out);
+  } else {
+    assemble_blocks<double>(whole, blocks, count, strength, priors, places, damp, out);
+  }
+  return out;
+}
 
 // Removes weights of n blocks in Scalar, and notes in `lost` whose pivots were not all positive and finite.
 template <typename Scalar>
@@ -26,11 +91,9 @@ void eliminate_blocks(const Tensor& w, const Tensor& a, int64_t steps, int64_t g
   int64_t* order_data = order.mutable_data_ptr<int64_t>();
   Scalar* losses_data = losses.mutable_data_ptr<Scalar>();
   bool* lost_data = lost.mutable_data_ptr<bool>();
-  std::atomic<int64_t> next{0};
-  // Each thread takes the next block when it is done with one: some blocks end early, and some cores are slower.
-  at::parallel_for(0, std::min<int64_t>(n, at::get_num_threads()), 1, [&](int64_t begin, int64_t end) {
+  each_block(n, [&](auto&& next) {
     cap_hf::Eliminator<Scalar> eliminator(size);
-    for (int64_t b = next++; b < n; b = next++) {
+    for (int64_t b = next(); b < n; b = next()) {
       lost_data[b] = !eliminator.run(w_data + b * size, a_data + b * block_stride, size, steps, group, limit,
                                      order_data + b * steps, losses_data + b * steps);
     }
@@ -93,6 +156,28 @@ std::tuple<Tensor, Tensor> invert(const Tensor& matrices) {
   return {inverse, info};
 }
 
+// Returns the inverses, in float32, of matrices (n, B, B) in float64 times `scales` (n), and the error (n) of each, see
+// `Inverter::run`.
+std::tuple<Tensor, Tensor> invert_quickly(const Tensor& matrices, const Tensor& scales) {
+  TORCH_CHECK(matrices.scalar_type() == at::kDouble && matrices.dim() == 3 && matrices.size(1) == matrices.size(2) &&
+                  scales.scalar_type() == at::kDouble && scales.dim() == 1 && scales.size(0) == matrices.size(0),
+              "matrices (n, B, B) and scales (n) in float64 are needed");
+  const Tensor from = matrices.contiguous(), scale = scales.contiguous();
+  const int64_t n = from.size(0), size = from.size(1), entries = size * size;
+  Tensor inverse = at::empty(from.sizes(), from.options().dtype(at::kFloat)), error = at::empty_like(scale);
+  const double* from_data = from.const_data_ptr<double>();
+  const double* scale_data = scale.const_data_ptr<double>();
+  float* inverse_data = inverse.mutable_data_ptr<float>();
+  double* error_data = error.mutable_data_ptr<double>();
+  each_block(n, [&](auto&& next) {
+    cap_hf::Inverter inverter(size);
+    for (int64_t b = next(); b < n; b = next()) {
+      error_data[b] = inverter.run(from_data + b * entries, scale_data[b], inverse_data + b * entries);
+    }
+  });
+  return {inverse, error};
+}
+
 // Does what cap_hf/method/reconstruction.py does; info (n) is LAPACK's of each block's factorisation.
 std::tuple<Tensor, Tensor> reconstruct(const Tensor& weights, const Tensor& fisher, const Tensor& keep) {
   TORCH_CHECK(weights.scalar_type() == at::kDouble && fisher.scalar_type() == at::kDouble &&
@@ -143,9 +228,14 @@ std::tuple<Tensor, Tensor> reconstruct(const Tensor& weights, const Tensor& fish
 TORCH_LIBRARY_FRAGMENT(cap_hf, library) {
   library.def("eliminate(Tensor weights, Tensor inverse, int steps, int group, int limit)"
               " -> (Tensor, Tensor, Tensor)");
+  library.def("assemble(Tensor[] strips, Tensor blocks, float count, float strength, Tensor moments, Tensor traces,"
+              " Tensor places, float damp) -> Tensor");
   library.def("invert(Tensor matrices) -> (Tensor, Tensor)");
+  library.def("invert_quickly(Tensor matrices, Tensor scales) -> (Tensor, Tensor)");
   library.def("reconstruct(Tensor weights, Tensor fisher, Tensor keep) -> (Tensor, Tensor)");
+  library.impl("assemble", c10::DispatchKey::CPU, TORCH_FN(assemble));
   library.impl("eliminate", c10::DispatchKey::CPU, TORCH_FN(eliminate));
   library.impl("invert", c10::DispatchKey::CPU, TORCH_FN(invert));
+  library.impl("invert_quickly", c10::DispatchKey::CPU, TORCH_FN(invert_quickly));
   library.impl("reconstruct", c10::DispatchKey::CPU, TORCH_FN(reconstruct));
 }
