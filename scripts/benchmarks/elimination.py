@@ -3,7 +3,8 @@
     python scripts/benchmarks/elimination.py --json elimination.json
 
 Operations are those of the mathematics: a factorisation and the inverse from it take B^3, the elimination 2/3 B^3, as
-the inverse shrinks. `float32` is what `cap-hf prune` does first, with its check; `float64` what it falls back to.
+the inverse shrinks; the kernels compute one half of what is symmetric. `float32` is what `cap-hf prune` does first,
+with its check; `float64` what it falls back to.
 """
 
 import argparse
