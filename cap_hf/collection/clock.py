@@ -23,6 +23,8 @@ from cap_hf.method.panels import PANEL
 REACHED, READ = 0.4, 0.6
 # Seconds of a kernel's launch, and how many a panel of the elimination has (docs/scaling.md).
 LAUNCH, LAUNCHES = 5e-6, 32
+# Seconds that a step waits for the one before it, and how many blocks of a batch wait side by side.
+STEP, SIDE_BY_SIDE = 3e-6, 100
 # Bytes that a GPU's libraries take before anything else.
 CONTEXT = 1e9
 # Operations of a gradient sample for one of its forward pass: forward, backward to the inputs, and the gradients of
@@ -105,8 +107,9 @@ class PaperClock(Clock):
         # A step of a panel reads the columns of those before it.
         moved = 4 * (COPIES * cube / (3 * PANEL) + PANEL * float(size) ** 2 / 4) / (gpu.bandwidth * READ)
         # All blocks of a batch share the launches of its panels.
-        batch = max(1, solver.DEVICE_BATCH_BYTES // solver.COPIES // (8 * size**2))
-        eliminated = arithmetic + moved + LAUNCH * LAUNCHES * math.ceil(size / PANEL) / batch
+        batch = max(1, solver.MOST_DEVICE_BYTES // (8 * size**2))
+        waited = LAUNCH * LAUNCHES * math.ceil(size / PANEL) + STEP * size * math.ceil(batch / SIDE_BY_SIDE)
+        eliminated = arithmetic + moved + waited / batch
         return eliminated, SOLVE * cube / (gpu.float64 * REACHED)
 
 

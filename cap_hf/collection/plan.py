@@ -131,20 +131,22 @@ def plan_passes(
     collecting = in_model_bytes(step, costs, device) + exchanged
     paths = max(removal_paths.peak_bytes(target, count) for target, count in shares)
 
-    def fit(beside: int) -> tuple[int, int]:
-        """Return how large batches are that fit beside what else is there, and what they take with the paths."""
-        left = max(0, available - beside - paths)
+    least, most = solver.batch_range(targets, device, available)
+
+    def fit(beside: int, most: int) -> tuple[int, int]:
+        """Return how large batches are that fit beside what else is there, and what they take with the paths.
+
+        No larger ones than of `most` bytes, but on a CPU no smaller ones than are fast.
+        """
+        batch_bytes = max(0, min(most, (available - beside - paths) // solver.COPIES))
         if device.type == "cpu":
-            # A block for each thread, if that is no large part of the memory: a thread does whole blocks.
-            every = torch.get_num_threads() * max(8 * target.block_size**2 for target in targets)
-            batch_bytes = max(solver.BATCH_BYTES, min(every, min(left, available // 4) // solver.COPIES))
-        else:
-            batch_bytes = min(solver.DEVICE_BATCH_BYTES, left) // solver.COPIES
+            batch_bytes = max(batch_bytes, least)
         return batch_bytes, solver.peak_bytes(targets, batch_bytes) + paths
 
-    batch_bytes, solving = fit(sum(sizes) + held + compared)
-    needed = sum(sizes) + held + compared + max(collecting, solving, refitting)
-    if needed <= available:
+    beside = sum(sizes) + held + compared
+    if beside + max(collecting, fit(beside, least)[1], refitting) <= available:
+        batch_bytes, solving = fit(beside, most)
+        needed = beside + max(collecting, solving, refitting)
         steps = (step, microbatch_of(step, costs, device))
         return Plan([list(targets)], block_size, *steps, available, needed, sum(sizes), 0, batch_bytes)
 
@@ -153,19 +155,26 @@ def plan_passes(
         # beside the last pass's sums.
         held += 2 * costs.model
         held += recollected * sum(target.block_size * count * target.weight.element_size() for target, count in shares)
-        batch_bytes, solving = fit(max(sizes) + held + compared)
+        _, solving = fit(max(sizes) + held + compared, least)
         room = available - held - max(collecting, solving + compared)
         after = held + refitting
     else:
         # All these are on the disk then, except for what the losses are compared by.
-        batch_bytes, solving = fit(max(sizes) + compared)
+        _, solving = fit(max(sizes) + compared, least)
         room = available - collecting
         after = max(max(sizes) + solving, refitting) + compared
     if max(sizes) > room or after > available:
         return None
     passes = split_passes(targets, sizes, room)
     size_of = {target.name: size for target, size in zip(targets, sizes, strict=True)}
-    peak = max(sum(size_of[target.name] for target in each) for each in passes) + available - room
+    largest = max(sum(size_of[target.name] for target in each) for each in passes)
+    # Passes are as few as small batches allow; larger ones take what is left then.
+    if recollected:
+        batch_bytes, solving = fit(largest + held + compared, most)
+        peak = largest + held + max(collecting, solving + compared)
+    else:
+        batch_bytes, solving = fit(max(sizes) + compared, most)
+        peak, after = largest + collecting, max(max(sizes) + solving, refitting) + compared
     plan = Plan(
         passes,
         block_size,

@@ -15,10 +15,10 @@ from cap_hf.method.panels import Elimination, LostPivotError, num_steps
 from cap_hf.targets import Target
 
 # Bytes of float64 matrices that are solved at a time. On a CPU they stay in the cache, and the allocator gives the same
-# memory again and again, where larger batches would come fresh from the system each time. Elsewhere a batch takes what
-# memory the plan leaves, up to so much: an elimination takes as many steps however many blocks a batch has, and each of
-# them keeps one multiprocessor of a GPU busy.
-BATCH_BYTES, DEVICE_BATCH_BYTES = 16 * 2**20, 16 * 2**30
+# memory again and again, where larger batches would come fresh from the system each time. Elsewhere the first is what a
+# plan leaves room for, and the second the most that a batch takes of what is free all the same: an elimination has as
+# many steps however many blocks a batch has, and each of these keeps one multiprocessor of a GPU busy.
+BATCH_BYTES, DEVICE_BATCH_BYTES, MOST_DEVICE_BYTES = 16 * 2**20, 2**28, 2**31
 # How many times that many bytes are in use while they are: F, its factor, the inverse and what changes of it.
 COPIES = 8
 
@@ -63,6 +63,7 @@ class Solver:
                 part = self.method.eliminate(weights[blocks].double(), self._damped(target, blocks), pattern)
             order[blocks], losses[blocks] = part.order, part.losses
             advance(blocks.stop - blocks.start, work_of(target, blocks.stop - blocks.start))
+        self._release()
         return Elimination(order, losses)
 
     def reconstruct(
@@ -101,6 +102,7 @@ class Solver:
                 change = new - old
                 loss += float((change * products(fisher, change)).sum() - damp * change.square().sum()) / 2
             advance(len(blocks), work_of(target, len(blocks)))
+        self._release()
         return pruned, None if self.fisher is None else loss
 
     def _batches(self, target: Target, count: int) -> Iterator[slice]:
@@ -111,6 +113,10 @@ class Solver:
         step = max(1, size // (8 * entries))
         for start in range(0, count, step):
             yield slice(start, min(start + step, count))
+
+    def _release(self) -> None:
+        if self.fisher is not None:
+            self.fisher.release()
 
     def _damped(self, target: Target, blocks: slice | torch.Tensor) -> torch.Tensor | None:
         return None if self.fisher is None else self.fisher.damped(target, blocks)
@@ -164,7 +170,24 @@ def work_of(target: Target, blocks: int) -> float:
 
 def default_batch_bytes(device: torch.device) -> int:
     """Return the bytes of matrices that are solved at a time where no plan says it."""
-    return BATCH_BYTES if device.type == "cpu" else DEVICE_BATCH_BYTES // COPIES
+    return BATCH_BYTES if device.type == "cpu" else DEVICE_BATCH_BYTES
+
+
+def batch_range(targets: Sequence[Target], device: torch.device, available: int) -> tuple[int, int]:
+    """Return the least and the most bytes of matrices that a plan solves at a time, if its memory allows them.
+
+    Args:
+        targets: that are pruned.
+        device: that they are on.
+        available: bytes.
+    """
+    # The least, and on a CPU the most, are to be no large part of the memory.
+    part = available // 4 // COPIES
+    if device.type != "cpu":
+        return min(DEVICE_BATCH_BYTES, part), MOST_DEVICE_BYTES
+    # A block for each thread: a thread does whole blocks.
+    every = torch.get_num_threads() * max(8 * target.block_size**2 for target in targets)
+    return BATCH_BYTES, max(BATCH_BYTES, min(every, part))
 
 
 def peak_bytes(targets: Sequence[Target], batch_bytes: int) -> int:

@@ -3,6 +3,8 @@
 Needs Triton, which PyTorch brings for CUDA. `cap_hf.method.panels` has the same in PyTorch, chooses, and checks.
 """
 
+from contextlib import nullcontext
+
 import torch
 import triton
 import triton.language as tl
@@ -44,6 +46,9 @@ def remove_kernel(
         member = block * groups + tl.load(position + row, mask=inside, other=0) // group
     for k in range(count):
         scores = tl.where(first, -1.0, w * w / tl.where(gone, 1.0, d))
+        # What is not a number goes first, as in PyTorch, and its pivot is lost: `argmin` would pass over it, and take
+        # what is no weight of the block if there is nothing else.
+        scores = tl.where(scores == scores, scores, float("-inf"))
         scores = tl.where(gone, float("inf"), scores)
         if GROUPED:
             scores = tl.where(tl.load(given + member, mask=inside, other=0) == limit, float("inf"), scores)
@@ -88,24 +93,26 @@ def remove(
     """Do what `cap_hf.method.panels.remove_in_torch` does; all tensors contiguous."""
     n, count, width = columns.shape
     wide = triton.next_power_of_2(width)
-    remove_kernel[(n,)](
-        matrices,
-        weights,
-        diagonal,
-        zero,
-        position,
-        given,
-        columns,
-        pivots,
-        costs,
-        removed,
-        width,
-        count,
-        given.shape[1],
-        max(group, 1),
-        limit,
-        WIDE=wide,
-        GROUPED=group > 0,
-        # A warp for every 256 entries: what a thread holds stays in its registers.
-        num_warps=min(16, max(1, wide // 256)),
-    )
+    # Triton launches on the current device, wherever the tensors are.
+    with torch.cuda.device(matrices.device) if matrices.is_cuda else nullcontext():
+        remove_kernel[(n,)](
+            matrices,
+            weights,
+            diagonal,
+            zero,
+            position,
+            given,
+            columns,
+            pivots,
+            costs,
+            removed,
+            width,
+            count,
+            given.shape[1],
+            max(group, 1),
+            limit,
+            WIDE=wide,
+            GROUPED=group > 0,
+            # A warp for every 256 entries: up to 4,096 of them a thread holds all that is its own in registers.
+            num_warps=min(16, max(1, wide // 256)),
+        )

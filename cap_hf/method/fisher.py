@@ -60,6 +60,11 @@ class BlockFisher:
         matrices = add_damp(sums.full(index[:1] if single else index).div_(self.count), damp)
         return matrices.expand(len(index), -1, -1)
 
+    def release(self) -> None:
+        """Give back what is kept from one `damped` to the next."""
+        if self.prior is not None:
+            self.prior.release()
+
     def _assembled(self, target: Target, numbers: torch.Tensor, damp: float) -> torch.Tensor:
         """Return what `damped` does of blocks by their numbers in the target, in one go through memory."""
         strength = 0.0

@@ -34,7 +34,7 @@ class InputPrior:
 
     def __post_init__(self) -> None:
         self._known: tuple[str, list[int]] | None = None
-        self._moments = torch.empty(0)
+        self.release()
 
     def of(self, target: Target, blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the moments that some blocks of a target are mixed with.
@@ -50,8 +50,13 @@ class InputPrior:
         key = (target.name, found.tolist())
         # Blocks come in batches, and most batches of a target have the same moments.
         if key != self._known:
+            self.release()
             self._known, self._moments = key, self.moments[target.name].full(found)
         return self._moments, places
+
+    def release(self) -> None:
+        """Give back the memory of the moments that the last blocks were mixed with."""
+        self._known, self._moments = None, torch.empty(0)
 
     def mix(self, fisher: torch.Tensor, target: Target, blocks: torch.Tensor) -> torch.Tensor:
         """Mix the Fishers of some blocks with their priors, in place.

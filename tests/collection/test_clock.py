@@ -4,7 +4,7 @@ import pytest
 import torch
 from support.models import build, random_batches
 
-from cap_hf.collection.clock import LAUNCH, LAUNCHES, REACHED, READ, Clock, PaperClock, forward_operations
+from cap_hf.collection.clock import LAUNCH, LAUNCHES, REACHED, READ, STEP, Clock, PaperClock, forward_operations
 from cap_hf.collection.costs import Costs
 from cap_hf.collection.hardware import GPUS, Hardware
 from cap_hf.collection.resources import Resources
@@ -62,8 +62,11 @@ def test_on_paper_blocks_take_their_operations_and_small_ones_their_launches():
     eliminated, solved = trials[3072]
     assert 8 / 3 * 3072**3 / (REACHED * 1e12) < eliminated < 2 * 8 / 3 * 3072**3 / (REACHED * 1e12)
     assert solved == 2 / 3 * 3072**3 / (REACHED * 5e11)
-    # 128 blocks of 1,448 fill a batch of 16 GiB / 8, 32 of 2,896: as many share the launches of a panel.
+    # 128 blocks of 1,448 fill a batch of 2 GiB, 32 of 2,896: as many share the launches of a panel. Steps come one
+    # after the other, of as many blocks at once as there are multiprocessors.
     launched = [LAUNCH * LAUNCHES * panels / blocks for panels, blocks in ((23, 128), (46, 32))]
+    launched[0] += 2 * STEP * 1448 / 128
+    launched[1] += STEP * 2896 / 32
     # Within a panel each step reads what the others before it have left.
     read = [4 * PANEL * size**2 / 4 / (READ * GPU.bandwidth) for size in (1448, 2896)]
     small, large = (trials[size][0] - each - own for size, each, own in zip((1448, 2896), launched, read, strict=True))

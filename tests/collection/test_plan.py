@@ -114,6 +114,40 @@ def test_on_a_device_batches_take_what_memory_is_left(monkeypatch):
     assert solver_module.COPIES * found["meta", 5 * 10**8] <= 5 * 10**8
 
 
+def test_large_blocks_come_one_for_each_thread(monkeypatch):
+    targets, costs = find_targets(build("ViT", hidden_size=64, intermediate_size=4096)), Costs(16, 1000, 10, 0)
+    block = 8 * 4096**2
+    assert block > solver_module.BATCH_BYTES
+    for threads, available, blocks in ((1, 10**12, 1), (3, 10**12, 3), (8, 10**12, 8), (8, 10**11, 8)):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        plan = plan_passes(targets, "row", available, costs, Processes())
+        assert plan.batch_bytes == blocks * block
+        assert plan.needed <= available
+    # No more of them than a quarter of the memory holds.
+    least = plan_passes(targets, "row", 10**12, costs, Processes()).needed - 7 * solver_module.COPIES * block
+    assert plan_passes(targets, "row", least, costs, Processes()).batch_bytes < 2 * block
+
+
+@pytest.mark.parametrize("recollected", [0, 1])
+@pytest.mark.parametrize("kind", ["cpu", "meta"])
+def test_larger_batches_cost_no_passes(monkeypatch, kind, recollected):
+    """They take what is left once the passes are as few as can be."""
+    targets, costs = find_targets(build("ViT", hidden_size=64, intermediate_size=2048)), Costs(16, 1000, 10, 0)
+    alike = Alike(1, torch.device(kind))
+    whole = plan_passes(targets, "row", 10**12, costs, alike)
+    for share in (0.55, 0.65, 0.75):
+        available = int(whole.sums * share) + 3 * 10**8
+        found = []
+        for threads, most in ((1, solver_module.DEVICE_BATCH_BYTES), (16, 2**40)):
+            monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+            monkeypatch.setattr(solver_module, "MOST_DEVICE_BYTES", most)
+            plan = plan_passes(targets, "row", available, costs, alike, recollected=recollected)
+            assert plan.needed <= available
+            found.append(plan)
+        assert len(found[0].passes) == len(found[1].passes) > 1
+        assert found[0].batch_bytes <= found[1].batch_bytes
+
+
 def test_another_run_goes_through_memory_in_the_same_way():
     targets = find_targets(build("ViT"))
     before = Plan([targets[:3], targets[3:]], "row", 8, 2, spilled=100)

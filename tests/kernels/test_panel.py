@@ -1,5 +1,6 @@
 """The Triton kernel of the elimination's steps, in Triton's interpreter: it removes what the PyTorch code removes."""
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -47,8 +48,50 @@ def test_no_group_gives_up_more_than_its_pattern_allows(remove, size, pattern):
     assert (groups == pattern.m - pattern.n).all()
 
 
-def test_several_panels_in_float32(remove):
-    panels.check_fused(remove, DEVICE, torch.float32)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_several_panels(remove, dtype, monkeypatch):
+    if DEVICE.type == "cpu":  # the interpreter takes seconds for each step of a panel of large blocks
+        monkeypatch.setattr(panels, "CHECKED", panels.CHECKED[:2])
+    panels.check_fused(remove, DEVICE, dtype)
+
+
+def as_on_a_gpu(indices):
+    """What finds a minimum in pairs, as Triton does it on a GPU, where no comparison with what is no number holds."""
+
+    def argmin(values, axis=None, keepdims=False):
+        values, places = np.asarray(values).reshape(-1), np.arange(np.size(values))
+        while len(values) > 1:
+            (left, right), (first, second) = (each.reshape(2, -1) for each in (values, places))
+            less = (left < right) | ((left == right) & (first < second))
+            values, places = np.where(less, left, right), np.where(less, first, second)
+        indices.append(int(places[0]))
+        return places[0]
+
+    return argmin
+
+
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="it is about what the interpreter does otherwise than a GPU")
+@pytest.mark.filterwarnings("ignore:.*:RuntimeWarning")
+@pytest.mark.parametrize("size", [17, 65])
+def test_after_a_lost_pivot_nothing_beyond_a_block_is_taken(remove, size, monkeypatch):
+    """A GPU's minimum passes over what is no number, and the places beyond a block's end are no weights."""
+    from triton.runtime import interpreter
+
+    reduce, indices = interpreter.ReduceOps.min_max, []
+
+    def min_max(self, values, val_reduce_op, idx_reduce_op=None):
+        return reduce(self, values, val_reduce_op, as_on_a_gpu(indices))
+
+    monkeypatch.setattr(interpreter.ReduceOps, "min_max", min_max)
+    weights, fisher = make_blocks(1, 1, size)
+    inverse = invert(fisher)
+    for wrong in (0, size // 2, size - 1):
+        broken = inverse.clone()
+        broken[0, wrong, wrong] = -1.0
+        with pytest.raises(panels.LostPivotError):
+            panels.eliminate_in_torch(weights, broken, None, remove)
+    assert max(indices) < size
+    same_removals(*both(remove, weights, inverse))
 
 
 @pytest.mark.filterwarnings("ignore:.*:RuntimeWarning")  # of NumPy, about the root of what is negative

@@ -7,6 +7,8 @@ import torch
 
 from cap_hf.method import panels
 
+CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
+
 
 @pytest.fixture(autouse=True)
 def asked_anew():
@@ -18,18 +20,18 @@ def asked_anew():
 def on_the_cpu(monkeypatch):
     """Let what is checked on CUDA be checked here."""
     check = panels.check_fused
-    monkeypatch.setattr(panels, "check_fused", lambda remove, _, dtype: check(remove, torch.device("cpu"), dtype))
+    monkeypatch.setattr(panels, "check_fused", lambda remove, _, dtype: check(remove, CPU, dtype))
 
 
 def test_the_kernel_is_taken_on_cuda_alone(monkeypatch):
     on_the_cpu(monkeypatch)
     kernel = lambda panel: panels.remove_in_torch(panel)  # noqa: E731
     monkeypatch.setattr(panels, "load_fused", lambda: kernel)
-    assert panels.fastest("cuda", torch.float32) is kernel
-    assert panels.fastest("cpu", torch.float32) is panels.remove_in_torch
+    assert panels.fastest(CUDA, torch.float32) is kernel
+    assert panels.fastest(CPU, torch.float32) is panels.remove_in_torch
     monkeypatch.setenv("CAP_HF_DISABLE_EXTENSIONS", "1")
     panels.fastest.cache_clear()
-    assert panels.fastest("cuda", torch.float32) is panels.remove_in_torch
+    assert panels.fastest(CUDA, torch.float32) is panels.remove_in_torch
 
 
 def test_without_triton_pytorch_does_it_and_a_warning_says_so(monkeypatch, caplog):
@@ -39,7 +41,7 @@ def test_without_triton_pytorch_does_it_and_a_warning_says_so(monkeypatch, caplo
     monkeypatch.setattr(panels, "load_fused", missing)
     with caplog.at_level(logging.WARNING):
         for _ in range(2):
-            assert panels.fastest("cuda", torch.float32) is panels.remove_in_torch
+            assert panels.fastest(CUDA, torch.float32) is panels.remove_in_torch
     assert [record.getMessage() for record in caplog.records] == [
         "The Triton kernel of the elimination cannot be used, slower PyTorch code is: No module named 'triton'"
     ]
@@ -59,5 +61,42 @@ def test_a_kernel_that_does_something_else_is_not_taken(monkeypatch, caplog, fau
     on_the_cpu(monkeypatch)
     monkeypatch.setattr(panels, "load_fused", lambda: wrong)
     with caplog.at_level(logging.WARNING):
-        assert panels.fastest("cuda", torch.float32) is panels.remove_in_torch
+        assert panels.fastest(CUDA, torch.float32) is panels.remove_in_torch
     assert "cannot be used" in caplog.text
+
+
+def test_weights_that_cost_the_same_may_change_places(monkeypatch):
+    """Rounding decides which of them goes first."""
+
+    def exchanged(panel):
+        panels.remove_in_torch(panel)
+        panel.pivots[0, [3, 4]] = panel.pivots[0, [4, 3]]
+
+    panels.check_fused(exchanged, CPU, torch.float32)
+
+
+def test_the_check_does_not_depend_on_the_default_device():
+    try:
+        torch.set_default_device("meta")
+        panels.check_fused(panels.remove_in_torch, CPU, torch.float32)
+    finally:
+        torch.set_default_device(None)
+
+
+def test_losses_that_overflow_are_lost_pivots():
+    """Not the roots that they are squares of."""
+    with pytest.raises(panels.LostPivotError):
+        panels.eliminate_in_torch(torch.tensor([[1e20]]), torch.ones(1, 1, 1))
+
+
+def test_weights_may_lie_in_any_order_in_memory():
+    weights, matrices = torch.randn(3, 5, generator=torch.Generator().manual_seed(0)), torch.eye(5).repeat(3, 1, 1)
+
+    def remove(panel):
+        assert all(each.is_contiguous() for each in vars(panel).values() if isinstance(each, torch.Tensor))
+        panels.remove_in_torch(panel)
+
+    turned = weights.mT.contiguous().mT
+    assert not turned.is_contiguous()
+    found, expected = (panels.eliminate_in_torch(each, matrices, None, remove) for each in (turned, weights))
+    assert torch.equal(found.order, expected.order)

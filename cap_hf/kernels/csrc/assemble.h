@@ -1,5 +1,5 @@
-// The damped Fisher of one block in double, as cap_hf/method/fisher.py and prior.py make it in PyTorch: from its sums, of
-// which little more than the lower half is stored, and from the second moments of its inputs.
+// The damped Fisher of one block in double, as cap_hf/method/fisher.py and prior.py make it in PyTorch: from its sums,
+// of which little more than the lower half is stored, and from the second moments of its inputs.
 #pragma once
 
 #include <algorithm>
@@ -8,8 +8,8 @@
 
 namespace cap_hf {
 
-// Some rows of the sums of all blocks: `data` holds those from `start` to `stop` of a block after the other, and of each
-// the columns before `stop`.
+// Some rows of the sums of all blocks: `data` holds those from `start` to `stop` of a block after the other, and of
+// each the columns before `stop`.
 template <typename Scalar>
 struct Strip {
   const Scalar* data;
@@ -23,8 +23,8 @@ struct Moments {
   int64_t rows, size;
 };
 
-// Writes `(1 - strength) F + damp I` of a block, F its sums over `count`, plus for each part `strength` times its moment
-// at `places`, scaled to the trace of its part of F.
+// Writes `(1 - strength) F + damp I` of a block, F its sums over `count`, plus for each part `strength` times its
+// moment at `places`, scaled to the trace of its part of F.
 template <typename Scalar>
 void assemble(const std::vector<Strip<Scalar>>& strips, int64_t block, double count, double strength,
               const Moments& moments, const int64_t* places, double damp, int64_t size, double* out) {
@@ -46,9 +46,10 @@ void assemble(const std::vector<Strip<Scalar>>& strips, int64_t block, double co
     const double* moment = moments.data + places[part] * moments.size * moments.size;
     for (const Strip<Scalar>& strip : strips) {
       for (int64_t i = std::max(first, strip.start); i < std::min(last, strip.stop); ++i) {
-        const double* from = moment + (i - first) * moments.size - first;
-        double* row = out + i * size;
-        for (int64_t j = first; j < std::min(last, strip.stop); ++j) row[j] += scale * from[j];
+        const double* from = moment + (i - first) * moments.size;
+        double* row = out + i * size + first;
+        const int64_t columns = std::min(last, strip.stop) - first;
+        for (int64_t j = 0; j < columns; ++j) row[j] += scale * from[j];
       }
     }
   }

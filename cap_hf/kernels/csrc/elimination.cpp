@@ -1,5 +1,5 @@
-// The operators cap_hf::assemble, invert, invert_quickly, eliminate and reconstruct: every thread computes whole blocks. For blocks of these
-// sizes that is faster than LAPACK with all threads on one block.
+// The operators cap_hf::assemble, invert, invert_quickly, eliminate and reconstruct: every thread computes whole
+// blocks. For blocks of these sizes that is faster than LAPACK with all threads on one block.
 #include <ATen/Functions.h>
 #include <ATen/Parallel.h>
 #include <ATen/core/LegacyTypeDispatch.h>
@@ -18,8 +18,8 @@ namespace {
 
 using at::Tensor;
 
-// Calls `work` in every thread with what gives it the next of n blocks, or n: each takes one when it is done with another,
-// as some blocks end early, and some cores are slower.
+// Calls `work` in every thread with what gives it the next of n blocks, or n or more when there is none: each takes one
+// when it is done with another, as some blocks end early, and some cores are slower.
 template <typename Work>
 void each_block(int64_t n, const Work& work) {
   std::atomic<int64_t> next{0};
@@ -49,7 +49,8 @@ void assemble_blocks(at::TensorList strips, const Tensor& blocks, double count, 
 }
 
 // Returns the damped Fishers (n, B, B) in float64 of the sums `blocks` (n), see `assemble`. Strips are as in
-// cap_hf/method/sums.py; moments are (m, s, s) and have `traces` (m), `places` (n, B / s) says which a block's parts have.
+// cap_hf/method/sums.py; moments are (m, s, s) and have `traces` (m), and `places` (n, B / s) says which a block's
+// parts have.
 Tensor assemble(at::TensorList strips, const Tensor& blocks, double count, double strength, const Tensor& moments,
                 const Tensor& traces, const Tensor& places, double damp) {
   TORCH_CHECK(!strips.empty() && (strips[0].scalar_type() == at::kFloat || strips[0].scalar_type() == at::kDouble),
@@ -66,17 +67,19 @@ Tensor assemble(at::TensorList strips, const Tensor& blocks, double count, doubl
   TORCH_CHECK(blocks.dim() == 1 && blocks.scalar_type() == at::kLong && blocks.is_contiguous() &&
                   (blocks.numel() == 0 || (blocks.min().item<int64_t>() >= 0 && blocks.max().item<int64_t>() < held)),
               "blocks that there are no sums of");
-  const cap_hf::Moments priors{moments.const_data_ptr<double>(), traces.const_data_ptr<double>(), places.size(1),
-                               moments.size(1)};
-  TORCH_CHECK(moments.is_contiguous() && places.is_contiguous() && places.scalar_type() == at::kLong &&
-                  places.size(0) == blocks.size(0) && (priors.rows == 0 || priors.rows * priors.size == size) &&
-                  traces.numel() == known && (places.numel() == 0 || (places.min().item<int64_t>() >= 0 &&
-                  places.max().item<int64_t>() < known)), "moments do not fit the blocks");
+  TORCH_CHECK(moments.dim() == 3 && moments.size(1) == moments.size(2) && moments.scalar_type() == at::kDouble &&
+                  traces.scalar_type() == at::kDouble && traces.numel() == known && places.dim() == 2 &&
+                  places.scalar_type() == at::kLong && places.size(0) == blocks.size(0) &&
+                  (places.size(1) == 0 || places.size(1) * moments.size(1) == size) &&
+                  (places.numel() == 0 || (places.min().item<int64_t>() >= 0 && places.max().item<int64_t>() < known)),
+              "moments do not fit the blocks");
+  const Tensor all = moments.contiguous(), sums = traces.contiguous(), place = places.contiguous();
+  const cap_hf::Moments priors{all.const_data_ptr<double>(), sums.const_data_ptr<double>(), place.size(1), all.size(1)};
   Tensor out = at::empty({blocks.size(0), size, size}, moments.options());
   if (strips[0].scalar_type() == at::kFloat) {
-    assemble_blocks<float>(whole, blocks, count, strength, priors, places, damp, out);
+    assemble_blocks<float>(whole, blocks, count, strength, priors, place, damp, out);
   } else {
-    assemble_blocks<double>(whole, blocks, count, strength, priors, places, damp, out);
+    assemble_blocks<double>(whole, blocks, count, strength, priors, place, damp, out);
   }
   return out;
 }

@@ -1,9 +1,10 @@
-// The inverse of one positive definite block in float, and how far it can be trusted, in memory that stays in the cache.
+// The inverse of one positive definite block in float, and how far it can be trusted, in memory that stays in the
+// cache.
 //
 // A weight is swept after the other, as in Gauss and Jordan's method: sweeping all of them makes -A^-1 of A. Sweeping p
 // takes c c' / d from A, where c is the column and d the diagonal entry at p, but for the row and column of p, which
-// become c / d, and -1 / d on the diagonal. Entries at p come out the same as all others if they are taken for 0 before,
-// and c for -d at p: so a panel of sweeps is one matrix product, on the lower half of A alone.
+// become c / d, and -1 / d on the diagonal. Entries at p come out like all others if they are taken for 0 before, and
+// c / root(d) at p for -1 / root(d): so a panel of sweeps is one matrix product, on the lower half of A alone.
 #pragma once
 
 #include <algorithm>
@@ -26,8 +27,8 @@ class Inverter {
         panel_(kPanel * stride_ + kLanes * kColumns), solved_(size) {}
 
   // Writes the inverse of `scale` times `matrix`, both `size` x `size`. Returns the largest error of what was inverted
-  // times `inverse` times a vector of ones and minus ones, relative to that vector's length; infinity if a pivot was not
-  // positive and finite.
+  // times `inverse` times a vector of ones and minus ones, relative to that vector's length; infinity, and zeros for
+  // the inverse, if a pivot was not positive and finite.
   double run(const double* matrix, double scale, float* inverse) {
     for (int64_t i = 0; i < size_; ++i) {
       for (int64_t j = 0; j <= i; ++j) a_[i * stride_ + j] = static_cast<float>(scale * matrix[i * size_ + j]);
@@ -140,8 +141,9 @@ class Inverter {
     }
     double largest = 0;
     for (int64_t i = 0; i < size_; ++i) {
-      const double residual = std::abs(scale * dot(matrix + i * size_, [&](int64_t j) { return solved_[j]; }) - sign(i));
-      if (!(residual <= largest)) largest = std::isfinite(residual) ? residual : std::numeric_limits<double>::infinity();
+      const double made = scale * dot(matrix + i * size_, [&](int64_t j) { return solved_[j]; });
+      if (!std::isfinite(made)) return std::numeric_limits<double>::infinity();
+      largest = std::max(largest, std::abs(made - sign(i)));
     }
     return largest / std::sqrt(std::max<double>(1, size_));
   }
