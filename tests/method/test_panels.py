@@ -25,7 +25,10 @@ def on_the_cpu(monkeypatch):
 
 def test_the_kernel_is_taken_on_cuda_alone(monkeypatch):
     on_the_cpu(monkeypatch)
-    kernel = lambda panel: panels.remove_in_torch(panel)  # noqa: E731
+
+    def kernel(panel):
+        panels.remove_in_torch(panel)
+
     monkeypatch.setattr(panels, "load_fused", lambda: kernel)
     assert panels.fastest(CUDA, torch.float32) is kernel
     assert panels.fastest(CPU, torch.float32) is panels.remove_in_torch
