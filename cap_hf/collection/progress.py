@@ -114,6 +114,7 @@ class Progress:
         """End the phase; after the last the bar is full and goes."""
         self._end_phase()
         if not self._coming:
+            self._fill(TICKS)
             self.close()
 
     def say(self, text: str) -> None:
@@ -122,10 +123,9 @@ class Progress:
             print(text, file=sys.stderr)
 
     def close(self) -> None:
-        """Fill the bar and take it away."""
+        """Take the bar away as it is: work that was interrupted is not over."""
         self._end_phase()
         if self.bar is not None:
-            self._fill(TICKS)
             self.bar.close()
             self.bar, self._shown = None, 0
         self._done, self._spent = [], 0.0

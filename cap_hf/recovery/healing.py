@@ -161,6 +161,7 @@ def _heal(
         trainer.add_callback(Bar(progress.phase("healing", "step", steps)))
         try:
             trainer.train()
+            progress.end_phase()
         finally:
             progress.close()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]

@@ -149,3 +149,17 @@ def test_a_phase_that_nobody_foresaw_is_a_job_of_its_own(bars):
     clock.now += 1
     again(10)
     assert 80 <= bars[1].n <= 120
+
+
+def test_a_bar_that_is_closed_before_its_work_is_done_is_not_full(bars):
+    """After Ctrl-C it said 100 %."""
+    progress = Progress(disable=False)
+    progress.phase("healing", "step", 10)(3)
+    progress.close()
+    (bar,) = bars
+    assert bar.closed
+    assert bar.n < bar.total
+    progress.phase("healing", "step", 10)(10)
+    progress.end_phase()
+    assert bars[1].closed
+    assert bars[1].n == bars[1].total
