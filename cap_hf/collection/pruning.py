@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from cap_hf.checkpoints.form import check_range, round_weights, too_large
+from cap_hf.collection.precision import matmul_precision
 from cap_hf.collection.progress import Progress
 from cap_hf.collection.removal_paths import RemovalPaths, Tensors
 from cap_hf.config import CAPConfig, NMPattern
@@ -15,7 +16,8 @@ from cap_hf.config import CAPConfig, NMPattern
 def eliminate(paths: RemovalPaths, pattern: NMPattern | None, progress: Progress) -> None:
     """Find the removal paths of a pattern, unless they are there; errors as of `RemovalPaths.eliminate`."""
     if not paths.is_eliminated(pattern):
-        paths.eliminate(pattern, partial(progress.phase, "eliminating", "block"))
+        with matmul_precision(torch.float32):
+            paths.eliminate(pattern, partial(progress.phase, "eliminating", "block"))
 
 
 def solve_each(

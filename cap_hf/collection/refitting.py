@@ -32,7 +32,7 @@ from cap_hf.config import CAPConfig
 from cap_hf.distributed.processes import Processes
 from cap_hf.errors import CAPError
 from cap_hf.method.allocation import allocate, path_losses, removed_mask
-from cap_hf.method.elimination import NotInvertibleError
+from cap_hf.method.inverses import NotInvertibleError
 from cap_hf.method.methods import METHODS
 from cap_hf.method.panels import LostPivotError, num_steps
 from cap_hf.method.reconstruction import reconstruct

@@ -8,8 +8,8 @@ import torch
 from cap_hf.config import CAPConfig, NMPattern
 from cap_hf.errors import CAPError
 from cap_hf.method.allocation import removed_mask
-from cap_hf.method.elimination import NotInvertibleError
 from cap_hf.method.fisher import BlockFisher
+from cap_hf.method.inverses import NotInvertibleError
 from cap_hf.method.methods import METHODS
 from cap_hf.method.panels import Elimination, LostPivotError, num_steps
 from cap_hf.targets import Target

@@ -52,6 +52,12 @@ def load_extension(name: str) -> bool:
         return is_loaded(name) or load(name)
 
 
+def has_kernels(tensor: torch.Tensor, *dtypes: torch.dtype) -> bool:
+    """Return whether the elimination's kernels, which know float64 and `dtypes`, take a tensor; else PyTorch does."""
+    known = tensor.dtype in (torch.float64, *dtypes)
+    return tensor.device.type == "cpu" and known and load_extension("elimination")
+
+
 def is_loaded(name: str) -> bool:
     """Return whether the operators of an extension are there already: registered twice they end the process."""
     return name in OPERATORS and hasattr(torch.ops.cap_hf, OPERATORS[name])

@@ -3,40 +3,9 @@
 import torch
 
 from cap_hf.config import NMPattern
-from cap_hf.kernels.build import load_extension
+from cap_hf.kernels.build import has_kernels
+from cap_hf.method.inverses import NotInvertibleError, invert, invert_quickly
 from cap_hf.method.panels import Elimination, LostPivotError, eliminate_in_torch, num_steps
-
-# The largest error of `F A v - v`, for a v of ones and minus ones, relative to the length of v, with which an inverse A
-# in float32 is taken. Fishers with condition numbers of 10^6 are below it.
-MOST_RESIDUAL = 0.1
-
-
-class NotInvertibleError(ArithmeticError):
-    """A damped block Fisher is not positive definite in float64; `damp` is an absolute one that would do."""
-
-    def __init__(self, block: int, damp: float) -> None:
-        super().__init__(f"block {block} is not positive definite; an absolute damp of {damp:.1e} would do")
-        self.block, self.damp = block, damp
-
-
-def invert(fisher: torch.Tensor) -> torch.Tensor:
-    """Return the inverses of damped block Fishers, by Cholesky.
-
-    Args:
-        fisher: `(n, B, B)`, symmetric, damp already on the diagonal.
-
-    Raises:
-        NotInvertibleError: a block is not positive definite.
-    """
-    if len(fisher) > 1 and fisher.stride(0) == 0:  # one matrix, expanded
-        return invert(fisher[:1]).expand_as(fisher)
-    if has_kernels(fisher, torch.float32):
-        inverse, info = torch.ops.cap_hf.invert(fisher)
-    else:
-        factor, info = torch.linalg.cholesky_ex(fisher)
-        inverse = None if info.any() else torch.cholesky_inverse(factor)
-    check_factors(fisher, info)
-    return inverse
 
 
 def eliminate_fisher(weights: torch.Tensor, fisher: torch.Tensor, pattern: NMPattern | None = None) -> Elimination:
@@ -89,50 +58,11 @@ def eliminate_fisher(weights: torch.Tensor, fisher: torch.Tensor, pattern: NMPat
     return Elimination(order, losses)
 
 
-def invert_quickly(fisher: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return inverses in float32 of Fishers `(n, B, B)` over `scale` `(n, 1)`, and which can be used, `(n,)` bool.
-
-    Args:
-        fisher: in float64.
-        scale: powers of two.
-    """
-    if has_kernels(fisher):
-        inverse, error = torch.ops.cap_hf.invert_quickly(fisher, 1 / scale[:, 0])
-        return inverse, error < MOST_RESIDUAL
-    matrices = (fisher / scale[:, :, None]).float()
-    factor, info = torch.linalg.cholesky_ex(matrices)
-    # LAPACK ends with an error at a factor with a 0 on its diagonal.
-    whole = torch.eye(matrices.shape[-1], device=matrices.device).expand_as(factor)
-    inverse = torch.cholesky_inverse(torch.where((info == 0)[:, None, None], factor, whole))
-    # In sums of one row each, which are the same however many blocks there are; matrix products round otherwise.
-    signs = torch.ones(matrices.shape[-1], dtype=torch.float64, device=matrices.device)
-    signs[::2] = -1
-    solved = (inverse.double() * signs).sum(dim=-1)
-    residual = (matrices.double() * solved[:, None]).sum(dim=-1) - signs
-    # As large as the error of a single column; what is not a number is not below anything.
-    error = residual.abs().amax(dim=1) / max(1, len(signs)) ** 0.5
-    return inverse, (info == 0) & (error < MOST_RESIDUAL)
-
-
 def power_of_two(values: torch.Tensor) -> torch.Tensor:
     """Return `(n, 1)` powers of two near the means of values `(n, B)`; 1 where a mean is 0 or not finite."""
     mean = values.mean(dim=1, keepdim=True)
     mean = torch.where(mean.isfinite() & (mean > 0), mean, 1.0)
     return torch.exp2(mean.log2().round())
-
-
-def check_factors(fisher: torch.Tensor, info: torch.Tensor) -> None:
-    """Raise a NotInvertibleError for the first block that could not be factorised, whole or without some entries.
-
-    Args:
-        fisher: `(n, B, B)`. What lifts the eigenvalues of a block lifts those of any part of it as well.
-        info: `(n,)`, 0 where the factorisation went well, as LAPACK gives it.
-    """
-    if info.any():
-        block = int(info.nonzero()[0, 0])
-        eigenvalues = torch.linalg.eigvalsh(fisher[block])
-        # Enough to lift the lowest eigenvalue well above what float64 loses.
-        raise NotInvertibleError(block, float(-2 * eigenvalues[0].clamp(max=0) + 1e-10 * eigenvalues[-1].abs()))
 
 
 def decouple(fisher: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
@@ -145,12 +75,6 @@ def decouple(fisher: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
     fisher = fisher.masked_fill(zero[:, :, None] | zero[:, None, :], 0.0)
     fisher.diagonal(dim1=-2, dim2=-1).masked_fill_(zero, 1.0)
     return fisher
-
-
-def has_kernels(tensor: torch.Tensor, *dtypes: torch.dtype) -> bool:
-    """Return whether a C++ kernel, which takes float64 and `dtypes`, takes a tensor; else the PyTorch code does."""
-    known = tensor.dtype in (torch.float64, *dtypes)
-    return tensor.device.type == "cpu" and known and load_extension("elimination")
 
 
 def eliminate(weights: torch.Tensor, inverse: torch.Tensor, pattern: NMPattern | None = None) -> Elimination:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from cap_hf.errors import CAPError
-from cap_hf.method.elimination import has_kernels
+from cap_hf.kernels.build import has_kernels
 from cap_hf.method.inputs import moments_of
 from cap_hf.method.prior import InputPrior, traces_of
 from cap_hf.method.sums import SymmetricSums

@@ -6,7 +6,8 @@ import torch
 
 from cap_hf.config import CAPConfig, NMPattern
 from cap_hf.method.baselines import input_scores, rank_scores, saliencies
-from cap_hf.method.elimination import decouple, eliminate_fisher, invert
+from cap_hf.method.elimination import decouple, eliminate_fisher
+from cap_hf.method.inverses import invert
 from cap_hf.method.panels import Elimination
 from cap_hf.method.reconstruction import independent_update, reconstruct
 

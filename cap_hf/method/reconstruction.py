@@ -2,7 +2,8 @@
 
 import torch
 
-from cap_hf.method.elimination import check_factors, has_kernels
+from cap_hf.kernels.build import has_kernels
+from cap_hf.method.inverses import check_factors
 from cap_hf.method.panels import select_symmetric
 
 

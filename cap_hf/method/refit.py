@@ -17,8 +17,9 @@ from functools import partial
 import torch
 from torch import nn
 
-from cap_hf.method.elimination import check_factors, has_kernels
+from cap_hf.kernels.build import has_kernels
 from cap_hf.method.gradients import PATCH_BYTES, unfold_parts
+from cap_hf.method.inverses import check_factors
 from cap_hf.method.reconstruction import reconstruct
 from cap_hf.targets import Target
 

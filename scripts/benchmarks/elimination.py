@@ -17,7 +17,8 @@ from rates import measure_peak, seconds
 from results import Results
 
 from cap_hf.collection.solver import BATCH_BYTES
-from cap_hf.method.elimination import eliminate, invert, invert_quickly
+from cap_hf.method.elimination import eliminate
+from cap_hf.method.inverses import invert, invert_quickly
 
 CPU = torch.device("cpu")
 

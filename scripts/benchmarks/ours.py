@@ -6,8 +6,9 @@ from torch import nn
 from cap_hf.collection.gradient_sums import GradientSums
 from cap_hf.collection.passes import mean_diagonals
 from cap_hf.distributed.processes import Processes
-from cap_hf.method.elimination import eliminate, invert
+from cap_hf.method.elimination import eliminate
 from cap_hf.method.fisher import BlockFisher, damps_of
+from cap_hf.method.inverses import invert
 from cap_hf.method.panels import Elimination
 from cap_hf.targets import Target
 

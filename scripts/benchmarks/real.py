@@ -65,11 +65,11 @@ class Disk:
 
 
 def prune(
-    model: PreTrainedModel, batches: DataLoader | list, config: CAPConfig, max_memory: str, threads: int
+    model: PreTrainedModel, batches: DataLoader | list, config: CAPConfig, max_memory: str, args: argparse.Namespace
 ) -> tuple[dict[str, object], CAPCompressor]:
     """Return what a collection, a prune to 75 % and a refit took, and was foreseen to take."""
     with tempfile.TemporaryDirectory() as folder:
-        resources = Resources(max_memory, spill_dir=folder)
+        resources = Resources(max_memory, spill_dir=folder if args.spill else "none")
         compressor = CAPCompressor(model, config, resources=resources, refits=True)
         (forecast,) = compressor.forecast(batches, (1,))
         disk, phases, start = Disk(Path(folder)), Phases(), time.perf_counter()
@@ -84,7 +84,7 @@ def prune(
         seconds, plan = time.perf_counter() - start, compressor.plan
     assert plan is not None
     row = {
-        "threads": threads,
+        "threads": args.threads,
         "seconds": seconds,
         "planned_seconds": sum(forecast.seconds.values()),
         "peak_bytes": max(each["peak_memory_bytes"]["cpu"] for each in phases.records),
@@ -134,6 +134,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--only", nargs="+", choices=WORK, default=list(WORK))
     parser.add_argument("--num_grads", type=int, default=1024, help="of the checkpoint; the layers have half of them")
     parser.add_argument("--max_memory", default="10GB", help="for the checkpoint")
+    parser.add_argument(
+        "--spill", action=argparse.BooleanOptionalAction, default=True, help="whether sums may go to a disk"
+    )
     parser.add_argument("--vit", choices=VITS, default="vit-base")
     parser.add_argument("--vit_memory", default="12GB")
     parser.add_argument("--layers", type=int, default=2)
@@ -150,14 +153,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         if "checkpoint" in args.only:
             results.measuring("the checkpoint")
             model = AutoModelForImageClassification.from_pretrained(args.model_name_or_path)
-            row, _ = prune(model, loader_of(args, model, args.num_grads), config, args.max_memory, args.threads)
+            row, _ = prune(model, loader_of(args, model, args.num_grads), config, args.max_memory, args)
             results.add({"work": "checkpoint"} | row)
             results.advance()
         if "layers" in args.only:
             results.measuring(args.vit)
             vit, batches = random_vit(args, half.num_grads)
             own = replace(half, include=first_layers(vit, args.layers))
-            row, _ = prune(vit, batches, own, args.vit_memory, args.threads)
+            row, _ = prune(vit, batches, own, args.vit_memory, args)
             everything = CAPCompressor(vit, half, resources=Resources(args.vit_memory, spill_dir="none"), refits=True)
             (whole,) = everything.forecast(batches, (1,))
             row["planned_of_all_layers"] = dict(whole.seconds)

@@ -10,6 +10,7 @@ from support.short_memory import loader, squeeze, sums_of
 
 from cap_hf import CAPCompressor, CAPConfig, CAPError
 from cap_hf.collection.gradient_sums import GradientSums
+from cap_hf.collection.removal_paths import RemovalPaths
 from cap_hf.method.sums import SymmetricSums
 from cap_hf.targets import find_targets
 
@@ -213,3 +214,19 @@ def test_what_is_too_large_for_the_dtype_changes_nothing():
     with pytest.raises(CAPError, match=r"holds 1e\+06, too much for torch.float16"):
         compressor.collect(random_batches(model, 8)).prune(0.5)
     assert_equal([weights_of(model)], [before])
+
+
+def test_elimination_multiplies_in_float32_whatever_was_set(monkeypatch):
+    """After `--tf32` its products had three digits on CUDA."""
+    matmul, seen, eliminate = torch.backends.cuda.matmul, [], RemovalPaths.eliminate
+    monkeypatch.setattr(
+        RemovalPaths, "eliminate", lambda *args: (seen.append(matmul.fp32_precision), eliminate(*args))[1]
+    )
+    model, before = build("ViT"), matmul.fp32_precision
+    compressor = CAPCompressor(model, CAPConfig(num_grads=8)).collect(loader(model, 8, batch_size=8))
+    matmul.fp32_precision = "tf32"
+    try:
+        compressor.prune(0.5)
+    finally:
+        matmul.fp32_precision = before
+    assert seen == ["ieee"]

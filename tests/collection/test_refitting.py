@@ -8,6 +8,7 @@ import copy
 import pytest
 import torch
 from support.models import build, random_batches
+from support.quadratics import inverse_of
 from support.refits import by_hand, patches, sampled_loss, weights_by_hand
 from torch import nn
 from transformers.modeling_outputs import ImageClassifierOutput
@@ -193,14 +194,14 @@ def test_a_sequential_method_chooses_for_what_reaches_the_layer(allocation):
         squares = x.T * shares @ x
         matrix = squares + 0.03 * squares.diagonal().mean() * torch.eye(len(squares)).double()
         old = dense.get_submodule(name).weight.data
-        best = old + (y.T * shares @ x - old @ squares) @ torch.linalg.inv(matrix)
+        best = old + (y.T * shares @ x - old @ squares) @ inverse_of(matrix)
         paths = []
         for row, (start, alive) in enumerate(zip(best, old != 0, strict=True)):
             within = matrix[alive][:, alive]
-            start = torch.linalg.solve(within, (matrix @ start)[alive])
+            start = inverse_of(within) @ (matrix @ start)[alive]
             full = torch.zeros(len(alive)).double().masked_scatter(alive, start)
             own = matrix.masked_fill(~(alive[:, None] & alive), 0) + torch.diag((~alive).double())
-            found = eliminate_in_torch(full[None], torch.linalg.inv(own)[None], pattern)
+            found = eliminate_in_torch(full[None], inverse_of(own)[None], pattern)
             costs = found.losses[0].cummax(0).values
             paths += [(float(cost), row, int(entry)) for cost, entry in zip(costs, found.order[0], strict=True)]
         keep = torch.ones_like(old, dtype=torch.bool)

@@ -9,8 +9,9 @@ from cap_hf.collection.solver import Solver, default_batch_bytes, order_dtype, p
 from cap_hf.config import CAPConfig, NMPattern
 from cap_hf.errors import CAPError
 from cap_hf.method import elimination
-from cap_hf.method.elimination import eliminate, eliminate_fisher, invert
+from cap_hf.method.elimination import eliminate, eliminate_fisher
 from cap_hf.method.fisher import BlockFisher
+from cap_hf.method.inverses import invert
 from cap_hf.method.panels import LostPivotError
 from cap_hf.method.sums import SymmetricSums
 from cap_hf.targets import Target

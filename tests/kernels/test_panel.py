@@ -9,7 +9,7 @@ from support.blocks import make_blocks, same_removals
 
 from cap_hf.config import NMPattern
 from cap_hf.method import panels
-from cap_hf.method.elimination import invert
+from cap_hf.method.inverses import invert
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 

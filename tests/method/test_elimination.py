@@ -8,8 +8,9 @@ from hypothesis import strategies as st
 from support.quadratics import constrained_minimum, fisher_of
 
 from cap_hf.config import NMPattern
-from cap_hf.method import elimination
-from cap_hf.method.elimination import NotInvertibleError, decouple, eliminate, eliminate_fisher, invert
+from cap_hf.method import elimination, inverses
+from cap_hf.method.elimination import decouple, eliminate, eliminate_fisher
+from cap_hf.method.inverses import NotInvertibleError, invert, invert_quickly
 from cap_hf.method.panels import LostPivotError, eliminate_in_torch, select_symmetric
 from cap_hf.method.reconstruction import reconstruct
 
@@ -150,7 +151,8 @@ def blocks(n: int, size: int, condition: float = 1e2) -> tuple[torch.Tensor, tor
 @pytest.fixture(params=["kernels", "PyTorch"])
 def kernels(request, monkeypatch):
     if request.param == "PyTorch":
-        monkeypatch.setattr(elimination, "has_kernels", lambda *_: False)
+        for module in (elimination, inverses):
+            monkeypatch.setattr(module, "has_kernels", lambda *_: False)
 
 
 @pytest.mark.parametrize("pattern", [None, NMPattern(2, 4)])
@@ -229,20 +231,21 @@ def test_what_float32_is_accurate_enough_for_does_not_depend_on_the_other_blocks
     fisher.diagonal(dim1=-2, dim2=-1).add_(torch.logspace(-5, -7.5, 48, dtype=torch.float64)[:, None])
     weights = torch.randn(48, size, generator=generator, dtype=torch.float64)
     ones = torch.ones(48, 1, dtype=torch.float64)
-    together = elimination.invert_quickly(fisher, ones)[1]
+    together = invert_quickly(fisher, ones)[1]
     assert 4 < together.sum() < 44
-    alone = [elimination.invert_quickly(fisher[block : block + 1], ones[:1])[1] for block in range(48)]
+    alone = [invert_quickly(fisher[block : block + 1], ones[:1])[1] for block in range(48)]
     assert torch.equal(torch.cat(alone), together)
     # A weight that is 0 is alone in its Fisher, and says nothing of the others.
     weights[:, -1] = 0
-    decoupled = elimination.invert_quickly(decouple(fisher, weights == 0), ones)[1]
+    decoupled = invert_quickly(decouple(fisher, weights == 0), ones)[1]
     assert (decoupled == together).sum() > 40
 
 
 def test_a_shared_matrix_that_float32_cannot_invert_is_inverted_once(kernels, monkeypatch):
     weights, fisher = blocks(5, 64, condition=1e11)
-    calls, once = [], elimination.invert
-    monkeypatch.setattr(elimination, "invert", lambda each: (calls.append(len(each)), once(each))[1])
+    calls, once = [], inverses.invert
+    for module in (elimination, inverses):
+        monkeypatch.setattr(module, "invert", lambda each: (calls.append(len(each)), once(each))[1])
     found = eliminate_fisher(weights, fisher[:1].expand(5, -1, -1))
     exact = eliminate(weights, invert(fisher[:1]).expand(5, -1, -1))
     # Of five that are one, and of that one.

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.quadratics import constrained_minimum, fisher_of
 
-from cap_hf.method.elimination import NotInvertibleError
+from cap_hf.method.inverses import NotInvertibleError
 from cap_hf.method.reconstruction import independent_update, reconstruct
 
 

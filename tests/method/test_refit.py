@@ -6,7 +6,7 @@ from support.refits import by_hand, patches
 from torch import nn
 
 import cap_hf.method.refit as refit_module
-from cap_hf.method.elimination import NotInvertibleError
+from cap_hf.method.inverses import NotInvertibleError
 from cap_hf.method.refit import LayerPairs, LeastSquares
 from cap_hf.targets import Target
 

@@ -14,7 +14,7 @@ from cap_hf import CAPCompressor, CAPConfig, CAPError, Resources
 from cap_hf.collection.clock import LAUNCHES
 from cap_hf.data.evaluation import evaluate_model
 from cap_hf.method import panels
-from cap_hf.method.elimination import invert
+from cap_hf.method.inverses import invert
 from cap_hf.report import peak_memory, reset_peak_memory
 
 

@@ -1,6 +1,7 @@
 """Small quadratic problems and their solutions, by NumPy alone."""
 
 import numpy as np
+import torch
 
 
 def fisher_of(kind: str, size: int, rng: np.random.Generator, damp: float = 1e-3) -> np.ndarray:
@@ -25,3 +26,8 @@ def constrained_minimum(weights: np.ndarray, fisher: np.ndarray, removed: list[i
     pruned = weights + change
     pruned[removed] = 0.0
     return pruned, float(change @ fisher @ change) / 2
+
+
+def inverse_of(matrices: torch.Tensor) -> torch.Tensor:
+    """Return the inverses by NumPy: the library that PyTorch brings hangs on some new processors."""
+    return torch.from_numpy(np.linalg.inv(matrices.numpy()))
