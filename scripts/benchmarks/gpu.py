@@ -122,7 +122,7 @@ def rate_rows(vit: str, device: torch.device, args: argparse.Namespace) -> list[
         return measure_fisher(Accelerator(), vit, size, dtype, args.num_grads, args.repeats, peaks[dtype])
 
     def elimination(size: int) -> dict:
-        return measure_elimination(Accelerator(), vit, size, args.repeats, peaks["float64"])
+        return measure_elimination(Accelerator(), vit, size, args.repeats, peaks["float32"])
 
     rows = [(f"peak of {dtype}", lambda dtype=dtype: peak(dtype)) for dtype in ("float64", "float32", "bfloat16")]
     for size in sizes:
@@ -175,7 +175,7 @@ def prune_layers(vit: str, layers: int, args: argparse.Namespace, **changes: obj
     """Prune a model of so many encoder layers to 50 and to 75 %, and return seconds and peak memory."""
     model = make_vit(vit, num_hidden_layers=layers)
     batches = make_batches(args.num_grads, min(args.num_grads, 64), model.config.image_size)
-    config = CAPConfig(num_grads=args.num_grads, **changes)
+    config = CAPConfig(num_grads=args.num_grads, fisher_block_size="row", **changes)
     resources = Resources(max_memory=args.max_memory, spill_dir=args.spill_dir)
     compressor = CAPCompressor(model, config, Accelerator(), resources=resources, prunes=2)
     device = compressor.accelerator.device

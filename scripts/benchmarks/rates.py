@@ -64,7 +64,8 @@ def measure_fisher(
     """
     device = accelerator.device
     model, targets = layer_of(vit, block_size)
-    config = CAPConfig(num_grads=num_grads, fisher_dtype=dtype, include=[target.name for target in targets])
+    names = [target.name for target in targets]
+    config = CAPConfig(num_grads=num_grads, fisher_dtype=dtype, fisher_block_size="row", include=names)
     compressor = CAPCompressor(model, config, accelerator, disable_tqdm=True)
     side, patch = model.config.image_size, model.config.patch_size
     batches = make_batches(num_grads, min(num_grads, 64), side)
@@ -87,11 +88,11 @@ def measure_elimination(
 
     Args:
         vit, block_size, repeats: as of `measure_fisher`.
-        peak: of float64.
+        peak: of float32, in which almost all of it is done.
     """
     device = accelerator.device
     model, targets = layer_of(vit, block_size)
-    config = CAPConfig(num_grads=64, include=[target.name for target in targets])
+    config = CAPConfig(num_grads=64, fisher_block_size="row", include=[target.name for target in targets])
     compressor = CAPCompressor(model, config, accelerator, disable_tqdm=True)
     batches = make_batches(64, 64, model.config.image_size)
     times = []
