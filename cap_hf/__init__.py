@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from cap_hf.collection.resources import Resources
     from cap_hf.collection.state import Checkpointing
     from cap_hf.compressor import CAPCompressor
-    from cap_hf.config import CAPConfig, NMPattern
+    from cap_hf.config import CAPConfig
     from cap_hf.errors import CAPError
     from cap_hf.hub.publish import push_to_hub
     from cap_hf.inference.export import export_onnx
@@ -44,7 +44,7 @@ _HOMES = {
     "CompressedConfig": "cap_hf.checkpoints.quantizer",
     "GradualPruner": "cap_hf.recovery.gradual",
     "LayerReport": "cap_hf.report",
-    "NMPattern": "cap_hf.config",
+    "NMPattern": "cap_hf.patterns",
     "PruneReport": "cap_hf.report",
     "Resources": "cap_hf.collection.resources",
     "SparseAutoModel": "cap_hf.inference.optimize",

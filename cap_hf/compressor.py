@@ -88,7 +88,7 @@ class CAPCompressor:
         self.progress = Progress(disable_tqdm or not self.accelerator.is_main_process)
         # Not a method: a collection that holds its compressor would outlive it, and so would what it has spilled.
         own = self.config
-        self._find = partial(find_targets, self.model, include=own.include, exclude=own.exclude, pattern=own.pattern)
+        self._find = partial(find_targets, self.model, include=own.include, exclude=own.exclude, pattern=own.structure)
         block_size = METHODS[self.config.method].block_size(self.config)
         self.targets = self._find("row" if block_size == "auto" else block_size)
         self.report: PruneReport | None = None
@@ -142,7 +142,7 @@ class CAPCompressor:
             solver = Solver(self.config, fisher, collection.batch_bytes)
             paths = RemovalPaths(self.targets, solver, self.processes, collection.tensors, statistics, again)
             if again:
-                eliminate(paths, self.config.pattern, self.progress)
+                eliminate(paths, self.config.structure, self.progress)
             self.paths = paths
             return self
 

@@ -8,6 +8,7 @@ from numbers import Real
 from pathlib import Path
 
 from cap_hf.errors import CAPError
+from cap_hf.patterns import BLOCK_PATTERNS, NMPattern, Pattern
 
 CONFIG_NAME = "cap_config.json"
 METHODS = ("cap", "obs", "sparsegpt", "wanda", "magnitude")
@@ -18,33 +19,6 @@ FISHER_TYPES = {"empirical": "labels", "sampled": "sampled"}
 FISHER_DTYPES = ("float32", "bfloat16")
 FISHER_PRIORS = ("input", "identity")
 WEIGHT_UPDATES = ("joint", "independent", "none")
-
-
-@dataclass(frozen=True)
-class NMPattern:
-    """At most `n` weights that are not 0 in every `m` consecutive input channels of a row."""
-
-    n: int
-    m: int
-
-    @property
-    def sparsity(self) -> float:
-        """Return the share of weights that are 0."""
-        return 1 - self.n / self.m
-
-    def steps(self, size: int) -> int:
-        """Return how many of `size` consecutive weights are removed; M divides `size`."""
-        return size // self.m * (self.m - self.n)
-
-    def check_sparsity(self, sparsity: float) -> None:
-        """Raise a CAPError if a sparsity is not the one that the pattern has."""
-        if abs(sparsity - self.sparsity) > 1e-9:
-            raise CAPError(
-                f"sparsity {sparsity:g} contradicts {self}, which is sparsity {self.sparsity:g}: leave it out"
-            )
-
-    def __str__(self) -> str:
-        return f"{self.n}:{self.m}"
 
 
 def is_number(value: object) -> bool:
@@ -79,6 +53,13 @@ class CAPConfig:
     allocation: str = field(
         default="global",
         metadata={"help": "global, uniform (the same sparsity in every target) or N:M, such as 2:4."},
+    )
+    pattern: str | None = field(
+        default=None,
+        metadata={
+            "help": "1x2, 1x4 or 1x8: remove blocks of so many consecutive inputs of a row, which sparse int8 kernels "
+            "multiply at once. Default: single weights."
+        },
     )
     selection: str = field(
         default="marginal",
@@ -211,7 +192,7 @@ class CAPConfig:
                 isinstance(patterns, list | tuple) and all(isinstance(each, str) for each in patterns)
             ):
                 raise CAPError(f"{name}={patterns!r} must be a list of patterns, such as ['*.mlp.*']")
-        _ = self.pattern
+        _ = self.structure
 
     @property
     def num_examples(self) -> int:
@@ -220,7 +201,19 @@ class CAPConfig:
         return self.num_grads * self.samples_per_grad // projections
 
     @property
-    def pattern(self) -> NMPattern | None:
+    def structure(self) -> Pattern | None:
+        """Return the rule that zeros keep to: N:M of `allocation`, blocks of `pattern`, or None."""
+        nm = self.nm
+        if self.pattern is None:
+            return nm
+        if self.pattern not in BLOCK_PATTERNS:
+            raise CAPError(f"pattern={self.pattern!r} is not one of {', '.join(BLOCK_PATTERNS)}")
+        if nm is not None:
+            raise CAPError(f"allocation={nm} has a pattern of its own: leave out pattern={self.pattern}")
+        return BLOCK_PATTERNS[self.pattern]
+
+    @property
+    def nm(self) -> NMPattern | None:
         """Return the N:M pattern of `allocation`, or None for global and uniform."""
         if self.allocation in ("global", "uniform"):
             return None
@@ -244,10 +237,10 @@ class CAPConfig:
             raise CAPError(
                 f"sparsity {sparsity!r:.80} is of type {type(sparsity).__name__}: pass a number, such as 0.5"
             )
-        if self.pattern is not None:
+        if self.nm is not None:
             if sparsity is not None:
-                self.pattern.check_sparsity(sparsity)
-            return self.pattern.sparsity
+                self.nm.check_sparsity(sparsity)
+            return self.nm.sparsity
         if sparsity is None or not 0 <= sparsity < 1:
             raise CAPError(f"sparsity {sparsity} is not in [0, 1)")
         if round(total * sparsity) < zeros:

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import torch
 
-from cap_hf.config import NMPattern
 from cap_hf.errors import CAPError
+from cap_hf.patterns import BLOCK_PATTERNS, NMPattern, Pattern
 from cap_hf.targets import Target, summarize
 
 Masks = dict[str, torch.Tensor]
@@ -49,13 +49,23 @@ def target_sparsity(targets: Sequence[Target]) -> float:
     return zeros / total
 
 
-def find_pattern(target: Target, mask: torch.Tensor) -> NMPattern | None:
-    """Return the known N:M pattern with the most zeros that a mask satisfies along the input channels, or None."""
+def find_pattern(target: Target, mask: torch.Tensor) -> Pattern | None:
+    """Return what a mask satisfies along the input channels, or None.
+
+    Of the known N:M patterns the one with the most zeros; else the largest blocks that are kept or 0 as a whole.
+    """
     rows = target.to_blocks(mask).reshape(target.weight.shape[0], -1)
     channels = target.weight.shape[1]
     for pattern in sorted(KNOWN_PATTERNS, key=lambda each: (-each.sparsity, each.m)):
         if channels % pattern.m == 0 and (rows.unflatten(1, (-1, pattern.m)).sum(dim=2) <= pattern.n).all():
             return pattern
+    if mask.all():
+        return None
+    for block in sorted(BLOCK_PATTERNS.values(), key=lambda each: -each.m):
+        if channels % block.m == 0:
+            kept = rows.unflatten(1, (-1, block.m))
+            if torch.equal(kept.all(dim=2), kept.any(dim=2)):
+                return block
     return None
 
 

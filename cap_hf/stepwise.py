@@ -40,8 +40,8 @@ def check_steps(config: CAPConfig, num_recomputations: int, refits: bool) -> Non
         raise CAPError(f"num_recomputations={num_recomputations} must be at least 0")
     if not num_recomputations:
         return
-    if config.pattern is not None:
-        raise CAPError(f"{config.pattern} has no sparsities on the way to it: leave out --num_recomputations")
+    if config.nm is not None:
+        raise CAPError(f"{config.nm} has no sparsities on the way to it: leave out --num_recomputations")
     if METHODS[config.method].statistic is None and not refits:
         raise CAPError(f"method={config.method} collects nothing that could be anew: leave out --num_recomputations")
 

@@ -1,5 +1,7 @@
 """Which weights may be pruned, and how a weight is cut into blocks."""
 
+import functools
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -8,10 +10,13 @@ from fnmatch import fnmatchcase
 import torch
 from torch import nn
 
-from cap_hf.config import NMPattern, check_type
+from cap_hf.config import check_type
 from cap_hf.errors import CAPError
 from cap_hf.models import check_adapters
+from cap_hf.patterns import BlockPattern, Pattern
 from cap_hf.towers import tower_of
+
+logger = logging.getLogger(__name__)
 
 # What has weights that may be pruned.
 Layer = nn.Linear | nn.Conv2d
@@ -108,7 +113,7 @@ def find_targets(
     block_size: int | str = "row",
     include: Sequence[str] | None = None,
     exclude: Sequence[str] | None = None,
-    pattern: NMPattern | None = None,
+    pattern: Pattern | None = None,
 ) -> list[Target]:
     """Return the targets of a transformers model: Linear and Conv2d weights inside its encoder.
 
@@ -118,14 +123,15 @@ def find_targets(
         block_size: 'row' or a number, fitted to each target by `fit_block_size`.
         include: fnmatch patterns on module names; only matches are kept.
         exclude: fnmatch patterns on module names; matches are left out.
-        pattern: an N:M pattern that every target's rows must be divisible into.
+        pattern: N:M, which must divide every target's input channels; or blocks, which leave the targets out that
+            they do not divide.
 
     Raises:
         CAPError: there is no target, the model takes no images, a pattern matches nothing, N:M does not divide a row,
             the block size is no size, or the model has adapters of PEFT, whose weights are no layers of their own.
     """
     check_type("model", model, nn.Module, "load one first")
-    check_type("pattern", pattern, NMPattern, "pass such as NMPattern(2, 4)")
+    check_type("pattern", pattern, Pattern, "pass such as NMPattern(2, 4)")
     for name, patterns in (("include", include), ("exclude", exclude)):
         check_type(name, patterns, Sequence, "pass a list of patterns, such as ['*.mlp.*']")
     check_adapters(model)
@@ -151,6 +157,13 @@ def find_targets(
     }
     if not chosen:
         raise CAPError(f"--include and --exclude leave no target of {summarize(list(candidates))}")
+    if isinstance(pattern, BlockPattern):
+        odd = [name for name, module in chosen.items() if module.weight.shape[1] % pattern.m]
+        chosen = {name: module for name, module in chosen.items() if name not in odd}
+        if not chosen:
+            raise CAPError(f"{pattern} divides the input channels of no target: {summarize(odd)}")
+        if odd:
+            warn_of_odd(str(pattern), tuple(odd))
     sharing = twins_of(model, chosen)
     return [
         Target(name, module, fit_block_size(name, module, block_size, pattern), index, sharing[name])
@@ -158,11 +171,17 @@ def find_targets(
     ]
 
 
+@functools.cache
+def warn_of_odd(pattern: str, names: tuple[str, ...]) -> None:
+    """Log, once per model, which targets blocks leave out."""
+    logger.warning("Left dense, because %s does not divide their input channels: %s", pattern, summarize(names, 3))
+
+
 def left_alone(model: nn.Module, targets: Sequence[Target]) -> dict[str, str]:
     """Return, by name, why each Linear and Conv2d of a model that is no target is none."""
     layers = weight_layers(model)
     unfit, pruned = reasons_against(model, layers), {target.name for target in targets}
-    return {name: unfit.get(name, "not chosen by include and exclude") for name in layers if name not in pruned}
+    return {name: unfit.get(name, "not chosen by include, exclude or pattern") for name in layers if name not in pruned}
 
 
 def reasons_against(model: nn.Module, layers: Mapping[str, Layer]) -> dict[str, str]:
@@ -224,14 +243,14 @@ def own_weight(module: nn.Module) -> nn.Parameter | None:
     return module._parameters.get("weight")
 
 
-def fit_block_size(name: str, module: Layer, block_size: int | str, pattern: NMPattern | None = None) -> int:
+def fit_block_size(name: str, module: Layer, block_size: int | str, pattern: Pattern | None = None) -> int:
     """Return the block size nearest to the one asked for that is a divisor of a row, a row, or several rows.
 
     Args:
         name: the target's name, for the error.
         module: a Linear or a Conv2d.
         block_size: 'row', or a number: the largest fitting size that does not exceed it.
-        pattern: an N:M pattern; then the size is a multiple of M.
+        pattern: N:M, or blocks of M; then the size is a multiple of M.
 
     Raises:
         CAPError: M does not divide the row's input channels, no size fits, or it is another word than 'row'.

@@ -9,8 +9,8 @@ from support.models import ARCHITECTURES, build
 from torch import nn
 from torch.nn.utils import prune
 
-from cap_hf.config import NMPattern
 from cap_hf.errors import CAPError
+from cap_hf.patterns import NMPattern
 from cap_hf.targets import Target, find_targets, fit_block_size, left_alone, weight_layers
 
 EXPECTED = {"ViT": 12, "DeiT": 12, "Dinov2": 14, "Swin": 19, "ConvNext": 15, "ResNet": 6}

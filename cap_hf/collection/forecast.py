@@ -230,7 +230,7 @@ def foresee(
 
 def trial_seconds(config: CAPConfig, size: int, device: torch.device) -> tuple[float, float]:
     """Return the seconds that a block's elimination takes, and its reconstruction with half of the weights kept."""
-    method, pattern = METHODS[config.method], config.pattern
+    method, pattern = METHODS[config.method], config.structure
     side = min(size, TRIAL_SIZE)
     if pattern is not None:
         side = side // pattern.m * pattern.m

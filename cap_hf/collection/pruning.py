@@ -10,10 +10,11 @@ from cap_hf.checkpoints.form import check_range, round_weights, too_large
 from cap_hf.collection.precision import matmul_precision
 from cap_hf.collection.progress import Progress
 from cap_hf.collection.removal_paths import RemovalPaths, Tensors
-from cap_hf.config import CAPConfig, NMPattern
+from cap_hf.config import CAPConfig
+from cap_hf.patterns import Pattern
 
 
-def eliminate(paths: RemovalPaths, pattern: NMPattern | None, progress: Progress) -> None:
+def eliminate(paths: RemovalPaths, pattern: Pattern | None, progress: Progress) -> None:
     """Find the removal paths of a pattern, unless they are there; errors as of `RemovalPaths.eliminate`."""
     if not paths.is_eliminated(pattern):
         with matmul_precision(torch.float32):
@@ -39,7 +40,7 @@ def solve_each(
     """
     zeros = paths.count_zeros()
     exact = [config.check_sparsity(sparsity, paths.num_weights, zeros) for sparsity in sparsities]
-    eliminate(paths, config.pattern, progress)
+    eliminate(paths, config.structure, progress)
     step = 1 if paths.recollection is None else at_once
     for first in range(0, len(exact), step):
         together = exact[first : first + step]

@@ -31,12 +31,13 @@ from cap_hf.collection.solver import default_batch_bytes
 from cap_hf.config import CAPConfig
 from cap_hf.distributed.processes import Processes
 from cap_hf.errors import CAPError
-from cap_hf.method.allocation import allocate, path_losses, removed_mask
+from cap_hf.method.allocation import allocate, path_losses, removed_mask, zero_units
 from cap_hf.method.inverses import NotInvertibleError
 from cap_hf.method.methods import METHODS
 from cap_hf.method.panels import LostPivotError, num_steps
 from cap_hf.method.reconstruction import reconstruct
 from cap_hf.method.refit import LayerPairs, LeastSquares
+from cap_hf.patterns import unit_of
 from cap_hf.report import RefitReport
 from cap_hf.targets import Target, summarize
 from cap_hf.towers import see
@@ -253,20 +254,21 @@ class _Walk:
     def _choose(self, problem: LeastSquares, dense: torch.Tensor, own: slice, zeros: int) -> torch.Tensor:
         """Return which weights of this process's rows stay where a layer is to have so many zeros, `(n, row)` bool."""
         config, size = self.config, dense.shape[1]
-        alive, steps = dense[own] != 0, num_steps(size, config.pattern)
+        alive, pattern = dense[own] != 0, config.structure
+        steps, unit = num_steps(size, pattern), unit_of(pattern)
         whole = bool(alive.all())
         order = torch.empty(len(alive), steps, dtype=torch.int64, device=dense.device)
         losses = torch.empty(order.shape, dtype=torch.float64, device=dense.device)
         step = problem.rows_at_once(default_batch_bytes(dense.device), copied=not whole)
         for part, best, matrices in problem.quadratics(dense, own, config.refit_ridge, step):
             old = best if whole else reconstruct(best, matrices, alive[part])
-            found = METHODS[config.method].eliminate(old, matrices, config.pattern)
+            found = METHODS[config.method].eliminate(old, matrices, pattern)
             order[part], losses[part] = found.order, found.losses
         counts = order.new_full(order.shape[:1], steps)
-        if config.pattern is None:
-            path = path_losses(losses, (~alive).sum(dim=1), config.selection)
-            ((counts,),) = allocate([[path]], [zeros], self.processes)
-        return ~removed_mask(order, counts, size) & alive
+        if config.nm is None:
+            path = path_losses(losses, zero_units(dense[own], unit).sum(dim=1), config.selection)
+            ((counts,),) = allocate([[path]], [zeros // unit], self.processes)
+        return ~removed_mask(order, counts, size, unit) & alive
 
     def _problem(self, target: Target, module: nn.Module, inputs: torch.Tensor, outputs: torch.Tensor) -> LeastSquares:
         """Return a layer's problem over the positions of all processes' examples."""

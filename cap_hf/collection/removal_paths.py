@@ -9,10 +9,11 @@ from cap_hf.collection.recollection import Recollection
 from cap_hf.collection.running import Remembered
 from cap_hf.collection.shares import block_shares, own_blocks
 from cap_hf.collection.solver import Solver, order_dtype, work_of
-from cap_hf.config import CAPConfig, NMPattern
+from cap_hf.config import CAPConfig
 from cap_hf.distributed.processes import Processes
 from cap_hf.errors import CAPError
-from cap_hf.method.allocation import allocate_global, allocate_uniform, path_losses
+from cap_hf.method.allocation import allocate_global, allocate_uniform, path_losses, zero_units
+from cap_hf.patterns import Pattern, unit_of
 from cap_hf.targets import Target, fit_block_size
 
 Tensors = MutableMapping[str, torch.Tensor]
@@ -60,7 +61,7 @@ class RemovalPaths:
         self.beside = Remembered([*biases, *statistics])
         self.orders: Tensors = {}
         self.losses: Tensors = {}
-        self._pattern: NMPattern | None = None
+        self._pattern: Pattern | None = None
         self._eliminated = False
 
     @property
@@ -82,15 +83,15 @@ class RemovalPaths:
         own = sum(int((self.weights[target.name] == 0).sum()) for target in self.targets)
         return sum(zeros for (zeros,) in self.processes.gather_ints(own))
 
-    def is_eliminated(self, pattern: NMPattern | None) -> bool:
+    def is_eliminated(self, pattern: Pattern | None) -> bool:
         """Return whether the paths of a pattern are there."""
         return self._eliminated and self._pattern == pattern
 
-    def eliminate(self, pattern: NMPattern | None, begin: Begin) -> None:
+    def eliminate(self, pattern: Pattern | None, begin: Begin) -> None:
         """Find the order and losses of all removals; what an interrupted run has kept of them is taken as it is.
 
         Args:
-            pattern: N:M, or None.
+            pattern: N:M, blocks, or None.
             begin: called with the work of the targets that are there together; returns what is told how many blocks
                 are done, and how much work that was.
 
@@ -98,7 +99,7 @@ class RemovalPaths:
             CAPError: a block cannot be solved for, or N:M does not fit the blocks.
         """
         check_pattern(self.targets, pattern)
-        kind = "" if pattern is None else f"-{pattern.n}-{pattern.m}"
+        kind = "" if pattern is None else f"-{pattern}".replace(":", "-")
         self.orders, self.losses = self.make_tensors(f"orders{kind}"), self.make_tensors(f"losses{kind}")
         self._eliminated, self._pattern = False, pattern
         waiting: list[list[Target]] = []
@@ -145,29 +146,31 @@ class RemovalPaths:
         self.losses[target.name] = found.losses
 
     def allocate(self, config: CAPConfig, sparsity: float) -> list[torch.Tensor]:
-        """Return how many weights each of this process's blocks gives up, `(n,)` int64 for each target.
+        """Return how many units each of this process's blocks gives up, `(n,)` int64 for each target.
 
         Args:
             config: for the allocation and the selection.
             sparsity: share of all targets' weights that are 0 afterwards.
         """
         names = [target.name for target in self.targets]
-        if config.pattern is not None:
+        if config.nm is not None:
             orders = [self.orders[name] for name in names]
             return [torch.full(order.shape[:1], order.shape[1], device=order.device) for order in orders]
+        unit = unit_of(config.structure)
         paths = [
-            path_losses(self.losses[name], (self.weights[name] == 0).sum(dim=1), config.selection) for name in names
+            path_losses(self.losses[name], zero_units(self.weights[name], unit).sum(dim=1), config.selection)
+            for name in names
         ]
         if config.allocation == "global":
-            return allocate_global(paths, round(self.num_weights * sparsity), self.processes)
-        sizes = [target.weight.numel() for target in self.targets]
+            return allocate_global(paths, round(self.num_weights // unit * sparsity), self.processes)
+        sizes = [target.weight.numel() // unit for target in self.targets]
         return allocate_uniform(paths, sizes, sparsity, self.processes)
 
     def reconstruct(self, counts: Sequence[Sequence[torch.Tensor]], begin: Begin) -> list[tuple[Tensors, torch.Tensor]]:
         """Return what becomes of this process's blocks, and what the changes of all processes' cost, several times.
 
         Args:
-            counts: for each time, and for each target, `(n,)` how many weights each block gives up.
+            counts: for each time, and for each target, `(n,)` how many units each block gives up.
             begin: as for `eliminate`.
 
         Returns:
@@ -188,7 +191,7 @@ class RemovalPaths:
             for target in targets:
                 place, weights, order = places[target.name], self.weights[target.name], self.orders[target.name]
                 for time, each in enumerate(counts):
-                    found, loss = self.solver.reconstruct(target, weights, order, each[place], advance)
+                    found, loss = self.solver.reconstruct(target, weights, order, each[place], self._pattern, advance)
                     made[time][target.name], losses[time, place] = found, loss or 0.0
         if self.recollection is not None:
             self.recollection.clear()
@@ -214,8 +217,8 @@ class RemovalPaths:
         return target.from_blocks(self.processes.assemble(blocks, block_shares(target, self.processes)))
 
 
-def check_pattern(targets: Sequence[Target], pattern: NMPattern | None) -> None:
-    """Raise a CAPError if the blocks of a target are not whole groups of an N:M pattern."""
+def check_pattern(targets: Sequence[Target], pattern: Pattern | None) -> None:
+    """Raise a CAPError if the blocks of a target are not whole groups of a pattern."""
     if pattern is None:
         return
     for target in targets:
@@ -223,7 +226,7 @@ def check_pattern(targets: Sequence[Target], pattern: NMPattern | None) -> None:
         if target.block_size % pattern.m:
             raise CAPError(
                 f"{target.name} was collected in blocks of {target.block_size}, which {pattern} does not divide: "
-                f"collect with allocation='{pattern}'"
+                f"collect with {pattern}"
             )
 
 

@@ -5,13 +5,14 @@ from contextlib import contextmanager
 
 import torch
 
-from cap_hf.config import CAPConfig, NMPattern
+from cap_hf.config import CAPConfig
 from cap_hf.errors import CAPError
 from cap_hf.method.allocation import removed_mask
 from cap_hf.method.fisher import BlockFisher
 from cap_hf.method.inverses import NotInvertibleError
 from cap_hf.method.methods import METHODS
 from cap_hf.method.panels import Elimination, LostPivotError, num_steps
+from cap_hf.patterns import Pattern, unit_of
 from cap_hf.targets import Target
 
 # Bytes of float64 matrices that are solved at a time. On a CPU they stay in the cache, and the allocator gives the same
@@ -41,14 +42,14 @@ class Solver:
         return self.fisher is None or target.name in self.fisher.damps
 
     def eliminate(
-        self, target: Target, weights: torch.Tensor, pattern: NMPattern | None, advance: Callable[[int, float], None]
+        self, target: Target, weights: torch.Tensor, pattern: Pattern | None, advance: Callable[[int, float], None]
     ) -> Elimination:
         """Return the order (int16 or int32) and losses (float32) of all removals of some blocks.
 
         Args:
             target: whose blocks they are.
             weights: of this process's blocks, `(n, B)`.
-            pattern: N:M, or None.
+            pattern: N:M, blocks, or None.
             advance: told how many blocks are done, and how much work that was.
 
         Raises:
@@ -72,6 +73,7 @@ class Solver:
         weights: torch.Tensor,
         order: torch.Tensor,
         counts: torch.Tensor,
+        pattern: Pattern | None,
         advance: Callable[[int, float], None],
     ) -> tuple[torch.Tensor, float | None]:
         """Return the new weights of some blocks, `(n, B)`, and what the quadratic model says that the change costs.
@@ -81,6 +83,7 @@ class Solver:
             weights: of this process's blocks, `(n, B)`, before pruning.
             order: `(n, steps)` of their removals.
             counts: `(n,)` how many of these happen.
+            pattern: that the order was found for.
             advance: told how many blocks are done, and how much work that was.
 
         Raises:
@@ -93,7 +96,8 @@ class Solver:
         for batch in self._batches(target, len(weights)):
             blocks = by_count[batch]
             old = weights[blocks].double()
-            keep = ~removed_mask(order[blocks].long(), counts[blocks], target.block_size) & (old != 0)
+            removed = removed_mask(order[blocks].long(), counts[blocks], target.block_size, unit_of(pattern))
+            keep = ~removed & (old != 0)
             fisher = self._damped(target, blocks)
             with self._explained(target, blocks):
                 new = self.method.reconstruct(old, fisher, keep, self.config.weight_update)

@@ -100,7 +100,7 @@ def check_sparsities(sparsities: list[float] | None, config: CAPConfig) -> list[
     Raises:
         CAPError: none is given, one is out of range, or they contradict an N:M allocation.
     """
-    pattern = config.pattern
+    pattern = config.nm
     if pattern is not None:
         for sparsity in sparsities or ():
             pattern.check_sparsity(sparsity)

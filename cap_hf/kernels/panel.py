@@ -1,6 +1,6 @@
 """The steps of a panel of the elimination as one kernel: a GPU launches it once where PyTorch launches 22 a step.
 
-Needs Triton, which PyTorch brings for CUDA. `cap_hf.method.panels` has the same in PyTorch, chooses, and checks.
+Needs Triton, which PyTorch brings for CUDA. `cap_hf.method.steps` has the same in PyTorch, `cap_hf.method.panels` chooses and checks.
 """
 
 from contextlib import nullcontext
@@ -30,7 +30,7 @@ def remove_kernel(
     WIDE: tl.constexpr,
     GROUPED: tl.constexpr,
 ) -> None:
-    """Do what `cap_hf.method.panels.remove_in_torch` does, one program a block.
+    """Do what `cap_hf.method.steps.remove_in_torch` does, one program a block.
 
     WIDE is a power of two of at least `width`; GROUPED says whether there is an N:M pattern.
     """
@@ -90,7 +90,7 @@ def remove(
     group: int,
     limit: int,
 ) -> None:
-    """Do what `cap_hf.method.panels.remove_in_torch` does; all tensors contiguous."""
+    """Do what `cap_hf.method.steps.remove_in_torch` does; all tensors contiguous."""
     n, count, width = columns.shape
     wide = triton.next_power_of_2(width)
     # Triton launches on the current device, wherever the tensors are.

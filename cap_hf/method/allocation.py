@@ -157,7 +157,20 @@ def uniform_quotas(zeros: Sequence[int], sizes: Sequence[int], total: int) -> li
     return quotas
 
 
-def removed_mask(order: torch.Tensor, counts: torch.Tensor, size: int) -> torch.Tensor:
-    """Return `(n, size)` bool, True where one of the first `counts[i]` removals of `order[i]` `(n, steps)` lies."""
+def removed_mask(order: torch.Tensor, counts: torch.Tensor, size: int, unit: int = 1) -> torch.Tensor:
+    """Return `(n, size)` bool, True where one of the first `counts[i]` removals of `order[i]` `(n, steps)` lies.
+
+    Args:
+        order: which units of so many weights go, one after the other.
+        counts: `(n,)`.
+        size: weights of a block.
+        unit: weights that go together.
+    """
     first = torch.arange(order.shape[1], device=order.device) < counts[:, None]
-    return torch.zeros(len(order), size, dtype=torch.bool, device=order.device).scatter_(1, order, first)
+    units = torch.zeros(len(order), size // unit, dtype=torch.bool, device=order.device).scatter_(1, order, first)
+    return units.repeat_interleave(unit, dim=1)
+
+
+def zero_units(weights: torch.Tensor, unit: int) -> torch.Tensor:
+    """Return which units of so many weights of blocks `(n, B)` are 0 as a whole, `(n, B / unit)` bool."""
+    return (weights == 0).unflatten(1, (-1, unit)).all(dim=2)

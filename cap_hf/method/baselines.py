@@ -2,13 +2,18 @@
 
 import torch
 
-from cap_hf.config import NMPattern
+from cap_hf.method.allocation import zero_units
 from cap_hf.method.panels import Elimination
+from cap_hf.method.steps import unit_costs
+from cap_hf.patterns import NMPattern, Pattern, unit_of
 
 
-def rank_scores(scores: torch.Tensor, pattern: NMPattern | None) -> Elimination:
-    """Return the order of scores `(n, B)`, lowest first; with N:M the M - N lowest of each group."""
-    if pattern is None:
+def rank_scores(scores: torch.Tensor, pattern: Pattern | None) -> Elimination:
+    """Return the order of scores `(n, B)`, lowest first; with N:M the M - N lowest of each group.
+
+    Units of several weights have scores of their own, `(n, units)`: see `unit_scores`.
+    """
+    if not isinstance(pattern, NMPattern):
         losses, order = scores.sort(dim=1, stable=True)
         return Elimination(order, losses)
     groups = scores.unflatten(1, (-1, pattern.m))
@@ -19,15 +24,29 @@ def rank_scores(scores: torch.Tensor, pattern: NMPattern | None) -> Elimination:
     return Elimination(candidates.gather(1, order), losses)
 
 
-def saliencies(weights: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
-    """Return what the removal of each weight alone costs, `w_p^2 / (2 A_pp)` (oBERT, arXiv 2203.07259, equation 2).
+def unit_scores(scores: torch.Tensor, pattern: Pattern | None) -> torch.Tensor:
+    """Return the sums of the weights' scores `(n, B)` over each unit, `(n, units)`.
+
+    A weight that is 0 has a negative score, or none; it adds nothing, and a unit of such weights goes before any other.
+    """
+    if unit_of(pattern) == 1:
+        return scores
+    units = scores.unflatten(1, (-1, unit_of(pattern)))
+    return units.clamp_min(0).sum(dim=2).masked_fill((units < 0).all(dim=2), -1.0)
+
+
+def saliencies(weights: torch.Tensor, inverse: torch.Tensor, pattern: Pattern | None = None) -> torch.Tensor:
+    """Return what the removal of each unit alone costs (oBERT, arXiv 2203.07259, equation 2 and section 3).
 
     Args:
-        weights: `(n, B)`. Entries that are 0 cost less than any other.
+        weights: `(n, B)`. Units that are 0 cost less than any other.
         inverse: `(n, B, B)`, the inverse damped Fisher.
+        pattern: with blocks `w_Q^T (A_QQ)^-1 w_Q / 2`, else `w_p^2 / (2 A_pp)`.
     """
-    scores = weights.square() / inverse.diagonal(dim1=-2, dim2=-1) / 2
-    return scores.masked_fill(weights == 0, -1.0)
+    unit = unit_of(pattern)
+    own = inverse.unflatten(1, (-1, unit)).unflatten(3, (-1, unit)).diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2)
+    scores = unit_costs(weights.unflatten(1, (-1, unit)), own) / 2
+    return scores.masked_fill(zero_units(weights, unit), -1.0)
 
 
 def input_scores(weights: torch.Tensor, moment: torch.Tensor) -> torch.Tensor:

@@ -2,13 +2,13 @@
 
 import torch
 
-from cap_hf.config import NMPattern
 from cap_hf.kernels.build import has_kernels
 from cap_hf.method.inverses import NotInvertibleError, invert, invert_quickly
-from cap_hf.method.panels import Elimination, LostPivotError, eliminate_in_torch, num_steps
+from cap_hf.method.panels import Elimination, LostPivotError, eliminate_in_torch, group_of, num_steps
+from cap_hf.patterns import Pattern, unit_of
 
 
-def eliminate_fisher(weights: torch.Tensor, fisher: torch.Tensor, pattern: NMPattern | None = None) -> Elimination:
+def eliminate_fisher(weights: torch.Tensor, fisher: torch.Tensor, pattern: Pattern | None = None) -> Elimination:
     """Do what `eliminate` does with the inverse of a Fisher, in float32 wherever that is accurate enough.
 
     The order of removals and their losses say which weights go, and no more: what becomes of the others is solved for
@@ -77,7 +77,7 @@ def decouple(fisher: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
     return fisher
 
 
-def eliminate(weights: torch.Tensor, inverse: torch.Tensor, pattern: NMPattern | None = None) -> Elimination:
+def eliminate(weights: torch.Tensor, inverse: torch.Tensor, pattern: Pattern | None = None) -> Elimination:
     """Remove the cheapest weight, move the others, repeat, in all blocks (arXiv 2210.09223, Algorithm 1).
 
     On a CPU a compiled kernel does what `eliminate_in_torch` does, block by block in the core's cache.
@@ -85,19 +85,18 @@ def eliminate(weights: torch.Tensor, inverse: torch.Tensor, pattern: NMPattern |
     Args:
         weights: `(n, B)`. Entries that are 0 are removed first, at no cost.
         inverse: `(n, B, B)`, the inverse damped Fisher `A`, symmetric. Not changed.
-        pattern: N:M; then no group of M consecutive entries gives up more than M - N.
+        pattern: N:M, then no group of M consecutive entries gives up more than M - N; or blocks, which go as a whole.
 
     Returns:
-        The order and losses of all B removals, or of the `B (M - N) / M` that the pattern allows.
+        The order and losses of all B removals, of the `B (M - N) / M` that N:M allows, or of all units.
 
     Raises:
         LostPivotError: rounding destroyed a pivot.
     """
     if not has_kernels(weights, torch.float32):
         return eliminate_in_torch(weights, inverse, pattern)
-    steps = num_steps(weights.shape[1], pattern)
-    group, limit = (0, 0) if pattern is None else (pattern.m, pattern.m - pattern.n)
-    order, losses, lost = torch.ops.cap_hf.eliminate(weights, inverse, steps, group, limit)
+    steps, (group, limit) = num_steps(weights.shape[1], pattern), group_of(pattern)
+    order, losses, lost = torch.ops.cap_hf.eliminate(weights, inverse, steps, group, limit, unit_of(pattern))
     if lost.any():
         raise LostPivotError(lost)
     return Elimination(order, losses)

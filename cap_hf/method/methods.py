@@ -4,12 +4,13 @@ from dataclasses import dataclass
 
 import torch
 
-from cap_hf.config import CAPConfig, NMPattern
-from cap_hf.method.baselines import input_scores, rank_scores, saliencies
+from cap_hf.config import CAPConfig
+from cap_hf.method.baselines import input_scores, rank_scores, saliencies, unit_scores
 from cap_hf.method.elimination import decouple, eliminate_fisher
 from cap_hf.method.inverses import invert
 from cap_hf.method.panels import Elimination
 from cap_hf.method.reconstruction import independent_update, reconstruct
+from cap_hf.patterns import Pattern, unit_of
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class Method:
         """Return whether a config asks for a refit after pruning, or the method's default does."""
         return self.refit if config.refit is None else config.refit
 
-    def eliminate(self, weights: torch.Tensor, fisher: torch.Tensor | None, pattern: NMPattern | None) -> Elimination:
+    def eliminate(self, weights: torch.Tensor, fisher: torch.Tensor | None, pattern: Pattern | None) -> Elimination:
         """Return the order in which the weights of blocks go, and what each removal costs.
 
         CAP: greedily, each removal moving the others (arXiv 2210.09223, Algorithm 1). With the second moment of a
@@ -60,7 +61,7 @@ class Method:
         Args:
             weights: `(n, B)` in float64. Entries that are 0 go first and cost nothing.
             fisher: `(n, B, B)` damped; None where nothing is summed. May be overwritten.
-            pattern: N:M, or None.
+            pattern: N:M, blocks, or None.
 
         Raises:
             NotInvertibleError: a Fisher is not positive definite.
@@ -92,17 +93,17 @@ class Method:
 class OBS(Method):
     """The block Fisher without correlations: oBERT (arXiv 2203.07259) and WoodFisher (arXiv 2004.14340)."""
 
-    def eliminate(self, weights: torch.Tensor, fisher: torch.Tensor | None, pattern: NMPattern | None) -> Elimination:
+    def eliminate(self, weights: torch.Tensor, fisher: torch.Tensor | None, pattern: Pattern | None) -> Elimination:
         """Return all weights ranked at once, each by what its own removal costs (oBERT, equation 2)."""
-        return rank_scores(saliencies(weights, invert(decouple(required(fisher), weights == 0))), pattern)
+        return rank_scores(saliencies(weights, invert(decouple(required(fisher), weights == 0)), pattern), pattern)
 
 
 class Magnitude(Method):
     """The smallest weights go, and nothing moves (Han et al., arXiv 1506.02626)."""
 
-    def eliminate(self, weights: torch.Tensor, fisher: torch.Tensor | None, pattern: NMPattern | None) -> Elimination:
-        """Return all weights ranked by their squares."""
-        return rank_scores(weights.square(), pattern)
+    def eliminate(self, weights: torch.Tensor, fisher: torch.Tensor | None, pattern: Pattern | None) -> Elimination:
+        """Return all units ranked by their squares."""
+        return rank_scores(unit_scores(weights.square(), pattern), pattern)
 
     def reconstruct(
         self, weights: torch.Tensor, fisher: torch.Tensor | None, keep: torch.Tensor, update: str
@@ -118,10 +119,11 @@ class Wanda(Magnitude):
     rows the same share, the loss of a row's k-th removal is its rank, `k / B`.
     """
 
-    def eliminate(self, weights: torch.Tensor, fisher: torch.Tensor | None, pattern: NMPattern | None) -> Elimination:
+    def eliminate(self, weights: torch.Tensor, fisher: torch.Tensor | None, pattern: Pattern | None) -> Elimination:
         """Return all weights of a row ranked by their scores, with their ranks for losses."""
-        order = rank_scores(input_scores(weights, required(fisher)), pattern).order
-        ranks = torch.arange(1, order.shape[1] + 1, dtype=weights.dtype, device=weights.device) / weights.shape[1]
+        order = rank_scores(unit_scores(input_scores(weights, required(fisher)), pattern), pattern).order
+        units = weights.shape[1] // unit_of(pattern)
+        ranks = torch.arange(1, order.shape[1] + 1, dtype=weights.dtype, device=weights.device) / units
         return Elimination(order, ranks.expand(order.shape))
 
 

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 
 import torch
 
-from cap_hf.config import NMPattern
 from cap_hf.errors import reason
 from cap_hf.kernels.build import are_disabled
+from cap_hf.method.steps import Panel, remove_in_torch, remove_units_in_torch
+from cap_hf.patterns import NMPattern, Pattern, unit_of
 
 logger = logging.getLogger(__name__)
 
@@ -43,43 +44,10 @@ class Elimination:
     losses: torch.Tensor
 
 
-@dataclass
-class Panel:
-    """What some steps of the elimination of n blocks, `width` weights of each of which are left, read and write.
-
-    Attributes:
-        matrices: `(n, width, width)`, their inverse Fishers A before these steps.
-        weights: `(n, width)`; changed.
-        diagonal: `(n, width)`, of A; changed.
-        zero: `(n, width)` bool, weights that were 0 from the beginning.
-        position: `(n, width)` int64, where in the block each weight was.
-        given: `(n, groups)` int64, how many weights each group of an N:M pattern has given up; changed.
-        columns: `(n, count, width)` for the columns of A at each step's pivot, divided by the pivot's root.
-        pivots: `(n, count)` int64 for the places among the `width` of what each step removes.
-        costs: `(n, count)` for the roots of twice the losses.
-        removed: `(n, width)` bool for what all steps have removed.
-        group: M of the pattern, 0 for none.
-        limit: how many weights a group may give up.
-    """
-
-    matrices: torch.Tensor
-    weights: torch.Tensor
-    diagonal: torch.Tensor
-    zero: torch.Tensor
-    position: torch.Tensor
-    given: torch.Tensor
-    columns: torch.Tensor
-    pivots: torch.Tensor
-    costs: torch.Tensor
-    removed: torch.Tensor
-    group: int
-    limit: int
-
-
 def eliminate_in_torch(
     weights: torch.Tensor,
     inverse: torch.Tensor,
-    pattern: NMPattern | None = None,
+    pattern: Pattern | None = None,
     remove: Callable[[Panel], None] | None = None,
 ) -> Elimination:
     """Eliminate on any device, all blocks at once: what GPUs run, and what the kernel of CPUs is checked against.
@@ -87,16 +55,19 @@ def eliminate_in_torch(
     Removing entry p costs `w_p^2 / (2 A_pp)` and moves the others by `-A[:, p] w_p / A_pp`; `A` then loses rank
     one. Within a panel of steps only the pivots' columns of the current `A` are formed (left-looking); after it
     one matrix product brings `A` up to date on the survivors, so the work is 2/3 B^3 a block, almost all of it
-    matrix products, and nothing but `A` itself is carried along. Arguments and results are those of
+    matrix products, and nothing but `A` itself is carried along. The weights of a unit are removed one after the other:
+    together that costs `1/2 w_Q^T (A_QQ)^-1 w_Q`. Arguments and results are those of
     `cap_hf.method.elimination.eliminate`.
 
     Args:
         remove: does the steps of a panel; None for the fastest that this device is known to do right.
     """
     n, size = weights.shape
-    steps = num_steps(size, pattern)
+    unit, (group, limit) = unit_of(pattern), group_of(pattern)
+    steps = num_steps(size, pattern) * unit
+    if unit > 1:
+        remove = functools.partial(remove_units_in_torch, unit=unit)
     remove = remove or fastest(weights.device, weights.dtype)
-    group, limit = (0, 0) if pattern is None else (pattern.m, pattern.m - pattern.n)
     weights, a = weights.contiguous(), inverse.contiguous()
     w = weights.clone()
     position = torch.arange(size, device=w.device).repeat(n, 1)
@@ -128,38 +99,9 @@ def eliminate_in_torch(
             columns = columns.gather(2, left[:, None].expand(n, count, -1))
             a = select_symmetric(a, left, *work).baddbmm_(columns.mT, columns, alpha=-1)
             work = work[::-1]
+    if unit > 1:
+        order, losses = order[:, ::unit] // unit, losses.unflatten(1, (-1, unit)).sum(dim=2)
     return Elimination(order, losses)
-
-
-def remove_in_torch(panel: Panel) -> None:
-    """Remove the cheapest weight of each block, `count` times.
-
-    What the steps have in common is done before or after them, because on a GPU a step takes as long as its kernels
-    take to launch.
-    """
-    w, a, diagonal, zero, removed = panel.weights, panel.matrices, panel.diagonal, panel.zero, panel.removed
-    n, count, _ = panel.columns.shape
-    batch = torch.arange(n, device=w.device)
-    for k in range(count):
-        scores = (w.square() / diagonal).masked_fill_(zero, -1.0).masked_fill_(removed, torch.inf)
-        if panel.group:
-            full = panel.given.gather(1, panel.position // panel.group) == panel.limit
-            scores.masked_fill_(full, torch.inf)
-        pivot = torch.argmin(scores, dim=1, keepdim=True, out=panel.pivots[:, k : k + 1])
-        root = diagonal.gather(1, pivot).sqrt_()
-        column = a[batch, pivot[:, 0]]
-        if k:
-            past = panel.columns[:, :k]
-            at_pivot = past.gather(2, pivot[:, None].expand(n, k, 1))
-            column = torch.baddbmm(column[:, None], at_pivot.mT, past, alpha=-1)[:, 0]
-        column = torch.div(column, root, out=panel.columns[:, k])
-        cost = torch.div(w.gather(1, pivot), root, out=panel.costs[:, k : k + 1])
-        w.addcmul_(column, cost, value=-1).scatter_(1, pivot, 0.0)
-        diagonal.addcmul_(column, column, value=-1)
-        removed.scatter_(1, pivot, True)
-        if panel.group:
-            group = panel.position.gather(1, pivot) // panel.group
-            panel.given.scatter_add_(1, group, torch.ones_like(group))
 
 
 @functools.cache
@@ -212,9 +154,14 @@ def check_fused(remove: Callable[[Panel], None], device: torch.device, dtype: to
             )
 
 
-def num_steps(size: int, pattern: NMPattern | None) -> int:
-    """Return how many weights of a block of `size` are removed: all, or as many as an N:M pattern allows."""
+def num_steps(size: int, pattern: Pattern | None) -> int:
+    """Return how many removals a block of `size` weights has: of each, of each unit, or of those that N:M allows."""
     return size if pattern is None else pattern.steps(size)
+
+
+def group_of(pattern: Pattern | None) -> tuple[int, int]:
+    """Return M of an N:M pattern and how many of a group may go, or zeros."""
+    return (pattern.m, pattern.m - pattern.n) if isinstance(pattern, NMPattern) else (0, 0)
 
 
 def select_symmetric(

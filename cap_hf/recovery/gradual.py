@@ -80,8 +80,8 @@ class GradualPruner:
 
         A sparsity of the schedule is a share of the weights that `config` prunes, as it is for `CAPCompressor.prune`.
         """
-        config, pattern = self.config, self.config.pattern
-        targets = find_targets(model, include=config.include, exclude=config.exclude, pattern=pattern)
+        config, pattern = self.config, self.config.nm
+        targets = find_targets(model, include=config.include, exclude=config.exclude, pattern=config.structure)
         if pattern is not None:
             for _, sparsity in schedule.steps:
                 try:

@@ -20,6 +20,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("targets", "kernels", "memory"),
     ("models", "towers"),
     ("config", "report", "extras", "outputs", "failures", "unmasking", "notices"),
+    ("patterns",),
     ("errors",),
 )
 ROOMS = [room for floor in FLOORS for room in floor]

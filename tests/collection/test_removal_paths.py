@@ -7,9 +7,9 @@ from support.models import build, random_batches
 from cap_hf import CAPCompressor, CAPConfig
 from cap_hf.collection.removal_paths import RemovalPaths, check_pattern, compared_bytes, held_bytes, with_changes
 from cap_hf.collection.solver import Solver
-from cap_hf.config import NMPattern
 from cap_hf.distributed.processes import Processes
 from cap_hf.errors import CAPError
+from cap_hf.patterns import NMPattern
 from cap_hf.targets import find_targets
 
 

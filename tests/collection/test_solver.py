@@ -6,7 +6,7 @@ from torch import nn
 
 from cap_hf.collection import solver as solver_module
 from cap_hf.collection.solver import Solver, default_batch_bytes, order_dtype, peak_bytes, work_of
-from cap_hf.config import CAPConfig, NMPattern
+from cap_hf.config import CAPConfig
 from cap_hf.errors import CAPError
 from cap_hf.method import elimination
 from cap_hf.method.elimination import eliminate, eliminate_fisher
@@ -14,6 +14,7 @@ from cap_hf.method.fisher import BlockFisher
 from cap_hf.method.inverses import invert
 from cap_hf.method.panels import LostPivotError
 from cap_hf.method.sums import SymmetricSums
+from cap_hf.patterns import NMPattern
 from cap_hf.targets import Target
 
 

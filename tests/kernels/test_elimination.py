@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from support.blocks import make_blocks, same_removals
 from support.quadratics import inverse_of
 
-from cap_hf.config import NMPattern
 from cap_hf.kernels.build import load_extension
 from cap_hf.method import elimination, inverses, panels, reconstruction
+from cap_hf.patterns import NMPattern
 
 SIZES = st.one_of(st.integers(1, 70), st.sampled_from([96, 127, 192, 193]))
 

@@ -7,9 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.blocks import make_blocks, same_removals
 
-from cap_hf.config import NMPattern
 from cap_hf.method import panels
 from cap_hf.method.inverses import invert
+from cap_hf.patterns import NMPattern
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 

@@ -8,8 +8,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from cap_hf import CAPCompressor, CAPConfig, find_targets
-from cap_hf.config import NMPattern
 from cap_hf.method.baselines import rank_scores
+from cap_hf.patterns import NMPattern
 
 
 def test_magnitude_is_a_global_sort():

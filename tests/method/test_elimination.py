@@ -7,12 +7,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.quadratics import constrained_minimum, fisher_of
 
-from cap_hf.config import NMPattern
 from cap_hf.method import elimination, inverses
 from cap_hf.method.elimination import decouple, eliminate, eliminate_fisher
 from cap_hf.method.inverses import NotInvertibleError, invert, invert_quickly
 from cap_hf.method.panels import LostPivotError, eliminate_in_torch, select_symmetric
 from cap_hf.method.reconstruction import reconstruct
+from cap_hf.patterns import NMPattern
 
 
 def brute_force(weights: np.ndarray, fisher: np.ndarray, pattern: NMPattern | None = None):

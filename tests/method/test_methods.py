@@ -5,12 +5,13 @@ import torch
 from support.quadratics import inverse_of
 
 from cap_hf.config import METHODS as NAMES
-from cap_hf.config import CAPConfig, NMPattern
+from cap_hf.config import CAPConfig
 from cap_hf.method.baselines import rank_scores, saliencies
 from cap_hf.method.elimination import eliminate
 from cap_hf.method.methods import METHODS
 from cap_hf.method.panels import Elimination
 from cap_hf.method.reconstruction import independent_update, reconstruct
+from cap_hf.patterns import NMPattern
 
 
 def test_the_registry_has_what_a_config_may_name():

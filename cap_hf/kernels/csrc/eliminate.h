@@ -30,16 +30,29 @@ class Eliminator {
         row_(stride_), w_(stride_), diagonal_(stride_), scores_(stride_), gate_(stride_),
         position_(size), left_(size), given_(size), taken_(size) {}
 
-  // Removes `steps` of the `size` weights. At most `limit` of `group` consecutive ones go (group 0: any number).
-  // Returns whether every pivot was positive and finite.
+  // Does `steps` removals: of units of `unit` consecutive weights of the `size`, 1 for single ones. At most `limit` of
+  // `group` consecutive ones go (group 0: any number). Returns whether every pivot was positive and finite.
   bool run(const Scalar* weights, const Scalar* inverse, int64_t size, int64_t steps, int64_t group, int64_t limit,
-           int64_t* order, Scalar* losses) {
+           int64_t unit, int64_t* order, Scalar* losses) {
+    if (unit == 2) return run_units<2>(weights, inverse, size, steps, group, limit, order, losses);
+    if (unit == 4) return run_units<4>(weights, inverse, size, steps, group, limit, order, losses);
+    if (unit == 8) return run_units<8>(weights, inverse, size, steps, group, limit, order, losses);
+    return run_units<1>(weights, inverse, size, steps, group, limit, order, losses);
+  }
+
+ private:
+  template <int kUnit>
+  bool run_units(const Scalar* weights, const Scalar* inverse, int64_t size, int64_t steps, int64_t group,
+                 int64_t limit, int64_t* order, Scalar* losses) {
+    static_assert(kPanel % kUnit == 0 && kLanes % kUnit == 0, "units are whole in panels and in vectors");
+    steps *= kUnit;
     std::copy_n(weights, size, w_.begin());
     std::fill(w_.begin() + size, w_.end(), Scalar{0});
     std::fill(gate_.begin(), gate_.end(), kNever);
     for (int64_t i = 0; i < size; ++i) {
       position_[i] = i;
-      gate_[i] = weights[i] == 0 ? kFirst : kLive;
+      const Scalar* own = weights + i / kUnit * kUnit;
+      gate_[i] = std::all_of(own, own + kUnit, [](Scalar w) { return w == 0; }) ? kFirst : kLive;
     }
     std::fill(given_.begin(), given_.end(), 0);
     // The first panel reads the caller's matrix; after it, what is left of A is packed into a_.
@@ -50,21 +63,29 @@ class Eliminator {
       const int64_t width = std::min<int64_t>(kPanel, steps - start);
       for (int64_t i = 0; i < count; ++i) diagonal_[i] = a[i * a_stride + i];
       std::fill(diagonal_.begin() + count, diagonal_.end(), Scalar{1});
+      take_own<kUnit>(a, a_stride, count);
+      int64_t first = 0;
       for (int64_t k = 0; k < width; ++k) {
-        const int64_t pivot = cheapest(count);
-        if (pivot < 0) return false;
+        if (k % kUnit == 0) first = cheapest<kUnit>(count);
+        if (first < 0) return false;
+        const int64_t pivot = first + k % kUnit;
         const Scalar root = std::sqrt(diagonal_[pivot]);
         const Scalar cost = w_[pivot] / root, loss = cost * cost / 2;
         if (!(diagonal_[pivot] > 0) || !std::isfinite(loss)) return false;
         std::copy_n(a + pivot * a_stride, count, row_.begin());
         form_column(pivot, k, count, root, cost);
+        update_own<kUnit>(k, count);
         w_[pivot] = 0;
         diagonal_[pivot] = 1;
         gate_[pivot] = kNever;
         pivots_[k] = pivot;
         if (group && ++given_[position_[pivot] / group] == limit) close(position_[pivot] / group, group, count);
-        order[start + k] = position_[pivot];
-        losses[start + k] = loss;
+        if (k % kUnit == 0) {
+          order[(start + k) / kUnit] = position_[pivot] / kUnit;
+          losses[(start + k) / kUnit] = loss;
+        } else {
+          losses[(start + k) / kUnit] += loss;
+        }
       }
       if (start + width < steps) {
         count = shrink(a, a_stride, count, width);
@@ -75,15 +96,16 @@ class Eliminator {
     return true;
   }
 
- private:
-  // Added to a weight's cost: it may be removed, it is 0 and goes before all others, or it stays.
+  // Added to a unit's cost: it may be removed, it is 0 and goes before all others, or it stays.
   static constexpr Scalar kLive = 0, kFirst = -1, kNever = std::numeric_limits<Scalar>::infinity();
 
-  // Returns the weight whose removal costs least, the first of equals; -1 if every cost is infinite or not a number.
+  // Returns the first weight of the unit whose removal costs least, the first of equals; -1 if every cost is infinite or
+  // not a number.
+  template <int kUnit>
   int64_t cheapest(int64_t count) {
     Vector least = Vector{} + kNever;
     for (int64_t i = 0; i < count; i += kLanes) {
-      const Vector w = load(&w_[i]), score = w * w / load(&diagonal_[i]) + load(&gate_[i]);
+      const Vector score = cost_of<kUnit>(i) + load(&gate_[i]);
       store(&scores_[i], score);
       least = score < least ? score : least;
     }
@@ -93,6 +115,63 @@ class Eliminator {
     int64_t found = 0;
     while (scores_[found] != lowest) ++found;
     return found;
+  }
+
+  // Twice the loss of the removal of each unit of a vector, in all of its lanes: w' A^-1 w of the unit's own part of A,
+  // one weight of it after the other.
+  template <int kUnit>
+  Vector cost_of(int64_t i) const {
+    Vector w = load(&w_[i]);
+    if constexpr (kUnit == 1) {
+      return w * w / load(&diagonal_[i]);
+    } else {
+      Vector own[kUnit], cost{};
+      for (int c = 0; c < kUnit; ++c) own[c] = load(&own_[c * stride_ + i]);
+      for (int first = 0; first < kUnit; ++first) {
+        const Vector pivot = spread<kUnit>(own[first], first), value = spread<kUnit>(w, first);
+        const Vector share = own[first] / pivot;
+        cost += value * value / pivot;
+        w -= share * value;
+        for (int c = first + 1; c < kUnit; ++c) own[c] -= share * spread<kUnit>(own[first], c);
+      }
+      return cost;
+    }
+  }
+
+  // Returns what each unit of a vector has at one of its places, in all lanes of the unit.
+  template <int kUnit>
+  static Vector spread(Vector from, int place) {
+    Vector to;
+    for (int lane = 0; lane < kLanes; ++lane) to[lane] = from[lane / kUnit * kUnit + place];
+    return to;
+  }
+
+  // Copies each unit's own part of A: for the c-th column of it a row of own_, as long as w_.
+  template <int kUnit>
+  void take_own(const Scalar* a, int64_t a_stride, int64_t count) {
+    if constexpr (kUnit > 1) {
+      own_.assign(kUnit * stride_, Scalar{0});
+      for (int c = 0; c < kUnit; ++c) {
+        Scalar* own = &own_[c * stride_];
+        for (int64_t i = 0; i < count; ++i) own[i] = a[i * a_stride + i / kUnit * kUnit + c];
+        // What is past the last weight is a unit matrix, so that nothing is divided by 0.
+        for (int64_t i = count; i < stride_; ++i) own[i] = i % kUnit == c;
+      }
+    }
+  }
+
+  // Brings each unit's own part of A up to date with the k-th column.
+  template <int kUnit>
+  void update_own(int64_t k, int64_t count) {
+    if constexpr (kUnit > 1) {
+      for (int64_t i = 0; i < count; i += kLanes) {
+        const Vector column = load(&panel_[k * stride_ + i]);
+        for (int c = 0; c < kUnit; ++c) {
+          Scalar* own = &own_[c * stride_ + i];
+          store(own, load(own) - column * spread<kUnit>(column, c));
+        }
+      }
+    }
   }
 
   // Keeps the other weights of a group that has given up as many as it may.
@@ -201,7 +280,7 @@ class Eliminator {
   }
 
   int64_t stride_;
-  std::vector<Scalar> a_, panel_, row_, w_, diagonal_, scores_, gate_;
+  std::vector<Scalar> a_, panel_, row_, w_, diagonal_, scores_, gate_, own_;
   std::vector<int64_t> position_, left_, given_;
   std::vector<uint8_t> taken_;
   int64_t pivots_[kPanel];

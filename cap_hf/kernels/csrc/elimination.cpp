@@ -86,8 +86,8 @@ Tensor assemble(at::TensorList strips, const Tensor& blocks, double count, doubl
 
 // Removes weights of n blocks in Scalar, and notes in `lost` whose pivots were not all positive and finite.
 template <typename Scalar>
-void eliminate_blocks(const Tensor& w, const Tensor& a, int64_t steps, int64_t group, int64_t limit, Tensor& order,
-                      Tensor& losses, Tensor& lost) {
+void eliminate_blocks(const Tensor& w, const Tensor& a, int64_t steps, int64_t group, int64_t limit, int64_t unit,
+                      Tensor& order, Tensor& losses, Tensor& lost) {
   const int64_t n = w.size(0), size = w.size(1), block_stride = a.stride(0);
   const Scalar* w_data = w.const_data_ptr<Scalar>();
   const Scalar* a_data = a.const_data_ptr<Scalar>();
@@ -97,23 +97,26 @@ void eliminate_blocks(const Tensor& w, const Tensor& a, int64_t steps, int64_t g
   each_block(n, [&](auto&& next) {
     cap_hf::Eliminator<Scalar> eliminator(size);
     for (int64_t b = next(); b < n; b = next()) {
-      lost_data[b] = !eliminator.run(w_data + b * size, a_data + b * block_stride, size, steps, group, limit,
+      lost_data[b] = !eliminator.run(w_data + b * size, a_data + b * block_stride, size, steps, group, limit, unit,
                                      order_data + b * steps, losses_data + b * steps);
     }
   });
 }
 
 // Returns the order (n, steps) and losses (n, steps) of the removals in n blocks, and which blocks (n) had a pivot that
-// is not positive and finite. At most `limit` of `group` consecutive weights go (group 0: any number).
+// is not positive and finite. At most `limit` of `group` consecutive weights go (group 0: any number). With units of
+// several weights these go as a whole, and steps, order and losses are the units'.
 std::tuple<Tensor, Tensor, Tensor> eliminate(const Tensor& weights, const Tensor& inverse, int64_t steps,
-                                             int64_t group, int64_t limit) {
+                                             int64_t group, int64_t limit, int64_t unit) {
   const auto kind = weights.scalar_type();
   TORCH_CHECK((kind == at::kDouble || kind == at::kFloat) && inverse.scalar_type() == kind,
               "float64 or float32 is needed, the same for both");
   TORCH_CHECK(weights.dim() == 2 && inverse.dim() == 3 && inverse.size(0) == weights.size(0) &&
                   inverse.size(1) == weights.size(1) && inverse.size(2) == weights.size(1),
               "weights (n, B) and inverse (n, B, B) are needed");
-  TORCH_CHECK(steps >= 0 && steps <= weights.size(1), "more steps than weights");
+  TORCH_CHECK(unit == 1 || unit == 2 || unit == 4 || unit == 8, "units of 1, 2, 4 or 8 weights are known");
+  TORCH_CHECK(weights.size(1) % unit == 0, "units do not divide the weights");
+  TORCH_CHECK(steps >= 0 && steps * unit <= weights.size(1), "more steps than weights");
   const Tensor w = weights.contiguous();
   // Blocks may share one matrix, expanded.
   const Tensor a = inverse.stride(2) == 1 && inverse.stride(1) == inverse.size(2) ? inverse : inverse.contiguous();
@@ -121,9 +124,9 @@ std::tuple<Tensor, Tensor, Tensor> eliminate(const Tensor& weights, const Tensor
   Tensor losses = at::empty({w.size(0), steps}, w.options());
   Tensor lost = at::zeros({w.size(0)}, w.options().dtype(at::kBool));
   if (kind == at::kDouble) {
-    eliminate_blocks<double>(w, a, steps, group, limit, order, losses, lost);
+    eliminate_blocks<double>(w, a, steps, group, limit, unit, order, losses, lost);
   } else {
-    eliminate_blocks<float>(w, a, steps, group, limit, order, losses, lost);
+    eliminate_blocks<float>(w, a, steps, group, limit, unit, order, losses, lost);
   }
   return {order, losses, lost};
 }
@@ -229,7 +232,7 @@ std::tuple<Tensor, Tensor> reconstruct(const Tensor& weights, const Tensor& fish
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(cap_hf, library) {
-  library.def("eliminate(Tensor weights, Tensor inverse, int steps, int group, int limit)"
+  library.def("eliminate(Tensor weights, Tensor inverse, int steps, int group, int limit, int unit=1)"
               " -> (Tensor, Tensor, Tensor)");
   library.def("assemble(Tensor[] strips, Tensor blocks, float count, float strength, Tensor moments, Tensor traces,"
               " Tensor places, float damp) -> Tensor");
