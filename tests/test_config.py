@@ -10,7 +10,10 @@ def test_round_trip(tmp_path):
     config.save(tmp_path)
     assert CAPConfig.load(tmp_path) == config
     assert config.fisher_block_size == 192
-    assert config.pattern.sparsity == 0.5
+    assert config.nm.sparsity == 0.5
+    assert str(CAPConfig(pattern="1x4").structure) == "1x4"
+    with pytest.raises(CAPError, match="allocation=2:4 has a pattern of its own"):
+        CAPConfig(allocation="2:4", pattern="1x4")
     with pytest.raises(CAPError, match="no field speed"):
         CAPConfig.from_dict({"speed": 1})
 
@@ -23,6 +26,9 @@ def test_round_trip(tmp_path):
         ("allocation", "4:2"),
         ("allocation", "2:"),
         ("allocation", "0:4"),
+        ("pattern", "1x3"),
+        ("pattern", "4"),
+        ("pattern", 4),
         ("fisher_loss", "exact"),
         ("weight_update", "some"),
         ("num_grads", 0),

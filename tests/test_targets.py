@@ -160,7 +160,7 @@ def test_every_layer_that_is_no_target_has_its_reason():
         "tied": "it shares its weight with a module of another kind: Embedding",
         "position_mlp": "an embedding, a pooler, a decoder or a head",
         "pixels": "it reads the pixels: an embedding",
-        "unwanted": "not chosen by include and exclude",
+        "unwanted": "not chosen by include, exclude or pattern",
     }
 
 

@@ -1,6 +1,7 @@
 """The steps of a panel of the elimination as one kernel: a GPU launches it once where PyTorch launches 22 a step.
 
-Needs Triton, which PyTorch brings for CUDA. `cap_hf.method.steps` has the same in PyTorch, `cap_hf.method.panels` chooses and checks.
+Needs Triton, which PyTorch brings for CUDA. `cap_hf.method.steps` has the same in PyTorch, and for units of several
+weights, which this has not; `cap_hf.method.panels` chooses, and checks.
 """
 
 from contextlib import nullcontext

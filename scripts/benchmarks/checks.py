@@ -20,6 +20,7 @@ CHECKS: dict[str, tuple[str, dict]] = {
     "cap, blocks of 16": ("ViT", {"fisher_block_size": 16}),
     "cap, bfloat16": ("ViT", {"fisher_dtype": "bfloat16"}),
     "cap, 2:4": ("ViT", {"allocation": "2:4"}),
+    "cap, 1x4": ("ViT", {"pattern": "1x4"}),
     "cap, convolutions": ("ResNet", {}),
     "obs": ("ViT", {"method": "obs"}),
     "sparsegpt": ("ViT", {"method": "sparsegpt"}),
@@ -65,7 +66,7 @@ def pruned_on(device: str, architecture: str, changes: dict) -> tuple[dict[str, 
     with accelerator_on(device) as accelerator:
         compressor = CAPCompressor(model, config, accelerator, disable_tqdm=True)
         compressor.collect(make_batches(64, 16, 32, labels=10))
-        report = compressor.prune(None if config.pattern else 0.6)
+        report = compressor.prune(None if config.nm else 0.6)
     return {target.name: target.weight.detach().cpu() for target in find_targets(model)}, report.loss
 
 

@@ -186,7 +186,7 @@ def test_a_sequential_method_chooses_for_what_reaches_the_layer(allocation):
     assert [layer.num_zeros for layer in compressor.refit([batch]).layers] == zeros
     same = 0
     for target in compressor.targets:
-        name, pattern = target.name, compressor.config.pattern
+        name, pattern = target.name, compressor.config.structure
         inputs, outputs = wanted_of(model, dense, name, batch["pixel_values"])
         weights = weights_in(dense, name, batch["pixel_values"])
         shares = weights.flatten() / weights.sum()

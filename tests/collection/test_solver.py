@@ -42,7 +42,7 @@ def test_batches_change_nothing(pattern, batch):
     assert sum(count for count, _ in advanced) == 10
     assert sum(work for _, work in advanced) == work_of(target, 10)
     counts = torch.arange(10) % 5
-    new, loss = solver.reconstruct(target, weights, found.order, counts, lambda *_: None)
+    new, loss = solver.reconstruct(target, weights, found.order, counts, pattern, lambda *_: None)
     assert torch.equal((new == 0).sum(dim=1), counts)
     assert loss >= 0
 
@@ -72,6 +72,7 @@ def test_an_error_names_the_block_by_its_number_in_the_target(monkeypatch):
             weights,
             torch.zeros(10, 8, dtype=torch.int16),
             torch.tensor([1] * 7 + [0] + [1] * 2),
+            None,
             lambda *_: None,
         ),
     ):

@@ -82,7 +82,7 @@ def compress(
     compressor = CAPCompressor(model, config, accelerator, disable_tqdm=True, resources=resources)
     batches = loader(model, ARCHITECTURES[architecture][1])
     compressor.collect(DataLoader(wrap(batches.dataset), batches.batch_size, shuffle=True), checkpointing)
-    report = compressor.prune(None if config.pattern else sparsity)
+    report = compressor.prune(None if config.nm else sparsity)
     return compressor, report
 
 
