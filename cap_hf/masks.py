@@ -69,8 +69,18 @@ def find_pattern(target: Target, mask: torch.Tensor) -> Pattern | None:
     return None
 
 
+def count_zero_blocks(target: Target, mask: torch.Tensor) -> dict[str, int]:
+    """Return how many 1x2, 1x4 and 1x8 blocks of consecutive input channels a mask makes 0 as a whole.
+
+    Sizes that do not divide the input channels are left out. Single zeros make whole blocks too, here and there.
+    """
+    rows = target.to_blocks(mask).reshape(target.weight.shape[0], -1)
+    sizes = [pattern.m for pattern in BLOCK_PATTERNS.values() if target.weight.shape[1] % pattern.m == 0]
+    return {f"1x{size}": int((~rows.unflatten(1, (-1, size)).any(dim=2)).sum()) for size in sizes}
+
+
 def describe_masks(targets: Sequence[Target]) -> list[dict]:
-    """Return what reports and cards say of each target's mask: name, shape, numbers of weights and zeros, digest.
+    """Return what reports and cards say of each target's mask: name, shape, numbers of weights, zeros and zero blocks.
 
     The digest, 128 bits of SHA-256 in hexadecimal digits, changes with the place of any zero.
     """
@@ -83,6 +93,7 @@ def describe_masks(targets: Sequence[Target]) -> list[dict]:
                 "shape": tuple(target.weight.shape),
                 "num_weights": mask.size,
                 "num_zeros": mask.size - int(np.count_nonzero(mask)),
+                "zero_blocks": count_zero_blocks(target, torch.from_numpy(mask)),
                 "mask_digest": hashlib.sha256(np.packbits(mask).data).hexdigest()[:32],
             }
         )

@@ -25,6 +25,7 @@ class LayerReport:
         num_weights: in the target.
         num_zeros: of them exactly 0.
         mask_digest: changes with the place of any zero, see `describe_masks`.
+        zero_blocks: how many 1x2, 1x4 and 1x8 blocks of consecutive inputs are 0 as a whole, see `count_zero_blocks`.
         block_size: weights per Fisher block.
         loss: what the quadratic model says the removal costs, `1/2 d^T F d` for the change d of the weights, in
             units of the training loss (for sparsegpt and wanda: of the squared layer output); None where no F was
@@ -38,6 +39,7 @@ class LayerReport:
     mask_digest: str
     block_size: int
     loss: float | None
+    zero_blocks: dict[str, int] = field(default_factory=dict)
 
     @property
     def sparsity(self) -> float:
@@ -70,6 +72,7 @@ class PruneReport:
     requested_sparsity: float
     layers: list[LayerReport] = field(default_factory=list)
     refit: RefitReport | None = None
+    pattern: str | None = None
 
     @property
     def num_weights(self) -> int:

@@ -168,6 +168,57 @@ def test_n_m_of_a_sparse_model_keeps_its_zeros():
         assert ((target.weight.view(-1, 4) != 0).sum(dim=1) <= 2).all()
 
 
+@pytest.mark.parametrize("method", ["cap", "obs", "sparsegpt", "wanda", "magnitude"])
+@pytest.mark.parametrize(("allocation", "pattern"), [("global", "1x4"), ("uniform", "1x4"), ("global", "1x8")])
+def test_blocks_go_or_stay_as_a_whole(method, allocation, pattern):
+    compressor = collected(build("ViT"), method=method, allocation=allocation, pattern=pattern)
+    size = int(pattern[2:])
+    for sparsity in (0.5, 0.77):
+        report = compressor.prune(sparsity)
+        assert zeros_of(compressor) == size * round(total_of(compressor) // size * sparsity) == report.num_zeros
+        for target, layer in zip(compressor.targets, report.layers, strict=True):
+            kept = (target.weight != 0).view(-1, size)
+            assert torch.equal(kept.all(dim=1), kept.any(dim=1))
+            assert layer.zero_blocks[pattern] == int((~kept.any(dim=1)).sum())
+            if allocation == "uniform":
+                assert layer.sparsity == pytest.approx(sparsity, abs=size / target.weight.numel())
+    left = next(target for target in compressor.targets if target.weight.any())
+    assert str(find_pattern(left, left.weight != 0)) == pattern
+    # Further, from what is sparse already, and from single zeros too, which stay.
+    before = {target.name: target.weight == 0 for target in compressor.targets}
+    further = collected(compressor.model, method=method, allocation=allocation, pattern=pattern)
+    further.prune(0.9)
+    assert all((target.weight[before[target.name]] == 0).all() for target in further.targets)
+    assert zeros_of(further) == size * round(total_of(further) // size * 0.9)
+
+
+@pytest.mark.parametrize("method", ["cap", "magnitude"])
+def test_blocks_of_a_model_with_single_zeros(method):
+    model = build("ViT")
+    collected(model, method="magnitude").prune(0.5)
+    before = {name: value == 0 for name, value in model.state_dict().items()}
+    compressor = collected(model, method=method, pattern="1x4")
+    report = compressor.prune(0.6)
+    assert report.sparsity >= 0.6
+    assert sum(layer.zero_blocks["1x4"] for layer in report.layers) >= round(total_of(compressor) // 4 * 0.6)
+    assert all((target.weight[before[f"{target.name}.weight"]] == 0).all() for target in compressor.targets)
+
+
+def test_blocks_of_convolutions_are_of_input_channels_and_odd_layers_stay_dense(caplog):
+    model = build("ResNet")
+    compressor = collected(model, 16, pattern="1x8")
+    compressor.prune(0.7)
+    pruned = {target.name for target in compressor.targets}
+    for target in CAPCompressor(model).targets:
+        if target.weight.shape[1] % 8:
+            assert target.name not in pruned
+            assert target.name in caplog.text
+            assert (target.weight != 0).all()
+        else:
+            kept = target.weight.movedim(1, -1).reshape(-1, 8) != 0
+            assert torch.equal(kept.all(dim=1), kept.any(dim=1))
+
+
 def test_cap_beats_the_baselines_on_its_own_loss():
     """On the quadratic loss that all are judged by, the correlation-aware greedy is the best of them."""
     losses = {}

@@ -25,7 +25,7 @@ def report_pruning(
         sparsity: that was asked for.
         losses: of each target; None where there is no Fisher.
     """
-    report = PruneReport(config.method, config.allocation, config.selection, sparsity)
+    report = PruneReport(config.method, config.allocation, config.selection, sparsity, pattern=config.pattern)
     for target, loss in zip(targets, losses, strict=True):
         (mask,) = describe_masks([target])
         report.layers.append(LayerReport(**mask, block_size=target.block_size, loss=loss))

@@ -75,11 +75,12 @@ def main(argv: list[str]) -> None:
             "x".join(map(str, layer["shape"])),
             str(layer["block_size"]),
             percent(layer["num_zeros"] / layer["num_weights"]),
+            percent(4 * layer["zero_blocks"]["1x4"] / layer["num_weights"]) if "1x4" in layer["zero_blocks"] else "-",
             layer["pattern"] or "-",
         ]
         for layer in layers
     ]
-    print(table(["target", "shape", "block", "sparsity %", "N:M"], rows))
+    print(table(["target", "shape", "block", "sparsity %", "whole 1x4 %", "pattern"], rows))
     print(
         f"\n{type(model).__name__}: {len(layers)} targets with {weights:,} of {parameters:,} parameters, "
         f"{percent(zeros / weights)} % of them 0"

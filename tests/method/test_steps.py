@@ -64,7 +64,8 @@ def test_the_kernel_removes_what_pytorch_does_over_several_panels(size, unit):
     torch.testing.assert_close(found.losses, expected.losses, rtol=1e-7, atol=1e-12)
     quick = eliminate_fisher(w, decouple(f, w == 0), BlockPattern(unit))
     assert torch.equal(quick.order.sort().values, expected.order.sort().values)
-    torch.testing.assert_close(quick.losses.sum(dim=1), expected.losses.sum(dim=1), rtol=1e-3, atol=1e-6)
+    # All that a block loses, whatever the order: in float32 with condition numbers of 10^5.
+    torch.testing.assert_close(quick.losses.sum(dim=1), expected.losses.sum(dim=1), rtol=1e-2, atol=1e-6)
 
 
 def test_a_unit_costs_what_its_own_quadratic_says():
