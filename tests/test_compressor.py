@@ -182,8 +182,6 @@ def test_blocks_go_or_stay_as_a_whole(method, allocation, pattern):
             assert layer.zero_blocks[pattern] == int((~kept.any(dim=1)).sum())
             if allocation == "uniform":
                 assert layer.sparsity == pytest.approx(sparsity, abs=size / target.weight.numel())
-    left = next(target for target in compressor.targets if target.weight.any())
-    assert str(find_pattern(left, left.weight != 0)) == pattern
     # Further, from what is sparse already, and from single zeros too, which stay.
     before = {target.name: target.weight == 0 for target in compressor.targets}
     further = collected(compressor.model, method=method, allocation=allocation, pattern=pattern)
@@ -459,7 +457,7 @@ def test_statistics_of_batch_norm_that_do_not_fit_are_as_before():
         (lambda model: CAPCompressor(model, dtype="bfloat16"), "^dtype='bfloat16' is of type str and no dtype"),
         (lambda model: CAPCompressor(model).collect([], "x"), "^checkpointing='x' is of type str and no Checkpointing"),
         (lambda model: find_targets("vit"), "^model='vit' is of type str and no Module"),
-        (lambda model: find_targets(model, pattern="2:4"), "^pattern='2:4' is of type str and no NMPattern"),
+        (lambda model: find_targets(model, pattern="2:4"), "^pattern='2:4' is of type str and no Pattern"),
         (lambda model: find_targets(model, include=3), "^include=3 is of type int and no Sequence"),
         (lambda model: find_targets(model, None), "^block_size=None is neither 'row' nor a number"),
         (lambda model: push_to_hub(None, "a/b"), "^None is no name of a checkpoint's folder"),

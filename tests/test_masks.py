@@ -3,10 +3,19 @@
 import pytest
 import torch
 from support.models import build
+from torch import nn
 
 from cap_hf import CAPCompressor, CAPConfig, CAPError
-from cap_hf.masks import apply_masks, count_zeros, find_pattern, take_masks, target_sparsity, verify_masks
-from cap_hf.targets import find_targets
+from cap_hf.masks import (
+    apply_masks,
+    count_zero_blocks,
+    count_zeros,
+    find_pattern,
+    take_masks,
+    target_sparsity,
+    verify_masks,
+)
+from cap_hf.targets import Target, find_targets
 
 
 def test_take_apply_verify():
@@ -42,3 +51,28 @@ def test_zeros_are_counted_in_the_targets_that_are_given():
     zeros, total = targets[0].weight[0].numel(), sum(target.weight.numel() for target in targets)
     assert count_zeros(targets) == (zeros, total)
     assert target_sparsity(targets) == zeros / total
+
+
+@pytest.mark.parametrize(
+    ("kept", "pattern"),
+    [
+        # Of each row its blocks of two inputs that are kept.
+        ("1101 1011", "1x2"),
+        ("1100 1111", "1x4"),
+        ("1111 0000", "1x8"),
+        ("1010 1010", "2:4"),
+        ("1111 1111", None),
+    ],
+)
+def test_whole_blocks_are_a_pattern(kept, pattern):
+    target = Target("layer", nn.Linear(8, 2, bias=False), 8)
+    rows = torch.tensor([[digit == "1" for digit in row] for row in kept.split()]).repeat_interleave(2, dim=1)
+    assert str(find_pattern(target, rows)) == str(pattern)
+    blocks = count_zero_blocks(target, rows)
+    assert blocks["1x2"] == kept.count("0")
+    assert blocks["1x4"] == sum(row[at : at + 2] == "00" for row in kept.split() for at in (0, 2))
+
+
+def test_sizes_that_do_not_divide_the_inputs_have_no_blocks():
+    target = Target("layer", nn.Linear(6, 2, bias=False), 6)
+    assert list(count_zero_blocks(target, torch.ones(2, 6, dtype=torch.bool))) == ["1x2"]
