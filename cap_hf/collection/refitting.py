@@ -239,7 +239,7 @@ class _Walk:
         keep, size = anchors[own] != 0, default_batch_bytes(anchors.device)
         try:
             if METHODS[self.config.method].sequential:
-                zeros = int((anchors == 0).sum())
+                zeros = int(zero_units(anchors, unit_of(self.config.structure)).sum())
                 anchors = rows_of(target, self.dense(target)[0])
                 keep = self._choose(problem, anchors, own, zeros)
             part = problem.weights(anchors, keep, own, ridge, size)
@@ -252,7 +252,7 @@ class _Walk:
         self.on_layer(1, work_of(target))
 
     def _choose(self, problem: LeastSquares, dense: torch.Tensor, own: slice, zeros: int) -> torch.Tensor:
-        """Return which weights of this process's rows stay where a layer is to have so many zeros, `(n, row)` bool."""
+        """Return which weights of this process's rows stay where a layer gives up so many units, `(n, row)` bool."""
         config, size = self.config, dense.shape[1]
         alive, pattern = dense[own] != 0, config.structure
         steps, unit = num_steps(size, pattern), unit_of(pattern)
@@ -267,7 +267,7 @@ class _Walk:
         counts = order.new_full(order.shape[:1], steps)
         if config.nm is None:
             path = path_losses(losses, zero_units(dense[own], unit).sum(dim=1), config.selection)
-            ((counts,),) = allocate([[path]], [zeros // unit], self.processes)
+            ((counts,),) = allocate([[path]], [zeros], self.processes)
         return ~removed_mask(order, counts, size, unit) & alive
 
     def _problem(self, target: Target, module: nn.Module, inputs: torch.Tensor, outputs: torch.Tensor) -> LeastSquares:

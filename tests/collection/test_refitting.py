@@ -169,7 +169,7 @@ def test_a_dense_model_stays_and_a_sparse_one_comes_nearer(name):
     assert all(torch.equal(target.weight == 0, zeros[target.name]) for target in targets)
 
 
-@pytest.mark.parametrize("allocation", ["global", "2:4"])
+@pytest.mark.parametrize("allocation", ["global", "2:4", "1x4"])
 def test_a_sequential_method_chooses_for_what_reaches_the_layer(allocation):
     """Each layer's survivors are those of the elimination of all rows, one after the other, about their minima."""
     model = build("ViT").double()
@@ -178,7 +178,8 @@ def test_a_sequential_method_chooses_for_what_reaches_the_layer(allocation):
         # What is 0 in the dense model stays so.
         for each in (dense, model):
             each.vit.layers[0].mlp.fc1.weight[3, 2:5] = 0
-    config = CAPConfig(method="sparsegpt", num_grads=24, allocation=allocation, refit_examples=24, refit_ridge=0.03)
+    rule = {"pattern": allocation} if allocation == "1x4" else {"allocation": allocation}
+    config = CAPConfig(method="sparsegpt", num_grads=24, refit_examples=24, refit_ridge=0.03, **rule)
     compressor = CAPCompressor(model, config).collect([batch])
     report = compressor.prune(0.5)
     zeros = [layer.num_zeros for layer in report.layers]
@@ -205,8 +206,11 @@ def test_a_sequential_method_chooses_for_what_reaches_the_layer(allocation):
             costs = found.losses[0].cummax(0).values
             paths += [(float(cost), row, int(entry)) for cost, entry in zip(costs, found.order[0], strict=True)]
         keep = torch.ones_like(old, dtype=torch.bool)
-        for _, row, entry in sorted(paths, key=lambda path: path[0])[: int((target.weight == 0).sum())]:
-            keep[row, entry] = False
+        unit = 1 if pattern is None else pattern.unit
+        gone = int((target.weight == 0).unflatten(1, (-1, unit)).all(dim=2).sum())
+        for _, row, entry in sorted(paths, key=lambda path: path[0])[:gone]:
+            keep[row, entry * unit : (entry + 1) * unit] = False
+        keep &= old != 0
         assert torch.equal(target.weight != 0, keep), name
         same += torch.equal(keep, before[name])
         found = by_hand(old * keep, target.module.bias, patches(target.module, inputs), outputs, 0.03, weights)

@@ -22,6 +22,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "cap cumulative": ("ViT", {"selection": "cumulative", "damp": 1e-5, "absolute_damp": True}),
     "cap uniform": ("Swin", {"allocation": "uniform"}),
     "cap 2:4": ("Dinov2", {"allocation": "2:4"}),
+    "cap 1x4": ("ViT", {"pattern": "1x4"}),
     "cap convolutions": ("ConvNext", {"fisher_block_size": 8}),
     "cap small convolutions": ("ResNet", {}),
     "cap sampled": ("DeiT", {"fisher_loss": "sampled", "samples_per_grad": 2, "num_grads": 10}),
