@@ -54,7 +54,7 @@ struct Weights {
   Vector even, odd;
 };
 constexpr int64_t kWidth = 8;
-constexpr int kFullPass = 1, kHalfPass = 1;
+constexpr int kFullPass = 2, kHalfPass = 2;
 inline Vector load(const int32_t* from) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)); }
 inline void store(int32_t* to, Vector vector) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), vector); }
 inline Four four(const int32_t* from) {

@@ -1,9 +1,12 @@
-// The operator cap_hf::sparse_int8_linear: the sparse product of int8 on PyTorch's tensors and threads.
+// The operators cap_hf::sparse_int8_linear, the sparse product of int8 on PyTorch's tensors and threads, and
+// cap_hf::quantize_tokens, which prepares a dense one.
 #include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/library.h>
 
 #include "int8_instruction_sets.h"
 #include "sparse_operator.h"
+
+#include <tuple>
 
 namespace {
 
@@ -38,6 +41,28 @@ at::Tensor sparse_int8_linear(const at::Tensor& x, const at::Tensor& values, con
   return cap_hf::multiply_sparse(kernels, weight, scales, x);
 }
 
+// Returns x [..., cols] quantised as the sparse product does it, plus 128, and the scales [..., 1] of its tokens.
+std::tuple<at::Tensor, at::Tensor> quantize_tokens(const at::Tensor& x) {
+  TORCH_CHECK(x.dim() > 0 && x.size(-1) > 0, "quantize_tokens: x has shape ", x.sizes());
+  cap_hf::check_input("quantize_tokens", x, x.size(-1));
+  const at::Tensor input = x.to(at::kFloat).contiguous();
+  const int64_t cols = x.size(-1), tokens = input.numel() / cols;
+  auto shape = input.sizes().vec();
+  const at::Tensor quantized = at::empty(shape, input.options().dtype(at::kByte));
+  shape.back() = 1;
+  const at::Tensor scales = at::empty(shape, input.options());
+  const float* from = input.const_data_ptr<float>();
+  uint8_t* to = quantized.mutable_data_ptr<uint8_t>();
+  float* scale = scales.mutable_data_ptr<float>();
+  at::parallel_for(0, tokens, 16, [&](int64_t first, int64_t last) {
+    for (int64_t token = first; token < last; ++token) {
+      const float inverse = cap_hf::portable_int8::measure(from + token * cols, cols, scale + token);
+      cap_hf::portable_int8::quantize(from + token * cols, cols, inverse, to + token * cols);
+    }
+  });
+  return {quantized, scales};
+}
+
 } // namespace
 
 TORCH_LIBRARY_FRAGMENT(cap_hf, m) {
@@ -45,11 +70,16 @@ TORCH_LIBRARY_FRAGMENT(cap_hf, m) {
       "sparse_int8_linear(Tensor x, Tensor values, Tensor offsets, Tensor starts, Tensor order, Tensor row_scales, "
       "Tensor corrections, Tensor? bias, int rows, int cols, int row_block, int col_block, str instruction_set='') -> "
       "Tensor");
+  m.def("quantize_tokens(Tensor x) -> (Tensor, Tensor)");
 }
 
-TORCH_LIBRARY_IMPL(cap_hf, CPU, m) { m.impl("sparse_int8_linear", &sparse_int8_linear); }
+TORCH_LIBRARY_IMPL(cap_hf, CPU, m) {
+  m.impl("sparse_int8_linear", &sparse_int8_linear);
+  m.impl("quantize_tokens", &quantize_tokens);
+}
 
 // For inference only, as sparse_linear.
 TORCH_LIBRARY_IMPL(cap_hf, Autograd, m) {
   m.impl("sparse_int8_linear", torch::autograd::autogradNotImplementedFallback());
+  m.impl("quantize_tokens", torch::autograd::autogradNotImplementedFallback());
 }
