@@ -87,13 +87,48 @@ class DenseInt8Linear(SparseWeightLinear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         self.check_device(x)
-        quantized, of_tokens = quantize_tokens(x)
-        # Of inputs that have one scale, 1, and are stored plus 128; the tokens' own scales come after it.
-        y = torch.ops.onednn.qlinear_pointwise(
-            quantized, 1.0, 128, self.packed, self.scales, self.zero_points, None, 1.0, 0, torch.float32, "none", [], ""
-        )
-        y = y * of_tokens if self.bias is None else torch.addcmul(self.bias.float(), y, of_tokens)
-        return y.to(x.dtype)
+        # The compiler needs the operator; a call of it through PyTorch's dispatcher takes 30 microseconds more.
+        multiply = torch.ops.cap_hf.dense_int8_linear if torch.compiler.is_compiling() else multiply_dense
+        return multiply(x, self.packed, self.scales, self.zero_points, self.bias)
+
+
+def multiply_dense(
+    x: torch.Tensor,
+    packed: torch.Tensor,
+    scales: torch.Tensor,
+    zero_points: torch.Tensor,
+    bias: torch.Tensor | None,
+) -> torch.Tensor:
+    """Return the product of a `DenseInt8Linear`; an operator of its own, as the compiler does not know oneDNN's layout.
+
+    Args:
+        x: `(..., cols)`.
+        packed: int8 weight `(cols, rows)` in oneDNN's layout.
+        scales: float32 `(rows,)`.
+        zero_points: int64 `(rows,)`, all 0.
+        bias: `(rows,)`.
+    """
+    quantized, of_tokens = quantize_tokens(x)
+    # Of inputs that have one scale, 1, and are stored plus 128; the tokens' own scales come after it.
+    y = torch.ops.onednn.qlinear_pointwise(
+        quantized, 1.0, 128, packed, scales, zero_points, None, 1.0, 0, torch.float32, "none", [], ""
+    )
+    y = y.mul_(of_tokens) if bias is None else torch.addcmul(bias.float(), y, of_tokens)
+    return y.to(x.dtype)
+
+
+torch.library.define(
+    "cap_hf::dense_int8_linear",
+    "(Tensor x, Tensor packed, Tensor scales, Tensor zero_points, Tensor? bias) -> Tensor",
+)
+# The packed weight's layout has a dispatch key of its own.
+torch.library.impl("cap_hf::dense_int8_linear", ("CPU", "MkldnnCPU"), multiply_dense)
+
+
+@torch.library.register_fake("cap_hf::dense_int8_linear")
+def fake_dense_int8_linear(x: torch.Tensor, *args: torch.Tensor) -> torch.Tensor:
+    """Return an empty output of the operator: `x (..., cols)` -> `(..., rows)`, in x's dtype."""
+    return x.new_empty((*x.shape[:-1], args[1].shape[0]))
 
 
 @functools.cache

@@ -108,12 +108,14 @@ def pack(weight: torch.Tensor) -> PackedWeight:
     layout = lay_out(weight != 0)
     values = torch.zeros(layout.offsets.numel())
     values[layout.at] = weight[layout.row, layout.word].float()
+    rows, cols = weight.shape
     return PackedWeight(
         values.view(-1, SLICE),
         layout.offsets,
         layout.starts,
         layout.order,
-        *weight.shape,
+        rows,
+        cols,
         layout.row_block,
         layout.col_block,
     )
@@ -136,9 +138,7 @@ def places(
 
 def unpack(packed: PackedWeight) -> torch.Tensor:
     """Return the dense float32 weight `(rows, cols)` that was packed."""
-    row, col = places(
-        packed.offsets, packed.starts, packed.order, packed.row_block, packed.col_block, packed.cols
-    )
+    row, col = places(packed.offsets, packed.starts, packed.order, packed.row_block, packed.col_block, packed.cols)
     stored = packed.values != 0
     dense = torch.zeros(packed.rows, packed.cols)
     dense[row[stored], col[stored]] = packed.values[stored]

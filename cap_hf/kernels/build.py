@@ -121,7 +121,9 @@ def compiler_flags() -> list[str]:
 @functools.cache
 def fingerprint() -> str:
     """Return 16 hexadecimal digits of the sources, the flags, PyTorch's version and the processor's instructions."""
-    digest = hashlib.sha256(repr((torch.__version__, compiler_flags(), FLAGS, platform.machine(), processor())).encode())
+    digest = hashlib.sha256(
+        repr((torch.__version__, compiler_flags(), FLAGS, platform.machine(), processor())).encode()
+    )
     for path in sorted(SOURCES.iterdir()):
         if path.is_file():
             digest.update(path.name.encode() + path.read_bytes())
