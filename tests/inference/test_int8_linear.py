@@ -46,7 +46,7 @@ def test_outputs_are_those_of_the_int8_product(kind, bias, tokens):
         torch.testing.assert_close(
             y, int8_reference(x, *quantize_rows(linear.weight.detach()), linear.bias), rtol=1e-6, atol=1e-6
         )
-        torch.testing.assert_close(y, linear(x), rtol=0.1, atol=0.05)
+        assert float((y - linear(x)).norm() / linear(x).norm()) < 0.05
     assert repr(layer) == f"{kind.__name__}(in_features=50, out_features=30, bias={bias})"
 
 
@@ -156,9 +156,8 @@ def test_what_cannot_be_int8_is_one_line(monkeypatch):
     assert not sparse_layers(model)
 
 
-def test_a_weight_that_is_not_finite_stays_dense():
-    model = make_vit()
-    model.vit.layers[0].mlp.fc1.weight.data[0, 0] = torch.inf
-    optimize_for_inference(model, "kernel", dtype="int8")
-    assert type(model.vit.layers[0].mlp.fc1) is nn.Linear
-    assert len(sparse_layers(model)) == 11
+def test_a_weight_that_cannot_be_quantised_stays_dense(monkeypatch):
+    monkeypatch.setattr(optimize, "is_quantizable", lambda weight: weight.shape[1] < 768)
+    model = optimize_for_inference(make_vit(), "kernel", dtype="int8")
+    assert {type(layer.mlp.fc2) for layer in model.vit.layers} == {nn.Linear}
+    assert len(sparse_layers(model)) == 10
