@@ -1,9 +1,6 @@
 """The sparse int8 kernel: every instruction set gives the bits of the plain product, for every shape and caller."""
 
-import os
-import subprocess
 import threading
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,12 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.inference import make_weight
 from support.int8 import INT8_INSTRUCTION_SETS, int8_reference, make_block_weight, quantize_tokens_plainly
+from support.sanitizers import run_sanitized
 
 from cap_hf.inference.int8_packing import MOST_COLS, pack_int8, quantize_rows
 from cap_hf.inference.operators import has_int8_kernel, has_kernel, quantize_tokens, sparse_int8_linear, sparse_linear
 from cap_hf.inference.packing import pack
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -211,17 +207,4 @@ def test_tokens_are_quantised_for_a_dense_product_as_for_the_sparse_one():
 
 @pytest.mark.parametrize("sanitizers", ["address,undefined", "thread"])
 def test_sanitizers_find_nothing(sanitizers, tmp_path):
-    program = tmp_path / "main"
-    compiler = os.environ.get("CXX", "c++")
-    command = [compiler, "-std=c++17", "-O1", "-g", f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all", "-pthread"]
-    sources = [
-        f"-I{ROOT / 'cap_hf' / 'kernels' / 'csrc'}",
-        str(ROOT / "tests" / "kernels" / "csrc" / "sparse_int8_linear_main.cpp"),
-    ]
-    built = subprocess.run([*command, *sources, "-o", str(program)], capture_output=True, text=True)
-    if built.returncode and "cannot find" in built.stderr:
-        pytest.skip(f"the compiler has no {sanitizers} sanitizer")
-    assert built.returncode == 0, built.stderr
-    done = subprocess.run([str(program)], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "agree" in done.stdout
+    assert "agree" in run_sanitized("sparse_int8_linear_main.cpp", sanitizers, tmp_path)
