@@ -1,15 +1,20 @@
-"""Measure whether a sparse layer is faster than a dense one here, once per process for layers that are alike."""
+"""Measure which layer is the fastest here, sparse or dense, once per process for layers that are alike."""
 
 import copy
 import functools
+import math
 import statistics
 import time
 from collections.abc import Callable
 
 import torch
 from torch import nn
+from torch.nn import functional
 
-from cap_hf.inference.linear import SparseWeightLinear
+from cap_hf.inference.int8_linear import DenseInt8Linear, SparseInt8Linear, has_dense_int8
+from cap_hf.inference.int8_packing import WORD
+from cap_hf.inference.linear import SparseLinear, SparseWeightLinear
+from cap_hf.inference.operators import has_kernel
 from cap_hf.inference.semi_structured import to_semi_structured
 
 # The share of the dense layer's time that a sparse one must stay below: times vary, and in doubt nothing is changed.
@@ -49,15 +54,73 @@ def measured_faster(kind: Kind, rows: int, cols: int, tokens: int, steps: int, b
 
     `threads` is PyTorch's number of threads: another number is measured anew.
     """
+    dense = random_linear(rows, cols, steps, 0, bias)
+    dense_seconds, sparse_seconds = measure([dense, kind(dense)], tokens, cols)
+    return sparse_seconds < MARGIN * dense_seconds
+
+
+def random_linear(rows: int, cols: int, steps: int, word_steps: int, bias: bool) -> nn.Linear:
+    """Return a Linear with random weights `(rows, cols)` and zeros at random, for measuring.
+
+    Args:
+        rows, cols: its shape.
+        steps: the sparsity, in multiples of `STEP`.
+        word_steps: of the words (four consecutive weights of a row) that are all zeros, at most `steps`.
+        bias: whether it has one.
+    """
     generator = torch.Generator().manual_seed(0)
-    dense = nn.Linear(cols, rows, bias=bias).requires_grad_(False)
-    dense.weight.copy_(torch.randn(rows, cols, generator=generator))
-    dense.weight.masked_fill_(torch.rand(rows, cols, generator=generator) < steps * STEP, 0.0)
-    sparse = kind(dense)
-    x = torch.randn(1, tokens, cols, generator=generator)
+    linear = nn.Linear(cols, rows, bias=bias).requires_grad_(False)
+    linear.weight.copy_(torch.randn(rows, cols, generator=generator))
+    in_words = word_steps * STEP
+    # Zeros in the other words, so that there are as many as there should be.
+    elsewhere = 1 - (1 - steps * STEP) / (1 - in_words) if in_words < 1 else 1.0
+    linear.weight.masked_fill_(torch.rand(rows, cols, generator=generator) < elsewhere, 0.0)
+    words = torch.rand(rows, math.ceil(cols / WORD), generator=generator) < in_words
+    linear.weight.masked_fill_(words.repeat_interleave(WORD, dim=1)[:, :cols], 0.0)
+    return linear
+
+
+def measure(layers: list[nn.Module], tokens: int, in_features: int) -> list[float]:
+    """Return the median seconds of Linear layers of one shape, with an input of so many tokens; they take turns."""
+    x = torch.randn(1, tokens, in_features, generator=torch.Generator().manual_seed(1))
     with torch.inference_mode():
-        dense_seconds, sparse_seconds = time_in_turns([lambda: dense(x), lambda: sparse(x)], RUNS, SECONDS)
-    return statistics.median(sparse_seconds) < MARGIN * statistics.median(dense_seconds)
+        times = time_in_turns([functools.partial(layer, x) for layer in layers], RUNS, SECONDS)
+    return [statistics.median(each) for each in times]
+
+
+def fastest_kind(linear: nn.Linear, tokens: int) -> Kind | None:
+    """Return the fastest of all layers for a Linear that may become int8; None if that is the Linear itself.
+
+    Sparse float32 must be faster than dense by `MARGIN`, and int8, which changes results, faster than both by it.
+
+    Args:
+        linear: on the CPU, in float32, with weights that `is_quantizable`.
+        tokens: rows of the input.
+    """
+    weight = linear.weight
+    rows, cols = weight.shape
+    zeros = functional.pad(weight == 0, (0, -cols % WORD), value=True)
+    sparsity = 1 - int(torch.count_nonzero(weight)) / weight.numel()
+    empty_words = float(zeros.view(rows, -1, WORD).all(dim=2).float().mean())
+    steps, word_steps = (int(share / STEP + 1e-9) for share in (sparsity, min(sparsity, empty_words)))
+    return measured_kind(rows, cols, tokens, steps, word_steps, linear.bias is not None, torch.get_num_threads())
+
+
+@functools.cache
+def measured_kind(
+    rows: int, cols: int, tokens: int, steps: int, word_steps: int, bias: bool, threads: int
+) -> Kind | None:
+    """Return `fastest_kind` for random weights, as of `random_linear`; another number of threads is measured anew."""
+    dense = random_linear(rows, cols, steps, word_steps, bias)
+    exact: list[Kind | None] = [None, *([SparseLinear] if has_kernel() and steps * STEP >= LEAST_SPARSITY else [])]
+    quantized: list[Kind] = [SparseInt8Linear, *([DenseInt8Linear] if has_dense_int8() else [])]
+    kinds = exact + quantized
+    seconds = dict(zip(kinds, measure([kind(dense) if kind else dense for kind in kinds], tokens, cols), strict=True))
+    best: Kind | None = None
+    for kind in (min(exact, key=lambda each: seconds[each]), min(quantized, key=lambda each: seconds[each])):
+        if seconds[kind] < MARGIN * seconds[best]:
+            best = kind
+    return best
 
 
 def is_semi_structured_faster(linear: nn.Linear, tokens: int) -> bool:

@@ -15,10 +15,11 @@ from cap_hf.inference.packing import PackedWeight, pack, unpack
 class SparseWeightLinear(nn.Module):
     """The base of the sparse layers: they stand where an nn.Linear stood, and their state_dict is that of one.
 
-    Subclasses hold the weight in buffers that are not saved, one of them `values`, and define `store`, `dense_weight`
-    and `forward`.
+    Subclasses hold the weight in buffers that are not saved, and define `store`, `dense_weight` and `forward`.
     """
 
+    # The buffer that stays float32 whatever the dtype of inputs and outputs becomes.
+    float32_buffer = "values"
     values: torch.Tensor
     # What works on weights refuses a model that has such layers, see `cap_hf.models.usable`.
     inference_only = True
@@ -80,8 +81,9 @@ class SparseWeightLinear(nn.Module):
     def _apply(self, fn: Callable, recurse: bool = True) -> nn.Module:
         super()._apply(fn, recurse)
         # `.half()` and the like change the dtype of inputs and outputs; the kernel computes in float32.
-        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.values.device)).dtype
-        self.values = self.values.float()
+        kept = getattr(self, self.float32_buffer)
+        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=kept.device)).dtype
+        setattr(self, self.float32_buffer, kept.float())
         return self
 
     def check_device(self, x: torch.Tensor) -> None:

@@ -1,10 +1,11 @@
-"""The CPU kernel as an operator of PyTorch, which `torch.compile` and `torch.export` know too."""
+"""The CPU kernels as operators of PyTorch, which `torch.compile` and `torch.export` know too."""
 
 import functools
 from typing import Any
 
 import torch
 
+from cap_hf.inference.int8_packing import PackedInt8Weight
 from cap_hf.inference.packing import PackedWeight
 from cap_hf.kernels.build import load_extension
 
@@ -21,10 +22,31 @@ def has_kernel() -> bool:
     return True
 
 
+@functools.cache
+def has_int8_kernel() -> bool:
+    """Return whether `torch.ops.cap_hf.sparse_int8_linear` can be used, as `has_kernel`."""
+    if not load_extension("sparse_int8_linear"):
+        return False
+    torch.library.register_fake("cap_hf::sparse_int8_linear", fake_sparse_int8_linear)
+    torch.library.register_fake("cap_hf::quantize_tokens", fake_quantize_tokens)
+    return True
+
+
 def fake_sparse_linear(x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
     """Return an empty output of the operator: `x (..., cols)` -> `(..., rows)`, in x's dtype."""
     rows = args[5]
     return x.new_empty((*x.shape[:-1], rows))
+
+
+def fake_sparse_int8_linear(x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    """Return an empty output of the operator, as `fake_sparse_linear`."""
+    rows = args[7]
+    return x.new_empty((*x.shape[:-1], rows))
+
+
+def fake_quantize_tokens(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return empty outputs of the operator."""
+    return x.new_empty(x.shape, dtype=torch.uint8), x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
 
 
 def sparse_linear(
@@ -36,7 +58,8 @@ def sparse_linear(
         x: `(..., cols)`, float32, float16 or bfloat16, on the CPU.
         weight: W `(rows, cols)`, packed.
         bias: `(rows,)`.
-        instruction_set: 'avx512', 'avx2' or 'portable'; '' takes the best that the processor has.
+        instruction_set: 'avx512', 'avx2' or 'portable'; '' takes what the environment variable CAP_HF_INSTRUCTION_SET
+            names, or else the best that the processor has. Names of `sparse_int8_linear` are known too.
 
     Raises:
         RuntimeError: shapes or dtypes do not fit each other, or the processor lacks the instruction set.
@@ -54,3 +77,49 @@ def sparse_linear(
         weight.col_block,
         instruction_set,
     )
+
+
+def sparse_int8_linear(
+    x: torch.Tensor, weight: PackedInt8Weight, bias: torch.Tensor | None = None, instruction_set: str = ""
+) -> torch.Tensor:
+    """Return `x W^T + bias`, `(..., rows)` in x's dtype, for int8 W and x quantised to int8 on its way.
+
+    Each token has its own scale s = max |x| / 127, and `q = x * (127 / max |x|)` rounded to the nearest whole number,
+    halves to the even one. The sums of products are exact, and y = (sum * row's scale) * s + bias, each operation
+    rounded to float32. Every instruction set gives the same bits. A token of zeros (or nothing above 2^-120) has scale
+    0; one with a NaN or an infinity gets outputs that are all NaN.
+
+    Args:
+        x: `(..., cols)`, float32, float16 or bfloat16, on the CPU.
+        weight: W `(rows, cols)`, quantised and packed.
+        bias: `(rows,)`.
+        instruction_set: 'avx512_vnni', 'avx_vnni', 'avx2' or 'portable'; '' takes what the environment variable
+            CAP_HF_INSTRUCTION_SET names, or else the best that the processor has. 'avx512' means 'avx2' here.
+
+    Raises:
+        RuntimeError: shapes or dtypes do not fit each other, or the processor lacks the instruction set.
+    """
+    return torch.ops.cap_hf.sparse_int8_linear(
+        x,
+        weight.values,
+        weight.offsets,
+        weight.starts,
+        weight.order,
+        weight.scales,
+        weight.corrections,
+        bias,
+        weight.rows,
+        weight.cols,
+        weight.row_block,
+        weight.col_block,
+        instruction_set,
+    )
+
+
+def quantize_tokens(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return x `(..., cols)` quantised as `sparse_int8_linear` does it: uint8, 128 added, and scales `(..., 1)`.
+
+    Raises:
+        RuntimeError: x has no columns, or is not float32, float16 or bfloat16 on the CPU.
+    """
+    return torch.ops.cap_hf.quantize_tokens(x)

@@ -48,16 +48,36 @@ def even_blocks(size: int, limit: int, multiple: int) -> int:
     return math.ceil(size / blocks / multiple) * multiple
 
 
-def pack(weight: torch.Tensor) -> PackedWeight:
-    """Return a dense float weight `(rows, cols)` in packed form; neither dimension is 0."""
-    rows, cols = weight.shape
+@dataclass(frozen=True)
+class Layout:
+    """Where the stored words of a weight `(rows, words)` lie: a word is a float, or four int8 of consecutive columns.
+
+    Attributes:
+        row, word: `(n,)` each: the row and the word of every stored one, row after row.
+        at: `(n,)`: its place in the packed words `(steps * 4,)`.
+        offsets, starts, order, row_block, col_block: as of a `PackedWeight`, in words instead of columns.
+    """
+
+    row: torch.Tensor
+    word: torch.Tensor
+    at: torch.Tensor
+    offsets: torch.Tensor
+    starts: torch.Tensor
+    order: torch.Tensor
+    row_block: int
+    col_block: int
+
+
+def lay_out(stored: torch.Tensor) -> Layout:
+    """Return the layout of those words of a weight that a mask `(rows, words)` says are stored; no size is 0."""
+    rows, cols = stored.shape
     # Transposing is fastest in whole squares of 16.
     row_block = even_blocks(rows, ROW_BLOCK, 16 if rows > 16 else SLICE)
-    row, col = weight.nonzero(as_tuple=True)  # row after row, columns ascending
-    sparse = 1 - len(row) / weight.numel() > WIDE_SPARSITY
+    row, col = stored.nonzero(as_tuple=True)  # row after row, columns ascending
+    sparse = 1 - len(row) / stored.numel() > WIDE_SPARSITY
     col_block = even_blocks(cols, WIDE_COL_BLOCK if sparse else COL_BLOCK, 1)
     row_blocks, col_blocks, slices = math.ceil(rows / row_block), math.ceil(cols / col_block), row_block // SLICE
-    # How many weights each row has in each column block. In every block the rows with the most come first.
+    # How many words each row has in each column block. In every block the rows with the most come first.
     run = row * col_blocks + col // col_block
     counts = torch.bincount(run, minlength=row_blocks * row_block * col_blocks)
     step = torch.arange(len(run)) - (counts.cumsum(0) - counts)[run]
@@ -69,29 +89,56 @@ def pack(weight: torch.Tensor) -> PackedWeight:
     block = row // row_block * col_blocks + col // col_block
     place = rank[block, row % row_block]
     at = (starts[block * slices + place // SLICE] + step) * SLICE + place % SLICE
-    values = torch.zeros(int(starts[-1]) * SLICE)
-    values[at] = weight[row, col].float()
-    offsets = torch.zeros(len(values), dtype=torch.int32)
+    offsets = torch.zeros(int(starts[-1]) * SLICE, dtype=torch.int32)
     offsets[at] = (col % col_block * OFFSET).int()
-    return PackedWeight(
-        values.view(-1, SLICE),
+    return Layout(
+        row,
+        col,
+        at,
         offsets.short().view(-1, SLICE),
         starts.int(),
         order.short().reshape(-1, SLICE).contiguous(),
-        rows,
-        cols,
         row_block,
         col_block,
     )
 
 
+def pack(weight: torch.Tensor) -> PackedWeight:
+    """Return a dense float weight `(rows, cols)` in packed form; neither dimension is 0."""
+    layout = lay_out(weight != 0)
+    values = torch.zeros(layout.offsets.numel())
+    values[layout.at] = weight[layout.row, layout.word].float()
+    rows, cols = weight.shape
+    return PackedWeight(
+        values.view(-1, SLICE),
+        layout.offsets,
+        layout.starts,
+        layout.order,
+        rows,
+        cols,
+        layout.row_block,
+        layout.col_block,
+    )
+
+
+def places(
+    offsets: torch.Tensor, starts: torch.Tensor, order: torch.Tensor, row_block: int, col_block: int, words: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the row and the word, each `(steps, 4)`, of every packed word of a weight whose rows have `words` words.
+
+    The other arguments are those of a `Layout`. Places that fill up a step name a row and a word all the same.
+    """
+    col_blocks, slices = math.ceil(words / col_block), row_block // SLICE
+    segment = torch.repeat_interleave(starts.diff().long())
+    block = segment // slices
+    row = (block // col_blocks * row_block)[:, None] + order[segment].long()
+    word = (block % col_blocks * col_block)[:, None] + (offsets.int() & 0xFFFF) // OFFSET
+    return row, word
+
+
 def unpack(packed: PackedWeight) -> torch.Tensor:
     """Return the dense float32 weight `(rows, cols)` that was packed."""
-    col_blocks, slices = math.ceil(packed.cols / packed.col_block), packed.row_block // SLICE
-    segment = torch.repeat_interleave(packed.starts.diff().long())
-    block = segment // slices
-    row = (block // col_blocks * packed.row_block)[:, None] + packed.order[segment].long()
-    col = (block % col_blocks * packed.col_block)[:, None] + (packed.offsets.int() & 0xFFFF) // OFFSET
+    row, col = places(packed.offsets, packed.starts, packed.order, packed.row_block, packed.col_block, packed.cols)
     stored = packed.values != 0
     dense = torch.zeros(packed.rows, packed.cols)
     dense[row[stored], col[stored]] = packed.values[stored]

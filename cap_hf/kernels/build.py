@@ -26,7 +26,13 @@ DISABLE_VARIABLE = "CAP_HF_DISABLE_EXTENSIONS"
 
 
 # An operator of each extension.
-OPERATORS = {"elimination": "eliminate", "sparse_linear": "sparse_linear"}
+OPERATORS = {
+    "elimination": "eliminate",
+    "sparse_linear": "sparse_linear",
+    "sparse_int8_linear": "sparse_int8_linear",
+}
+# Flags of one extension. int8 results are the same to the bit on every processor: no product and sum are fused.
+FLAGS = {"sparse_int8_linear": ["-ffp-contract=off"]}
 # Threads that ask for the same extension at once get the same one.
 LOADING = threading.Lock()
 
@@ -96,7 +102,7 @@ def compile_extension(name: str, folder: Path) -> Path:
         cpp_extension.load(
             name,
             [str(SOURCES / f"{name}.cpp")],
-            extra_cflags=compiler_flags(),
+            extra_cflags=compiler_flags() + FLAGS.get(name, []),
             extra_ldflags=[flag for flag in compiler_flags() if "openmp" in flag],
             build_directory=str(folder),
             is_python_module=False,
@@ -115,7 +121,9 @@ def compiler_flags() -> list[str]:
 @functools.cache
 def fingerprint() -> str:
     """Return 16 hexadecimal digits of the sources, the flags, PyTorch's version and the processor's instructions."""
-    digest = hashlib.sha256(repr((torch.__version__, compiler_flags(), platform.machine(), processor())).encode())
+    digest = hashlib.sha256(
+        repr((torch.__version__, compiler_flags(), FLAGS, platform.machine(), processor())).encode()
+    )
     for path in sorted(SOURCES.iterdir()):
         if path.is_file():
             digest.update(path.name.encode() + path.read_bytes())

@@ -6,8 +6,9 @@ from torch import nn
 
 from cap_hf.inference import choice
 from cap_hf.inference.choice import is_faster, is_semi_structured_faster, time_in_turns
+from cap_hf.inference.int8_linear import DenseInt8Linear, SparseInt8Linear
 from cap_hf.inference.linear import CSRLinear, SparseLinear
-from cap_hf.inference.operators import has_kernel
+from cap_hf.inference.operators import has_int8_kernel, has_kernel
 
 
 def make_linear(share):
@@ -66,3 +67,56 @@ def test_a_pause_lies_before_each_run_and_is_not_timed(monkeypatch):
     monkeypatch.setattr(choice.time, "sleep", pauses.append)
     time_in_turns([lambda: None, lambda: None], runs=3, pause=0.25)
     assert pauses == [0.25] * 6
+
+
+SECONDS = {nn.Linear: 1.0, SparseLinear: 0.8, SparseInt8Linear: 0.5, DenseInt8Linear: 0.6}
+
+
+@pytest.mark.parametrize(
+    ("changed", "kind"),
+    [
+        ({}, SparseInt8Linear),
+        ({DenseInt8Linear: 0.4}, DenseInt8Linear),
+        ({SparseInt8Linear: 0.78, DenseInt8Linear: 0.9}, SparseLinear),  # faster by less than 5 %
+        ({SparseLinear: 0.97, SparseInt8Linear: 0.96, DenseInt8Linear: 0.96}, None),
+    ],
+)
+def test_the_fastest_of_all_layers_is_taken_and_in_doubt_the_exact_one(monkeypatch, changed, kind):
+    assert has_int8_kernel()
+    assert has_kernel()
+    seconds = SECONDS | changed
+    monkeypatch.setattr(choice, "has_dense_int8", lambda: True)
+    monkeypatch.setattr(choice, "measure", lambda layers, *_: [seconds[type(layer)] for layer in layers])
+    choice.measured_kind.cache_clear()
+    assert choice.measured_kind(8, 8, 1, 10, 10, False, 1) is kind
+    choice.measured_kind.cache_clear()
+
+
+def test_few_zeros_leave_dense_int8_and_dense(monkeypatch):
+    asked = []
+    monkeypatch.setattr(choice, "has_dense_int8", lambda: False)
+    monkeypatch.setattr(choice, "measure", lambda layers, *_: asked.extend(map(type, layers)) or [1.0, 0.5])
+    choice.measured_kind.cache_clear()
+    assert choice.measured_kind(8, 8, 1, 2, 0, False, 1) is SparseInt8Linear
+    assert asked == [nn.Linear, SparseInt8Linear]
+    choice.measured_kind.cache_clear()
+
+
+def test_what_decides_for_int8_is_also_the_share_of_empty_words(monkeypatch):
+    asked = []
+    monkeypatch.setattr(choice, "measured_kind", lambda *args: asked.append(args))
+    linear = nn.Linear(10, 40, bias=False)
+    with torch.no_grad():
+        linear.weight.fill_(1.0)
+        linear.weight[:, 4:8] = 0  # one word of three
+        linear.weight[:, 0] = 0
+    assert choice.fastest_kind(linear, 7) is None
+    assert asked == [(40, 10, 7, 10, 6, False, torch.get_num_threads())]
+
+
+@pytest.mark.parametrize(("steps", "word_steps"), [(15, 15), (15, 10), (10, 0), (20, 20), (0, 0)])
+def test_weights_to_measure_with_have_the_zeros_that_are_asked_for(steps, word_steps):
+    weight = choice.random_linear(300, 402, steps, word_steps, True).weight
+    assert abs(float((weight == 0).float().mean()) - steps * choice.STEP) < 0.02
+    words = (weight[:, :400].view(300, 100, 4) == 0).all(dim=2).float().mean()
+    assert float(words) >= word_steps * choice.STEP - 0.02

@@ -4,19 +4,38 @@ import pytest
 import torch
 from support.inference import make_weight
 
-from cap_hf.inference.operators import fake_sparse_linear, has_kernel, sparse_linear
+from cap_hf.inference.int8_packing import pack_int8
+from cap_hf.inference.operators import (
+    fake_quantize_tokens,
+    fake_sparse_int8_linear,
+    fake_sparse_linear,
+    has_int8_kernel,
+    has_kernel,
+    sparse_int8_linear,
+    sparse_linear,
+)
 from cap_hf.inference.packing import pack
 
 
 @pytest.fixture(scope="module", autouse=True)
 def kernel():
     assert has_kernel(), "no C++ compiler: the kernel cannot be tested"
+    assert has_int8_kernel()
 
 
 def test_shape_and_dtype_are_known_without_computing():
     x = torch.empty(2, 9, 30, dtype=torch.bfloat16, device="meta")
     y = fake_sparse_linear(x, None, None, None, None, None, 20, 30, 32, 30)
     assert (y.shape, y.dtype, y.device) == ((2, 9, 20), torch.bfloat16, x.device)
+
+
+def test_shapes_of_int8_are_known_without_computing():
+    x = torch.empty(2, 9, 30, dtype=torch.bfloat16, device="meta")
+    y = fake_sparse_int8_linear(x, None, None, None, None, None, None, None, 20, 30, 32, 8)
+    assert (y.shape, y.dtype, y.device) == ((2, 9, 20), torch.bfloat16, x.device)
+    quantized, scales = fake_quantize_tokens(x)
+    assert (quantized.shape, quantized.dtype) == (x.shape, torch.uint8)
+    assert (scales.shape, scales.dtype) == ((2, 9, 1), torch.float32)
 
 
 def test_what_nobody_calls_is_not_registered():
@@ -31,8 +50,19 @@ def test_operator_is_registered_as_pytorch_asks():
     torch.library.opcheck(torch.ops.cap_hf.sparse_linear.default, args, test_utils=("test_schema", "test_faketensor"))
 
 
+def test_int8_operators_are_registered_as_pytorch_asks():
+    packed, bias, x = pack_int8(make_weight(20, 30, 0.5)), torch.randn(20), torch.randn(2, 9, 30)
+    args = (x, *list(vars(packed).values())[:6], bias, 20, 30, packed.row_block, packed.col_block)
+    checks = ("test_schema", "test_faketensor")
+    torch.library.opcheck(torch.ops.cap_hf.sparse_int8_linear.default, args, test_utils=checks)
+    torch.library.opcheck(torch.ops.cap_hf.quantize_tokens.default, (x,), test_utils=checks)
+
+
 def test_backward_is_an_error():
     x = torch.randn(2, 30, requires_grad=True)
     y = sparse_linear(x, pack(make_weight(20, 30, 0.5)))
     with pytest.raises(RuntimeError, match="sparse_linear"):
+        (y.sum() + x.sum()).backward()
+    y = sparse_int8_linear(x, pack_int8(make_weight(20, 30, 0.5)))
+    with pytest.raises(RuntimeError, match="sparse_int8_linear"):
         (y.sum() + x.sum()).backward()

@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.inference import make_weight
+from support.sanitizers import run_sanitized
 
 from cap_hf.inference.operators import has_kernel, sparse_linear
 from cap_hf.inference.packing import pack
@@ -196,17 +197,4 @@ def test_works_in_a_forked_process():
 
 @pytest.mark.parametrize("sanitizers", ["address,undefined", "thread"])
 def test_sanitizers_find_nothing(sanitizers, tmp_path):
-    program = tmp_path / "main"
-    compiler = os.environ.get("CXX", "c++")
-    command = [compiler, "-std=c++17", "-O1", "-g", f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all", "-pthread"]
-    sources = [
-        f"-I{ROOT / 'cap_hf' / 'kernels' / 'csrc'}",
-        str(ROOT / "tests" / "kernels" / "csrc" / "sparse_linear_main.cpp"),
-    ]
-    built = subprocess.run([*command, *sources, "-o", str(program)], capture_output=True, text=True)
-    if built.returncode and "cannot find" in built.stderr:
-        pytest.skip(f"the compiler has no {sanitizers} sanitizer")
-    assert built.returncode == 0, built.stderr
-    done = subprocess.run([str(program)], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "agree" in done.stdout
+    assert "agree" in run_sanitized("sparse_linear_main.cpp", sanitizers, tmp_path)

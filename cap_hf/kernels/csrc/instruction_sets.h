@@ -9,6 +9,7 @@
 namespace cap_hf {
 
 namespace portable {
+typedef float Word;
 // Four floats: what SSE2 and NEON hold in a register; elsewhere the compiler splits them.
 typedef float Vector __attribute__((vector_size(16)));
 typedef const float* Four;
@@ -26,11 +27,13 @@ inline Vector lane(Four from) {
   return Vector{from[i], from[i], from[i], from[i]};
 }
 inline Vector multiply_add(Vector a, Vector b, Vector c) { return a * b + c; }
-inline void transpose(const float* from, int64_t from_stride, float* to, int64_t to_stride) {
+template <class Any>
+inline void transpose(const Any* from, int64_t from_stride, Any* to, int64_t to_stride) {
   for (int64_t i = 0; i < kWidth; ++i)
     for (int64_t j = 0; j < kWidth; ++j) to[j * to_stride + i] = from[i * from_stride + j];
 }
 #include "kernels.inc"
+#include "float32.inc"
 } // namespace portable
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
@@ -42,6 +45,7 @@ namespace cap_hf {
 #pragma GCC push_options
 #pragma GCC target("avx2,fma")
 namespace avx2 {
+typedef float Word;
 typedef __m256 Vector;
 typedef __m256 Four;
 constexpr int64_t kWidth = 8;
@@ -54,7 +58,10 @@ inline Vector lane(Four from) {
   return _mm256_permute_ps(from, i * 0x55);
 }
 inline Vector multiply_add(Vector a, Vector b, Vector c) { return _mm256_fmadd_ps(a, b, c); }
-inline void transpose(const float* from, int64_t from_stride, float* to, int64_t to_stride) {
+template <class Any> // 32 bits; only moved
+inline void transpose(const Any* words, int64_t from_stride, Any* transposed, int64_t to_stride) {
+  const float* from = reinterpret_cast<const float*>(words);
+  float* to = reinterpret_cast<float*>(transposed);
   Vector a[8], b[8];
   for (int i = 0; i < 8; ++i) a[i] = load(from + i * from_stride);
   for (int i = 0; i < 8; i += 2) {
@@ -74,12 +81,14 @@ inline void transpose(const float* from, int64_t from_stride, float* to, int64_t
   }
 }
 #include "kernels.inc"
+#include "float32.inc"
 } // namespace avx2
 #pragma GCC pop_options
 
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512dq,avx512vl,avx2,fma")
 namespace avx512 {
+typedef float Word;
 typedef __m512 Vector;
 typedef __m512 Four;
 constexpr int64_t kWidth = 16;
@@ -92,7 +101,10 @@ inline Vector lane(Four from) {
   return _mm512_permute_ps(from, i * 0x55);
 }
 inline Vector multiply_add(Vector a, Vector b, Vector c) { return _mm512_fmadd_ps(a, b, c); }
-inline void transpose(const float* from, int64_t from_stride, float* to, int64_t to_stride) {
+template <class Any> // 32 bits; only moved
+inline void transpose(const Any* words, int64_t from_stride, Any* transposed, int64_t to_stride) {
+  const float* from = reinterpret_cast<const float*>(words);
+  float* to = reinterpret_cast<float*>(transposed);
   Vector a[16], b[16];
 #pragma GCC unroll 16
   for (int i = 0; i < 16; ++i) a[i] = load(from + i * from_stride);
@@ -122,28 +134,31 @@ inline void transpose(const float* from, int64_t from_stride, float* to, int64_t
   }
 }
 #include "kernels.inc"
+#include "float32.inc"
 } // namespace avx512
 #pragma GCC pop_options
 #endif
 
-// Returns the kernels of "avx512", "avx2" or "portable"; null if the processor lacks them or the name is another.
-inline const Kernels* kernels_named(const char* name) {
+// Returns the kernels of "avx512", "avx2" or "portable"; null if the processor lacks them or the name is another. The
+// names of the int8 kernels stand for what they build on, so that one name can be forced on a whole model.
+inline const Kernels<float>* kernels_named(const char* name) {
   if (std::strcmp(name, "portable") == 0) return &portable::kKernels;
 #ifdef CAP_HF_X86
-  if (std::strcmp(name, "avx2") == 0 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
+  if ((std::strcmp(name, "avx2") == 0 || std::strcmp(name, "avx_vnni") == 0) && __builtin_cpu_supports("avx2") &&
+      __builtin_cpu_supports("fma"))
     return &avx2::kKernels;
-  if (std::strcmp(name, "avx512") == 0 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
-      __builtin_cpu_supports("avx512vl"))
+  if ((std::strcmp(name, "avx512") == 0 || std::strcmp(name, "avx512_vnni") == 0) &&
+      __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
     return &avx512::kKernels;
 #endif
   return nullptr;
 }
 
-// Returns the name of the fastest kernels that this processor has.
-inline const char* best_instruction_set() {
+// Returns the fastest kernels that this processor has.
+inline const Kernels<float>* best_kernels() {
   for (const char* name : {"avx512", "avx2"})
-    if (kernels_named(name) != nullptr) return name;
-  return "portable";
+    if (kernels_named(name) != nullptr) return kernels_named(name);
+  return kernels_named("portable");
 }
 
 } // namespace cap_hf

@@ -4,15 +4,16 @@
 //
 // Words
 //   token         a row of x, and of y
-//   tile          kTile tokens, transposed: [column][token], so that one weight meets 32 contiguous floats
+//   word          32 bits: what is multiplied at once for one token. A float, or four int8 of consecutive columns
+//   tile          kTile tokens, transposed: [word][token], so that one word of W meets 32 contiguous words of x
 //   row block     up to kRowBlock rows of W, whose sums for one tile are in a buffer
-//   column block  columns of W for which a tile's part stays in the L1 cache while all rows of a row block pass over it
-//   slice         four rows of a row block, taken together; rows are sorted by their number of weights in the column
+//   column block  words of a row for which a tile's part stays in the L1 cache while all rows of a row block pass over it
+//   slice         four rows of a row block, taken together; rows are sorted by their number of words in the column
 //                 block, so that a slice's rows have about as many (the SELL-C-sigma format, arXiv 1307.6209)
-//   segment       the weights of one slice in one column block
-//   step          one weight of each row of a slice (0 for a row that has no more), four numbers in one load; the sums
-//                 of four rows x 32 tokens are in registers, four independent chains
-//   offset        where a weight's column starts in its column block of a tile, in units of 8 bytes
+//   segment       the words of one slice in one column block
+//   step          one word of each row of a slice (0 for a row that has no more), four in one load; the sums of four
+//                 rows x 32 tokens are in registers, four independent chains
+//   offset        where a word starts in its column block of a tile, in units of 8 bytes
 //   queue         the tiles that one thread begins with
 #pragma once
 
@@ -29,17 +30,20 @@ constexpr int64_t kTile = 32;      // tokens in a tile
 constexpr int64_t kSlice = 4;      // rows in a slice
 constexpr int64_t kRowBlock = 128; // rows in a block, at most: their sums lie in a buffer on the stack
 constexpr int64_t kHalf = 16;      // of a tile with no more tokens than this only the first half is computed
-constexpr int64_t kColBlock = 4095; // columns in a block, at most: 16 times a column, its offset, has 16 bits
+constexpr int64_t kColBlock = 4095; // words in a block, at most: 16 times a word, its offset, has 16 bits
 
 // Segments are numbered by row block, then column block, then slice; the last row block has as many slices as the
 // others. Segment s holds the steps from starts[s] to before starts[s + 1].
+//
+// Word is float, or int32_t for four int8 of consecutive columns, the first in the low bits.
+template <class Word>
 struct SparseWeight {
   int64_t rows;
-  int64_t cols;
+  int64_t cols;            // words of a row
   int64_t row_block;       // a multiple of kSlice, at most kRowBlock
   int64_t col_block;       // at most 4095
-  const float* values;     // [steps][4]; 0 where a row has no more weights
-  const uint16_t* offsets; // [steps][4]: 16 x the column, counted in its column block
+  const Word* values;      // [steps][4]; 0 where a row has no more words
+  const uint16_t* offsets; // [steps][4]: 16 x the word, counted in its column block
   const int32_t* starts;   // [segments + 1]
   const int16_t* order;    // [segments][4]: the rows of the slice, counted in their row block
 
@@ -49,14 +53,25 @@ struct SparseWeight {
   int64_t segments() const { return row_blocks() * col_blocks() * slices(); }
 };
 
+// What sums of words become: y = sum for floats, y = (sum * row's scale) * token's scale + bias for int8.
+template <class Word>
+struct Scales {
+  const Word* start;   // [rows] or null: where sums begin. The bias of floats
+  const float* rows;   // [rows]; int8 only
+  const float* bias;   // [rows] or null; int8 only: floats begin with it
+};
+
 // The functions that are compiled for every instruction set.
+template <class Word>
 struct Kernels {
-  // tile[col][token] = x[token][col]; 0 for tokens past the last.
-  void (*load_tile)(const float* x, int64_t tokens, int64_t cols, float* tile);
+  // tile[word][token] = the words of x[token][col]; 0, in int8 anything, for tokens past the last. For int8 also the
+  // scales of kTile tokens.
+  void (*load_tile)(const float* x, int64_t tokens, int64_t cols, Word* tile, float* scales);
   // sums[row][token] += the product of one row block with a tile of kTile (or, if half, kHalf) tokens.
-  void (*multiply)(const SparseWeight& weight, int64_t row_block, const float* tile, bool half, float* sums);
-  // y[token * stride + row] = sums[row][token].
-  void (*store_tile)(const float* sums, int64_t rows, int64_t tokens, float* y, int64_t stride);
+  void (*multiply)(const SparseWeight<Word>& weight, int64_t row_block, const Word* tile, bool half, Word* sums);
+  // y[token * stride + row] = what sums[row][token] becomes; `first` is the row block's first row.
+  void (*store_tile)(const Word* sums, int64_t first, int64_t rows, int64_t tokens, const Scales<Word>& scales,
+                     const float* of_tokens, float* y, int64_t stride);
 };
 
 // One product, shared by the threads that call work(). Every thread has a queue of consecutive tiles, the same in every
@@ -64,14 +79,16 @@ struct Kernels {
 // cost more than sparsity saves. The tasks of a queue are, in order, to transpose each of its tiles, and to multiply
 // each row block with each tile. A thread whose queue is empty takes tasks from the others'. A tile that is multiplied
 // must be transposed; the thread that took that task is at work on it, so the wait is short and ends.
+template <class Word>
 class Product {
  public:
-  // x [tokens][cols], bias [rows] or null, y [tokens][rows]; buffer [tiles][cols][kTile] and ready [tiles], all 0,
+  // x [tokens][x_cols], y [tokens][rows]; buffer [tiles][cols][kTile], of_tokens [tiles][kTile] and ready [tiles], all 0,
   // are working memory.
-  Product(const Kernels& kernels, const SparseWeight& weight, const float* x, int64_t tokens, const float* bias,
-          float* y, float* buffer, std::atomic<uint8_t>* ready, int64_t queues)
-      : kernels_(kernels), weight_(weight), x_(x), tokens_(tokens), bias_(bias), y_(y), buffer_(buffer),
-        ready_(ready), tiles_(tiles(tokens)), queues_(queues) {}
+  Product(const Kernels<Word>& kernels, const SparseWeight<Word>& weight, const Scales<Word>& scales, const float* x,
+          int64_t x_cols, int64_t tokens, float* y, Word* buffer, float* of_tokens, std::atomic<uint8_t>* ready,
+          int64_t queues)
+      : kernels_(kernels), weight_(weight), scales_(scales), x_(x), x_cols_(x_cols), tokens_(tokens), y_(y),
+        buffer_(buffer), of_tokens_(of_tokens), ready_(ready), tiles_(tiles(tokens)), queues_(queues) {}
 
   static int64_t tiles(int64_t tokens) { return (tokens + kTile - 1) / kTile; }
 
@@ -93,7 +110,8 @@ class Product {
     for (int64_t task; (task = queues_[queue].next.fetch_add(1, std::memory_order_relaxed)) < tasks;) {
       const int64_t tile = first + task % count;
       if (task < count) {
-        kernels_.load_tile(x_ + tile * kTile * weight_.cols, tokens_in(tile), weight_.cols, tile_at(tile));
+        kernels_.load_tile(x_ + tile * kTile * x_cols_, tokens_in(tile), x_cols_, tile_at(tile),
+                           of_tokens_ + tile * kTile);
         ready_[tile].store(1, std::memory_order_release);
       } else {
         while (!ready_[tile].load(std::memory_order_acquire)) std::this_thread::yield();
@@ -106,29 +124,32 @@ class Product {
     const int64_t left = tokens_ - tile * kTile;
     return left < kTile ? left : kTile;
   }
-  float* tile_at(int64_t tile) const { return buffer_ + tile * weight_.cols * kTile; }
+  Word* tile_at(int64_t tile) const { return buffer_ + tile * weight_.cols * kTile; }
 
   void compute(int64_t row_block, int64_t tile) const {
-    alignas(64) float sums[kRowBlock * kTile];
+    alignas(64) Word sums[kRowBlock * kTile];
     const int64_t first = row_block * weight_.row_block;
     const int64_t rows = weight_.rows - first < weight_.row_block ? weight_.rows - first : weight_.row_block;
     const int64_t tokens = tokens_in(tile);
     // Also rows past the last of W, as slices are whole: the numbers that they add to must be there.
     for (int64_t row = 0; row < weight_.row_block; ++row) {
-      const float start = bias_ != nullptr && row < rows ? bias_[first + row] : 0.0f;
+      const Word start = scales_.start != nullptr && row < rows ? scales_.start[first + row] : Word{0};
       for (int64_t token = 0; token < kTile; ++token) sums[row * kTile + token] = start;
     }
     kernels_.multiply(weight_, row_block, tile_at(tile), tokens <= kHalf, sums);
-    kernels_.store_tile(sums, rows, tokens, y_ + tile * kTile * weight_.rows + first, weight_.rows);
+    kernels_.store_tile(sums, first, rows, tokens, scales_, of_tokens_ + tile * kTile,
+                        y_ + tile * kTile * weight_.rows + first, weight_.rows);
   }
 
-  const Kernels& kernels_;
-  const SparseWeight& weight_;
+  const Kernels<Word>& kernels_;
+  const SparseWeight<Word>& weight_;
+  const Scales<Word>& scales_;
   const float* x_;
+  const int64_t x_cols_;
   const int64_t tokens_;
-  const float* bias_;
   float* y_;
-  float* buffer_;
+  Word* buffer_;
+  float* of_tokens_;
   std::atomic<uint8_t>* ready_;
   const int64_t tiles_;
   std::vector<Queue> queues_;

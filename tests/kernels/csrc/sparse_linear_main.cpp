@@ -18,7 +18,7 @@ struct Packed {
 };
 
 // As cap_hf.inference.packing, one weight at a time. The vectors are exactly as long as they must be.
-Packed pack(const std::vector<float>& dense, cap_hf::SparseWeight& weight) {
+Packed pack(const std::vector<float>& dense, cap_hf::SparseWeight<float>& weight) {
   Packed packed;
   for (int64_t rb = 0; rb < weight.row_blocks(); ++rb)
     for (int64_t col = 0; col < weight.cols; col += weight.col_block) {
@@ -62,13 +62,15 @@ bool check(const char* name, int64_t tokens, int64_t rows, int64_t cols, int64_t
   for (float& w : dense) w = uniform(random) < density ? normal(random) : 0.0f;
   for (float& v : x) v = normal(random);
   for (float& v : bias) v = normal(random);
-  cap_hf::SparseWeight weight{rows, cols, row_block, col_block, nullptr, nullptr, nullptr, nullptr};
+  cap_hf::SparseWeight<float> weight{rows, cols, row_block, col_block, nullptr, nullptr, nullptr, nullptr};
   const Packed packed = pack(dense, weight);
-  const int64_t tiles = cap_hf::Product::tiles(tokens);
+  const int64_t tiles = cap_hf::Product<float>::tiles(tokens);
   std::vector<float> buffer(tiles * cols * cap_hf::kTile);
   std::vector<std::atomic<uint8_t>> ready(tiles);
-  cap_hf::Product product(*cap_hf::kernels_named(name), weight, x.data(), tokens, with_bias ? bias.data() : nullptr,
-                          y.data(), buffer.data(), ready.data(), 3);
+  const cap_hf::Scales<float> scales{with_bias ? bias.data() : nullptr, nullptr, nullptr};
+  std::vector<float> of_tokens(tiles * cap_hf::kTile);
+  cap_hf::Product<float> product(*cap_hf::kernels_named(name), weight, scales, x.data(), cols, tokens, y.data(),
+                                 buffer.data(), of_tokens.data(), ready.data(), 3);
   std::thread other([&] { product.work(1); });
   product.work(0);
   other.join();

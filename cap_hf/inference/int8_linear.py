@@ -1,0 +1,137 @@
+"""Linear layers that compute in int8: on the sparse kernel, and dense on PyTorch's own product; for inference."""
+
+import functools
+from typing import Any
+
+import torch
+
+from cap_hf.inference.int8_packing import PackedInt8Weight, pack_int8, quantize_rows, unpack_int8
+from cap_hf.inference.linear import SparseWeightLinear
+from cap_hf.inference.operators import has_int8_kernel, quantize_tokens, sparse_int8_linear
+
+
+class SparseInt8Linear(SparseWeightLinear):
+    """A Linear on the sparse int8 kernel: `(..., in_features)` -> `(..., out_features)`.
+
+    Weights have one scale per row, inputs one per token, found anew for each input. `weight` and the state_dict give
+    the weight that the layer computes with: dense, in float, no longer what it was before it was quantised.
+    """
+
+    float32_buffer = "scales"
+    offsets: torch.Tensor
+    starts: torch.Tensor
+    order: torch.Tensor
+    scales: torch.Tensor
+    corrections: torch.Tensor
+
+    def store(self, weight: torch.Tensor) -> None:
+        packed = pack_int8(weight.cpu().float())
+        for name in ("values", "offsets", "starts", "order", "scales", "corrections"):
+            self.register_buffer(name, getattr(packed, name), persistent=False)
+        self.row_block, self.col_block = packed.row_block, packed.col_block
+
+    def packed_weight(self) -> PackedInt8Weight:
+        """Return the weight as the kernel reads it; it shares memory with this layer."""
+        return PackedInt8Weight(
+            self.values,
+            self.offsets,
+            self.starts,
+            self.order,
+            self.scales,
+            self.corrections,
+            self.out_features,
+            self.in_features,
+            self.row_block,
+            self.col_block,
+        )
+
+    def dense_weight(self) -> torch.Tensor:
+        return unpack_int8(self.packed_weight()) * self.scales[:, None]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.check_device(x)
+        return sparse_int8_linear(x, self.packed_weight(), self.bias)
+
+
+class DenseInt8Linear(SparseWeightLinear):
+    """A Linear on PyTorch's dense int8 product (oneDNN), for layers whose zeros make nothing faster where int8 does.
+
+    Inputs and weights are quantised as in `SparseInt8Linear`, and the sums are the same; outputs may differ by float32
+    rounding.
+    """
+
+    float32_buffer = "scales"
+    scales: torch.Tensor
+    zero_points: torch.Tensor
+
+    def store(self, weight: torch.Tensor) -> None:
+        quantized, scales = quantize_rows(weight.cpu().float())
+        # In a layout of oneDNN's own, which is no buffer: `Module.to` cannot move it, nor need it.
+        self.packed = torch.ops.onednn.qlinear_prepack(quantized, None)
+        self.register_buffer("scales", scales, persistent=False)
+        self.register_buffer("zero_points", torch.zeros(len(scales), dtype=torch.int64), persistent=False)
+
+    def dense_weight(self) -> torch.Tensor:
+        return self.packed.to_dense().t() * self.scales[:, None]
+
+    def weight_bytes(self) -> int:
+        return super().weight_bytes() + self.packed.numel()
+
+    # A tensor in oneDNN's layout can be neither copied nor pickled: its numbers can.
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"packed": self.packed.to_dense()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.packed = torch.ops.onednn.qlinear_prepack(self.packed.t().contiguous(), None)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.check_device(x)
+        # The compiler needs the operator; a call of it through PyTorch's dispatcher takes 30 microseconds more.
+        multiply = torch.ops.cap_hf.dense_int8_linear if torch.compiler.is_compiling() else multiply_dense
+        return multiply(x, self.packed, self.scales, self.zero_points, self.bias)
+
+
+def multiply_dense(
+    x: torch.Tensor,
+    packed: torch.Tensor,
+    scales: torch.Tensor,
+    zero_points: torch.Tensor,
+    bias: torch.Tensor | None,
+) -> torch.Tensor:
+    """Return the product of a `DenseInt8Linear`; an operator of its own, as the compiler does not know oneDNN's layout.
+
+    Args:
+        x: `(..., cols)`.
+        packed: int8 weight `(cols, rows)` in oneDNN's layout.
+        scales: float32 `(rows,)`.
+        zero_points: int64 `(rows,)`, all 0.
+        bias: `(rows,)`.
+    """
+    quantized, of_tokens = quantize_tokens(x)
+    # Of inputs that have one scale, 1, and are stored plus 128; the tokens' own scales come after it.
+    y = torch.ops.onednn.qlinear_pointwise(
+        quantized, 1.0, 128, packed, scales, zero_points, None, 1.0, 0, torch.float32, "none", [], ""
+    )
+    y = y.mul_(of_tokens) if bias is None else torch.addcmul(bias.float(), y, of_tokens)
+    return y.to(x.dtype)
+
+
+torch.library.define(
+    "cap_hf::dense_int8_linear",
+    "(Tensor x, Tensor packed, Tensor scales, Tensor zero_points, Tensor? bias) -> Tensor",
+)
+# The packed weight's layout has a dispatch key of its own.
+torch.library.impl("cap_hf::dense_int8_linear", ("CPU", "MkldnnCPU"), multiply_dense)
+
+
+@torch.library.register_fake("cap_hf::dense_int8_linear")
+def fake_dense_int8_linear(x: torch.Tensor, *args: torch.Tensor) -> torch.Tensor:
+    """Return an empty output of the operator: `x (..., cols)` -> `(..., rows)`, in x's dtype."""
+    return x.new_empty((*x.shape[:-1], args[1].shape[0]))
+
+
+@functools.cache
+def has_dense_int8() -> bool:
+    """Return whether PyTorch has a dense int8 product here that adds up without saturation: x86 with VNNI."""
+    return has_int8_kernel() and torch.backends.mkldnn.is_available() and torch.cpu._is_vnni_supported()

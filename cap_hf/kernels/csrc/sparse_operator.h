@@ -1,0 +1,106 @@
+// What the operators of the sparse products share: their arguments' checks, working memory and PyTorch's threads.
+#pragma once
+
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <memory>
+#include <vector>
+
+#include "sparse_linear.h"
+
+namespace cap_hf {
+
+// Words of working memory for tiles, at most (unless one tile takes more): half of a usual L3 cache.
+constexpr int64_t kScratch = int64_t{1} << 21;
+
+// Returns at least `size` words that start at a cache line and are the calling thread's until its next call. They are
+// kept between calls: memory that is given back to the system costs a page fault per 4 KiB when it is taken again,
+// which was a third of a small model's time.
+template <class Word>
+Word* scratch(int64_t size) {
+  constexpr int64_t kLine = 16;
+  thread_local std::vector<Word> memory;
+  if (static_cast<int64_t>(memory.size()) < size + kLine) {
+    memory = std::vector<Word>();  // freed first, so that the old and the new are never there together
+    memory.resize(size + kLine);
+  }
+  const auto misfit = reinterpret_cast<uintptr_t>(memory.data()) / sizeof(Word) % kLine;
+  return memory.data() + (kLine - misfit) % kLine;
+}
+
+// Returns the kernels of an instruction set. An empty name is what the environment asks for, else the best.
+//   Throws if this processor lacks it, or there is none of this name.
+template <class Word>
+const Kernels<Word>& choose_kernels(std::string_view instruction_set, const Kernels<Word>* named(const char*),
+                                    const Kernels<Word>* best()) {
+  std::string name(instruction_set);
+  const char* forced = std::getenv("CAP_HF_INSTRUCTION_SET");
+  if (name.empty() && forced != nullptr) name = forced;
+  const Kernels<Word>* kernels = name.empty() ? best() : named(name.c_str());
+  TORCH_CHECK(kernels != nullptr, "this processor has no instruction set ", name);
+  return *kernels;
+}
+
+// Throws unless the parts of a packed weight fit each other. `words` is how many there are in `values`.
+template <class Word>
+void check_weight(const char* name, const SparseWeight<Word>& weight, int64_t words, const at::Tensor& values,
+                  const at::Tensor& offsets, const at::Tensor& starts, const at::Tensor& order) {
+  TORCH_CHECK(weight.rows > 0 && weight.cols > 0 && weight.row_block > 0 && weight.row_block % kSlice == 0 &&
+                  weight.row_block <= kRowBlock && weight.col_block > 0 && weight.col_block <= kColBlock,
+              name, ": no packed weight has these sizes");
+  TORCH_CHECK(values.is_contiguous() && offsets.is_contiguous() && starts.is_contiguous() && order.is_contiguous() &&
+                  words == offsets.numel() && starts.numel() == weight.segments() + 1 &&
+                  order.numel() == weight.segments() * kSlice,
+              name, ": the parts of the packed weight do not fit each other");
+}
+
+// Throws unless x is [..., cols] in a dtype that the operators take.
+inline void check_input(const char* name, const at::Tensor& x, int64_t cols) {
+  TORCH_CHECK(x.dim() > 0 && x.size(-1) == cols, name, ": x has shape ", x.sizes(), ", its last size must be ", cols);
+  TORCH_CHECK(x.scalar_type() == at::kFloat || x.scalar_type() == at::kHalf || x.scalar_type() == at::kBFloat16, name,
+              ": x must be float32, float16 or bfloat16, not ", x.scalar_type());
+}
+
+// Returns a bias as contiguous float32, or an undefined tensor where there is none; throws if it does not fit.
+inline at::Tensor float_bias(const char* name, const std::optional<at::Tensor>& bias, int64_t rows) {
+  TORCH_CHECK(!bias || (bias->is_floating_point() && bias->numel() == rows), name, ": bias must be ", rows,
+              " floating point numbers");
+  return bias ? bias->to(at::kFloat).contiguous() : at::Tensor();
+}
+
+// Returns y [..., rows] in x's dtype for x [..., cols].
+template <class Word>
+at::Tensor multiply_sparse(const Kernels<Word>& kernels, const SparseWeight<Word>& weight, const Scales<Word>& scales,
+                           const at::Tensor& x) {
+  // Inputs and outputs may be half precision; what is outside the sums is float32.
+  const at::Tensor input = x.to(at::kFloat).contiguous();
+  const int64_t cols = x.size(-1);
+  auto shape = input.sizes().vec();
+  shape.back() = weight.rows;
+  at::Tensor y = at::empty(shape, input.options());
+  const int64_t tokens = input.numel() / cols;
+  if (tokens == 0) return y.to(x.scalar_type());
+  const int64_t tile_size = (weight.cols + 1) * kTile; // with the scales of its tokens
+  const int64_t tiles_at_once = std::clamp(kScratch / tile_size, int64_t{1}, Product<Word>::tiles(tokens));
+  Word* buffer = scratch<Word>(tiles_at_once * weight.cols * kTile);
+  const auto of_tokens = std::make_unique<float[]>(tiles_at_once * kTile);
+  const auto ready = std::make_unique<std::atomic<uint8_t>[]>(tiles_at_once);
+  const int64_t threads = at::get_num_threads();
+  const int64_t step = tiles_at_once * kTile;
+  for (int64_t first = 0; first < tokens; first += step) {
+    for (int64_t tile = 0; tile < tiles_at_once; ++tile) ready[tile] = 0;
+    Product<Word> product(kernels, weight, scales, input.const_data_ptr<float>() + first * cols, cols,
+                          std::min(step, tokens - first), y.mutable_data_ptr<float>() + first * weight.rows, buffer,
+                          of_tokens.get(), ready.get(), threads);
+    // One call per thread, with its number: number i is the same thread in every operator of PyTorch, and has the same
+    // tokens in each. Where PyTorch makes one call for all numbers, the first of them does the work of all queues.
+    at::parallel_for(0, threads, 1, [&](int64_t thread, int64_t) { product.work(thread); });
+  }
+  return y.to(x.scalar_type());
+}
+
+} // namespace cap_hf

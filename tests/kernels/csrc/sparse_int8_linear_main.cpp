@@ -1,0 +1,87 @@
+// The sparse int8 product against sums one by one, over odd shapes and all instruction sets, with two threads; compiled
+// with the address and undefined-behaviour sanitizers by tests/kernels/test_sparse_int8_linear.py, to find what reads
+// or writes outside. Exit code 0 if all agree.
+#include <cmath>
+#include <cstdio>
+#include <cstring>
+#include <random>
+#include <vector>
+
+#include "int8_instruction_sets.h"
+
+namespace {
+
+// W is all in one column block and in the order of its rows, every word stored; vectors are as long as they must be.
+bool check(const char* name, int64_t tokens, int64_t rows, int64_t cols) {
+  std::mt19937 random(tokens * 1000003 + rows * 1009 + cols);
+  const int64_t words = (cols + 3) / 4, row_block = (rows + 3) / 4 * 4;
+  std::vector<int8_t> dense(rows * words * 4);
+  std::vector<float> x(tokens * cols), scales(rows), bias(rows), y(tokens * rows, NAN);
+  std::vector<int32_t> corrections(rows), starts{0};
+  for (int64_t r = 0; r < rows; ++r) {
+    scales[r] = 0.5f + r;
+    bias[r] = float(r % 5);
+    for (int64_t c = 0; c < cols; ++c) {
+      dense[r * words * 4 + c] = int8_t(int(random() % 255) - 127);
+      corrections[r] -= 128 * dense[r * words * 4 + c];
+    }
+  }
+  // Whole numbers, the largest 127 in every token: their scale is 1 and nothing is rounded.
+  for (int64_t i = 0; i < tokens * cols; ++i) x[i] = i % cols == 0 ? 127.0f : float(int(random() % 255) - 127);
+  std::vector<int32_t> values;
+  std::vector<uint16_t> offsets;
+  std::vector<int16_t> order;
+  for (int64_t slice = 0; slice < row_block / 4; ++slice) {
+    for (int64_t word = 0; word < words; ++word)
+      for (int64_t r = slice * 4; r < slice * 4 + 4; ++r) {
+        int32_t four = 0;
+        if (r < rows) std::memcpy(&four, &dense[(r * words + word) * 4], 4);
+        values.push_back(four);
+        offsets.push_back(word * 16);
+      }
+    starts.push_back(starts.back() + words);
+    for (int i = 0; i < 4; ++i) order.push_back(slice * 4 + i);
+  }
+  values.shrink_to_fit();
+  offsets.shrink_to_fit();
+  const cap_hf::SparseWeight<int32_t> weight{rows,           words,          row_block,     words,
+                                             values.data(),  offsets.data(), starts.data(), order.data()};
+  const cap_hf::Scales<int32_t> all{corrections.data(), scales.data(), bias.data()};
+  const int64_t tiles = cap_hf::Product<int32_t>::tiles(tokens);
+  std::vector<int32_t> buffer(tiles * words * cap_hf::kTile);
+  std::vector<float> of_tokens(tiles * cap_hf::kTile);
+  std::vector<std::atomic<uint8_t>> ready(tiles);
+  cap_hf::Product<int32_t> product(*cap_hf::int8_kernels_named(name), weight, all, x.data(), cols, tokens, y.data(),
+                                   buffer.data(), of_tokens.data(), ready.data(), 3);
+  std::thread other([&] { product.work(1); });
+  product.work(0);
+  other.join();
+  for (int64_t t = 0; t < tokens; ++t)
+    for (int64_t r = 0; r < rows; ++r) {
+      int64_t sum = 0;
+      for (int64_t c = 0; c < cols; ++c) sum += int64_t{dense[r * words * 4 + c]} * int64_t(x[t * cols + c]);
+      const double expected = double(sum) * scales[r] + bias[r];
+      if (!(std::fabs(expected - y[t * rows + r]) <= 1e-6 * std::fabs(expected) + 1e-6)) {
+        std::printf("%s: token %ld row %ld of %ld x %ld x %ld: %.9g is not %.9g\n", name, long(t), long(r),
+                    long(tokens), long(rows), long(cols), y[t * rows + r], expected);
+        return false;
+      }
+    }
+  return true;
+}
+
+} // namespace
+
+int main() {
+  int sets = 0;
+  for (const char* name : {"portable", "avx2", "avx_vnni", "avx512_vnni"}) {
+    if (cap_hf::int8_kernels_named(name) == nullptr) continue;
+    ++sets;
+    for (int64_t tokens : {1, 15, 16, 17, 31, 32, 33, 70})
+      for (int64_t rows : {1, 3, 4, 17, 50})
+        for (int64_t cols : {1, 2, 3, 4, 16, 37, 63, 64, 65, 130})
+          if (!check(name, tokens, rows, cols)) return 1;
+  }
+  std::printf("%d instruction sets agree\n", sets);
+  return 0;
+}
