@@ -30,11 +30,11 @@ def test_a_backend_that_fails_is_reported_and_the_others_go_on(monkeypatch):
             raise RuntimeError("\nno such device\nmore")
 
     class Missing(module.Backend):
-        def __init__(self, model, example):
+        def __init__(self, subject):
             raise CAPError("not installed")
 
     class Full(module.Backend):
-        def __init__(self, model, example):
+        def __init__(self, subject):
             raise OSError("no space\nleft on device")
 
     class Wrong(module.Backend):
