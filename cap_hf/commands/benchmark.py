@@ -187,6 +187,7 @@ def load_images(model: "PreTrainedModel", model_args: ModelArguments, args: Benc
     split = load_splits(data_args, args.seed, model_args.token, ["train"], args.num_images)["train"]
     # Labels play no part, and need not be the model's.
     column = find_column(split.features, args.image_column_name, datasets.Image, "image")
+    assert column is not None
     split = calibration_split(split, args.num_images, args.seed).select_columns([column])
     data_args = replace(data_args, image_column_name=column)
     batch = collate(image_dataset(split, image_processor, model, data_args).__getitems__(range(len(split))))

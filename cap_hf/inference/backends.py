@@ -158,11 +158,7 @@ class OpenVINO(ONNXRuntime):
         super().__init__(subject)
 
     def start(self, threads: int) -> Call:
-        settings: ClassVar[dict[str, Any]] = {
-            "INFERENCE_NUM_THREADS": threads,
-            "PERFORMANCE_HINT": "LATENCY",
-            **self.settings,
-        }
+        settings = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY", **self.settings}
         compiled = self.core.compile_model(str(self.path), "CPU", settings)
         return lambda inputs: torch.from_numpy(np.array(compiled([inputs["pixel_values"].numpy()])[0]))
 
