@@ -21,6 +21,7 @@ BACKENDS = (
     "dense_compile",
     "dense_bf16",
     "sparse",
+    "sparse_int8",
     "sparse_compile",
     "onnxruntime",
     "onnxruntime_int8",

@@ -110,6 +110,14 @@ class Sparse(Backend):
         self.model = optimize_for_inference(copy.deepcopy(subject.model), example_inputs=subject.first(1))
 
 
+class SparseInt8(Backend):
+    """The model after `optimize_for_inference` in int8, weights and activations of the layers that it chooses."""
+
+    def __init__(self, subject: Subject) -> None:
+        model = copy.deepcopy(subject.model)
+        self.model = optimize_for_inference(model, example_inputs=subject.first(1), dtype="int8")
+
+
 class SparseCompiled(Sparse):
     """The model after `optimize_for_inference`, through torch.compile."""
 
@@ -196,6 +204,7 @@ BACKENDS: dict[str, type[Backend]] = {
     "dense_compile": DenseCompiled,
     "dense_bf16": DenseBFloat16,
     "sparse": Sparse,
+    "sparse_int8": SparseInt8,
     "sparse_compile": SparseCompiled,
     "onnxruntime": ONNXRuntime,
     "onnxruntime_int8": ONNXRuntimeInt8,

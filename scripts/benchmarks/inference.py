@@ -27,7 +27,7 @@ from cap_hf.targets import find_targets
 MODELS = {"vit-small-patch16-224": "vit-small", "vit-base-patch16-224": "vit-base"}
 # What is measured beside the sparse models, and those by the dtype that they compute in.
 PEERS = ("dense", "onnxruntime", "onnxruntime_int8", "openvino", "openvino_bf16", "openvino_int8")
-OURS = {"float32": "sparse"}
+OURS = {"float32": "sparse", "int8": "sparse_int8"}
 PATTERNS = ("unstructured", "1x4")
 # Of the allocation only: a block of 16 fits a ViT-B's Fisher into memory, and weights that stay need no new values.
 CONFIG = CAPConfig(num_grads=8, fisher_block_size=16, weight_update="none")

@@ -131,6 +131,7 @@ def test_inference_has_a_row_for_every_setting(figures, monkeypatch):
         make_vit=lambda name: models.make_vit(name, image_size=224, patch_size=56),
     )
     rows = found["results"]
+    assert {row["dtype"] for row in rows} == {"float32", "int8"}
     float32 = [row for row in rows if row["dtype"] == "float32"]
     assert [(row["model"], row["pattern"], row["sparsity"], row["batch_size"]) for row in float32] == [
         ("small", pattern, sparsity, size)
