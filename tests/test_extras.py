@@ -11,6 +11,7 @@ from cap_hf.data.splits import load_digits
 from cap_hf.extras import need
 from cap_hf.hub.picture import draw_sparsity
 from cap_hf.inference.plot import draw_benchmark
+from cap_hf.inference.post_training import need_nncf
 from cap_hf.recovery.augmentation import make_augmentation
 
 
@@ -44,6 +45,7 @@ def test_what_is_there_is_imported():
         ("matplotlib", "plots", lambda: draw_benchmark([], "", "nowhere.png")),
         ("onnxruntime", "export", lambda: export_onnx(make_vit(), "nowhere")),
         ("onnxscript", "export", lambda: export_onnx(make_vit(), "nowhere")),
+        ("nncf", "benchmark", need_nncf),
         ("torchao", "quantization", lambda: quantize_int8(make_vit())),
     ],
 )

@@ -3,32 +3,71 @@
 import copy
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from transformers import PreTrainedModel
 
 from cap_hf.distributed.temporary import TemporaryFolder
+from cap_hf.errors import CAPError
 from cap_hf.extras import need
 from cap_hf.inference.example import Inputs
 from cap_hf.inference.export import ONNX_NAME, prepare, write_checked
 from cap_hf.inference.optimize import optimize_for_inference, resident_bytes
+from cap_hf.inference.post_training import has_attention, need_nncf, quantize_onnx, quantize_openvino
 from cap_hf.towers import MainOutput
 
 # From what the model takes to logits `(batch, labels)`, or what else it is called for.
 Call = Callable[[Inputs], torch.Tensor]
 
 
+class Subject:
+    """The model that backends are made of, images, and its ONNX file, which is written once for all that read it.
+
+    Args:
+        model: left as it is.
+        images: two or more, as the model takes them; int8 is calibrated on them.
+    """
+
+    def __init__(self, model: PreTrainedModel, images: Inputs) -> None:
+        self.model = model
+        self.images = images
+        self._folder: TemporaryFolder | None = None
+        self._failed: CAPError | None = None
+
+    def first(self, count: int) -> Inputs:
+        """Return the first images."""
+        return {name: value[:count] for name, value in self.images.items()}
+
+    def onnx(self) -> Path:
+        """Return the path of the model's ONNX file, float32, for images of one size.
+
+        Raises:
+            CAPError: as of `export_onnx`; the same at each call, without trying again.
+        """
+        if self._failed is not None:
+            raise self._failed
+        if self._folder is None:
+            folder = TemporaryFolder()
+            try:
+                write_checked(prepare(self.model), self.model, self.first(2), Path(folder.name) / ONNX_NAME)
+            except CAPError as error:
+                self._failed = error
+                raise
+            self._folder = folder
+        return Path(self._folder.name) / ONNX_NAME
+
+
 class Backend:
     """A model that is made ready in one way; `start` is called for every batch size and number of threads.
 
     Args:
-        model: left as it is.
-        example: two images, as the model takes them.
+        subject: the model and images; both are left as they are.
     """
 
-    def __init__(self, model: PreTrainedModel, example: Inputs) -> None:
-        self.model = model
+    def __init__(self, subject: Subject) -> None:
+        self.model = subject.model
 
     def start(self, threads: int) -> Call:
         """Return the call to measure; the caller has set PyTorch's number of threads."""
@@ -56,8 +95,8 @@ class DenseCompiled(Backend):
 class DenseBFloat16(Backend):
     """The model in PyTorch with weights and activations in bfloat16."""
 
-    def __init__(self, model: PreTrainedModel, example: Inputs) -> None:
-        super().__init__(copy.deepcopy(model).bfloat16(), example)
+    def __init__(self, subject: Subject) -> None:
+        self.model = copy.deepcopy(subject.model).bfloat16()
 
     def start(self, threads: int) -> Call:
         call = super().start(threads)
@@ -67,9 +106,16 @@ class DenseBFloat16(Backend):
 class Sparse(Backend):
     """The model after `optimize_for_inference`, which chooses layers for images of the size that is measured."""
 
-    def __init__(self, model: PreTrainedModel, example: Inputs) -> None:
-        single = {name: value[:1] for name, value in example.items()}
-        super().__init__(optimize_for_inference(copy.deepcopy(model), example_inputs=single), example)
+    def __init__(self, subject: Subject) -> None:
+        self.model = optimize_for_inference(copy.deepcopy(subject.model), example_inputs=subject.first(1))
+
+
+class SparseInt8(Backend):
+    """The model after `optimize_for_inference` in int8, weights and activations of the layers that it chooses."""
+
+    def __init__(self, subject: Subject) -> None:
+        model = copy.deepcopy(subject.model)
+        self.model = optimize_for_inference(model, example_inputs=subject.first(1), dtype="int8")
 
 
 class SparseCompiled(Sparse):
@@ -81,12 +127,11 @@ class SparseCompiled(Sparse):
 class ONNXRuntime(Backend):
     """ONNX Runtime on the exported dense model, float32, for images of one size."""
 
-    def __init__(self, model: PreTrainedModel, example: Inputs) -> None:
-        super().__init__(model, example)
-        self.runtime = prepare(model)
-        self.folder = TemporaryFolder()
-        self.path = Path(self.folder.name) / ONNX_NAME
-        write_checked(self.runtime, model, example, self.path)
+    def __init__(self, subject: Subject) -> None:
+        super().__init__(subject)
+        self.runtime = need("onnxruntime", "export")
+        self.subject = subject  # whose file goes with it
+        self.path = subject.onnx()
 
     def start(self, threads: int) -> Call:
         options = self.runtime.SessionOptions()
@@ -98,20 +143,60 @@ class ONNXRuntime(Backend):
 
     @property
     def weight_bytes(self) -> int:
-        return sum(path.stat().st_size for path in self.path.parent.glob(f"{ONNX_NAME}*"))
+        return sum(path.stat().st_size for path in self.path.parent.glob(f"{self.path.stem}.*"))
+
+
+class ONNXRuntimeInt8(ONNXRuntime):
+    """ONNX Runtime on the same file after its dynamic quantization to int8."""
+
+    def __init__(self, subject: Subject) -> None:
+        super().__init__(subject)
+        self.folder = TemporaryFolder()
+        self.path = Path(self.folder.name) / ONNX_NAME
+        quantize_onnx(subject.onnx(), self.path)
 
 
 class OpenVINO(ONNXRuntime):
     """OpenVINO on the same ONNX file, float32."""
 
-    def __init__(self, model: PreTrainedModel, example: Inputs) -> None:
-        self.openvino = need("openvino", "export")
-        super().__init__(model, example)
+    settings: ClassVar[dict[str, Any]] = {"INFERENCE_PRECISION_HINT": "f32"}
+
+    def __init__(self, subject: Subject) -> None:
+        self.core = need("openvino", "export").Core()
+        super().__init__(subject)
 
     def start(self, threads: int) -> Call:
-        settings = {"INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
-        compiled = self.openvino.Core().compile_model(str(self.path), "CPU", settings)
+        settings = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY", **self.settings}
+        compiled = self.core.compile_model(str(self.path), "CPU", settings)
         return lambda inputs: torch.from_numpy(np.array(compiled([inputs["pixel_values"].numpy()])[0]))
+
+
+class OpenVINOBFloat16(OpenVINO):
+    """OpenVINO on the same ONNX file in bfloat16, on a processor that computes in it."""
+
+    settings: ClassVar[dict[str, Any]] = {"INFERENCE_PRECISION_HINT": "bf16"}
+
+    def __init__(self, subject: Subject) -> None:
+        core = need("openvino", "export").Core()
+        if "BF16" not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+            raise CAPError("this processor has no instructions for bfloat16 (AVX-512 BF16 or AMX)")
+        super().__init__(subject)
+
+
+class OpenVINOInt8(OpenVINO):
+    """OpenVINO after post-training quantization to int8; what stays float is in the precision that it chooses."""
+
+    settings: ClassVar[dict[str, Any]] = {}
+
+    def __init__(self, subject: Subject) -> None:
+        openvino, nncf = need("openvino", "export"), need_nncf()
+        super().__init__(subject)
+        network = self.core.read_model(str(self.path))
+        pixels = subject.images["pixel_values"]
+        network = quantize_openvino(nncf, network, pixels, has_attention(subject.model))
+        self.folder = TemporaryFolder()
+        self.path = Path(self.folder.name) / "model.xml"
+        openvino.save_model(network, str(self.path), compress_to_fp16=False)
 
 
 BACKENDS: dict[str, type[Backend]] = {
@@ -119,7 +204,11 @@ BACKENDS: dict[str, type[Backend]] = {
     "dense_compile": DenseCompiled,
     "dense_bf16": DenseBFloat16,
     "sparse": Sparse,
+    "sparse_int8": SparseInt8,
     "sparse_compile": SparseCompiled,
     "onnxruntime": ONNXRuntime,
+    "onnxruntime_int8": ONNXRuntimeInt8,
     "openvino": OpenVINO,
+    "openvino_bf16": OpenVINOBFloat16,
+    "openvino_int8": OpenVINOInt8,
 }

@@ -1,5 +1,7 @@
 """What is measured says who wins, at which size, and why something was not measured."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from support.families import CLASSIFIERS
@@ -9,7 +11,8 @@ from support.models import build
 from cap_hf import CAPError
 from cap_hf.inference import backends as module
 from cap_hf.inference.backends import BACKENDS
-from cap_hf.inference.benchmark import benchmark, losses
+from cap_hf.inference.benchmark import benchmark, compare, losses, make_batches, winners
+from cap_hf.inference.example import make_example
 
 
 def test_losses_of_sparse_are_told():
@@ -24,17 +27,76 @@ def test_losses_of_sparse_are_told():
     assert losses(found[:1]) == []
 
 
+def test_the_fastest_is_named_with_what_its_outputs_lose():
+    found = [
+        measurement("dense", 4.0),
+        measurement("sparse", 2.0, speedup=2.0),
+        replace(measurement("fast", 1.0, speedup=4.0), max_difference=0.031, same_top1=0.9375, images=16),
+        measurement("dense", 4.0, batch_size=8),
+        replace(measurement("fast", 1.0, batch_size=8, speedup=4.0), max_difference=0.5),
+        measurement("dense", 1.0, threads=1),
+        measurement("sparse", 2.0, threads=1, speedup=0.5),
+        measurement("sparse", 2.0, threads=4, speedup=1.5),
+    ]
+    assert winners(found) == [
+        "batch 1, 2 threads: fastest here: fast, 4.00 times dense; WARNING: its outputs differ from dense by up to "
+        "3.1% of the largest (same top-1 on 15 of 16 images); fastest with the outputs of dense: sparse, 2.00 times "
+        "dense",
+        "batch 8, 2 threads: fastest here: fast, 4.00 times dense; WARNING: its outputs differ from dense by up to "
+        "50.0% of the largest; fastest with the outputs of dense: dense",
+        "batch 1, 1 threads: fastest here: dense",
+        "batch 1, 4 threads: fastest here: sparse, 1.50 times dense",
+    ]
+
+
+def test_outputs_are_compared_on_each_image_once():
+    images = {"pixel_values": torch.arange(5)}
+    assert [each["pixel_values"].tolist() for each in make_batches(images, 2)] == [[0, 1], [2, 3], [4, 0]]
+    assert [each["pixel_values"].tolist() for each in make_batches(images, 7)] == [[0, 1, 2, 3, 4, 0, 1]]
+    dense = torch.tensor([[1.0, 2.0], [-4.0, 0.0]])
+    assert compare(dense + torch.tensor([[2.0, 0.0], [0.0, 0.0]]), dense) == (0.5, 0.5)
+    assert compare(torch.ones(2, 2), torch.zeros(2, 2)) == (1.0, 1.0)
+
+
+def test_images_that_are_given_are_those_that_are_compared(monkeypatch):
+    model = make_vit()
+    seen = []
+
+    class Wrong(module.Backend):
+        def __init__(self, subject):
+            super().__init__(subject)
+            seen.append(subject.images)
+
+        def start(self, threads):
+            call = super().start(threads)
+            return lambda inputs: call(inputs).roll(1, 1)
+
+    monkeypatch.setitem(BACKENDS, "wrong", Wrong)
+    images = {"pixel_values": torch.rand(3, 3, 32, 32)}
+    found, _ = benchmark(model, ["wrong"], [2], [1], runs=3, images=images)
+    assert seen == [images]
+    assert [(each.same_top1, each.images, each.batch_size) for each in found] == [(1, 3, 2), (0, 3, 2)]
+    with pytest.raises(CAPError, match="one image is too few"):
+        benchmark(model, [], [1], [1], images=make_example(model, 1))
+
+
+def test_without_a_head_there_is_no_top1():
+    found, _ = benchmark(make_vit().vit, ["dense_bf16"], [1], [1], runs=3)
+    assert [each.same_top1 for each in found] == [None, None]
+    assert found[1].max_difference > 0
+
+
 def test_a_backend_that_fails_is_reported_and_the_others_go_on(monkeypatch):
     class Broken(module.Backend):
         def start(self, threads):
             raise RuntimeError("\nno such device\nmore")
 
     class Missing(module.Backend):
-        def __init__(self, model, example):
+        def __init__(self, subject):
             raise CAPError("not installed")
 
     class Full(module.Backend):
-        def __init__(self, model, example):
+        def __init__(self, subject):
             raise OSError("no space\nleft on device")
 
     class Wrong(module.Backend):

@@ -24,8 +24,11 @@ from transformers import (
 
 from cap_hf import CAPCompressor, CAPConfig
 from cap_hf.collection.hardware import GPUS
+from cap_hf.targets import find_targets
 
 models = load_script("benchmarks/models.py")
+# What the sparse backend of a dtype is called, behind `sparse`.
+SUFFIXES = {"float32": "", "int8": "_int8"}
 
 
 @pytest.fixture(autouse=True)
@@ -127,11 +130,34 @@ def test_inference_has_a_row_for_every_setting(figures, monkeypatch):
         MODELS={"small": "vit-test"},
         make_vit=lambda name: models.make_vit(name, image_size=224, patch_size=56),
     )
-    assert [(row["model"], row["sparsity"], row["batch_size"]) for row in found["results"]] == [
-        ("small", sparsity, size) for sparsity in (0.5, 0.9) for size in (1, 2)
+    rows = found["results"]
+    assert {row["dtype"] for row in rows} == {"float32", "int8"}
+    float32 = [row for row in rows if row["dtype"] == "float32"]
+    assert [(row["model"], row["pattern"], row["sparsity"], row["batch_size"]) for row in float32] == [
+        ("small", pattern, sparsity, size)
+        for pattern in ("unstructured", "1x4")
+        for sparsity in (0.5, 0.9)
+        for size in (1, 2)
     ]
-    assert all(row["speedup_vs_torch"] > 0 and row["max_difference"] < 1e-3 for row in found["results"])
+    assert all(row["speedup_vs_torch"] > 0 and row["max_difference"] < 1e-3 for row in float32)
+    for row in rows:
+        # Neither a processor without bfloat16 nor an environment without NNCF ends the others.
+        assert not found["not_measured"].keys() - {"openvino_bf16", "openvino_int8"}
+        assert (row["speedup_vs_openvino_int8"] is None) == ("openvino_int8" in found["not_measured"])
+        assert row["speedup_vs_onnxruntime"] == pytest.approx(
+            row["milliseconds"]["onnxruntime"][0] / row["milliseconds"]["sparse" + SUFFIXES[row["dtype"]]][0]
+        )
+        assert row["same_top1"]["onnxruntime"] == 1
     assert found["config"]["fisher_block_size"] == 16
+
+
+def test_groups_are_zeroed_as_a_whole():
+    inference = load_script("benchmarks/inference.py")
+    model = inference.zero_groups(models.make_vit("vit-test"), 0.75)
+    for target in find_targets(model):
+        zeros = (target.weight == 0).view(-1, 4).sum(1)
+        assert set(zeros.tolist()) == {0, 4}
+        assert (zeros == 4).float().mean() == pytest.approx(0.75, abs=0.05)
 
 
 def test_checkpoint_measures_packing(figures):
