@@ -3,8 +3,8 @@
     python scripts/benchmarks/inference.py --json inference.json
 
 ViT-S/16 and ViT-B/16 at 224 pixels with random weights are pruned by CAP on random images: speed depends on where
-the zeros are, which the allocation decides, and not on what the model has learnt. In the pattern 1x4, groups of 4
-consecutive inputs of a row are zeroed at random. The dense models run in PyTorch, ONNX Runtime and OpenVINO, the latter
+the zeros are, which the allocation decides, and not on what the model has learnt; in the pattern 1x4 in blocks of 4
+consecutive inputs of a row. The dense models run in PyTorch, ONNX Runtime and OpenVINO, the latter
 two in int8 as well. Backends take turns within one run; a speed-up is the ratio of their medians, and null where the
 other was not measured. `results` in the file has an entry for every model, batch size, sparsity, pattern and dtype.
 """
@@ -12,6 +12,7 @@ other was not measured. `results` in the file has an entry for every model, batc
 import argparse
 import logging
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -54,15 +55,11 @@ def main() -> None:
         results.set(config=CONFIG.to_dict())
         for name in args.models:
             folder = (args.checkpoint_dir or Path(temporary)) / name
-            if "unstructured" in args.patterns:
-                results.measuring(f"pruning {name}")
-                prune(name, args.sparsities, folder)
             for pattern in args.patterns:
+                results.measuring(f"pruning {name}, {pattern}")
+                prune(name, pattern, args.sparsities, folder / pattern)
                 for sparsity in args.sparsities:
-                    if pattern == "unstructured":
-                        model = ViTForImageClassification.from_pretrained(folder / str(sparsity))
-                    else:
-                        model = zero_groups(make_vit(MODELS[name]), sparsity)
+                    model = ViTForImageClassification.from_pretrained(folder / pattern / str(sparsity))
                     measure(model, {"model": name, "sparsity": sparsity, "pattern": pattern}, args, results)
 
 
@@ -94,13 +91,14 @@ def measure(model: PreTrainedModel, what: dict, args: argparse.Namespace, result
         raise SystemExit(f"not everything can be measured: {missing}")
 
 
-def prune(name: str, sparsities: list[float], folder: Path) -> None:
-    """Save a model pruned by CAP's allocation to every sparsity that is not there yet."""
+def prune(name: str, pattern: str, sparsities: list[float], folder: Path) -> None:
+    """Save a model pruned by CAP's allocation to every sparsity that is not there yet, in single weights or blocks."""
     missing = [sparsity for sparsity in sparsities if not (folder / str(sparsity)).exists()]
     if not missing:
         return
     model = make_vit(MODELS[name])
-    compressor = CAPCompressor(model, CONFIG, disable_tqdm=True)
+    config = CONFIG if pattern == "unstructured" else replace(CONFIG, pattern=pattern)
+    compressor = CAPCompressor(model, config, disable_tqdm=True)
     compressor.collect(make_batches(8, 4))
     for sparsity in missing:
         compressor.prune(sparsity)
@@ -111,16 +109,6 @@ def layer_range(model: PreTrainedModel) -> list[float]:
     """Return the lowest and the highest sparsity of a target."""
     shares = [float((target.weight == 0).float().mean()) for target in find_targets(model)]
     return [min(shares), max(shares)]
-
-
-def zero_groups(model: PreTrainedModel, sparsity: float, size: int = 4) -> PreTrainedModel:
-    """Zero a share of the groups of `size` consecutive inputs of a row in every target, at random."""
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for target in find_targets(model):
-            groups = target.weight.view(-1, size)
-            groups[torch.rand(len(groups), generator=generator) < sparsity] = 0
-    return model
 
 
 def compare(here: dict[str, Measurement], backend: str) -> dict:
