@@ -96,7 +96,7 @@ def optimize_for_inference(
         raise CAPError(f"the sparse layers run on the CPU and the model is on {', '.join(sorted(devices))}: move it")
     linears = {name: linear for name, linear in linears.items() if linear.weight.dtype == torch.float32}
     if not linears:
-        raise CAPError("the sparse layers take weights in float32: load the model with dtype='float32'")
+        raise CAPError("the sparse layers compute in float32: load the model with dtype='float32'")
     kind = choose_kind(backend) if dtype == "float32" else int8_kind()
     if dtype == "int8":
         linears = {name: linear for name, linear in linears.items() if is_quantizable(linear.weight)}
