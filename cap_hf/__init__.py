@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         optimize_for_inference,
     )
     from cap_hf.inference.quantization import quantize_int8
+    from cap_hf.patterns import BlockPattern, NMPattern
     from cap_hf.recovery.gradual import GradualPruner
     from cap_hf.recovery.healing import heal
     from cap_hf.recovery.schedules import SparsitySchedule
@@ -37,6 +38,7 @@ __version__ = "0.1.0"
 
 # Where each public name is, for those who run the code; the imports above say the same to editors and type checkers.
 _HOMES = {
+    "BlockPattern": "cap_hf.patterns",
     "CAPCompressor": "cap_hf.compressor",
     "CAPConfig": "cap_hf.config",
     "CAPError": "cap_hf.errors",
@@ -63,6 +65,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "BlockPattern",
     "CAPCompressor",
     "CAPConfig",
     "CAPError",

@@ -34,6 +34,7 @@ from cap_hf.masks import count_zeros
 from cap_hf.method.fisher import BlockFisher
 from cap_hf.method.methods import METHODS
 from cap_hf.models import usable, usable_of_transformers
+from cap_hf.patterns import unit_of
 from cap_hf.report import PruneReport
 from cap_hf.targets import find_targets
 
@@ -148,7 +149,7 @@ class CAPCompressor:
 
     def check_sparsity(self, sparsity: float | None = None) -> None:
         """Raise the CAPError of `prune` about a sparsity that the model, as it is, cannot be pruned to; any time."""
-        zeros, total = count_zeros(self.targets)
+        zeros, total = count_zeros(self.targets, unit_of(self.config.structure))
         self.config.check_sparsity(sparsity, total, zeros)
 
     def _collection(self, dataloader: Batches) -> Collection:
@@ -179,7 +180,7 @@ class CAPCompressor:
     def prune(
         self, sparsity: float | None = None, allocation: str | None = None, selection: str | None = None
     ) -> PruneReport:
-        """Prune the model in place, from the weights it had at `collect`, to exactly this sparsity.
+        """Prune the model in place, from the weights it had at `collect`, to this sparsity, exact to the unit.
 
         Args:
             sparsity: share of all target weights that are 0 afterwards, in [0, 1); None for an N:M allocation.
@@ -200,8 +201,7 @@ class CAPCompressor:
     ) -> Iterator[PruneReport]:
         """Prune the model as `prune` does, to one sparsity after the other, and yield the report of each.
 
-        Sums that did not fit into memory are collected anew once for `prunes` of them together. Between two the model
-        may be refitted or trained.
+        Sums that did not fit into memory are collected anew once for `prunes` of them. In between the model may learn.
         """
         paths, config = self._collected_paths(), with_changes(self.config, allocation, selection)
         for sparsity, pruned, losses in solve_each(paths, config, sparsities, self.progress, self.afterwards.prunes):

@@ -26,10 +26,11 @@ def is_number(value: object) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool)
 
 
-def check_type(name: str, value: object, kind: type, advice: str) -> None:
-    """Raise a CAPError that names an argument, unless its value is None or of a type."""
+def check_type(name: str, value: object, kind: type | tuple[type, ...], advice: str) -> None:
+    """Raise a CAPError that names an argument, unless its value is None or of a type, or one of several."""
     if value is not None and not isinstance(value, kind):
-        raise CAPError(f"{name}={value!r:.80} is of type {type(value).__name__} and no {kind.__name__}: {advice}")
+        kinds = " or ".join(each.__name__ for each in (kind if isinstance(kind, tuple) else (kind,)))
+        raise CAPError(f"{name}={value!r:.80} is of type {type(value).__name__} and no {kinds}: {advice}")
 
 
 @dataclass(frozen=True)
@@ -57,8 +58,10 @@ class CAPConfig:
     pattern: str | None = field(
         default=None,
         metadata={
-            "help": "1x2, 1x4 or 1x8: remove blocks of so many consecutive inputs of a row, which sparse int8 kernels "
-            "multiply at once. Default: single weights."
+            "help": "Remove blocks of so many consecutive inputs of a row as a whole; int8 kernels multiply 1x4 at "
+            "once. "
+            "Default: single weights.",
+            "choices": tuple(BLOCK_PATTERNS),
         },
     )
     selection: str = field(
@@ -206,10 +209,10 @@ class CAPConfig:
         nm = self.nm
         if self.pattern is None:
             return nm
-        if self.pattern not in BLOCK_PATTERNS:
+        if not isinstance(self.pattern, str) or self.pattern not in BLOCK_PATTERNS:
             raise CAPError(f"pattern={self.pattern!r} is not one of {', '.join(BLOCK_PATTERNS)}")
         if nm is not None:
-            raise CAPError(f"allocation={nm} has a pattern of its own: leave out pattern={self.pattern}")
+            raise CAPError(f"allocation={nm} has a pattern of its own: it does not go with pattern={self.pattern}")
         return BLOCK_PATTERNS[self.pattern]
 
     @property
@@ -228,7 +231,7 @@ class CAPConfig:
         Args:
             sparsity: None for the pattern's.
             total: weights of all targets.
-            zeros: of them that are 0 already.
+            zeros: of them that are 0 already, of units of several weights those in units that are 0 as a whole.
 
         Raises:
             CAPError: it is no number, out of range, below the model's, or not the pattern's.

@@ -37,10 +37,15 @@ def verify_masks(targets: Sequence[Target], masks: Mapping[str, torch.Tensor]) -
         )
 
 
-def count_zeros(targets: Sequence[Target]) -> tuple[int, int]:
-    """Return how many weights of the targets are 0, and how many there are."""
-    weights = [target.weight.detach() for target in targets]
-    return sum(int((weight == 0).sum()) for weight in weights), sum(weight.numel() for weight in weights)
+def count_zeros(targets: Sequence[Target], unit: int = 1) -> tuple[int, int]:
+    """Return how many weights of the targets are in units, of so many, that are 0 as a whole, and how many there are."""
+    blocks = [target.to_blocks(target.weight.detach()) for target in targets]
+    return sum(unit * int(zero_units(each, unit).sum()) for each in blocks), sum(each.numel() for each in blocks)
+
+
+def zero_units(weights: torch.Tensor, unit: int) -> torch.Tensor:
+    """Return which units of so many weights of blocks `(n, B)` are 0 as a whole, `(n, B / unit)` bool."""
+    return (weights == 0).unflatten(1, (-1, unit)).all(dim=2)
 
 
 def target_sparsity(targets: Sequence[Target]) -> float:

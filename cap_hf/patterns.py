@@ -6,28 +6,10 @@ from cap_hf.errors import CAPError
 
 
 @dataclass(frozen=True)
-class Pattern:
-    """A rule for `m` consecutive input channels of a row.
-
-    Attributes:
-        m: how many.
-    """
+class BlockPattern:
+    """Each `m` consecutive input channels of a row are 0 together or stay together, whatever they are: 1xM blocks."""
 
     m: int
-
-    @property
-    def unit(self) -> int:
-        """Return how many weights are removed together."""
-        return 1
-
-    def steps(self, size: int) -> int:
-        """Return how many removals `size` consecutive weights have; M divides `size`."""
-        raise NotImplementedError
-
-
-@dataclass(frozen=True)
-class BlockPattern(Pattern):
-    """Each `m` consecutive input channels of a row are 0 together or stay together, whatever they are: 1xM blocks."""
 
     @property
     def unit(self) -> int:
@@ -45,15 +27,17 @@ class BlockPattern(Pattern):
 BLOCK_PATTERNS = {str(pattern): pattern for pattern in (BlockPattern(2), BlockPattern(4), BlockPattern(8))}
 
 
-@dataclass(frozen=True, init=False)
-class NMPattern(Pattern):
+@dataclass(frozen=True)
+class NMPattern:
     """At most `n` weights that are not 0 in every `m` consecutive input channels of a row."""
 
     n: int
+    m: int
 
-    def __init__(self, n: int, m: int) -> None:
-        object.__setattr__(self, "n", n)
-        object.__setattr__(self, "m", m)
+    @property
+    def unit(self) -> int:
+        """Return how many weights are removed together."""
+        return 1
 
     @property
     def sparsity(self) -> float:
@@ -73,6 +57,9 @@ class NMPattern(Pattern):
 
     def __str__(self) -> str:
         return f"{self.n}:{self.m}"
+
+
+Pattern = NMPattern | BlockPattern
 
 
 def unit_of(pattern: Pattern | None) -> int:

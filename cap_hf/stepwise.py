@@ -9,6 +9,7 @@ from cap_hf.config import CAPConfig, check_type
 from cap_hf.errors import CAPError
 from cap_hf.masks import count_zeros
 from cap_hf.method.methods import METHODS
+from cap_hf.patterns import unit_of
 from cap_hf.report import PruneReport
 
 
@@ -26,6 +27,12 @@ def steps_towards(sparsity: float, num_recomputations: int, start: float = 0.0) 
     """
     steps = [1 - (1 - sparsity) * 2**step for step in range(num_recomputations, 0, -1)]
     return [*(step for step in steps if step > start), sparsity]
+
+
+def start_of(compressor: CAPCompressor) -> float:
+    """Return the sparsity that steps begin with: the share of units that are 0 as a whole."""
+    zeros, total = count_zeros(compressor.targets, unit_of(compressor.config.structure))
+    return zeros / total
 
 
 def check_steps(config: CAPConfig, num_recomputations: int, refits: bool) -> None:
@@ -91,11 +98,11 @@ def _steps(
 ) -> Iterator[PruneReport]:
     model = compressor.model
     dense = {name: value.clone() for name, value in model.state_dict().items()} if len(sparsities) > 1 else None
-    zeros, total = count_zeros(compressor.targets)
+    start = start_of(compressor)
     for sparsity in sparsities:
         if dense is not None:
             model.load_state_dict(dense)
-        *before, last = steps_towards(sparsity, num_recomputations, zeros / total)
+        *before, last = steps_towards(sparsity, num_recomputations, start)
         for step in before:
             _collect(compressor, dataloader).prune(step)
             if compressor.afterwards.refits:

@@ -13,7 +13,7 @@ from torch import nn
 from cap_hf.config import check_type
 from cap_hf.errors import CAPError
 from cap_hf.models import check_adapters
-from cap_hf.patterns import BlockPattern, Pattern
+from cap_hf.patterns import BlockPattern, NMPattern, Pattern
 from cap_hf.towers import tower_of
 
 logger = logging.getLogger(__name__)
@@ -131,7 +131,7 @@ def find_targets(
             the block size is no size, or the model has adapters of PEFT, whose weights are no layers of their own.
     """
     check_type("model", model, nn.Module, "load one first")
-    check_type("pattern", pattern, Pattern, "pass such as NMPattern(2, 4)")
+    check_type("pattern", pattern, (NMPattern, BlockPattern), "pass such as NMPattern(2, 4)")
     for name, patterns in (("include", include), ("exclude", exclude)):
         check_type(name, patterns, Sequence, "pass a list of patterns, such as ['*.mlp.*']")
     check_adapters(model)
@@ -163,7 +163,7 @@ def find_targets(
         if not chosen:
             raise CAPError(f"{pattern} divides the input channels of no target: {summarize(odd)}")
         if odd:
-            warn_of_odd(str(pattern), tuple(odd))
+            warn_of_odd(str(pattern), tuple(odd), id(model))
     sharing = twins_of(model, chosen)
     return [
         Target(name, module, fit_block_size(name, module, block_size, pattern), index, sharing[name])
@@ -172,9 +172,11 @@ def find_targets(
 
 
 @functools.cache
-def warn_of_odd(pattern: str, names: tuple[str, ...]) -> None:
-    """Log, once per model, which targets blocks leave out."""
-    logger.warning("Left dense, because %s does not divide their input channels: %s", pattern, summarize(names, 3))
+def warn_of_odd(pattern: str, names: tuple[str, ...], model: int) -> None:
+    """Log, once per model, by its `id`, which targets blocks leave out."""
+    logger.warning(
+        "Left as they are, because %s does not divide their input channels: %s", pattern, summarize(names, 3)
+    )
 
 
 def left_alone(model: nn.Module, targets: Sequence[Target]) -> dict[str, str]:

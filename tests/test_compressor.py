@@ -457,7 +457,10 @@ def test_statistics_of_batch_norm_that_do_not_fit_are_as_before():
         (lambda model: CAPCompressor(model, dtype="bfloat16"), "^dtype='bfloat16' is of type str and no dtype"),
         (lambda model: CAPCompressor(model).collect([], "x"), "^checkpointing='x' is of type str and no Checkpointing"),
         (lambda model: find_targets("vit"), "^model='vit' is of type str and no Module"),
-        (lambda model: find_targets(model, pattern="2:4"), "^pattern='2:4' is of type str and no Pattern"),
+        (
+            lambda model: find_targets(model, pattern="2:4"),
+            "^pattern='2:4' is of type str and no NMPattern or Block",
+        ),
         (lambda model: find_targets(model, include=3), "^include=3 is of type int and no Sequence"),
         (lambda model: find_targets(model, None), "^block_size=None is neither 'row' nor a number"),
         (lambda model: push_to_hub(None, "a/b"), "^None is no name of a checkpoint's folder"),

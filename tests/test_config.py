@@ -12,7 +12,7 @@ def test_round_trip(tmp_path):
     assert config.fisher_block_size == 192
     assert config.nm.sparsity == 0.5
     assert str(CAPConfig(pattern="1x4").structure) == "1x4"
-    with pytest.raises(CAPError, match="allocation=2:4 has a pattern of its own"):
+    with pytest.raises(CAPError, match="allocation=2:4 has a pattern of its own: it does not go with pattern=1x4"):
         CAPConfig(allocation="2:4", pattern="1x4")
     with pytest.raises(CAPError, match="no field speed"):
         CAPConfig.from_dict({"speed": 1})
@@ -29,6 +29,7 @@ def test_round_trip(tmp_path):
         ("pattern", "1x3"),
         ("pattern", "4"),
         ("pattern", 4),
+        ("pattern", ["1x4"]),
         ("fisher_loss", "exact"),
         ("weight_update", "some"),
         ("num_grads", 0),

@@ -113,3 +113,17 @@ def test_all_steps_have_the_blocks_of_the_first(monkeypatch):
         sizes.append(compressor.plan.block_size)
     assert sizes == ["row", "row"]
     assert compressor.config.fisher_block_size == "row"
+
+
+@pytest.mark.parametrize(("start", "target", "pattern"), [(0.7, 0.9, "1x4"), (0.6, 0.9, "1x8"), (0.5, 0.5, "1x2")])
+def test_steps_of_blocks_begin_with_single_zeros(start, target, pattern):
+    """These stay and come on top: the next step may find more zeros than the one before was asked for."""
+    model = build("ViT")
+    CAPCompressor(model, CAPConfig(method="magnitude")).prune(start)
+    batches = random_batches(model, 8, sizes=(8, 8))
+    compressor = CAPCompressor(model, CAPConfig(num_grads=16, pattern=pattern))
+    (report,) = prune_in_steps(compressor, batches, [target], 2)
+    size = int(pattern[2:])
+    blocks = sum(layer.num_weights for layer in report.layers) // size
+    assert sum(layer.zero_blocks[pattern] for layer in report.layers) == round(target * blocks)
+    assert report.sparsity >= target

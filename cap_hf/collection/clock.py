@@ -18,11 +18,14 @@ from cap_hf.collection.running import Batch, frozen
 from cap_hf.config import CAPConfig
 from cap_hf.method.methods import METHODS
 from cap_hf.method.panels import PANEL
+from cap_hf.patterns import unit_of
 
 # Of the stated rates, what is taken to be reached: of arithmetic in matrix products of a model's sizes, and of memory.
 REACHED, READ = 0.4, 0.6
 # Seconds of a kernel's launch, and how many a panel of the elimination has (docs/scaling.md).
 LAUNCH, LAUNCHES = 5e-6, 32
+# Kernels of each of a panel's steps where weights go in units of several: there is no kernel for all of them.
+UNIT_LAUNCHES = 30
 # Seconds that a step waits for the one before it, and how many blocks of a batch wait side by side.
 STEP, SIDE_BY_SIDE = 3e-6, 100
 # Bytes that a GPU's libraries take before anything else.
@@ -98,9 +101,10 @@ class PaperClock(Clock):
 
     def trials(self, config: CAPConfig) -> Trials:
         """Return what blocks take on paper."""
-        return Trials(self.block_seconds)
+        unit = unit_of(config.structure)
+        return Trials(lambda size: self.block_seconds(size, unit))
 
-    def block_seconds(self, size: int) -> tuple[float, float]:
+    def block_seconds(self, size: int, unit: int = 1) -> tuple[float, float]:
         """Return the seconds of a block's elimination in float32, and of its reconstruction in float64."""
         gpu, cube = self.hardware, float(size) ** 3
         arithmetic = (INVERSION + PANELS) * cube / (gpu.float32 * REACHED)
@@ -108,7 +112,8 @@ class PaperClock(Clock):
         moved = 4 * (COPIES * cube / (3 * PANEL) + PANEL * float(size) ** 2 / 4) / (gpu.bandwidth * READ)
         # All blocks of a batch share the launches of its panels.
         batch = max(1, solver.MOST_DEVICE_BYTES // (8 * size**2))
-        waited = LAUNCH * LAUNCHES * math.ceil(size / PANEL) + STEP * size * math.ceil(batch / SIDE_BY_SIDE)
+        launches = LAUNCHES if unit == 1 else UNIT_LAUNCHES * PANEL
+        waited = LAUNCH * launches * math.ceil(size / PANEL) + STEP * size * math.ceil(batch / SIDE_BY_SIDE)
         eliminated = arithmetic + moved + waited / batch
         return eliminated, SOLVE * cube / (gpu.float64 * REACHED)
 

@@ -7,18 +7,16 @@ import torch
 from torch import nn
 
 from cap_hf.checkpoints.form import check_range, round_weights, too_large
-from cap_hf.collection.precision import matmul_precision
 from cap_hf.collection.progress import Progress
 from cap_hf.collection.removal_paths import RemovalPaths, Tensors
 from cap_hf.config import CAPConfig
-from cap_hf.patterns import Pattern
+from cap_hf.patterns import Pattern, unit_of
 
 
 def eliminate(paths: RemovalPaths, pattern: Pattern | None, progress: Progress) -> None:
     """Find the removal paths of a pattern, unless they are there; errors as of `RemovalPaths.eliminate`."""
     if not paths.is_eliminated(pattern):
-        with matmul_precision(torch.float32):
-            paths.eliminate(pattern, partial(progress.phase, "eliminating", "block"))
+        paths.eliminate(pattern, partial(progress.phase, "eliminating", "block"))
 
 
 def solve_each(
@@ -38,7 +36,7 @@ def solve_each(
     Raises:
         CAPError: a sparsity is out of range, below the model's, or not the N:M pattern's; a block cannot be solved for.
     """
-    zeros = paths.count_zeros()
+    zeros = paths.count_zeros(unit_of(config.structure))
     exact = [config.check_sparsity(sparsity, paths.num_weights, zeros) for sparsity in sparsities]
     eliminate(paths, config.structure, progress)
     step = 1 if paths.recollection is None else at_once

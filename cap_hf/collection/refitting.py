@@ -31,7 +31,8 @@ from cap_hf.collection.solver import default_batch_bytes
 from cap_hf.config import CAPConfig
 from cap_hf.distributed.processes import Processes
 from cap_hf.errors import CAPError
-from cap_hf.method.allocation import allocate, path_losses, removed_mask, zero_units
+from cap_hf.masks import zero_units
+from cap_hf.method.allocation import allocate, path_losses, removed_mask
 from cap_hf.method.inverses import NotInvertibleError
 from cap_hf.method.methods import METHODS
 from cap_hf.method.panels import LostPivotError, num_steps

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import torch
 
+from cap_hf.collection.precision import matmul_precision
 from cap_hf.collection.recollection import Recollection
 from cap_hf.collection.running import Remembered
 from cap_hf.collection.shares import block_shares, own_blocks
@@ -12,8 +13,9 @@ from cap_hf.collection.solver import Solver, order_dtype, work_of
 from cap_hf.config import CAPConfig
 from cap_hf.distributed.processes import Processes
 from cap_hf.errors import CAPError
-from cap_hf.method.allocation import allocate_global, allocate_uniform, path_losses, zero_units
-from cap_hf.patterns import Pattern, unit_of
+from cap_hf.masks import zero_units
+from cap_hf.method.allocation import allocate_global, allocate_uniform, path_losses
+from cap_hf.patterns import NMPattern, Pattern, unit_of
 from cap_hf.targets import Target, fit_block_size
 
 Tensors = MutableMapping[str, torch.Tensor]
@@ -78,10 +80,10 @@ class RemovalPaths:
         """Return what the blocks of some targets take to solve, in the measure of `work_of`."""
         return sum(work_of(target, len(self.weights[target.name])) for target in targets)
 
-    def count_zeros(self) -> int:
-        """Return how many of all processes' weights are 0 already."""
-        own = sum(int((self.weights[target.name] == 0).sum()) for target in self.targets)
-        return sum(zeros for (zeros,) in self.processes.gather_ints(own))
+    def count_zeros(self, unit: int = 1) -> int:
+        """Return how many of all processes' weights are 0 already, in units of so many that are 0 as a whole."""
+        own = sum(int(zero_units(self.weights[target.name], unit).sum()) for target in self.targets)
+        return unit * sum(zeros for (zeros,) in self.processes.gather_ints(own))
 
     def is_eliminated(self, pattern: Pattern | None) -> bool:
         """Return whether the paths of a pattern are there."""
@@ -141,7 +143,9 @@ class RemovalPaths:
             self.recollection.load(number)
 
     def _eliminate(self, target: Target, advance: Advance) -> None:
-        found = self.solver.eliminate(target, self.weights[target.name], self._pattern, advance)
+        # Around this alone: what the model computes is the user's to choose.
+        with matmul_precision(torch.float32):
+            found = self.solver.eliminate(target, self.weights[target.name], self._pattern, advance)
         self.orders[target.name] = found.order
         self.losses[target.name] = found.losses
 
@@ -150,7 +154,7 @@ class RemovalPaths:
 
         Args:
             config: for the allocation and the selection.
-            sparsity: share of all targets' weights that are 0 afterwards.
+            sparsity: share of all targets' units that are 0 afterwards.
         """
         names = [target.name for target in self.targets]
         if config.nm is not None:
@@ -226,7 +230,7 @@ def check_pattern(targets: Sequence[Target], pattern: Pattern | None) -> None:
         if target.block_size % pattern.m:
             raise CAPError(
                 f"{target.name} was collected in blocks of {target.block_size}, which {pattern} does not divide: "
-                f"collect with {pattern}"
+                f"collect with {'allocation' if isinstance(pattern, NMPattern) else 'pattern'}='{pattern}'"
             )
 
 

@@ -78,7 +78,7 @@ def prune(
     from cap_hf.masks import target_sparsity
     from cap_hf.method.methods import METHODS
     from cap_hf.report import Phases
-    from cap_hf.stepwise import check_steps, prune_in_steps, steps_towards
+    from cap_hf.stepwise import check_steps, prune_in_steps, start_of, steps_towards
     from cap_hf.targets import left_alone
 
     if args.disable_tqdm:
@@ -103,7 +103,7 @@ def prune(
         compressor = CAPCompressor(model, config, accelerator, args.disable_tqdm, resources, prunes, form.dtype, refits)
         for sparsity in sparsities:
             compressor.check_sparsity(sparsity)
-        sparsity_dense = target_sparsity(compressor.targets)
+        sparsity_dense, start = target_sparsity(compressor.targets), start_of(compressor)
         examples = calibration_split(splits["train"], num_examples, config.seed)
         calibration = image_dataset(examples, image_processor, model, data_args)
         if config.fisher_loss == "labels":
@@ -132,7 +132,7 @@ def prune(
         if args.recalibrate_batch_norm and not norms:
             raise CAPError(f"{type(model).__name__} has no batch norm: leave --recalibrate_batch_norm out")
         recalibrate = bool(norms) if args.recalibrate_batch_norm is None else args.recalibrate_batch_norm
-    steps = [steps_towards(sparsity, args.num_recomputations, sparsity_dense) for sparsity in sparsities]
+    steps = [steps_towards(sparsity, args.num_recomputations, start) for sparsity in sparsities]
     if args.dry_run:
         evaluated = len(splits["eval"]) + len(splits.get("bank", ())) if args.do_eval else 0
         collections = sum(len(each) for each in steps) if args.num_recomputations else 1

@@ -61,7 +61,7 @@ def allocate(
         holders: of the paths; None where they are all here.
 
     Returns:
-        For each target `(n_blocks,)` int64: how many weights each block gives up. They sum to the quotas.
+        For each target `(n_blocks,)` int64: how many units each block gives up. They sum to the quotas.
     """
     holders = holders or Alone()
     paths = [path for group in groups for path in group]
@@ -120,8 +120,8 @@ def allocate_uniform(
 
     Args:
         paths: as for `allocate`.
-        sizes: the number of weights of each target.
-        sparsity: of all targets together, exact to the weight.
+        sizes: the number of units of each target.
+        sparsity: of all targets together, exact to the unit.
         holders: as for `allocate`.
     """
     holders = holders or Alone()
@@ -169,8 +169,3 @@ def removed_mask(order: torch.Tensor, counts: torch.Tensor, size: int, unit: int
     first = torch.arange(order.shape[1], device=order.device) < counts[:, None]
     units = torch.zeros(len(order), size // unit, dtype=torch.bool, device=order.device).scatter_(1, order, first)
     return units.repeat_interleave(unit, dim=1)
-
-
-def zero_units(weights: torch.Tensor, unit: int) -> torch.Tensor:
-    """Return which units of so many weights of blocks `(n, B)` are 0 as a whole, `(n, B / unit)` bool."""
-    return (weights == 0).unflatten(1, (-1, unit)).all(dim=2)

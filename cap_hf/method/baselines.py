@@ -2,7 +2,7 @@
 
 import torch
 
-from cap_hf.method.allocation import zero_units
+from cap_hf.masks import zero_units
 from cap_hf.method.panels import Elimination
 from cap_hf.method.steps import unit_costs
 from cap_hf.patterns import NMPattern, Pattern, unit_of

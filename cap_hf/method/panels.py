@@ -60,7 +60,8 @@ def eliminate_in_torch(
     `cap_hf.method.elimination.eliminate`.
 
     Args:
-        remove: does the steps of a panel; None for the fastest that this device is known to do right.
+        remove: does the steps of a panel; None for the fastest that this device is known to do right. Of units of
+            several weights PyTorch always does them.
     """
     n, size = weights.shape
     unit, (group, limit) = unit_of(pattern), group_of(pattern)

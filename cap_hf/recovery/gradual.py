@@ -17,6 +17,7 @@ from cap_hf.data.arguments import DataArguments
 from cap_hf.data.images import ImageDataset, calibration_split, make_dataloader
 from cap_hf.errors import CAPError
 from cap_hf.masks import count_zeros
+from cap_hf.patterns import unit_of
 from cap_hf.recovery.schedules import SparsitySchedule
 from cap_hf.report import PruneReport
 from cap_hf.targets import find_targets
@@ -89,7 +90,7 @@ class GradualPruner:
                 except CAPError as error:
                     only = f"--allocation {pattern} goes with --sparsity_schedule {pattern.sparsity:.10g} alone"
                     raise CAPError(f"{only}: {error}") from error
-        schedule.check_start(*count_zeros(targets))
+        schedule.check_start(*count_zeros(targets, unit_of(config.structure)))
 
     def __call__(self, model: PreTrainedModel, sparsity: float, accelerator: Accelerator) -> PruneReport:
         """Prune the model in place.

@@ -10,7 +10,7 @@ from support.short_memory import loader, squeeze, sums_of
 
 from cap_hf import CAPCompressor, CAPConfig, CAPError
 from cap_hf.collection.gradient_sums import GradientSums
-from cap_hf.collection.removal_paths import RemovalPaths
+from cap_hf.collection.solver import Solver
 from cap_hf.method.sums import SymmetricSums
 from cap_hf.targets import find_targets
 
@@ -216,17 +216,22 @@ def test_what_is_too_large_for_the_dtype_changes_nothing():
     assert_equal([weights_of(model)], [before])
 
 
-def test_elimination_multiplies_in_float32_whatever_was_set(monkeypatch):
-    """After `--tf32` its products had three digits on CUDA."""
-    matmul, seen, eliminate = torch.backends.cuda.matmul, [], RemovalPaths.eliminate
-    monkeypatch.setattr(
-        RemovalPaths, "eliminate", lambda *args: (seen.append(matmul.fp32_precision), eliminate(*args))[1]
-    )
+def test_elimination_alone_multiplies_in_float32_whatever_was_set(monkeypatch):
+    """After `--tf32` its products had three digits on CUDA; the model's passes, also those in between, stay in TF32."""
+    matmul, seen = torch.backends.cuda.matmul, {"eliminating": set(), "collecting": set()}
+
+    def noting(phase, call):
+        return lambda *args: (seen[phase].add(matmul.fp32_precision), call(*args))[1]
+
+    monkeypatch.setattr(Solver, "eliminate", noting("eliminating", Solver.eliminate))
     model, before = build("ViT"), matmul.fp32_precision
-    compressor = CAPCompressor(model, CAPConfig(num_grads=8)).collect(loader(model, 8, batch_size=8))
+    model.vit.layers[0].register_forward_hook(noting("collecting", lambda *args: None))
+    squeeze(monkeypatch, 1.0, True, block_size="row")
     matmul.fp32_precision = "tf32"
     try:
+        compressor = CAPCompressor(model, CAPConfig(num_grads=24)).collect(loader(model, 24, batch_size=8))
         compressor.prune(0.5)
     finally:
         matmul.fp32_precision = before
-    assert seen == ["ieee"]
+    assert compressor.plan.recollects
+    assert seen == {"eliminating": {"ieee"}, "collecting": {"tf32"}}
