@@ -38,7 +38,7 @@ def verify_masks(targets: Sequence[Target], masks: Mapping[str, torch.Tensor]) -
 
 
 def count_zeros(targets: Sequence[Target], unit: int = 1) -> tuple[int, int]:
-    """Return how many weights of the targets are in units, of so many, that are 0 as a whole, and how many there are."""
+    """Return how many weights lie in units of so many that are 0 as a whole, and how many weights the targets have."""
     blocks = [target.to_blocks(target.weight.detach()) for target in targets]
     return sum(unit * int(zero_units(each, unit).sum()) for each in blocks), sum(each.numel() for each in blocks)
 
