@@ -14,7 +14,8 @@ from cap_hf.errors import CAPError
 from cap_hf.extras import need
 from cap_hf.inference.example import Inputs
 from cap_hf.inference.export import ONNX_NAME, prepare, write_checked
-from cap_hf.inference.optimize import optimize_for_inference, resident_bytes
+from cap_hf.inference.linear import resident_bytes
+from cap_hf.inference.optimize import optimize_for_inference
 from cap_hf.inference.post_training import has_attention, need_nncf, quantize_onnx, quantize_openvino
 from cap_hf.towers import MainOutput
 

@@ -252,16 +252,18 @@ def describe(each: Measurement) -> str:
 
 
 def losses(found: list[Measurement]) -> list[str]:
-    """Return a line for every setting in which something dense was faster than the fastest sparse backend."""
+    """Return a line for all that is dense and was faster than the fastest sparse backend, exact or in int8."""
     lines = []
-    for size, threads in dict.fromkeys((each.batch_size, each.threads) for each in found):
+    settings = dict.fromkeys((each.batch_size, each.threads, "int8" in each.backend) for each in found)
+    for size, threads, int8 in settings:
         here = [each for each in found if (each.batch_size, each.threads) == (size, threads)]
-        sparse = min((each for each in here if "sparse" in each.backend), key=lambda each: each.seconds, default=None)
-        if sparse is None:
+        ours = [each for each in here if "sparse" in each.backend and ("int8" in each.backend) == int8]
+        if not ours:
             continue
+        sparse = min(ours, key=lambda each: each.seconds)
         faster = [each for each in here if "sparse" not in each.backend and each.seconds < sparse.seconds]
         lines += [
-            f"batch {size}, {threads} threads: sparse loses to {each.backend}, "
+            f"batch {size}, {threads} threads: {sparse.backend} loses to {each.backend}, "
             f"which is {sparse.seconds / each.seconds:.2f} times as fast"
             for each in sorted(faster, key=lambda each: each.seconds)
         ]

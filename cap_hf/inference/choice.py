@@ -101,6 +101,8 @@ def fastest_kind(linear: nn.Linear, tokens: int) -> Kind | None:
     rows, cols = weight.shape
     zeros = functional.pad(weight == 0, (0, -cols % WORD), value=True)
     sparsity = 1 - int(torch.count_nonzero(weight)) / weight.numel()
+    if sparsity < LEAST_SPARSITY:
+        return None
     empty_words = float(zeros.view(rows, -1, WORD).all(dim=2).float().mean())
     steps, word_steps = (int(share / STEP + 1e-9) for share in (sparsity, min(sparsity, empty_words)))
     return measured_kind(rows, cols, tokens, steps, word_steps, linear.bias is not None, torch.get_num_threads())
@@ -116,11 +118,10 @@ def measured_kind(
     quantized: list[Kind] = [SparseInt8Linear, *([DenseInt8Linear] if has_dense_int8() else [])]
     kinds = exact + quantized
     seconds = dict(zip(kinds, measure([kind(dense) if kind else dense for kind in kinds], tokens, cols), strict=True))
-    best: Kind | None = None
-    for kind in (min(exact, key=lambda each: seconds[each]), min(quantized, key=lambda each: seconds[each])):
-        if seconds[kind] < MARGIN * seconds[best]:
-            best = kind
-    return best
+    fastest_exact, fastest_int8 = (min(each, key=lambda kind: seconds[kind]) for each in (exact, quantized))
+    if seconds[fastest_int8] < MARGIN * seconds[fastest_exact]:
+        return fastest_int8
+    return fastest_exact if seconds[fastest_exact] < MARGIN * seconds[None] else None
 
 
 def is_semi_structured_faster(linear: nn.Linear, tokens: int) -> bool:

@@ -65,17 +65,19 @@ class DenseInt8Linear(SparseWeightLinear):
     zero_points: torch.Tensor
 
     def store(self, weight: torch.Tensor) -> None:
-        quantized, scales = quantize_rows(weight.cpu().float())
+        # The library takes a tensor's memory as it lies.
+        quantized, scales = quantize_rows(weight.cpu().float().contiguous())
         # In a layout of oneDNN's own, which is no buffer: `Module.to` cannot move it, nor need it.
         self.packed = torch.ops.onednn.qlinear_prepack(quantized, None)
         self.register_buffer("scales", scales, persistent=False)
         self.register_buffer("zero_points", torch.zeros(len(scales), dtype=torch.int64), persistent=False)
 
     def dense_weight(self) -> torch.Tensor:
-        return self.packed.to_dense().t() * self.scales[:, None]
+        return self.packed.to_dense().t().contiguous() * self.scales[:, None]
 
-    def weight_bytes(self) -> int:
-        return super().weight_bytes() + self.packed.numel()
+    @property
+    def extra_bytes(self) -> int:
+        return self.packed.numel()
 
     # A tensor in oneDNN's layout can be neither copied nor pickled: its numbers can.
     def __getstate__(self) -> dict[str, Any]:
@@ -108,13 +110,15 @@ def multiply_dense(
         zero_points: int64 `(rows,)`, all 0.
         bias: `(rows,)`.
     """
-    quantized, of_tokens = quantize_tokens(x)
+    if x.dim() == 0 or x.shape[-1] != packed.shape[0]:
+        raise RuntimeError(f"dense int8: x has shape {tuple(x.shape)}, its last size must be {packed.shape[0]}")
+    quantized, of_tokens = quantize_tokens(x.reshape(-1, x.shape[-1]))
     # Of inputs that have one scale, 1, and are stored plus 128; the tokens' own scales come after it.
     y = torch.ops.onednn.qlinear_pointwise(
         quantized, 1.0, 128, packed, scales, zero_points, None, 1.0, 0, torch.float32, "none", [], ""
     )
     y = y.mul_(of_tokens) if bias is None else torch.addcmul(bias.float(), y, of_tokens)
-    return y.to(x.dtype)
+    return y.to(x.dtype).view(*x.shape[:-1], -1 if x.numel() else len(scales))
 
 
 torch.library.define(
@@ -129,6 +133,14 @@ torch.library.impl("cap_hf::dense_int8_linear", ("CPU", "MkldnnCPU"), multiply_d
 def fake_dense_int8_linear(x: torch.Tensor, *args: torch.Tensor) -> torch.Tensor:
     """Return an empty output of the operator: `x (..., cols)` -> `(..., rows)`, in x's dtype."""
     return x.new_empty((*x.shape[:-1], args[1].shape[0]))
+
+
+def refuse_backward(*args: Any) -> None:
+    """Raise an error, as the kernels' operators do: a compiled backward pass would leave the layer's part out."""
+    raise NotImplementedError("cap_hf::dense_int8_linear is for inference only: it has no derivative")
+
+
+torch.library.register_autograd("cap_hf::dense_int8_linear", refuse_backward)
 
 
 @functools.cache

@@ -14,8 +14,8 @@ from cap_hf.inference.packing import SLICE, lay_out, places
 
 WORD = 4  # int8 numbers in a word
 LARGEST = 127  # of an int8 number: -128 is left out, so that every number has its negative
-# Columns of a row, at most: a sum of more products of 127 and 127 may not fit into 32 bits.
-MOST_COLS = (2**31 - 1) // LARGEST**2
+# Columns of a row, at most: partial sums of more products of an input, up to 255 - 127, and 127 may not fit 32 bits.
+MOST_COLS = (2**31 - 1) // (128 * LARGEST)
 
 
 @dataclass(frozen=True)

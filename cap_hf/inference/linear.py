@@ -48,7 +48,12 @@ class SparseWeightLinear(nn.Module):
 
     def weight_bytes(self) -> int:
         """Return the bytes that the weight and its index take in memory."""
-        return sum(buffer.numel() * buffer.element_size() for buffer in self.buffers())
+        return self.extra_bytes + sum(buffer.numel() * buffer.element_size() for buffer in self.buffers())
+
+    @property
+    def extra_bytes(self) -> int:
+        """Return the bytes of what is neither a parameter nor a buffer."""
+        return 0
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
@@ -79,11 +84,11 @@ class SparseWeightLinear(nn.Module):
         super()._load_from_state_dict(rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
 
     def _apply(self, fn: Callable, recurse: bool = True) -> nn.Module:
-        super()._apply(fn, recurse)
-        # `.half()` and the like change the dtype of inputs and outputs; the kernel computes in float32.
+        # `.half()` and the like change the dtype of inputs and outputs; the kernel computes in float32, unrounded.
         kept = getattr(self, self.float32_buffer)
         self.dtype = fn(torch.empty(0, dtype=self.dtype, device=kept.device)).dtype
-        setattr(self, self.float32_buffer, kept.float())
+        super()._apply(fn, recurse)
+        setattr(self, self.float32_buffer, kept.to(getattr(self, self.float32_buffer).device))
         return self
 
     def check_device(self, x: torch.Tensor) -> None:
@@ -165,3 +170,12 @@ def carry_hooks(old: nn.Module, new: nn.Module) -> None:
     names: list[Any] = [name for name in vars(old) if name.startswith(("_forward_hooks", "_forward_pre_hooks"))]
     for name in names:
         setattr(new, name, getattr(old, name))
+
+
+def resident_bytes(model: nn.Module) -> int:
+    """Return the bytes of all weights and buffers of a model; what two of them share counts once."""
+    held = {}
+    for tensor in (*model.parameters(), *model.buffers()):
+        storage = tensor.untyped_storage()
+        held[storage.data_ptr()] = storage.nbytes()
+    return sum(held.values()) + sum(getattr(module, "extra_bytes", 0) for module in model.modules())

@@ -19,6 +19,7 @@ from cap_hf.inference.int8_packing import is_quantizable
 from cap_hf.inference.linear import CSRLinear, SparseLinear, SparseWeightLinear, carry_hooks
 from cap_hf.inference.operators import has_int8_kernel, has_kernel
 from cap_hf.inference.semi_structured import check_device, is_semi_structured, to_semi_structured
+from cap_hf.kernels.build import DISABLE_VARIABLE, are_disabled
 from cap_hf.models import uncompiled, usable
 from cap_hf.towers import see
 
@@ -57,9 +58,9 @@ def optimize_for_inference(
         dtype: 'float32', or 'int8', which changes results a little: weights get one scale per row, and what goes into
             a layer one scale per token, for each input anew. 'auto' then takes the fastest of sparse int8, dense
             int8, sparse float32 and dense for each layer, and 'kernel' sparse int8 for all; the others know no int8.
-            Only layers that have zeros are replaced, so heads and embeddings, to which accuracy is most sensitive and
-            which are never pruned, stay float32. Sparse int8 gains from whole groups of four consecutive inputs that
-            are zero: prune in blocks of 1x4. The state_dict gives the weights as they were rounded.
+            Only layers of which a fifth is zeros are replaced: heads and embeddings, to which accuracy is most
+            sensitive and which are never pruned, stay float32. Sparse int8 gains from whole groups of four consecutive
+            inputs that are zero: prune in blocks of 1x4. The state_dict gives the weights as they were rounded.
 
     Returns:
         The model, in eval mode, without what wraps it.
@@ -100,6 +101,8 @@ def optimize_for_inference(
     kind = choose_kind(backend) if dtype == "float32" else int8_kind()
     if dtype == "int8":
         linears = {name: linear for name, linear in linears.items() if is_quantizable(linear.weight)}
+        if not linears:
+            raise CAPError("no weight can be int8: they are not finite, or their rows are too long")
     kinds: dict[str, Kind] = dict.fromkeys(linears, kind)
     if backend == "auto":
         example = example_inputs if example_inputs is not None else make_example(model, 1, image_processor, image_size)
@@ -170,6 +173,8 @@ class SparseAutoModel:
         Raises:
             CAPError: the checkpoint cannot be loaded or lacks weights; as of `optimize_for_inference`.
         """
+        if runtime not in DTYPES:
+            raise CAPError(f"runtime {runtime!r} is none of {', '.join(DTYPES)}")
         kwargs.setdefault("dtype", "float32")
         model = load_checkpoint(model_name_or_path, **kwargs)
         image_processor = None
@@ -229,6 +234,8 @@ def int8_kind() -> type[SparseWeightLinear]:
     Raises:
         CAPError: its kernel cannot be compiled.
     """
+    if are_disabled():
+        raise CAPError(f"int8 needs the C++ kernels, which {DISABLE_VARIABLE} leaves out")
     if not has_int8_kernel():
         raise CAPError("dtype='int8' needs a C++ compiler; the warning above tells what failed")
     return SparseInt8Linear
@@ -287,12 +294,3 @@ def replace(model: nn.Module, name: str, new: SparseWeightLinear) -> None:
     owner = model.get_submodule(parent)
     carry_hooks(getattr(owner, child), new)
     setattr(owner, child, new)
-
-
-def resident_bytes(model: nn.Module) -> int:
-    """Return the bytes of all parameters and buffers of a model; what two of them share counts once."""
-    held = {}
-    for tensor in (*model.parameters(), *model.buffers()):
-        storage = tensor.untyped_storage()
-        held[storage.data_ptr()] = storage.nbytes()
-    return sum(held.values())

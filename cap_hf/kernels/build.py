@@ -82,7 +82,8 @@ def load(name: str) -> bool:
                 library.write_bytes(content)
                 torch.ops.load_library(library)
     except Exception as error:  # whatever a compiler, a linker or a file system may do
-        logger.warning("The C++ kernel %s cannot be used, slower PyTorch code is: %s", name, reason(error))
+        instead = "and nothing takes its place" if name == "sparse_int8_linear" else "slower PyTorch code is"
+        logger.warning("The C++ kernel %s cannot be used, %s: %s", name, instead, reason(error))
         return False
     return True
 

@@ -25,6 +25,12 @@ def test_losses_of_sparse_are_told():
     ]
     assert losses(found) == ["batch 1, 2 threads: sparse loses to dense_bf16, which is 2.00 times as fast"]
     assert losses(found[:1]) == []
+    # int8 does not hide what the exact one loses, and is compared with int8 of others too.
+    int8 = [measurement("dense", 1.0), measurement("sparse", 2.0), measurement("sparse_int8", 0.5)]
+    assert losses(int8) == ["batch 1, 2 threads: sparse loses to dense, which is 2.00 times as fast"]
+    assert losses([*int8[:1], int8[2], measurement("openvino_int8", 0.25)]) == [
+        "batch 1, 2 threads: sparse_int8 loses to openvino_int8, which is 2.00 times as fast"
+    ]
 
 
 def test_the_fastest_is_named_with_what_its_outputs_lose():

@@ -79,6 +79,8 @@ SECONDS = {nn.Linear: 1.0, SparseLinear: 0.8, SparseInt8Linear: 0.5, DenseInt8Li
         ({DenseInt8Linear: 0.4}, DenseInt8Linear),
         ({SparseInt8Linear: 0.78, DenseInt8Linear: 0.9}, SparseLinear),  # faster by less than 5 %
         ({SparseLinear: 0.97, SparseInt8Linear: 0.96, DenseInt8Linear: 0.96}, None),
+        # Faster than dense by 5 %, but not than an exact layer that is itself not faster by so much.
+        ({SparseLinear: 0.955, SparseInt8Linear: 0.949, DenseInt8Linear: 0.96}, None),
     ],
 )
 def test_the_fastest_of_all_layers_is_taken_and_in_doubt_the_exact_one(monkeypatch, changed, kind):

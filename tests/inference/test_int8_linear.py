@@ -14,6 +14,7 @@ from cap_hf import CAPError, SparseAutoModel, optimize_for_inference
 from cap_hf.inference import optimize
 from cap_hf.inference.int8_linear import DenseInt8Linear, SparseInt8Linear, fake_dense_int8_linear, has_dense_int8
 from cap_hf.inference.int8_packing import quantize_rows
+from cap_hf.inference.linear import resident_bytes
 from cap_hf.inference.operators import has_int8_kernel
 
 
@@ -73,6 +74,43 @@ def test_state_dict_is_the_rounded_dense_weight_and_loads(kind):
     assert layer.weight_bytes() < linear.weight.numel() * 4
 
 
+def test_its_own_state_dict_and_weights_in_any_order_of_memory_change_nothing(kind):
+    linear, x = make_linear(), torch.randn(5, 50)
+    layer = kind(linear)
+    expected = layer(x)
+    layer.load_state_dict(layer.state_dict())
+    # A scale that has been a weight's largest once may differ in its last digit.
+    torch.testing.assert_close(layer(x), expected, rtol=1e-5, atol=1e-5)
+    linear.weight = nn.Parameter(linear.weight.detach().t().contiguous().t())
+    assert not linear.weight.is_contiguous()
+    assert torch.equal(kind(linear)(x), expected)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_backward_pass_is_an_error(kind, compiled):
+    layer, x = kind(make_linear()), torch.randn(5, 50, requires_grad=True)
+    model = torch.compile(layer, backend="aot_eager") if compiled else layer
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        (model(x).sum() + x.sum()).backward()
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(50,), (0, 50), (2, 0, 50), (1, 2, 3, 50)])
+def test_leading_dimensions_are_kept(kind, shape, bias):
+    layer, x = kind(make_linear(bias)), torch.randn(shape)
+    assert torch.equal(layer(x), layer(x.reshape(-1, 50)).reshape(*shape[:-1], 30))
+
+
+def test_a_wrong_number_of_inputs_is_told(kind):
+    with pytest.raises(RuntimeError, match="last size must be 50"):
+        kind(make_linear())(torch.randn(4, 49))
+
+
+def test_all_of_its_weights_are_counted(kind):
+    layer = kind(make_linear(share=0.0))
+    assert resident_bytes(layer) >= layer.weight_bytes() >= 30 * 50
+
+
 def test_copies_and_pickles_compute_the_same(kind):
     layer, x = kind(make_linear()), torch.randn(5, 50)
     file = io.BytesIO()
@@ -87,6 +125,15 @@ def test_half_precision_goes_in_and_out(kind):
     assert (layer.weight.dtype, layer.scales.dtype) == (torch.bfloat16, torch.float32)
     assert layer(x).dtype == torch.bfloat16
     torch.testing.assert_close(layer(x).float(), make_linear()(x.float()), rtol=0.1, atol=2.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_leaves_the_scales_alone(kind, dtype):
+    linear = make_linear()
+    linear.weight.data.mul_(1e-6)
+    layer = kind(linear)
+    before = layer.scales.clone()
+    assert torch.equal(layer.to(dtype).float().scales, before)
 
 
 def test_it_is_exported(kind):
@@ -161,3 +208,14 @@ def test_a_weight_that_cannot_be_quantised_stays_dense(monkeypatch):
     model = optimize_for_inference(make_vit(), "kernel", dtype="int8")
     assert {type(layer.mlp.fc2) for layer in model.vit.layers} == {nn.Linear}
     assert len(sparse_layers(model)) == 10
+
+
+def test_what_no_layer_can_do_is_one_line_before_anything_is_loaded(monkeypatch):
+    with pytest.raises(CAPError, match="runtime 'int4' is none of float32, int8"):
+        SparseAutoModel.from_pretrained("no/such-model", runtime="int4")
+    monkeypatch.setattr(optimize, "is_quantizable", lambda weight: False)
+    with pytest.raises(CAPError, match="no weight can be int8"):
+        optimize_for_inference(make_vit(), "kernel", dtype="int8")
+    monkeypatch.setenv("CAP_HF_DISABLE_EXTENSIONS", "1")
+    with pytest.raises(CAPError, match="which CAP_HF_DISABLE_EXTENSIONS leaves out"):
+        optimize_for_inference(make_vit(), dtype="int8")

@@ -27,8 +27,7 @@ from cap_hf import (
 )
 from cap_hf.checkpoints.saving import save_checkpoint
 from cap_hf.inference import optimize
-from cap_hf.inference.linear import SparseLinear
-from cap_hf.inference.optimize import resident_bytes
+from cap_hf.inference.linear import SparseLinear, resident_bytes
 
 
 @pytest.mark.parametrize("backend", ["kernel", "csr"])

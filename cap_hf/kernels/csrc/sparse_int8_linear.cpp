@@ -10,8 +10,8 @@
 
 namespace {
 
-// Columns of a row, at most: a sum of more products of 127 and 127 may not fit into 32 bits.
-constexpr int64_t kMostCols = 0x7fffffff / (127 * 127);
+// Columns of a row, at most: partial sums of more products of 128 and 127 may not fit into 32 bits.
+constexpr int64_t kMostCols = 0x7fffffff / (128 * 127);
 
 // Returns y [..., rows] for x [..., cols] and bias [rows] or none. An empty `instruction_set` is the best; the other
 // arguments are the fields of a cap_hf.inference.int8_packing.PackedInt8Weight.

@@ -41,7 +41,8 @@ const Kernels<Word>& choose_kernels(std::string_view instruction_set, const Kern
   const char* forced = std::getenv("CAP_HF_INSTRUCTION_SET");
   if (name.empty() && forced != nullptr) name = forced;
   const Kernels<Word>* kernels = name.empty() ? best() : named(name.c_str());
-  TORCH_CHECK(kernels != nullptr, "this processor has no instruction set ", name);
+  TORCH_CHECK(kernels != nullptr, "this processor has no instruction set ", name,
+              ", as CAP_HF_INSTRUCTION_SET or an argument asks: avx512_vnni, avx512, avx_vnni, avx2 and portable are known");
   return *kernels;
 }
 
