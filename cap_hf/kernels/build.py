@@ -82,8 +82,10 @@ def load(name: str) -> bool:
                 library.write_bytes(content)
                 torch.ops.load_library(library)
     except Exception as error:  # whatever a compiler, a linker or a file system may do
-        instead = "and nothing takes its place" if name == "sparse_int8_linear" else "slower PyTorch code is"
-        logger.warning("The C++ kernel %s cannot be used, %s: %s", name, instead, reason(error))
+        if name == "sparse_int8_linear":
+            logger.warning("The C++ kernel %s cannot be used, and nothing takes its place: %s", name, reason(error))
+        else:
+            logger.warning("The C++ kernel %s cannot be used, slower PyTorch code is: %s", name, reason(error))
         return False
     return True
 
