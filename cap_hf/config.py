@@ -59,8 +59,7 @@ class CAPConfig:
         default=None,
         metadata={
             "help": "Remove blocks of so many consecutive inputs of a row as a whole; int8 kernels multiply 1x4 at "
-            "once. "
-            "Default: single weights.",
+            "once. Default: single weights.",
             "choices": tuple(BLOCK_PATTERNS),
         },
     )

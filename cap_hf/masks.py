@@ -81,7 +81,7 @@ def count_zero_blocks(target: Target, mask: torch.Tensor) -> dict[str, int]:
     """
     rows = target.to_blocks(mask).reshape(target.weight.shape[0], -1)
     sizes = [pattern.m for pattern in BLOCK_PATTERNS.values() if target.weight.shape[1] % pattern.m == 0]
-    return {f"1x{size}": int((~rows.unflatten(1, (-1, size)).any(dim=2)).sum()) for size in sizes}
+    return {f"1x{size}": int(zero_units(rows, size).sum()) for size in sizes}
 
 
 def describe_masks(targets: Sequence[Target]) -> list[dict]:

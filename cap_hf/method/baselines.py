@@ -4,7 +4,7 @@ import torch
 
 from cap_hf.masks import zero_units
 from cap_hf.method.panels import Elimination
-from cap_hf.method.steps import unit_costs
+from cap_hf.method.steps import own_parts, unit_costs
 from cap_hf.patterns import NMPattern, Pattern, unit_of
 
 
@@ -44,8 +44,7 @@ def saliencies(weights: torch.Tensor, inverse: torch.Tensor, pattern: Pattern | 
         pattern: with blocks `w_Q^T (A_QQ)^-1 w_Q / 2`, else `w_p^2 / (2 A_pp)`.
     """
     unit = unit_of(pattern)
-    own = inverse.unflatten(1, (-1, unit)).unflatten(3, (-1, unit)).diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2)
-    scores = unit_costs(weights.unflatten(1, (-1, unit)), own) / 2
+    scores = unit_costs(weights.unflatten(1, (-1, unit)), own_parts(inverse, unit)) / 2
     return scores.masked_fill(zero_units(weights, unit), -1.0)
 
 

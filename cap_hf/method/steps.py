@@ -62,9 +62,7 @@ def remove_units_in_torch(panel: Panel, unit: int) -> None:
     """Remove the cheapest unit of each block, and so on, `count` weights in all."""
     w, n = panel.weights, len(panel.weights)
     batch = torch.arange(n, device=w.device)
-    # Of each unit its own part of A, `(n, units, unit, unit)`.
-    own = panel.matrices.unflatten(1, (-1, unit)).unflatten(3, (-1, unit)).diagonal(dim1=1, dim2=3)
-    own = own.permute(0, 3, 1, 2).clone()
+    own = own_parts(panel.matrices, unit).clone()
     for k in range(panel.columns.shape[1]):
         if k % unit == 0:
             scores = unit_costs(w.unflatten(1, (-1, unit)), own)
@@ -98,6 +96,11 @@ def remove_weight(panel: Panel, k: int, batch: torch.Tensor) -> None:
     w.addcmul_(column, cost, value=-1).scatter_(1, pivot, 0.0)
     panel.diagonal.addcmul_(column, column, value=-1)
     panel.removed.scatter_(1, pivot, True)
+
+
+def own_parts(matrices: torch.Tensor, unit: int) -> torch.Tensor:
+    """Return of matrices `(n, B, B)` what lies on the diagonal for each unit, `(n, B / unit, unit, unit)`; a view."""
+    return matrices.unflatten(1, (-1, unit)).unflatten(3, (-1, unit)).diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2)
 
 
 def unit_costs(weights: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
