@@ -4,6 +4,7 @@
 
 #include <cstring>
 
+#include "attention.h"
 #include "instruction_sets.h"
 
 namespace cap_hf {
@@ -26,10 +27,13 @@ inline Vector load(const int32_t* from) {
 }
 inline void store(int32_t* to, Vector vector) { __builtin_memcpy(to, &vector, sizeof vector); }
 inline Four four(const int32_t* from) { return from; }
+inline Weights spread(const int32_t* from) {
+  const Pairs word = reinterpret_cast<Pairs>(Vector{*from, *from, *from, *from});
+  return {(word << 8) >> 8, word >> 8};
+}
 template <int i>
 inline Weights lane(Four from) {
-  const Pairs word = reinterpret_cast<Pairs>(Vector{from[i], from[i], from[i], from[i]});
-  return {(word << 8) >> 8, word >> 8};
+  return spread(from + i);
 }
 // A product of 255 and -127 fits into 16 bits, a sum of two does not.
 inline Vector multiply_add(Weights weights, Vector x, Vector sum) {
@@ -41,6 +45,7 @@ inline Vector multiply_add(Weights weights, Vector x, Vector sum) {
 using portable::transpose;
 #include "kernels.inc"
 #include "int8.inc"
+#include "attention.inc"
 } // namespace portable_int8
 
 #ifdef CAP_HF_X86
@@ -60,11 +65,14 @@ inline void store(int32_t* to, Vector vector) { _mm256_storeu_si256(reinterpret_
 inline Four four(const int32_t* from) {
   return _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
 }
-template <int i>
-inline Weights lane(Four from) {
-  const Vector word = _mm256_shuffle_epi32(from, i * 0x55);
+inline Weights widened(Vector word) {
   return {_mm256_srai_epi16(_mm256_slli_epi16(word, 8), 8), _mm256_srai_epi16(word, 8)};
 }
+template <int i>
+inline Weights lane(Four from) {
+  return widened(_mm256_shuffle_epi32(from, i * 0x55));
+}
+inline Weights spread(const int32_t* from) { return widened(_mm256_set1_epi32(*from)); }
 // vpmaddubsw would add pairs in 16 bits, where two large products do not fit: the numbers are widened first.
 inline Vector multiply_add(Weights weights, Vector x, Vector sum) {
   const Vector even = _mm256_madd_epi16(_mm256_and_si256(x, _mm256_set1_epi16(0xff)), weights.even);
@@ -74,6 +82,7 @@ inline Vector multiply_add(Weights weights, Vector x, Vector sum) {
 using avx2::transpose;
 #include "kernels.inc"
 #include "int8.inc"
+#include "attention.inc"
 } // namespace avx2_int8
 #pragma GCC pop_options
 
@@ -94,10 +103,12 @@ template <int i>
 inline Vector lane(Four from) {
   return _mm256_shuffle_epi32(from, i * 0x55);
 }
+inline Vector spread(const int32_t* from) { return _mm256_set1_epi32(*from); }
 inline Vector multiply_add(Vector weights, Vector x, Vector sum) { return _mm256_dpbusd_avx_epi32(sum, x, weights); }
 using avx2::transpose;
 #include "kernels.inc"
 #include "int8.inc"
+#include "attention.inc"
 } // namespace avx_vnni_int8
 #pragma GCC pop_options
 
@@ -118,10 +129,12 @@ template <int i>
 inline Vector lane(Four from) {
   return _mm512_shuffle_epi32(from, static_cast<_MM_PERM_ENUM>(i * 0x55));
 }
+inline Vector spread(const int32_t* from) { return _mm512_set1_epi32(*from); }
 inline Vector multiply_add(Vector weights, Vector x, Vector sum) { return _mm512_dpbusd_epi32(sum, x, weights); }
 using avx512::transpose;
 #include "kernels.inc"
 #include "int8.inc"
+#include "attention.inc"
 } // namespace avx512_vnni_int8
 #pragma GCC pop_options
 #endif

@@ -1,11 +1,12 @@
-// The operators cap_hf::sparse_int8_linear, the sparse product of int8 on PyTorch's tensors and threads, and
-// cap_hf::quantize_tokens, which prepares a dense one.
+// The operators of int8 on PyTorch's tensors and threads: cap_hf::sparse_int8_linear, the sparse product,
+// cap_hf::quantize_tokens, which prepares a dense one, and cap_hf::int8_attention.
 #include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/library.h>
 
 #include "int8_instruction_sets.h"
 #include "sparse_operator.h"
 
+#include <algorithm>
 #include <tuple>
 
 namespace {
@@ -18,7 +19,8 @@ constexpr int64_t kMostCols = 0x7fffffff / (128 * 127);
 at::Tensor sparse_int8_linear(const at::Tensor& x, const at::Tensor& values, const at::Tensor& offsets,
                               const at::Tensor& starts, const at::Tensor& order, const at::Tensor& row_scales,
                               const at::Tensor& corrections, const std::optional<at::Tensor>& bias, int64_t rows,
-                              int64_t cols, int64_t row_block, int64_t col_block, std::string_view instruction_set) {
+                              int64_t cols, int64_t row_block, int64_t col_block, std::string_view instruction_set,
+                              bool gelu) {
   const char* name = "sparse_int8_linear";
   const auto& kernels = cap_hf::choose_kernels(instruction_set, cap_hf::int8_kernels_named, cap_hf::best_int8_kernels);
   cap_hf::check_input(name, x, cols);
@@ -37,7 +39,7 @@ at::Tensor sparse_int8_linear(const at::Tensor& x, const at::Tensor& values, con
               name, ": the parts of the packed weight do not fit each other");
   const at::Tensor offset = cap_hf::float_bias(name, bias, rows);
   const cap_hf::Scales<int32_t> scales{corrections.const_data_ptr<int32_t>(), row_scales.const_data_ptr<float>(),
-                                       bias ? offset.const_data_ptr<float>() : nullptr};
+                                       bias ? offset.const_data_ptr<float>() : nullptr, gelu};
   return cap_hf::multiply_sparse(kernels, weight, scales, x);
 }
 
@@ -63,23 +65,71 @@ std::tuple<at::Tensor, at::Tensor> quantize_tokens(const at::Tensor& x) {
   return {quantized, scales};
 }
 
+// Returns q, k or v as float32 in which the numbers of a token are next to each other.
+at::Tensor heads_in_float(const at::Tensor& x) {
+  const at::Tensor input = x.to(at::kFloat);
+  return input.stride(3) == 1 ? input : input.contiguous();
+}
+
+// Returns softmax(scale q k^T) v [images, queries, heads, cols] for q [images, heads, queries, cols] and k and v
+// [images, heads, keys, cols].
+at::Tensor int8_attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, double scale,
+                          std::string_view instruction_set) {
+  const char* name = "int8_attention";
+  const auto& kernels = cap_hf::choose_kernels(instruction_set, cap_hf::int8_kernels_named, cap_hf::best_int8_kernels);
+  for (const at::Tensor& x : {q, k, v}) {
+    TORCH_CHECK(x.dim() == 4, name, ": q, k and v must have 4 dimensions, not ", x.sizes());
+    cap_hf::check_input(name, x, x.size(3));
+  }
+  const int64_t images = q.size(0), heads = q.size(1), queries = q.size(2), cols = q.size(3), keys = k.size(2);
+  TORCH_CHECK(k.sizes() == v.sizes() && k.size(0) == images && k.size(1) == heads && k.size(3) == cols, name, ": q ",
+              q.sizes(), ", k ", k.sizes(), " and v ", v.sizes(), " do not fit each other");
+  TORCH_CHECK(keys > 0 && keys <= cap_hf::kMostKeys && cols > 0 && cols <= kMostCols, name, ": k has shape ", k.sizes());
+  TORCH_CHECK(scale > 0, name, ": scale must be positive, not ", scale);
+  const at::Tensor from[] = {heads_in_float(q), heads_in_float(k), heads_in_float(v)};
+  at::Tensor y = at::empty({images, queries, heads, cols}, from[0].options());
+  // A head is split where there are fewer heads than threads; each part quantises the keys and values by itself.
+  const int64_t tiles = (queries + cap_hf::kTile - 1) / cap_hf::kTile;
+  const int64_t wanted = 4 * at::get_num_threads() / std::max(images * heads, int64_t{1});
+  const int64_t parts = std::clamp(wanted, int64_t{1}, std::max(tiles, int64_t{1}));
+  const auto start = [](const at::Tensor& x, int64_t image, int64_t head) {
+    return x.const_data_ptr<float>() + image * x.stride(0) + head * x.stride(1);
+  };
+  at::parallel_for(0, images * heads * parts, 1, [&](int64_t begin, int64_t end) {
+    int32_t* memory = cap_hf::scratch<int32_t>(cap_hf::attention_words(keys, cols));
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t image = task / parts / heads, head = task / parts % heads, part = task % parts;
+      const cap_hf::Head work{start(from[0], image, head), start(from[1], image, head), start(from[2], image, head),
+                              y.mutable_data_ptr<float>() + (image * queries * heads + head) * cols,
+                              from[0].stride(2), from[1].stride(2), from[2].stride(2), heads * cols, keys, cols,
+                              static_cast<float>(scale)};
+      kernels.attend(work, tiles * part / parts * cap_hf::kTile,
+                     std::min(tiles * (part + 1) / parts * cap_hf::kTile, queries), memory);
+    }
+  });
+  return y.to(q.scalar_type());
+}
+
 } // namespace
 
 TORCH_LIBRARY_FRAGMENT(cap_hf, m) {
   m.def(
       "sparse_int8_linear(Tensor x, Tensor values, Tensor offsets, Tensor starts, Tensor order, Tensor row_scales, "
-      "Tensor corrections, Tensor? bias, int rows, int cols, int row_block, int col_block, str instruction_set='') -> "
-      "Tensor");
+      "Tensor corrections, Tensor? bias, int rows, int cols, int row_block, int col_block, str instruction_set='', "
+      "bool gelu=False) -> Tensor");
   m.def("quantize_tokens(Tensor x) -> (Tensor, Tensor)");
+  m.def("int8_attention(Tensor q, Tensor k, Tensor v, float scale, str instruction_set='') -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(cap_hf, CPU, m) {
   m.impl("sparse_int8_linear", &sparse_int8_linear);
   m.impl("quantize_tokens", &quantize_tokens);
+  m.impl("int8_attention", &int8_attention);
 }
 
 // For inference only, as sparse_linear.
 TORCH_LIBRARY_IMPL(cap_hf, Autograd, m) {
   m.impl("sparse_int8_linear", torch::autograd::autogradNotImplementedFallback());
   m.impl("quantize_tokens", torch::autograd::autogradNotImplementedFallback());
+  m.impl("int8_attention", torch::autograd::autogradNotImplementedFallback());
 }

@@ -12,7 +12,7 @@ namespace {
 at::Tensor sparse_linear(const at::Tensor& x, const at::Tensor& values, const at::Tensor& offsets,
                          const at::Tensor& starts, const at::Tensor& order, const std::optional<at::Tensor>& bias,
                          int64_t rows, int64_t cols, int64_t row_block, int64_t col_block,
-                         std::string_view instruction_set) {
+                         std::string_view instruction_set, bool gelu) {
   const auto& kernels = cap_hf::choose_kernels(instruction_set, cap_hf::kernels_named, cap_hf::best_kernels);
   cap_hf::check_input("sparse_linear", x, cols);
   const cap_hf::SparseWeight<float> weight{rows,
@@ -25,7 +25,7 @@ at::Tensor sparse_linear(const at::Tensor& x, const at::Tensor& values, const at
                                            order.const_data_ptr<int16_t>()};
   cap_hf::check_weight("sparse_linear", weight, values.numel(), values, offsets, starts, order);
   const at::Tensor start = cap_hf::float_bias("sparse_linear", bias, rows);
-  const cap_hf::Scales<float> scales{bias ? start.const_data_ptr<float>() : nullptr, nullptr, nullptr};
+  const cap_hf::Scales<float> scales{bias ? start.const_data_ptr<float>() : nullptr, nullptr, nullptr, gelu};
   return cap_hf::multiply_sparse(kernels, weight, scales, x);
 }
 
@@ -34,7 +34,7 @@ at::Tensor sparse_linear(const at::Tensor& x, const at::Tensor& values, const at
 TORCH_LIBRARY_FRAGMENT(cap_hf, m) {
   m.def(
       "sparse_linear(Tensor x, Tensor values, Tensor offsets, Tensor starts, Tensor order, Tensor? bias, int rows, "
-      "int cols, int row_block, int col_block, str instruction_set='') -> Tensor");
+      "int cols, int row_block, int col_block, str instruction_set='', bool gelu=False) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(cap_hf, CPU, m) { m.impl("sparse_linear", &sparse_linear); }

@@ -53,13 +53,17 @@ struct SparseWeight {
   int64_t segments() const { return row_blocks() * col_blocks() * slices(); }
 };
 
-// What sums of words become: y = sum for floats, y = (sum * row's scale) * token's scale + bias for int8.
+// What sums of words become: y = sum for floats, y = (sum * row's scale) * token's scale + bias for int8; then, if asked
+// for, y is the GELU of that (by the error function, not by tanh).
 template <class Word>
 struct Scales {
   const Word* start;   // [rows] or null: where sums begin. The bias of floats
   const float* rows;   // [rows]; int8 only
   const float* bias;   // [rows] or null; int8 only: floats begin with it
+  bool gelu;
 };
+
+struct Head;
 
 // The functions that are compiled for every instruction set.
 template <class Word>
@@ -72,6 +76,8 @@ struct Kernels {
   // y[token * stride + row] = what sums[row][token] becomes; `first` is the row block's first row.
   void (*store_tile)(const Word* sums, int64_t first, int64_t rows, int64_t tokens, const Scales<Word>& scales,
                      const float* of_tokens, float* y, int64_t stride);
+  // Attention of one head for the queries `first` to before `last`, see attention.h; int8 only.
+  void (*attend)(const Head& head, int64_t first, int64_t last, Word* memory);
 };
 
 // One product, shared by the threads that call work(). Every thread has a queue of consecutive tiles, the same in every
