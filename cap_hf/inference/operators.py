@@ -1,6 +1,7 @@
 """The CPU kernels as operators of PyTorch, which `torch.compile` and `torch.export` know too."""
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ def has_kernel() -> bool:
     """
     if not load_extension("sparse_linear"):
         return False
-    torch.library.register_fake("cap_hf::sparse_linear", fake_sparse_linear)
+    register("sparse_linear", fake_sparse_linear)
     return True
 
 
@@ -27,9 +28,34 @@ def has_int8_kernel() -> bool:
     """Return whether `torch.ops.cap_hf.sparse_int8_linear` can be used, as `has_kernel`."""
     if not load_extension("sparse_int8_linear"):
         return False
-    torch.library.register_fake("cap_hf::sparse_int8_linear", fake_sparse_int8_linear)
-    torch.library.register_fake("cap_hf::quantize_tokens", fake_quantize_tokens)
+    register("sparse_int8_linear", fake_sparse_int8_linear)
+    register("quantize_tokens", fake_quantize_tokens)
     return True
+
+
+def register(name: str, fake: Callable[..., Any]) -> None:
+    """Tell PyTorch what an operator returns, and that it is for inference only.
+
+    A backward pass is an error that names the operator, instead of gradients that lack a part. LibTorch's stable ABI,
+    which the operators are written in, has no such registration.
+    """
+
+    def refuse(ctx: Any, *gradients: Any) -> None:
+        raise RuntimeError(f"cap_hf::{name} is for inference only: it has no derivative")
+
+    torch.library.register_fake(f"cap_hf::{name}", fake)
+    torch.library.register_autograd(f"cap_hf::{name}", refuse)
+
+
+def run(operator: Callable[..., Any], *args: Any) -> Any:
+    """Return what an operator returns; without gradients past its autograd, which is Python's and takes 8 microseconds.
+
+    The compiler sees the operator alone.
+    """
+    if torch.compiler.is_compiling() or torch.is_grad_enabled():
+        return operator(*args)
+    with torch._C._AutoDispatchBelowAutograd():
+        return operator(*args)
 
 
 def fake_sparse_linear(x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -64,7 +90,8 @@ def sparse_linear(
     Raises:
         RuntimeError: shapes or dtypes do not fit each other, or the processor lacks the instruction set.
     """
-    return torch.ops.cap_hf.sparse_linear(
+    return run(
+        torch.ops.cap_hf.sparse_linear,
         x,
         weight.values,
         weight.offsets,
@@ -99,7 +126,8 @@ def sparse_int8_linear(
     Raises:
         RuntimeError: shapes or dtypes do not fit each other, or the processor lacks the instruction set.
     """
-    return torch.ops.cap_hf.sparse_int8_linear(
+    return run(
+        torch.ops.cap_hf.sparse_int8_linear,
         x,
         weight.values,
         weight.offsets,
@@ -122,4 +150,4 @@ def quantize_tokens(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     Raises:
         RuntimeError: x has no columns, or is not float32, float16 or bfloat16 on the CPU.
     """
-    return torch.ops.cap_hf.quantize_tokens(x)
+    return run(torch.ops.cap_hf.quantize_tokens, x)

@@ -1,8 +1,5 @@
 // The operators cap_hf::sparse_int8_linear, the sparse product of int8 on PyTorch's tensors and threads, and
 // cap_hf::quantize_tokens, which prepares a dense one.
-#include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
-#include <torch/library.h>
-
 #include "int8_instruction_sets.h"
 #include "sparse_operator.h"
 
@@ -10,19 +7,22 @@
 
 namespace {
 
+using cap_hf::ScalarType;
+using cap_hf::Tensor;
+
 // Columns of a row, at most: partial sums of more products of 128 and 127 may not fit into 32 bits.
 constexpr int64_t kMostCols = 0x7fffffff / (128 * 127);
 
 // Returns y [..., rows] for x [..., cols] and bias [rows] or none. An empty `instruction_set` is the best; the other
 // arguments are the fields of a cap_hf.inference.int8_packing.PackedInt8Weight.
-at::Tensor sparse_int8_linear(const at::Tensor& x, const at::Tensor& values, const at::Tensor& offsets,
-                              const at::Tensor& starts, const at::Tensor& order, const at::Tensor& row_scales,
-                              const at::Tensor& corrections, const std::optional<at::Tensor>& bias, int64_t rows,
-                              int64_t cols, int64_t row_block, int64_t col_block, std::string_view instruction_set) {
+Tensor sparse_int8_linear(const Tensor& x, const Tensor& values, const Tensor& offsets, const Tensor& starts,
+                          const Tensor& order, const Tensor& row_scales, const Tensor& corrections,
+                          const std::optional<Tensor>& bias, int64_t rows, int64_t cols, int64_t row_block,
+                          int64_t col_block, std::string_view instruction_set) {
   const char* name = "sparse_int8_linear";
   const auto& kernels = cap_hf::choose_kernels(instruction_set, cap_hf::int8_kernels_named, cap_hf::best_int8_kernels);
   cap_hf::check_input(name, x, cols);
-  TORCH_CHECK(cols <= kMostCols, name, ": rows of ", cols, " columns are longer than ", kMostCols);
+  cap_hf::check(cols <= kMostCols, name, ": rows of ", cols, " columns are longer than ", kMostCols);
   const cap_hf::SparseWeight<int32_t> weight{rows,
                                              (cols + 3) / 4,
                                              row_block,
@@ -32,29 +32,29 @@ at::Tensor sparse_int8_linear(const at::Tensor& x, const at::Tensor& values, con
                                              starts.const_data_ptr<int32_t>(),
                                              order.const_data_ptr<int16_t>()};
   cap_hf::check_weight(name, weight, values.numel() / 4, values, offsets, starts, order);
-  TORCH_CHECK(row_scales.is_contiguous() && corrections.is_contiguous() && row_scales.numel() == rows &&
-                  corrections.numel() == rows,
-              name, ": the parts of the packed weight do not fit each other");
-  const at::Tensor offset = cap_hf::float_bias(name, bias, rows);
+  cap_hf::check(row_scales.is_contiguous() && corrections.is_contiguous() && row_scales.numel() == rows &&
+                    corrections.numel() == rows,
+                name, ": the parts of the packed weight do not fit each other");
+  const auto offset = cap_hf::float_bias(name, bias, rows);
   const cap_hf::Scales<int32_t> scales{corrections.const_data_ptr<int32_t>(), row_scales.const_data_ptr<float>(),
-                                       bias ? offset.const_data_ptr<float>() : nullptr};
+                                       offset ? offset->const_data_ptr<float>() : nullptr};
   return cap_hf::multiply_sparse(kernels, weight, scales, x);
 }
 
 // Returns x [..., cols] quantised as the sparse product does it, plus 128, and the scales [..., 1] of its tokens.
-std::tuple<at::Tensor, at::Tensor> quantize_tokens(const at::Tensor& x) {
-  TORCH_CHECK(x.dim() > 0 && x.size(-1) > 0, "quantize_tokens: x has shape ", x.sizes());
+std::tuple<Tensor, Tensor> quantize_tokens(const Tensor& x) {
+  cap_hf::check(x.dim() > 0 && x.size(-1) > 0, "quantize_tokens: x has shape ", cap_hf::Sizes{x});
   cap_hf::check_input("quantize_tokens", x, x.size(-1));
-  const at::Tensor input = x.to(at::kFloat).contiguous();
-  const int64_t cols = x.size(-1), tokens = input.numel() / cols;
-  auto shape = input.sizes().vec();
-  const at::Tensor quantized = at::empty(shape, input.options().dtype(at::kByte));
+  const Tensor input = cap_hf::without_gaps(x, ScalarType::Float);
+  std::vector<int64_t> shape = cap_hf::sizes_of(x);
+  const int64_t cols = shape.back(), tokens = input.numel() / cols;
+  const Tensor quantized = cap_hf::make(input, shape, ScalarType::Byte);
   shape.back() = 1;
-  const at::Tensor scales = at::empty(shape, input.options());
+  const Tensor scales = cap_hf::make(input, shape);
   const float* from = input.const_data_ptr<float>();
   uint8_t* to = quantized.mutable_data_ptr<uint8_t>();
   float* scale = scales.mutable_data_ptr<float>();
-  at::parallel_for(0, tokens, 16, [&](int64_t first, int64_t last) {
+  torch::stable::parallel_for(0, tokens, 16, [&](int64_t first, int64_t last) {
     for (int64_t token = first; token < last; ++token) {
       const float inverse = cap_hf::portable_int8::measure(from + token * cols, cols, scale + token);
       cap_hf::portable_int8::quantize(from + token * cols, cols, inverse, to + token * cols);
@@ -65,7 +65,7 @@ std::tuple<at::Tensor, at::Tensor> quantize_tokens(const at::Tensor& x) {
 
 } // namespace
 
-TORCH_LIBRARY_FRAGMENT(cap_hf, m) {
+STABLE_TORCH_LIBRARY_FRAGMENT(cap_hf, m) {
   m.def(
       "sparse_int8_linear(Tensor x, Tensor values, Tensor offsets, Tensor starts, Tensor order, Tensor row_scales, "
       "Tensor corrections, Tensor? bias, int rows, int cols, int row_block, int col_block, str instruction_set='') -> "
@@ -73,13 +73,7 @@ TORCH_LIBRARY_FRAGMENT(cap_hf, m) {
   m.def("quantize_tokens(Tensor x) -> (Tensor, Tensor)");
 }
 
-TORCH_LIBRARY_IMPL(cap_hf, CPU, m) {
-  m.impl("sparse_int8_linear", &sparse_int8_linear);
-  m.impl("quantize_tokens", &quantize_tokens);
-}
-
-// For inference only, as sparse_linear.
-TORCH_LIBRARY_IMPL(cap_hf, Autograd, m) {
-  m.impl("sparse_int8_linear", torch::autograd::autogradNotImplementedFallback());
-  m.impl("quantize_tokens", torch::autograd::autogradNotImplementedFallback());
+STABLE_TORCH_LIBRARY_IMPL(cap_hf, CPU, m) {
+  m.impl("sparse_int8_linear", TORCH_BOX(&sparse_int8_linear));
+  m.impl("quantize_tokens", TORCH_BOX(&quantize_tokens));
 }
