@@ -1,6 +1,7 @@
 """The CPU kernels as operators of PyTorch, which `torch.compile` and `torch.export` know too."""
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ def has_kernel() -> bool:
     """
     if not load_extension("sparse_linear"):
         return False
-    torch.library.register_fake("cap_hf::sparse_linear", fake_sparse_linear)
+    register("sparse_linear", fake_sparse_linear)
     return True
 
 
@@ -27,9 +28,35 @@ def has_int8_kernel() -> bool:
     """Return whether `torch.ops.cap_hf.sparse_int8_linear` can be used, as `has_kernel`."""
     if not load_extension("sparse_int8_linear"):
         return False
-    torch.library.register_fake("cap_hf::sparse_int8_linear", fake_sparse_int8_linear)
-    torch.library.register_fake("cap_hf::quantize_tokens", fake_quantize_tokens)
+    register("sparse_int8_linear", fake_sparse_int8_linear)
+    register("quantize_tokens", fake_quantize_tokens)
+    register("int8_attention", fake_int8_attention)
     return True
+
+
+def register(name: str, fake: Callable[..., Any]) -> None:
+    """Tell PyTorch what an operator returns, and that it is for inference only.
+
+    A backward pass is an error that names the operator, instead of gradients that lack a part. LibTorch's stable ABI,
+    which the operators are written in, has no such registration.
+    """
+
+    def refuse(ctx: Any, *gradients: Any) -> None:
+        raise RuntimeError(f"cap_hf::{name} is for inference only: it has no derivative")
+
+    torch.library.register_fake(f"cap_hf::{name}", fake)
+    torch.library.register_autograd(f"cap_hf::{name}", refuse)
+
+
+def run(operator: Callable[..., Any], *args: Any) -> Any:
+    """Return what an operator returns; without gradients past its autograd, which is Python's and takes 8 microseconds.
+
+    The compiler sees the operator alone.
+    """
+    if torch.compiler.is_compiling() or torch.is_grad_enabled():
+        return operator(*args)
+    with torch._C._AutoDispatchBelowAutograd():
+        return operator(*args)
 
 
 def fake_sparse_linear(x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -49,8 +76,17 @@ def fake_quantize_tokens(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return x.new_empty(x.shape, dtype=torch.uint8), x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
 
 
+def fake_int8_attention(q: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    """Return an empty output of the operator: q `(images, heads, queries, cols)` -> `(images, queries, heads, cols)`."""
+    return q.new_empty((q.shape[0], q.shape[2], q.shape[1], q.shape[3]))
+
+
 def sparse_linear(
-    x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None = None, instruction_set: str = ""
+    x: torch.Tensor,
+    weight: PackedWeight,
+    bias: torch.Tensor | None = None,
+    instruction_set: str = "",
+    gelu: bool = False,
 ) -> torch.Tensor:
     """Return `x W^T + bias`, `(..., rows)` in x's dtype; the sums are float32.
 
@@ -60,11 +96,13 @@ def sparse_linear(
         bias: `(rows,)`.
         instruction_set: 'avx512', 'avx2' or 'portable'; '' takes what the environment variable CAP_HF_INSTRUCTION_SET
             names, or else the best that the processor has. Names of `sparse_int8_linear` are known too.
+        gelu: return the GELU of it, by the error function.
 
     Raises:
         RuntimeError: shapes or dtypes do not fit each other, or the processor lacks the instruction set.
     """
-    return torch.ops.cap_hf.sparse_linear(
+    return run(
+        torch.ops.cap_hf.sparse_linear,
         x,
         weight.values,
         weight.offsets,
@@ -76,11 +114,16 @@ def sparse_linear(
         weight.row_block,
         weight.col_block,
         instruction_set,
+        gelu,
     )
 
 
 def sparse_int8_linear(
-    x: torch.Tensor, weight: PackedInt8Weight, bias: torch.Tensor | None = None, instruction_set: str = ""
+    x: torch.Tensor,
+    weight: PackedInt8Weight,
+    bias: torch.Tensor | None = None,
+    instruction_set: str = "",
+    gelu: bool = False,
 ) -> torch.Tensor:
     """Return `x W^T + bias`, `(..., rows)` in x's dtype, for int8 W and x quantised to int8 on its way.
 
@@ -95,11 +138,13 @@ def sparse_int8_linear(
         bias: `(rows,)`.
         instruction_set: 'avx512_vnni', 'avx_vnni', 'avx2' or 'portable'; '' takes what the environment variable
             CAP_HF_INSTRUCTION_SET names, or else the best that the processor has. 'avx512' means 'avx2' here.
+        gelu: return the GELU of it, by the error function.
 
     Raises:
         RuntimeError: shapes or dtypes do not fit each other, or the processor lacks the instruction set.
     """
-    return torch.ops.cap_hf.sparse_int8_linear(
+    return run(
+        torch.ops.cap_hf.sparse_int8_linear,
         x,
         weight.values,
         weight.offsets,
@@ -113,6 +158,7 @@ def sparse_int8_linear(
         weight.row_block,
         weight.col_block,
         instruction_set,
+        gelu,
     )
 
 
@@ -122,4 +168,26 @@ def quantize_tokens(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     Raises:
         RuntimeError: x has no columns, or is not float32, float16 or bfloat16 on the CPU.
     """
-    return torch.ops.cap_hf.quantize_tokens(x)
+    return run(torch.ops.cap_hf.quantize_tokens, x)
+
+
+def int8_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, instruction_set: str = ""
+) -> torch.Tensor:
+    """Return `softmax(scale q k^T) v` with products in int8: `(images, queries, heads, cols)` in q's dtype.
+
+    q and k are quantised per token, as the inputs of `sparse_int8_linear`, k without its mean over the tokens, which
+    changes no weight (SageAttention, arXiv 2410.02367, section 4.2); v per channel. The weights of the softmax have 16
+    bits, of a query's largest. Every instruction set gives the same bits. A number that is not finite makes all that
+    it enters NaN.
+
+    Args:
+        q: `(images, heads, queries, cols)`, float32, float16 or bfloat16, on the CPU.
+        k, v: `(images, heads, keys, cols)`, at most 32,768 keys.
+        scale: positive.
+        instruction_set: as of `sparse_int8_linear`.
+
+    Raises:
+        RuntimeError: shapes or dtypes do not fit each other, or the processor lacks the instruction set.
+    """
+    return run(torch.ops.cap_hf.int8_attention, q, k, v, scale, instruction_set)

@@ -106,7 +106,6 @@ def compile_extension(name: str, folder: Path) -> Path:
             name,
             [str(SOURCES / f"{name}.cpp")],
             extra_cflags=compiler_flags() + FLAGS.get(name, []),
-            extra_ldflags=[flag for flag in compiler_flags() if "openmp" in flag],
             build_directory=str(folder),
             is_python_module=False,
         )
@@ -115,10 +114,8 @@ def compile_extension(name: str, folder: Path) -> Path:
 
 def compiler_flags() -> list[str]:
     """Return the compiler's flags; `native`, as a library is only used on processors like the one it is made on."""
-    # Torch's headers run loops in parallel only where OpenMP is on; Apple's compiler has none.
-    openmp = [] if sys.platform == "darwin" else ["-fopenmp"]
     native = "-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native"
-    return ["-O3", native, "-fno-math-errno", *openmp]
+    return ["-O3", native, "-fno-math-errno", "-fvisibility=hidden"]
 
 
 @functools.cache

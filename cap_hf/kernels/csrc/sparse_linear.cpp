@@ -1,18 +1,16 @@
 // The operator cap_hf::sparse_linear: the sparse product of floats on PyTorch's tensors and threads.
-#include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
-#include <torch/library.h>
-
 #include "instruction_sets.h"
 #include "sparse_operator.h"
 
 namespace {
 
+using cap_hf::Tensor;
+
 // Returns y [..., rows] for x [..., cols] and bias [rows] or none. An empty `instruction_set` is the best; the other
 // arguments are the fields of a cap_hf.inference.packing.PackedWeight.
-at::Tensor sparse_linear(const at::Tensor& x, const at::Tensor& values, const at::Tensor& offsets,
-                         const at::Tensor& starts, const at::Tensor& order, const std::optional<at::Tensor>& bias,
-                         int64_t rows, int64_t cols, int64_t row_block, int64_t col_block,
-                         std::string_view instruction_set, bool gelu) {
+Tensor sparse_linear(const Tensor& x, const Tensor& values, const Tensor& offsets, const Tensor& starts,
+                     const Tensor& order, const std::optional<Tensor>& bias, int64_t rows, int64_t cols,
+                     int64_t row_block, int64_t col_block, std::string_view instruction_set, bool gelu) {
   const auto& kernels = cap_hf::choose_kernels(instruction_set, cap_hf::kernels_named, cap_hf::best_kernels);
   cap_hf::check_input("sparse_linear", x, cols);
   const cap_hf::SparseWeight<float> weight{rows,
@@ -24,22 +22,17 @@ at::Tensor sparse_linear(const at::Tensor& x, const at::Tensor& values, const at
                                            starts.const_data_ptr<int32_t>(),
                                            order.const_data_ptr<int16_t>()};
   cap_hf::check_weight("sparse_linear", weight, values.numel(), values, offsets, starts, order);
-  const at::Tensor start = cap_hf::float_bias("sparse_linear", bias, rows);
-  const cap_hf::Scales<float> scales{bias ? start.const_data_ptr<float>() : nullptr, nullptr, nullptr, gelu};
+  const auto start = cap_hf::float_bias("sparse_linear", bias, rows);
+  const cap_hf::Scales<float> scales{start ? start->const_data_ptr<float>() : nullptr, nullptr, nullptr, gelu};
   return cap_hf::multiply_sparse(kernels, weight, scales, x);
 }
 
 } // namespace
 
-TORCH_LIBRARY_FRAGMENT(cap_hf, m) {
+STABLE_TORCH_LIBRARY_FRAGMENT(cap_hf, m) {
   m.def(
       "sparse_linear(Tensor x, Tensor values, Tensor offsets, Tensor starts, Tensor order, Tensor? bias, int rows, "
       "int cols, int row_block, int col_block, str instruction_set='', bool gelu=False) -> Tensor");
 }
 
-TORCH_LIBRARY_IMPL(cap_hf, CPU, m) { m.impl("sparse_linear", &sparse_linear); }
-
-// For inference only: a backward pass is an error that names the operator, instead of gradients that lack a part.
-TORCH_LIBRARY_IMPL(cap_hf, Autograd, m) {
-  m.impl("sparse_linear", torch::autograd::autogradNotImplementedFallback());
-}
+STABLE_TORCH_LIBRARY_IMPL(cap_hf, CPU, m) { m.impl("sparse_linear", TORCH_BOX(&sparse_linear)); }

@@ -1,16 +1,16 @@
 // What the operators of the sparse products share: their arguments' checks, working memory and PyTorch's threads.
 #pragma once
 
-#include <ATen/Parallel.h>
-#include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
-
 #include <algorithm>
 #include <cstdlib>
 #include <memory>
+#include <optional>
+#include <string>
+#include <string_view>
 #include <vector>
 
 #include "sparse_linear.h"
+#include "stable.h"
 
 namespace cap_hf {
 
@@ -41,56 +41,60 @@ const Kernels<Word>& choose_kernels(std::string_view instruction_set, const Kern
   const char* forced = std::getenv("CAP_HF_INSTRUCTION_SET");
   if (name.empty() && forced != nullptr) name = forced;
   const Kernels<Word>* kernels = name.empty() ? best() : named(name.c_str());
-  TORCH_CHECK(kernels != nullptr, "this processor has no instruction set ", name,
-              ", as CAP_HF_INSTRUCTION_SET or an argument asks: avx512_vnni, avx512, avx_vnni, avx2 and portable are known");
+  check(kernels != nullptr, "this processor has no instruction set ", name,
+        ", as CAP_HF_INSTRUCTION_SET or an argument asks: avx512_vnni, avx512, avx_vnni, avx2 and portable are known");
   return *kernels;
 }
 
 // Throws unless the parts of a packed weight fit each other. `words` is how many there are in `values`.
 template <class Word>
-void check_weight(const char* name, const SparseWeight<Word>& weight, int64_t words, const at::Tensor& values,
-                  const at::Tensor& offsets, const at::Tensor& starts, const at::Tensor& order) {
-  TORCH_CHECK(weight.rows > 0 && weight.cols > 0 && weight.row_block > 0 && weight.row_block % kSlice == 0 &&
-                  weight.row_block <= kRowBlock && weight.col_block > 0 && weight.col_block <= kColBlock,
-              name, ": no packed weight has these sizes");
-  TORCH_CHECK(values.is_contiguous() && offsets.is_contiguous() && starts.is_contiguous() && order.is_contiguous() &&
-                  words == offsets.numel() && starts.numel() == weight.segments() + 1 &&
-                  order.numel() == weight.segments() * kSlice,
-              name, ": the parts of the packed weight do not fit each other");
+void check_weight(const char* name, const SparseWeight<Word>& weight, int64_t words, const Tensor& values,
+                  const Tensor& offsets, const Tensor& starts, const Tensor& order) {
+  check(weight.rows > 0 && weight.cols > 0 && weight.row_block > 0 && weight.row_block % kSlice == 0 &&
+            weight.row_block <= kRowBlock && weight.col_block > 0 && weight.col_block <= kColBlock,
+        name, ": no packed weight has these sizes");
+  check(values.is_contiguous() && offsets.is_contiguous() && starts.is_contiguous() && order.is_contiguous() &&
+            words == offsets.numel() && starts.numel() == weight.segments() + 1 &&
+            order.numel() == weight.segments() * kSlice,
+        name, ": the parts of the packed weight do not fit each other");
 }
 
 // Throws unless x is [..., cols] in a dtype that the operators take.
-inline void check_input(const char* name, const at::Tensor& x, int64_t cols) {
-  TORCH_CHECK(x.dim() > 0 && x.size(-1) == cols, name, ": x has shape ", x.sizes(), ", its last size must be ", cols);
-  TORCH_CHECK(x.scalar_type() == at::kFloat || x.scalar_type() == at::kHalf || x.scalar_type() == at::kBFloat16, name,
-              ": x must be float32, float16 or bfloat16, not ", x.scalar_type());
+inline void check_input(const char* name, const Tensor& x, int64_t cols) {
+  check(x.dim() > 0 && x.size(-1) == cols, name, ": x has shape ", Sizes{x}, ", its last size must be ", cols);
+  const ScalarType kind = x.scalar_type();
+  check(kind == ScalarType::Float || kind == ScalarType::Half || kind == ScalarType::BFloat16, name,
+        ": x must be float32, float16 or bfloat16, not ", kind);
 }
 
-// Returns a bias as contiguous float32, or an undefined tensor where there is none; throws if it does not fit.
-inline at::Tensor float_bias(const char* name, const std::optional<at::Tensor>& bias, int64_t rows) {
-  TORCH_CHECK(!bias || (bias->is_floating_point() && bias->numel() == rows), name, ": bias must be ", rows,
-              " floating point numbers");
-  return bias ? bias->to(at::kFloat).contiguous() : at::Tensor();
+// Returns a bias as contiguous float32, or none; throws if it does not fit.
+inline std::optional<Tensor> float_bias(const char* name, const std::optional<Tensor>& bias, int64_t rows) {
+  if (!bias) return std::nullopt;
+  const ScalarType kind = bias->scalar_type();
+  const bool floats = kind == ScalarType::Float || kind == ScalarType::Double || kind == ScalarType::Half ||
+                      kind == ScalarType::BFloat16;
+  check(floats && bias->numel() == rows, name, ": bias must be ", rows, " floating point numbers");
+  return without_gaps(*bias, ScalarType::Float);
 }
 
 // Returns y [..., rows] in x's dtype for x [..., cols].
 template <class Word>
-at::Tensor multiply_sparse(const Kernels<Word>& kernels, const SparseWeight<Word>& weight, const Scales<Word>& scales,
-                           const at::Tensor& x) {
+Tensor multiply_sparse(const Kernels<Word>& kernels, const SparseWeight<Word>& weight, const Scales<Word>& scales,
+                       const Tensor& x) {
   // Inputs and outputs may be half precision; what is outside the sums is float32.
-  const at::Tensor input = x.to(at::kFloat).contiguous();
-  const int64_t cols = x.size(-1);
-  auto shape = input.sizes().vec();
+  const Tensor input = without_gaps(x, ScalarType::Float);
+  std::vector<int64_t> shape = sizes_of(x);
+  const int64_t cols = shape.back();
   shape.back() = weight.rows;
-  at::Tensor y = at::empty(shape, input.options());
+  const Tensor y = make(input, shape);
   const int64_t tokens = input.numel() / cols;
-  if (tokens == 0) return y.to(x.scalar_type());
+  if (tokens == 0) return without_gaps(y, x.scalar_type());
   const int64_t tile_size = (weight.cols + 1) * kTile; // with the scales of its tokens
   const int64_t tiles_at_once = std::clamp(kScratch / tile_size, int64_t{1}, Product<Word>::tiles(tokens));
   Word* buffer = scratch<Word>(tiles_at_once * weight.cols * kTile);
   const auto of_tokens = std::make_unique<float[]>(tiles_at_once * kTile);
   const auto ready = std::make_unique<std::atomic<uint8_t>[]>(tiles_at_once);
-  const int64_t threads = at::get_num_threads();
+  const int64_t threads = torch::stable::get_num_threads();
   const int64_t step = tiles_at_once * kTile;
   for (int64_t first = 0; first < tokens; first += step) {
     for (int64_t tile = 0; tile < tiles_at_once; ++tile) ready[tile] = 0;
@@ -99,9 +103,9 @@ at::Tensor multiply_sparse(const Kernels<Word>& kernels, const SparseWeight<Word
                           of_tokens.get(), ready.get(), threads);
     // One call per thread, with its number: number i is the same thread in every operator of PyTorch, and has the same
     // tokens in each. Where PyTorch makes one call for all numbers, the first of them does the work of all queues.
-    at::parallel_for(0, threads, 1, [&](int64_t thread, int64_t) { product.work(thread); });
+    torch::stable::parallel_for(0, threads, 1, [&](int64_t thread, int64_t) { product.work(thread); });
   }
-  return y.to(x.scalar_type());
+  return without_gaps(y, x.scalar_type());
 }
 
 } // namespace cap_hf
