@@ -17,6 +17,7 @@ class SparseInt8Linear(SparseWeightLinear):
     the weight that the layer computes with: dense, in float, no longer what it was before it was quantised.
     """
 
+    has_gelu = True
     float32_buffer = "scales"
     offsets: torch.Tensor
     starts: torch.Tensor
@@ -50,7 +51,7 @@ class SparseInt8Linear(SparseWeightLinear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         self.check_device(x)
-        return sparse_int8_linear(x, self.packed_weight(), self.bias)
+        return sparse_int8_linear(x, self.packed_weight(), self.bias, gelu=self.gelu)
 
 
 class DenseInt8Linear(SparseWeightLinear):

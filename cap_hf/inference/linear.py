@@ -18,6 +18,9 @@ class SparseWeightLinear(nn.Module):
     Subclasses hold the weight in buffers that are not saved, and define `store`, `dense_weight` and `forward`.
     """
 
+    # Whether the layer can end with the GELU that follows it, and whether it does.
+    has_gelu = False
+    gelu = False
     # The buffer that stays float32 whatever the dtype of inputs and outputs becomes.
     float32_buffer = "values"
     values: torch.Tensor
@@ -56,7 +59,8 @@ class SparseWeightLinear(nn.Module):
         return 0
 
     def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+        sizes = f"in_features={self.in_features}, out_features={self.out_features}"
+        return f"{sizes}, bias={self.bias is not None}" + (", gelu=True" if self.gelu else "")
 
     def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
         destination[f"{prefix}weight"] = self.weight
@@ -103,6 +107,7 @@ class SparseWeightLinear(nn.Module):
 class SparseLinear(SparseWeightLinear):
     """A Linear on the C++ kernel: `(..., in_features)` -> `(..., out_features)`, float32 inside."""
 
+    has_gelu = True
     offsets: torch.Tensor
     starts: torch.Tensor
     order: torch.Tensor
@@ -131,7 +136,7 @@ class SparseLinear(SparseWeightLinear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         self.check_device(x)
-        return sparse_linear(x, self.packed_weight(), self.bias)
+        return sparse_linear(x, self.packed_weight(), self.bias, gelu=self.gelu)
 
 
 class CSRLinear(SparseWeightLinear):

@@ -77,7 +77,7 @@ def fake_quantize_tokens(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def fake_int8_attention(q: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-    """Return an empty output of the operator: q `(images, heads, queries, cols)` -> `(images, queries, heads, cols)`."""
+    """Return an empty output of the operator: `(images, heads, queries, cols)` -> `(images, queries, heads, cols)`."""
     return q.new_empty((q.shape[0], q.shape[2], q.shape[1], q.shape[3]))
 
 

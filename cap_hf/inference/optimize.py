@@ -14,11 +14,12 @@ from cap_hf.checkpoints.processors import find_image_processor
 from cap_hf.errors import CAPError
 from cap_hf.inference.choice import Kind, fastest_kind, is_faster, is_semi_structured_faster
 from cap_hf.inference.example import check_example, make_example
+from cap_hf.inference.fusion import find_gelus, fuse_gelus, speed_up_attention
 from cap_hf.inference.int8_linear import SparseInt8Linear
 from cap_hf.inference.int8_packing import is_quantizable
 from cap_hf.inference.linear import CSRLinear, SparseLinear, SparseWeightLinear, carry_hooks
 from cap_hf.inference.operators import has_int8_kernel, has_kernel
-from cap_hf.inference.semi_structured import check_device, is_semi_structured, to_semi_structured
+from cap_hf.inference.semi_structured import find_semi_structured, to_semi_structured
 from cap_hf.kernels.build import DISABLE_VARIABLE, are_disabled
 from cap_hf.models import uncompiled, usable
 from cap_hf.towers import see
@@ -110,8 +111,12 @@ def optimize_for_inference(
             kinds = fastest_layers(model, linears, example)
         else:
             kinds = dict.fromkeys(faster_layers(model, linears, functools.partial(is_faster, kind), example), kind)
+    gelus = find_gelus(model, kinds, example) if backend == "auto" else {}
     for name, chosen_kind in kinds.items():
         replace(model, name, chosen_kind(linears[name]))
+    fuse_gelus(model, gelus)
+    if backend == "auto" and dtype == "int8":
+        speed_up_attention(model, example)
     return model
 
 
@@ -269,23 +274,6 @@ def count_tokens(
         for handle in handles:
             handle.remove()
     return tokens
-
-
-def find_semi_structured(linears: Mapping[str, nn.Linear]) -> dict[str, nn.Linear]:
-    """Return those of some layers whose 2:4 weights the sparse tensor cores of their GPU take.
-
-    Raises:
-        CAPError: the device has no sparse tensor cores, or no weight is 2:4.
-    """
-    chosen = {name: linear for name, linear in linears.items() if is_semi_structured(linear.weight)}
-    if not chosen:
-        raise CAPError(
-            "no weight is 2:4 in float16 or bfloat16 and of a shape that GPUs take: prune with --allocation 2:4 and "
-            "load with dtype='bfloat16'"
-        )
-    for linear in chosen.values():
-        check_device(linear.weight.device)
-    return chosen
 
 
 def replace(model: nn.Module, name: str, new: SparseWeightLinear) -> None:

@@ -1,5 +1,6 @@
 """Run 2:4 weights on the sparse tensor cores of NVIDIA GPUs, through PyTorch's own semi-structured tensors."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -46,3 +47,20 @@ def check_device(device: torch.device) -> None:
 def save_dense(linear: nn.Linear, state_dict: dict[str, Any], prefix: str, local_metadata: dict) -> None:
     """Put the dense weight into a state_dict, in place of the compressed one, which safetensors cannot hold."""
     state_dict[f"{prefix}weight"] = linear.weight.detach().to_dense()
+
+
+def find_semi_structured(linears: Mapping[str, nn.Linear]) -> dict[str, nn.Linear]:
+    """Return those of some layers whose 2:4 weights the sparse tensor cores of their GPU take.
+
+    Raises:
+        CAPError: the device has no sparse tensor cores, or no weight is 2:4.
+    """
+    chosen = {name: linear for name, linear in linears.items() if is_semi_structured(linear.weight)}
+    if not chosen:
+        raise CAPError(
+            "no weight is 2:4 in float16 or bfloat16 and of a shape that GPUs take: prune with --allocation 2:4 and "
+            "load with dtype='bfloat16'"
+        )
+    for linear in chosen.values():
+        check_device(linear.weight.device)
+    return chosen
