@@ -54,7 +54,6 @@ def test_other_weights_do_not():
 def test_compressed_weights_are_half_as_large_and_save_as_dense(monkeypatch):
     monkeypatch.setattr(semi_structured, "to_sparse_semi_structured", compress_on_cpu)
     monkeypatch.setattr(semi_structured, "check_device", lambda device: None)
-    monkeypatch.setattr(optimize, "check_device", lambda device: None)
     model = make_model()
     dense = copy.deepcopy(model.state_dict())
     linears = optimize.find_sparse_linears(model)

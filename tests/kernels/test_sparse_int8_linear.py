@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from support.inference import make_weight
 from support.int8 import INT8_INSTRUCTION_SETS, int8_reference, make_block_weight, quantize_tokens_plainly
 from support.sanitizers import run_sanitized
+from torch.nn import functional
 
 from cap_hf.inference.int8_packing import MOST_COLS, pack_int8, quantize_rows
 from cap_hf.inference.operators import has_int8_kernel, has_kernel, quantize_tokens, sparse_int8_linear, sparse_linear
@@ -70,6 +71,14 @@ def test_the_largest_sums_do_not_saturate(instruction_set):
     y = sparse_int8_linear(x, pack_int8(weight), None, instruction_set)
     assert torch.equal(y, expected(x, weight))
     torch.testing.assert_close(y, x @ weight.t(), rtol=1e-5, atol=0)
+
+
+def test_gelu_is_taken_of_what_would_be_returned(instruction_set):
+    weight, x, bias = make_block_weight(30, 50, 0.5), 3 * torch.randn(40, 50), torch.randn(30)
+    x[7, 1] = torch.nan
+    y = sparse_int8_linear(x, pack_int8(weight), bias, instruction_set, gelu=True)
+    torch.testing.assert_close(y, functional.gelu(expected(x, weight, bias)), rtol=2e-6, atol=2e-6, equal_nan=True)
+    assert torch.equal(y.nan_to_num(), sparse_int8_linear(x, pack_int8(weight), bias, "portable", True).nan_to_num())
 
 
 def test_halves_are_rounded_to_even(instruction_set):

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.inference import make_weight
 from support.sanitizers import run_sanitized
+from torch.nn import functional
 
 from cap_hf.inference.operators import has_kernel, sparse_linear
 from cap_hf.inference.packing import pack
@@ -49,6 +50,17 @@ def test_product_equals_the_dense_one(seed, tokens, rows, cols, sparsity, biased
     bias = torch.arange(rows) / 7 if biased else None
     y = sparse_linear(x, pack(weight), bias, instruction_set)
     torch.testing.assert_close(y, reference(x, weight, bias), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS)
+@pytest.mark.parametrize("tokens", [5, 40])
+def test_gelu_is_taken_of_what_would_be_returned(instruction_set, tokens):
+    if not supported(instruction_set):
+        pytest.skip(f"this processor lacks {instruction_set}")
+    x, packed, bias = 10 * torch.linspace(-1, 1, tokens)[:, None], pack(torch.ones(9, 1)), torch.arange(9) / 9
+    y = sparse_linear(x, packed, bias, instruction_set, gelu=True)
+    expected = functional.gelu(sparse_linear(x, packed, bias, instruction_set).double()).float()
+    torch.testing.assert_close(y, expected, rtol=2e-6, atol=2e-6)
 
 
 def supported(instruction_set):

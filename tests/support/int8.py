@@ -32,3 +32,27 @@ def make_block_weight(rows, cols, share, seed=0):
     weight = torch.randn(rows, cols, generator=generator)
     zero = torch.rand(rows, -(-cols // 4), generator=generator) < share
     return weight.masked_fill(zero.repeat_interleave(4, dim=1)[:, :cols], 0.0)
+
+
+def attention_reference(q, k, v, scale):
+    """y (images, queries, heads, cols) in float32 for q (images, heads, queries, cols) and k, v (images, heads, keys,
+    cols), all finite; each step is rounded as in the kernels."""
+    one = np.float32
+    q, k, v = (x.detach().float().numpy() for x in (q, k, v))
+    mean = np.zeros_like(k[:, :, 0])
+    for key in range(k.shape[2]):
+        mean = mean + k[:, :, key]
+    q8, of_queries = quantize_tokens_plainly(torch.from_numpy(q))
+    k8, of_keys = quantize_tokens_plainly(torch.from_numpy(k - (mean / one(k.shape[2]))[:, :, None]))
+    v8, of_values = quantize_tokens_plainly(torch.from_numpy(np.ascontiguousarray(v.swapaxes(2, 3))))
+    scores = (q8.astype(np.int64) @ k8.astype(np.int64).swapaxes(2, 3)).astype(one) * of_keys.swapaxes(2, 3)
+    scores = (scores - scores.max(axis=3, keepdims=True)) * (of_queries * (one(scale) * one(1.44269504)))
+    scores = np.maximum(scores, one(-30))
+    whole = np.rint(scores)
+    rest, power = scores - whole, one(9.58285e-3)
+    for term in (5.590643e-2, 2.4024099e-1, 6.9312419e-1, 1.0):
+        power = power * rest + one(term)
+    weights = np.rint(np.ldexp(power, whole.astype(np.int32)) * one(65535)).astype(np.int64)
+    high, low = ((part @ v8.astype(np.int64).swapaxes(2, 3)).astype(one) for part in (weights >> 8, weights & 255))
+    y = (high * one(256) + low) * of_values.swapaxes(2, 3) * (one(1) / weights.sum(axis=3, keepdims=True).astype(one))
+    return torch.from_numpy(y.swapaxes(1, 2))

@@ -21,6 +21,7 @@ inline Vector load(const float* from) {
   return vector;
 }
 inline void store(float* to, Vector vector) { __builtin_memcpy(to, &vector, sizeof vector); }
+inline Vector fill(float word) { return Vector{word, word, word, word}; }
 inline Four four(const float* from) { return from; }
 template <int i>
 inline Vector lane(Four from) {
@@ -52,6 +53,7 @@ constexpr int64_t kWidth = 8;
 constexpr int kFullPass = 2, kHalfPass = 2;
 inline Vector load(const float* from) { return _mm256_loadu_ps(from); }
 inline void store(float* to, Vector vector) { _mm256_storeu_ps(to, vector); }
+inline Vector fill(float word) { return _mm256_set1_ps(word); }
 inline Four four(const float* from) { return _mm256_broadcast_ps(reinterpret_cast<const __m128*>(from)); }
 template <int i>
 inline Vector lane(Four from) {
@@ -95,6 +97,7 @@ constexpr int64_t kWidth = 16;
 constexpr int kFullPass = 2, kHalfPass = 1;
 inline Vector load(const float* from) { return _mm512_loadu_ps(from); }
 inline void store(float* to, Vector vector) { _mm512_storeu_ps(to, vector); }
+inline Vector fill(float word) { return _mm512_set1_ps(word); }
 inline Four four(const float* from) { return _mm512_broadcast_f32x4(_mm_loadu_ps(from)); }
 template <int i>
 inline Vector lane(Four from) {

@@ -26,9 +26,10 @@ inline Vector load(const int32_t* from) {
   return vector;
 }
 inline void store(int32_t* to, Vector vector) { __builtin_memcpy(to, &vector, sizeof vector); }
+inline Vector fill(int32_t word) { return Vector{word, word, word, word}; }
 inline Four four(const int32_t* from) { return from; }
 inline Weights spread(const int32_t* from) {
-  const Pairs word = reinterpret_cast<Pairs>(Vector{*from, *from, *from, *from});
+  const Pairs word = reinterpret_cast<Pairs>(fill(*from));
   return {(word << 8) >> 8, word >> 8};
 }
 template <int i>
@@ -62,6 +63,7 @@ constexpr int64_t kWidth = 8;
 constexpr int kFullPass = 2, kHalfPass = 2;
 inline Vector load(const int32_t* from) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)); }
 inline void store(int32_t* to, Vector vector) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), vector); }
+inline Vector fill(int32_t word) { return _mm256_set1_epi32(word); }
 inline Four four(const int32_t* from) {
   return _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
 }
@@ -72,7 +74,7 @@ template <int i>
 inline Weights lane(Four from) {
   return widened(_mm256_shuffle_epi32(from, i * 0x55));
 }
-inline Weights spread(const int32_t* from) { return widened(_mm256_set1_epi32(*from)); }
+inline Weights spread(const int32_t* from) { return widened(fill(*from)); }
 // vpmaddubsw would add pairs in 16 bits, where two large products do not fit: the numbers are widened first.
 inline Vector multiply_add(Weights weights, Vector x, Vector sum) {
   const Vector even = _mm256_madd_epi16(_mm256_and_si256(x, _mm256_set1_epi16(0xff)), weights.even);
@@ -96,6 +98,7 @@ constexpr int64_t kWidth = 8;
 constexpr int kFullPass = 2, kHalfPass = 2;
 inline Vector load(const int32_t* from) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)); }
 inline void store(int32_t* to, Vector vector) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), vector); }
+inline Vector fill(int32_t word) { return _mm256_set1_epi32(word); }
 inline Four four(const int32_t* from) {
   return _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
 }
@@ -103,7 +106,7 @@ template <int i>
 inline Vector lane(Four from) {
   return _mm256_shuffle_epi32(from, i * 0x55);
 }
-inline Vector spread(const int32_t* from) { return _mm256_set1_epi32(*from); }
+inline Vector spread(const int32_t* from) { return fill(*from); }
 inline Vector multiply_add(Vector weights, Vector x, Vector sum) { return _mm256_dpbusd_avx_epi32(sum, x, weights); }
 using avx2::transpose;
 #include "kernels.inc"
@@ -122,6 +125,7 @@ constexpr int64_t kWidth = 16;
 constexpr int kFullPass = 2, kHalfPass = 1;
 inline Vector load(const int32_t* from) { return _mm512_loadu_si512(from); }
 inline void store(int32_t* to, Vector vector) { _mm512_storeu_si512(to, vector); }
+inline Vector fill(int32_t word) { return _mm512_set1_epi32(word); }
 inline Four four(const int32_t* from) {
   return _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
 }
@@ -129,7 +133,7 @@ template <int i>
 inline Vector lane(Four from) {
   return _mm512_shuffle_epi32(from, static_cast<_MM_PERM_ENUM>(i * 0x55));
 }
-inline Vector spread(const int32_t* from) { return _mm512_set1_epi32(*from); }
+inline Vector spread(const int32_t* from) { return fill(*from); }
 inline Vector multiply_add(Vector weights, Vector x, Vector sum) { return _mm512_dpbusd_epi32(sum, x, weights); }
 using avx512::transpose;
 #include "kernels.inc"

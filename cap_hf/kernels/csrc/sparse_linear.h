@@ -71,8 +71,9 @@ struct Kernels {
   // tile[word][token] = the words of x[token][col]; 0, in int8 anything, for tokens past the last. For int8 also the
   // scales of kTile tokens.
   void (*load_tile)(const float* x, int64_t tokens, int64_t cols, Word* tile, float* scales);
-  // sums[row][token] += the product of one row block with a tile of kTile (or, if half, kHalf) tokens.
-  void (*multiply)(const SparseWeight<Word>& weight, int64_t row_block, const Word* tile, bool half, Word* sums);
+  // sums[row][token] = starts[row] + the product of one row block with a tile of kTile (or, if half, kHalf) tokens.
+  void (*multiply)(const SparseWeight<Word>& weight, int64_t row_block, const Word* tile, const Word* starts, bool half,
+                   Word* sums);
   // y[token * stride + row] = what sums[row][token] becomes; `first` is the row block's first row.
   void (*store_tile)(const Word* sums, int64_t first, int64_t rows, int64_t tokens, const Scales<Word>& scales,
                      const float* of_tokens, float* y, int64_t stride);
@@ -137,12 +138,14 @@ class Product {
     const int64_t first = row_block * weight_.row_block;
     const int64_t rows = weight_.rows - first < weight_.row_block ? weight_.rows - first : weight_.row_block;
     const int64_t tokens = tokens_in(tile);
-    // Also rows past the last of W, as slices are whole: the numbers that they add to must be there.
-    for (int64_t row = 0; row < weight_.row_block; ++row) {
-      const Word start = scales_.start != nullptr && row < rows ? scales_.start[first + row] : Word{0};
-      for (int64_t token = 0; token < kTile; ++token) sums[row * kTile + token] = start;
-    }
-    kernels_.multiply(weight_, row_block, tile_at(tile), tokens <= kHalf, sums);
+    // Also rows past the last of W, as slices are whole: what they begin with must be there.
+    Word starts[kRowBlock] = {};
+    const bool half = tokens <= kHalf;
+    for (int64_t row = 0; row < rows && scales_.start != nullptr; ++row) starts[row] = scales_.start[first + row];
+    kernels_.multiply(weight_, row_block, tile_at(tile), starts, half, sums);
+    // What is not computed goes nowhere, but is looked at.
+    for (int64_t row = 0; half && row < rows; ++row)
+      for (int64_t token = kHalf; token < kTile; ++token) sums[row * kTile + token] = Word{0};
     kernels_.store_tile(sums, first, rows, tokens, scales_, of_tokens_ + tile * kTile,
                         y_ + tile * kTile * weight_.rows + first, weight_.rows);
   }
