@@ -105,7 +105,7 @@ def describe_masks(targets: Sequence[Target]) -> list[dict]:
     return layers
 
 
-def differing_layers(targets: Sequence[Target], report: Mapping) -> list[str] | None:
+def differing_layers(targets: Sequence[Target], report: Mapping, rounded: bool = False) -> list[str] | None:
     """Return the layers whose zeros are not those that a checkpoint's report says; None if it says nothing of layers.
 
     A report without digests, of cap_hf before it wrote them, tells how many zeros there are and not where.
@@ -113,15 +113,23 @@ def differing_layers(targets: Sequence[Target], report: Mapping) -> list[str] | 
     Args:
         targets: all of the model.
         report: as read from report.json.
+        rounded: whether weights were rounded after the report, which makes zeros: a layer may then have more of them.
     """
     # A report of `cap-hf prune` has its pruning under that name; one of CAPCompressor.save_pretrained is all pruning.
     stated = (report.get("pruning") or report).get("layers")
     if not stated:
         return None
     found = {layer["name"]: layer for layer in describe_masks(targets)}
+    if rounded:
+        stated = [layer for layer in stated if not _has_more_zeros(found.get(layer["name"], {}), layer)]
     facts = ("num_zeros", "mask_digest")
     return [
         layer["name"]
         for layer in stated
         if any(fact in layer and found.get(layer["name"], {}).get(fact) != layer[fact] for fact in facts)
     ]
+
+
+def _has_more_zeros(found: Mapping, stated: Mapping) -> bool:
+    """Return whether a layer, as `describe_masks` found it, has more zeros than a report says of it."""
+    return found.get("num_zeros", 0) > stated.get("num_zeros", found.get("num_zeros", 0))

@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 
-from cap_hf.checkpoints.compression import COMPRESSED_INDEX_NAME, COMPRESSED_NAME, VALUES, pack
+from cap_hf.checkpoints.compression import COMPRESSED_INDEX_NAME, COMPRESSED_NAME, SCALES, VALUES, pack
 from cap_hf.checkpoints.explaining import explain_format
 from cap_hf.checkpoints.files import check_file, load_file, open_safetensors
 from cap_hf.checkpoints.folder import check_types, read_json, shorten
+from cap_hf.checkpoints.int8 import is_for_int8, pack_int8
 from cap_hf.errors import CAPError
 
 PLAIN_NAME, PLAIN_INDEX_NAME = "model.safetensors", "model.safetensors.index.json"
@@ -40,6 +41,24 @@ class WeightFiles:
             CAPError: a file is damaged.
         """
         return all(check_file(path).digests is not None for path in self.paths)
+
+    @property
+    def have_int8(self) -> bool:
+        """Return whether some of the weights are stored in int8.
+
+        Raises:
+            CAPError: a file cannot be read.
+        """
+        for path in self.paths:
+            with open_safetensors(path) as file:
+                if any(name.endswith(f".{SCALES}") for name in file.keys()):  # noqa: SIM118
+                    return True
+        return False
+
+    @property
+    def form(self) -> str:
+        """Return how the weights are stored, in words."""
+        return "compressed, in int8" if self.have_int8 else "compressed" if self.compressed else "plain"
 
 
 def find_weight_files(folder: str | Path) -> WeightFiles:
@@ -79,10 +98,21 @@ def iterate_weights(folder: str | Path) -> Iterator[tuple[str, torch.Tensor]]:
         yield from load_file(path).items()
 
 
-def to_stored(name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Return a tensor under the names it is stored by: in parts if that is smaller, else whole."""
+def to_stored(name: str, tensor: torch.Tensor, int8: bool = False) -> dict[str, torch.Tensor]:
+    """Return a tensor under the names it is stored by: in parts if that is smaller, else whole.
+
+    Args:
+        name: of the tensor.
+        tensor: on the CPU.
+        int8: round it, if it is sparse; else all is stored bit for bit.
+
+    Raises:
+        CAPError: a weight to be rounded is not finite.
+    """
     # transformers' hook puts weights together; a vector is not worth its header.
-    parts = pack(tensor) if name.endswith(".weight") and tensor.dim() > 1 else None
+    if not name.endswith(".weight") or tensor.dim() < 2:
+        return {name: tensor}
+    parts = pack_int8(tensor, name) if int8 and is_for_int8(tensor) else pack(tensor)
     if parts is None or count_bytes(parts) + HEADER_BYTES >= tensor.numel() * tensor.element_size():
         return {name: tensor}
     return {f"{name}.{suffix}": part for suffix, part in parts.items()}
