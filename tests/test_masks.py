@@ -10,6 +10,8 @@ from cap_hf.masks import (
     apply_masks,
     count_zero_blocks,
     count_zeros,
+    describe_masks,
+    differing_layers,
     find_pattern,
     take_masks,
     target_sparsity,
@@ -76,3 +78,20 @@ def test_whole_blocks_are_a_pattern(kept, pattern):
 def test_sizes_that_do_not_divide_the_inputs_have_no_blocks():
     target = Target("layer", nn.Linear(6, 2, bias=False), 6)
     assert list(count_zero_blocks(target, torch.ones(2, 6, dtype=torch.bool))) == ["1x2"]
+
+
+def test_a_rounded_model_may_have_more_zeros_than_its_report_and_no_others():
+    model = build("ViT")
+    CAPCompressor(model, CAPConfig(method="magnitude")).prune(0.5)
+    targets = find_targets(model)
+    report = {"layers": describe_masks(targets)}
+    assert differing_layers(targets, report) == differing_layers(targets, report, rounded=True) == []
+    weight = targets[3].weight.data.view(-1)
+    zero, other = int((weight == 0).nonzero()[0]), int((weight != 0).nonzero()[0])
+    weight[other] = 0
+    assert differing_layers(targets, report) == [targets[3].name]
+    assert differing_layers(targets, report, rounded=True) == []
+    weight[zero] = 1
+    assert differing_layers(targets, report, rounded=True) == [targets[3].name]
+    weight[(weight == 0).nonzero()[:3]] = 1
+    assert differing_layers(targets, report, rounded=True) == [targets[3].name]

@@ -32,9 +32,9 @@ def quantize_rows(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     The scale is the row's largest magnitude / 127, or 0 for a row of zeros; numbers are rounded to the nearest, halves
     to the even one. Zeros stay 0.
     """
-    # In float64, so that no quotient overflows or rounds beyond 127.
+    # In float64 the product is exact and the quotient rounds to no half that it is not; nothing overflows.
     largest = weight.abs().amax(dim=1).double()
-    quantized = (weight.double() * (LARGEST / largest.where(largest > 0, 1))[:, None]).round()
+    quantized = (weight.double() * LARGEST / largest.where(largest > 0, 1)[:, None]).round()
     return quantized.to(torch.int8), (largest / LARGEST).float()
 
 

@@ -36,7 +36,7 @@ from cap_hf.checkpoints.int8 import unpack_any, unpack_int8
 from cap_hf.errors import CAPError
 
 # Makes what stands in a Linear's place, of the Linear, whose weight is on the meta device, its int8 weight
-# `(rows, cols)` and its scales `(rows,)`. The bias is loaded into what it makes.
+# `(rows, cols)` and its scales `(rows,)`. The bias is taken over: it is loaded by then, or will be into what is made.
 Builder = Callable[[nn.Linear, torch.Tensor, torch.Tensor], nn.Module]
 # Nothing in a checkpoint can set it.
 BUILDER: ContextVar[Builder | None] = ContextVar("BUILDER", default=None)

@@ -32,9 +32,9 @@ def main(argv: list[str]) -> None:
     output = Path(args.output_dir)
     check_output(output, args.overwrite_output_dir)
     # Imported here, because the arguments are checked before these take their seconds.
+    from cap_hf.checkpoints.compressing import compress_checkpoint
     from cap_hf.checkpoints.folder import MODEL_CONFIG_NAME, read_json
     from cap_hf.checkpoints.loading import check_names, local_folder
-    from cap_hf.checkpoints.saving import compress_checkpoint
     from cap_hf.checkpoints.weights import count_negative_zeros, find_weight_files
 
     source = local_folder(

@@ -50,7 +50,8 @@ def main(argv: list[str]) -> None:
         layer |= {"block_size": target.block_size, "pattern": str(pattern) if pattern else None}
     weights, zeros = (sum(layer[key] for layer in layers) for key in ("num_weights", "num_zeros"))
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    differing = differing_layers(find_targets(model), stated)
+    int8 = files.have_int8
+    differing = differing_layers(find_targets(model), stated, rounded=int8)
     report = {
         "model_name_or_path": model_args.model_name_or_path,
         "architecture": type(model).__name__,
@@ -60,6 +61,7 @@ def main(argv: list[str]) -> None:
         "sparsity": zeros / weights,
         "quantization": quantization,
         "compressed": files.compressed,
+        "int8": int8,
         "file_bytes": files.num_bytes,
         "dense_bytes": dense_bytes,
         "compressed_bytes": compressed_bytes,
@@ -90,9 +92,15 @@ def main(argv: list[str]) -> None:
     if quantization:
         print(f"Its weights are quantised with {quantization}; what is 0 is what they stand for")
     print(
-        f"Weights take {files.num_bytes:,} bytes, {'compressed' if files.compressed else 'plain'}: "
-        f"{dense_bytes:,} dense, {compressed_bytes:,} compressed ({percent(compressed_bytes / dense_bytes)} %)"
+        f"Weights take {files.num_bytes:,} bytes, {files.form}: "
+        f"{dense_bytes:,} dense, {compressed_bytes:,} compressed{' in floats' if int8 else ''} "
+        f"({percent(compressed_bytes / dense_bytes)} %)"
     )
+    if int8:
+        print(
+            "After `import cap_hf`, from_pretrained makes floats of the int8 weights; "
+            "SparseAutoModel.from_pretrained(..., runtime='int8') computes with them as they are"
+        )
     if files.have_digests:
         print("The bytes of every stored tensor are those that were written")
     elif files.compressed:
@@ -102,4 +110,5 @@ def main(argv: list[str]) -> None:
     elif differing:
         print(f"The zeros are NOT those of its report in {summarize(differing)}")
     else:
-        print("The zeros of every layer are those of its report")
+        more = ", and those that rounding to int8 has made" if int8 else ""
+        print(f"The zeros of every layer are those of its report{more}")

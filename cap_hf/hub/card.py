@@ -54,6 +54,7 @@ class CardFacts:
         dense, before, sparse: what was measured, accuracies in [0, 1], of the dense model, of the one that a training
             began with, and of this one.
         quantization: of the weights, where they are no floats.
+        int8: whether cap_hf has rounded weights to int8.
         file_bytes: of the weight files; dense_bytes, compressed_bytes: of their tensors in either form.
     """
 
@@ -70,6 +71,7 @@ class CardFacts:
     dense_bytes: int
     compressed_bytes: int
     quantization: str | None = None
+    int8: bool = False
     kind: str = PRUNED
     run: dict = field(default_factory=dict)
     num_processes: int | None = None
@@ -124,7 +126,7 @@ class CardFacts:
         quantization = dequantize(model)
         targets = find_targets(model, "row", config.get("include"), config.get("exclude"))
         masks = take_masks(targets)
-        wrong = differing_layers(find_targets(model), report)
+        wrong = differing_layers(find_targets(model), report, rounded=files.have_int8)
         if wrong:
             raise CAPError(
                 f"{folder / 'report.json'} is not about these weights ({wrong[0]} has other zeros): "
@@ -149,6 +151,7 @@ class CardFacts:
             dense_bytes=dense_bytes,
             compressed_bytes=compressed_bytes,
             quantization=quantization,
+            int8=files.have_int8,
             kind=kind,
             run=run_of(report, base_model),
             num_processes=report.get("num_processes"),
@@ -173,6 +176,8 @@ class CardFacts:
         method = self.config.get("method")
         if method:
             tags.insert(2, method)
+        if self.int8:
+            tags.append("int8")
         dataset, name = hub_id(self.dataset), short_name(self.dataset)
         results = [
             EvalResult(

@@ -215,7 +215,7 @@ def test_more_than_the_memory_that_is_free_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(files.psutil, "virtual_memory", lambda: memory(contents.dense_bytes))
     assert torch.equal(load_file(tmp_path / "x.safetensors")["x.weight"], zeros)
     monkeypatch.setattr(files.psutil, "virtual_memory", lambda: memory(contents.dense_bytes - 1))
-    monkeypatch.setattr(files, "unpack", None)
+    monkeypatch.setattr(files, "unpack_any", None)
     with pytest.raises(CAPError, match=r"unpacks to 0\.0 GB, and 0\.0 GB of memory are free"):
         load_file(tmp_path / "x.safetensors")
 

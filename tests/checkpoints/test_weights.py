@@ -7,8 +7,8 @@ import torch
 from support.checkpoints import make_checkpoint, make_model
 
 from cap_hf import CAPError
+from cap_hf.checkpoints.compressing import compress_checkpoint
 from cap_hf.checkpoints.compression import VALUES
-from cap_hf.checkpoints.saving import compress_checkpoint
 from cap_hf.checkpoints.weights import (
     count_bytes,
     count_negative_zeros,
