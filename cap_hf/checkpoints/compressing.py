@@ -96,8 +96,10 @@ def compress_weights(source: Path, destination: Path, int8: Collection[str] | No
     """
     files, config = find_weight_files(source), read_json(source / MODEL_CONFIG_NAME)
     if files.compressed:
-        if int8 is None or files.have_int8:
-            raise CAPError(f"{source} is {files.form} already")
+        if files.have_int8:
+            raise CAPError(f"{source} is compressed in int8 already")
+        if int8 is None:
+            raise CAPError(f"{source} is compressed already")
         del config["quantization_config"], config["transformers_weights"]
     shards: list[Shard] = []
     for path in files.paths:
@@ -146,7 +148,8 @@ def write_compressed(
         total += count_bytes(tensors)
     if int8 is not None and not any(stored.endswith(f".{SCALES}") for stored in weight_map):
         raise CAPError(
-            f"{name} has nothing to store in int8: no Linear layer has {LEAST_SPARSITY:.0%} of zeros; prune it first"
+            f"{name} has nothing to store in int8: no Linear layer is {100 * LEAST_SPARSITY:.0f} % zeros and large "
+            "enough to gain; prune it first"
         )
     if len(shards) > 1:
         write_json(folder / COMPRESSED_INDEX_NAME, {"metadata": {"total_size": total}, "weight_map": weight_map})

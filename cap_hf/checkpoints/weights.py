@@ -55,11 +55,6 @@ class WeightFiles:
                     return True
         return False
 
-    @property
-    def form(self) -> str:
-        """Return how the weights are stored, in words."""
-        return "compressed, in int8" if self.have_int8 else "compressed" if self.compressed else "plain"
-
 
 def find_weight_files(folder: str | Path) -> WeightFiles:
     """Return the weights that `from_pretrained` would load from a folder.

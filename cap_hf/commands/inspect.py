@@ -91,8 +91,9 @@ def main(argv: list[str]) -> None:
         print(f"Left alone: {summarize([name for name in left if left[name] == reason], 3)} ({reason})")
     if quantization:
         print(f"Its weights are quantised with {quantization}; what is 0 is what they stand for")
+    form = "compressed, in int8" if int8 else "compressed" if files.compressed else "plain"
     print(
-        f"Weights take {files.num_bytes:,} bytes, {files.form}: "
+        f"Weights take {files.num_bytes:,} bytes, {form}: "
         f"{dense_bytes:,} dense, {compressed_bytes:,} compressed{' in floats' if int8 else ''} "
         f"({percent(compressed_bytes / dense_bytes)} %)"
     )

@@ -127,7 +127,7 @@ def test_int8_and_what_the_other_commands_say_of_it(tmp_path, capsys):
     assert report["num_zeros"] == zeros
     for arguments in (rounded, [*rounded[:2], "--dtype", "int8", "--output_dir"]):
         assert run_command("compress", [*arguments, str(tmp_path / "d")]) == 1
-        assert f"{tmp_path / 'c'} is compressed, in int8 already" in capsys.readouterr().err
+        assert f"{tmp_path / 'c'} is compressed in int8 already" in capsys.readouterr().err
     # Other zeros than its report tells of are still seen.
     weights = model.vit.layers[1].mlp.fc2.weight.detach()
     weights[:, :48] = torch.randn(48, 48)
@@ -168,9 +168,9 @@ def test_int8_of_a_checkpoint_without_zeros_is_one_line(tmp_path, capsys):
     make_model().save_pretrained(tmp_path / "m")
     command = ["--model_name_or_path", str(tmp_path / "m"), "--output_dir", str(tmp_path / "c"), "--dtype", "int8"]
     assert run_command("compress", command) == 1
-    assert "has nothing to store in int8: no Linear layer has 20% of zeros; prune it first" in capsys.readouterr().err
+    assert "has nothing to store in int8: no Linear layer is 20 % zeros and" in capsys.readouterr().err
     assert not (tmp_path / "c").exists()
-    assert run_command("compress", [*command[:-1], "int4"]) == 2
+    assert run_command("compress", [*command[:-1], "int4"]) == 1
     assert "invalid choice: 'int4'" in capsys.readouterr().err
 
 
@@ -190,16 +190,7 @@ def test_other_commands_take_the_floats_that_int8_stands_for(tiny_checkpoint, tm
         assert run_command("evaluate", [*model, str(folders[name]), "--max_eval_samples", "50"]) == 0
         assert run_command("prune", [*model, str(folders[name] / "pruned"), "--sparsity", "0.9", *FAST]) == 0
         finetune = [*model, str(folders[name] / "recovered"), "--max_steps", "2", "--per_device_train_batch_size", "4"]
-        finetune += [
-            "--max_train_samples",
-            "8",
-            "--max_eval_samples",
-            "8",
-            "--report_to",
-            "none",
-            "--disable_tqdm",
-            "true",
-        ]
+        finetune += ["--max_train_samples", "8", "--max_eval_samples", "8", "--report_to", "none"]
         assert run_command("finetune", finetune) == 0, capsys.readouterr().err
     metrics = [json.loads((folder / "eval_results.json").read_text())["metrics"] for folder in folders.values()]
     assert metrics[0] == metrics[1]
