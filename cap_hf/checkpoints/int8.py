@@ -16,6 +16,7 @@ from torch.nn import functional
 
 from cap_hf.checkpoints.compression import INTEGERS, SCALES, SHAPE, VALUES, check_parts, pack, unpack
 from cap_hf.errors import CAPError
+from cap_hf.memory import zeros
 
 LARGEST = 127  # of an int8 number: -128 is left out, so that every number has its negative
 # Columns of a row, at most: partial sums of more products of an input, up to 255 - 127, and 127 may not fit 32 bits.
@@ -40,7 +41,8 @@ def quantize_rows(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 def dequantize_rows(quantized: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
     """Return what int8 numbers `(rows, cols)` with a scale per row `(rows,)` stand for, in float32."""
-    return quantized * scales[:, None]
+    dense = zeros(quantized.shape, torch.float32, quantized.device)
+    return torch.mul(quantized, scales[:, None], out=dense)
 
 
 def is_for_int8(weight: torch.Tensor) -> bool:

@@ -38,6 +38,7 @@ def main(argv: list[str]) -> None:
         model_args.model_name_or_path, model_args.model_revision, model_args.cache_dir, model_args.token
     )
     files, stated = check_folder(folder, model_args.trust_remote_code), read_report(folder)
+    int8 = files.have_int8
     dense_bytes, compressed_bytes = measure(folder)
     model = load_checkpoint(folder, model_args.trust_remote_code, "float32")
     quantization = dequantize(model)
@@ -46,11 +47,10 @@ def main(argv: list[str]) -> None:
     masks = take_masks(targets)
     layers = describe_masks(targets)
     for layer, target in zip(layers, targets, strict=True):
-        pattern = find_pattern(target, masks[target.name])
+        pattern = find_pattern(target, masks[target.name], rounded=int8)
         layer |= {"block_size": target.block_size, "pattern": str(pattern) if pattern else None}
     weights, zeros = (sum(layer[key] for layer in layers) for key in ("num_weights", "num_zeros"))
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    int8 = files.have_int8
     differing = differing_layers(find_targets(model), stated, rounded=int8)
     report = {
         "model_name_or_path": model_args.model_name_or_path,

@@ -154,6 +154,8 @@ def test_int8_is_published_as_it_is_and_the_card_says_so(tmp_path, capsys):
         card = (tmp_path / "push" / "README.md").read_text()
         for said in (
             "- int8\n",
+            "- 1x4\n",
+            "--pattern 1x4 --sparsity 0.75",
             "are rounded to int8, with a scale per row",
             "This was measured before the weights were rounded to int8.",
             "(compressed, in int8)",
