@@ -69,7 +69,7 @@ def find_weight_files(folder: str | Path) -> WeightFiles:
     """Return the weights that `from_pretrained` would load from a folder.
 
     Raises:
-        CAPError: there are none as safetensors, an index names a file that is not there, or cap_hf is too old for them.
+        CAPError: there are none as safetensors, an index names a file that is not there, or cap_hf is too old.
     """
     folder = Path(folder)
     check_version(folder)
