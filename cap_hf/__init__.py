@@ -17,12 +17,9 @@ if TYPE_CHECKING:
     from cap_hf.config import CAPConfig
     from cap_hf.errors import CAPError
     from cap_hf.hub.publish import push_to_hub
+    from cap_hf.inference.auto_model import SparseAutoModel, SparseModelForImageClassification
     from cap_hf.inference.export import export_onnx
-    from cap_hf.inference.optimize import (
-        SparseAutoModel,
-        SparseModelForImageClassification,
-        optimize_for_inference,
-    )
+    from cap_hf.inference.optimize import optimize_for_inference
     from cap_hf.inference.quantization import quantize_int8
     from cap_hf.patterns import BlockPattern, NMPattern
     from cap_hf.recovery.gradual import GradualPruner
@@ -49,8 +46,8 @@ _HOMES = {
     "NMPattern": "cap_hf.patterns",
     "PruneReport": "cap_hf.report",
     "Resources": "cap_hf.collection.resources",
-    "SparseAutoModel": "cap_hf.inference.optimize",
-    "SparseModelForImageClassification": "cap_hf.inference.optimize",
+    "SparseAutoModel": "cap_hf.inference.auto_model",
+    "SparseModelForImageClassification": "cap_hf.inference.auto_model",
     "SparseTrainer": "cap_hf.recovery.trainer",
     "SparseTrainingArguments": "cap_hf.recovery.training_arguments",
     "SparsitySchedule": "cap_hf.recovery.schedules",

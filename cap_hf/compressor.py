@@ -264,7 +264,7 @@ class CAPCompressor:
         self,
         save_directory: str | Path,
         image_processor: BaseImageProcessor | None = None,
-        compressed: bool = False,
+        compressed: bool | str = False,
         max_shard_size: int | str | None = None,
     ) -> None:
         """Save the pruned model with its CAPConfig and report (main process), atomically.
@@ -272,7 +272,7 @@ class CAPCompressor:
         Args:
             save_directory: replaced as a whole if it is empty or holds a checkpoint and nothing else.
             image_processor: saved beside the model if given.
-            compressed: store only what is non-zero; then `import cap_hf` is needed before `from_pretrained`.
+            compressed: store only what is non-zero, rounded if 'int8'; `from_pretrained` needs `import cap_hf` before.
             max_shard_size: of the tensors in one file, such as "5GB"; None for transformers' default.
 
         Raises:

@@ -10,11 +10,14 @@ from cap_hf.masks import (
     apply_masks,
     count_zero_blocks,
     count_zeros,
+    describe_masks,
+    differing_layers,
     find_pattern,
     take_masks,
     target_sparsity,
     verify_masks,
 )
+from cap_hf.patterns import BlockPattern
 from cap_hf.targets import Target, find_targets
 
 
@@ -76,3 +79,39 @@ def test_whole_blocks_are_a_pattern(kept, pattern):
 def test_sizes_that_do_not_divide_the_inputs_have_no_blocks():
     target = Target("layer", nn.Linear(6, 2, bias=False), 6)
     assert list(count_zero_blocks(target, torch.ones(2, 6, dtype=torch.bool))) == ["1x2"]
+
+
+def test_a_rounded_model_may_have_more_zeros_than_its_report_and_no_others():
+    model = build("ViT")
+    CAPCompressor(model, CAPConfig(method="magnitude")).prune(0.5)
+    targets = find_targets(model)
+    report = {"layers": describe_masks(targets)}
+    assert differing_layers(targets, report) == differing_layers(targets, report, rounded=True) == []
+    weight = targets[3].weight.data.view(-1)
+    zero, other = int((weight == 0).nonzero()[0]), int((weight != 0).nonzero()[0])
+    weight[other] = 0
+    assert differing_layers(targets, report) == [targets[3].name]
+    assert differing_layers(targets, report, rounded=True) == []
+    weight[zero] = 1
+    assert differing_layers(targets, report, rounded=True) == [targets[3].name]
+    weight[(weight == 0).nonzero()[:3]] = 1
+    assert differing_layers(targets, report, rounded=True) == [targets[3].name]
+
+
+@pytest.mark.parametrize(("pattern", "unit"), [("1x2", 2), ("1x4", 4), ("1x8", 8)])
+@pytest.mark.parametrize("sparsity", [0.25, 0.75, 0.95])
+def test_a_few_zeros_of_rounding_hide_no_blocks(pattern, unit, sparsity):
+    generator = torch.Generator().manual_seed(0)
+    target = Target("x", nn.Linear(256, 128), 256, 0)
+    mask = (torch.rand(128, 256 // unit, generator=generator) >= sparsity).repeat_interleave(unit, dim=1)
+    rounded = mask & (torch.rand(128, 256, generator=generator) >= 0.02)
+    assert str(find_pattern(target, mask)) == str(find_pattern(target, mask, rounded=True)) == pattern
+    assert find_pattern(target, rounded) is None
+    assert str(find_pattern(target, rounded, rounded=True)) == pattern
+
+
+@pytest.mark.parametrize("sparsity", [0.01, 0.05, 0.25, 0.75, 0.95, 0.99])
+def test_zeros_one_by_one_are_no_blocks_of_a_rounded_weight(sparsity):
+    target = Target("x", nn.Linear(256, 128), 256, 0)
+    mask = torch.rand(128, 256, generator=torch.Generator().manual_seed(0)) >= sparsity
+    assert not isinstance(find_pattern(target, mask, rounded=True), BlockPattern)

@@ -14,6 +14,7 @@ The order is the order of memory; in a 4-dimensional tensor (a convolution) with
 N:M groups are neighbours.
 
 A byte of a bitmask or a code stands for 8 entries, so a file grows to 64 times its size at most when it is unpacked.
+Weights that are stored in int8 have a part more, lose what rounding takes, and grow to 512 times: `int8.py`.
 """
 
 import math
@@ -28,13 +29,15 @@ from cap_hf.memory import zeros
 
 # What config.json calls the format, and the names of its weight files.
 QUANT_METHOD = "cap_hf"
-FORMAT_VERSION = 1
+# The version rises where an earlier cap_hf could not read a file: one with int8 weights has the second.
+FORMAT_VERSION, INT8_FORMAT_VERSION = 1, 2
 COMPRESSED_NAME, COMPRESSED_INDEX_NAME = "model.cap.safetensors", "model.cap.safetensors.index.json"
 # `transformers_weights` of a compressed checkpoint's config.json: transformers looks for no other file, and quotes
 # this in the error it raises when nobody has put the file's name in its place.
 IMPORT_HINT = "this checkpoint is compressed: pip install cap_hf, then `import cap_hf` before from_pretrained"
 SHAPE, VALUES, BITMASK, CODES = "cap_shape", "cap_values", "cap_bitmask", "cap_codes"
-PARTS = (SHAPE, VALUES, BITMASK, CODES)
+SCALES = "cap_scales"  # of int8 weights only
+PARTS = (SHAPE, VALUES, BITMASK, CODES, SCALES)
 # The M of N:M that have codes; anything else is stored with a bitmask.
 GROUP_SIZES = (2, 4, 8)
 # Entries that are worked on at a time, so that what is made of them stays in cache.

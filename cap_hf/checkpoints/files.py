@@ -22,7 +22,8 @@ import safetensors.torch
 import torch
 from safetensors import SafetensorError, safe_open
 
-from cap_hf.checkpoints.compression import INTEGERS, PARTS, SHAPE, VALUES, check_parts, unpack
+from cap_hf.checkpoints.compression import INTEGERS, PARTS, SCALES, SHAPE, VALUES, check_parts
+from cap_hf.checkpoints.int8 import check_int8_parts, unpack_any
 from cap_hf.errors import CAPError, reason
 
 DIGESTS = "cap_digests"
@@ -40,13 +41,16 @@ class FileContents:
         names: of the tensors that are stored, parts of packed ones among them.
         num_entries: of all tensors once they are unpacked.
         dense_bytes: what these take.
-        dtypes: of those of them that are floating point, by their names, as the file calls it, such as BF16.
+        int8_bytes: what those of them that are stored in int8 take less as int8 numbers.
+        dtypes: of those of them that are floating point, by their names, as the file calls it, such as BF16; of one in
+            int8, the dtype that it had.
         digests: of each stored tensor, by its name; None if the file has none.
     """
 
     names: set[str]
     num_entries: int
     dense_bytes: int
+    int8_bytes: int
     dtypes: dict[str, str]
     digests: dict[str, str] | None
 
@@ -81,7 +85,8 @@ def digest_names(names: Iterable[str]) -> str:
 def check_file(path: str | Path) -> FileContents:
     """Return what a safetensors file holds, if it is whole and each packed tensor can be unpacked.
 
-    Reads the header and what says where values go (a few bits per entry), no values, and compares no digests.
+    Reads the header and what says where values go (a few bits per entry), no values but int8 ones, and compares no
+    digests.
 
     Raises:
         CAPError: it is damaged.
@@ -93,6 +98,7 @@ def check_file(path: str | Path) -> FileContents:
         shapes = {name: _shape(file, name, path) for name in names}
         found: Counter[str] = Counter()
         dtypes: dict[str, str] = {}
+        int8_bytes = 0
         for name in names:
             if name.rpartition(".")[2] not in PARTS:
                 dtypes[name] = file.get_slice(name).get_dtype()
@@ -100,9 +106,15 @@ def check_file(path: str | Path) -> FileContents:
         for base, suffixes in packed.items():
             if base in names:
                 raise CAPError(f"{path} holds {base} both dense and packed: the file is damaged")
-            parts = {suffix: _peek(file, f"{base}.{suffix}", path) for suffix in suffixes}
-            check_parts(parts, f"{base} in {path}")
-            dtypes[base] = file.get_slice(f"{base}.{VALUES}").get_dtype()
+            if SCALES in suffixes:
+                parts = {suffix: file.get_tensor(f"{base}.{suffix}") for suffix in suffixes}
+                check_int8_parts(parts, f"{base} in {path}")
+                int8_bytes += (parts[SHAPE].element_size() - 1) * math.prod(parts[SHAPE].shape[1:])
+            else:
+                parts = {suffix: _peek(file, f"{base}.{suffix}", path) for suffix in suffixes}
+                check_parts(parts, f"{base} in {path}")
+            like = SHAPE if SCALES in suffixes else VALUES
+            dtypes[base] = file.get_slice(f"{base}.{like}").get_dtype()
             found[dtypes[base]] += math.prod(parts[SHAPE].shape[1:])
     if digests is not None:
         if len(digests) != DIGEST_LENGTH * len(names):
@@ -113,7 +125,7 @@ def check_file(path: str | Path) -> FileContents:
         }
     dense_bytes = sum(count * _bits(dtype) // 8 for dtype, count in found.items())
     floating = {name: dtype for name, dtype in dtypes.items() if dtype[:1] in ("F", "B") and dtype != "BOOL"}
-    return FileContents(names, found.total(), dense_bytes, floating, digests)
+    return FileContents(names, found.total(), dense_bytes, int8_bytes, floating, digests)
 
 
 def check_memory(needed: int, path: str | Path) -> None:
@@ -149,7 +161,7 @@ def load_file(path: str | Path) -> dict[str, torch.Tensor]:
                 raise CAPError(f"{path} holds other bytes in {wrong[0]} than were written: the file is damaged")
         tensors = {name: tensor for name, tensor in stored.items() if name.rpartition(".")[2] not in PARTS}
         for base, suffixes in packed_names(stored).items():
-            tensors[base] = unpack({suffix: stored[f"{base}.{suffix}"] for suffix in suffixes})
+            tensors[base] = unpack_any({suffix: stored[f"{base}.{suffix}"] for suffix in suffixes})
     return tensors
 
 
@@ -176,14 +188,21 @@ def copy_weights(path: Path, destination: Path, change: Callable[[dict[str, str]
             shutil.copyfileobj(source, copy)
 
 
-def read_tensor(path: str | Path, name: str) -> torch.Tensor:
-    """Return a stored tensor; a part of a packed one as it is.
+def read_weight(path: str | Path, name: str) -> torch.Tensor:
+    """Return a tensor dense, whether it is stored so or packed.
+
+    Args:
+        path: of a file that `check_file` has passed.
+        name: of the tensor.
 
     Raises:
-        CAPError: the file cannot be read, or has no such tensor.
+        CAPError: the file cannot be read.
     """
     with open_safetensors(path) as file:
-        return file.get_tensor(name)
+        parts = [part for part in PARTS if f"{name}.{part}" in file.keys()]  # noqa: SIM118
+        if not parts:
+            return file.get_tensor(name)
+        return unpack_any({part: file.get_tensor(f"{name}.{part}") for part in parts})
 
 
 def packed_names(names: Iterable[str]) -> dict[str, list[str]]:

@@ -1,7 +1,8 @@
 """Makes `from_pretrained` load compressed checkpoints; importing this module registers it with transformers.
 
-transformers calls a way of storing weights a quantization method. This one stores nothing differently but zeros: what
-is loaded is a plain dense model in the dtype asked for, and saving it again gives a plain checkpoint.
+transformers calls a way of storing weights a quantization method. This one stores nothing differently but zeros, and
+where that was asked for rounds weights to int8: what is loaded is a plain dense model in the dtype asked for, and
+saving it again gives a plain checkpoint. Only inside `keep_int8` int8 weights stay what they are.
 
 Loading checks that a file is whole, and compares no digests: hashing the bytes takes 13 to 17 % of the time of loading
 a ViT-B. `cap-hf inspect` compares them.
@@ -9,9 +10,13 @@ a ViT-B. `cap-hf inspect` compares them.
 
 import copy
 from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.core_model_loading import ConversionOps, WeightConverter
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
@@ -21,12 +26,34 @@ from cap_hf.checkpoints.compression import (
     COMPRESSED_INDEX_NAME,
     COMPRESSED_NAME,
     FORMAT_VERSION,
+    INT8_FORMAT_VERSION,
     PARTS,
     QUANT_METHOD,
-    unpack,
+    SCALES,
 )
 from cap_hf.checkpoints.files import check_file, check_memory, digest_names
+from cap_hf.checkpoints.int8 import unpack_any, unpack_int8
 from cap_hf.errors import CAPError
+
+# Makes what stands in a Linear's place, of the Linear, whose weight is on the meta device, its int8 weight
+# `(rows, cols)` and its scales `(rows,)`. The bias is taken over: it is loaded by then, or will be into what is made.
+Builder = Callable[[nn.Linear, torch.Tensor, torch.Tensor], nn.Module]
+# Nothing in a checkpoint can set it.
+BUILDER: ContextVar[Builder | None] = ContextVar("BUILDER", default=None)
+
+
+@contextmanager
+def keep_int8(build: Builder | None) -> Iterator[None]:
+    """Let `from_pretrained` put what `build` makes in the place of each Linear whose weight is stored in int8.
+
+    Dense floats are made of the other int8 weights: those of subclasses of Linear, those that are tied or that the
+    model splits, and all of them without `build`, or where a part of the model goes to another device than the CPU.
+    """
+    token = BUILDER.set(build)
+    try:
+        yield
+    finally:
+        BUILDER.reset(token)
 
 
 @register_quantization_config(QUANT_METHOD)
@@ -54,7 +81,7 @@ class CompressedConfig(QuantizationConfigMixin):
     ) -> None:
         if weights_file not in (COMPRESSED_NAME, COMPRESSED_INDEX_NAME):
             raise CAPError(f"config.json names the compressed weights {weights_file!r}, not {COMPRESSED_NAME!r}")
-        if format_version != FORMAT_VERSION:
+        if format_version not in (FORMAT_VERSION, INT8_FORMAT_VERSION):
             raise CAPError(f"the checkpoint has format version {format_version!r}: update cap_hf to load it")
         self.quant_method = QUANT_METHOD  # type: ignore[assignment]  # transformers types its own methods only
         self.weights_file = weights_file
@@ -63,14 +90,19 @@ class CompressedConfig(QuantizationConfigMixin):
 
 
 class Unpack(ConversionOps):
-    """Puts the parts of a packed weight together; a weight that is stored dense passes through."""
+    """Puts the parts of a packed weight together; a weight that is stored dense passes through.
+
+    Args:
+        quantizer: that it is of.
+        build: what to put in the place of a Linear with an int8 weight; None to make dense floats of that.
+    """
 
     # The model's own converter may then split the weight, as that of DINOv2 splits the two halves of its SwiGLU.
     supports_many_to_many = True
 
-    def __init__(self, quantizer: HfQuantizer) -> None:
+    def __init__(self, quantizer: HfQuantizer, build: Builder | None = None) -> None:
         # The quantizer is not kept: transformers takes an operation that has one to cast the dtype by itself.
-        pass
+        self.build = build
 
     def convert(
         self, input_dict: dict[str, Any], source_patterns: list[str], target_patterns: list[str], **kwargs: Any
@@ -86,12 +118,46 @@ class Unpack(ConversionOps):
             else:
                 weights[pattern] = tensors
         for base, lists in parts.items():
+            if self.build is not None and SCALES in lists and self.replace_linear(lists, build=self.build, **kwargs):
+                continue
             # One converter may gather the weights of many layers, each part a list in the same order.
             if base in weights or len({len(tensors) for tensors in lists.values()}) != 1:
                 raise CAPError(f"{kwargs.get('full_layer_name', base)} is stored in part dense and in part compressed")
             count = len(next(iter(lists.values())))
-            weights[base] = [unpack({part: lists[part][index] for part in lists}) for index in range(count)]
+            weights[base] = [unpack_any({part: lists[part][index] for part in lists}) for index in range(count)]
         return weights
+
+    def replace_linear(
+        self,
+        lists: dict[str, list[torch.Tensor]],
+        model: PreTrainedModel,
+        full_layer_name: str,
+        missing_keys: set[str],
+        build: Builder,
+        **kwargs: Any,
+    ) -> bool:
+        """Put what `build` makes in the place of the Linear that a weight is of; return False if it is of none.
+
+        Args:
+            lists: the parts of the weight.
+            model: that is loaded.
+            full_layer_name: of the weight in the model.
+            missing_keys: names of all weights that the model still lacks; what is put in place is taken out.
+            build: as of `keep_int8`.
+        """
+        path, _, name = full_layer_name.rpartition(".")
+        linear = model.get_submodule(path)
+        tied = {*model.all_tied_weights_keys, *model.all_tied_weights_keys.values()}
+        if type(linear) is not nn.Linear or name != "weight" or full_layer_name in tied:
+            return False
+        quantized, scales = unpack_int8({part: tensors[0] for part, tensors in lists.items()})
+        if quantized.shape != linear.weight.shape or any(len(tensors) != 1 for tensors in lists.values()):
+            return False
+        built = build(linear, quantized, scales)
+        built._is_hf_initialized = True  # type: ignore[assignment]  # transformers fills in what is not
+        model.set_submodule(path, built)
+        missing_keys.discard(full_layer_name)
+        return True
 
     @property
     def reverse_op(self) -> ConversionOps:
@@ -128,6 +194,7 @@ class CompressedQuantizer(HfQuantizer):
     """
 
     quantization_config: CompressedConfig
+    build: Builder | None = None
     # The first name is the one that a loaded weight is saved under.
     serialized_names = {"weight": ["weight", *(f"weight.{part}" for part in PARTS)]}  # noqa: RUF012
 
@@ -154,8 +221,10 @@ class CompressedQuantizer(HfQuantizer):
             )
         # On other devices and on the disk there is room for weights that memory has none for.
         devices = device_map.values() if isinstance(device_map, dict) else [device_map or "cpu"]
-        if files and {str(device) for device in devices} == {"cpu"}:
-            check_memory(sum(file.dense_bytes for file in files), checkpoint_files[0])
+        if {str(device) for device in devices} == {"cpu"}:
+            self.build = BUILDER.get()
+            kept = 0 if self.build is None else sum(file.int8_bytes for file in files)
+            check_memory(sum(file.dense_bytes for file in files) - kept, (checkpoint_files or [""])[0])
         self.dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
@@ -170,7 +239,7 @@ class CompressedQuantizer(HfQuantizer):
         # transformers 5.21 makes its own of the two above; 5.20 makes none, and takes the first pattern that fits.
         end = "" if super().get_weight_conversions() else "$"
         return [
-            Converter([f"{name}{end}", *parts], name, [Unpack(self)])
+            Converter([f"{name}{end}", *parts], name, [Unpack(self, self.build)])
             for name, (_, *parts) in self.serialized_names.items()
         ]
 

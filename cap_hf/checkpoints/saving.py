@@ -1,9 +1,6 @@
-"""Save models and copy checkpoints, plain or compressed, so that a final name never holds half of one."""
+"""Save models, plain or compressed, so that a final name never holds half of one."""
 
-import os
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -13,30 +10,17 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 from cap_hf.checkpoints.atomic import atomic_directory, write_json
-from cap_hf.checkpoints.compression import (
-    COMPRESSED_INDEX_NAME,
-    COMPRESSED_NAME,
-    FORMAT_VERSION,
-    IMPORT_HINT,
-    QUANT_METHOD,
-)
-from cap_hf.checkpoints.files import check_file, digest_names, read_tensor, save_file
-from cap_hf.checkpoints.folder import MODEL_CONFIG_NAME, REPORT_NAME, check_inside, copy_file, read_json
+from cap_hf.checkpoints.compressing import int8_names, write_compressed
+from cap_hf.checkpoints.folder import MODEL_CONFIG_NAME, REPORT_NAME, copy_file, read_json
 from cap_hf.checkpoints.form import StoredForm, stored_in
 from cap_hf.checkpoints.location import check_name
 from cap_hf.checkpoints.places import check_space
-from cap_hf.checkpoints.weights import count_bytes, find_weight_files, to_stored
+from cap_hf.checkpoints.weights import count_bytes
 from cap_hf.config import CAPConfig
 from cap_hf.errors import CAPError
 
-# Weights in any format: a copy of a checkpoint in another form leaves them behind.
-WEIGHT_SUFFIXES = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".h5", ".msgpack", ".onnx")
-
 # Of the tensors in one file; transformers' own default.
 SHARD_SIZE = "50GB"
-
-# What one weight file is written from: the names of its tensors and how to get one, which several threads do.
-Shard = tuple[Sequence[str], Callable[[str], torch.Tensor]]
 
 
 def save_checkpoint(
@@ -45,7 +29,7 @@ def save_checkpoint(
     config: CAPConfig | None = None,
     report: dict | None = None,
     image_processor: BaseImageProcessor | None = None,
-    compressed: bool = False,
+    compressed: bool | str = False,
     companions: Sequence[Path] = (),
     form: StoredForm | None = None,
 ) -> None:
@@ -57,7 +41,8 @@ def save_checkpoint(
         config: written as `cap_config.json`.
         report: written as `report.json`.
         image_processor: saved beside the model.
-        compressed: store only what is non-zero; then `import cap_hf` is needed before `from_pretrained`.
+        compressed: store only what is non-zero; then `import cap_hf` is needed before `from_pretrained`. 'int8': round
+            the weights of sparse Linear layers too, with a scale per row.
         companions: files to copy beside the model, such as its tokenizer's, see `find_companions`.
         form: the dtype and the size of the files; None for the model's dtype and transformers' size.
 
@@ -66,6 +51,8 @@ def save_checkpoint(
             the model cannot be compressed, or a companion is a link out of its folder or is called JSON and is none.
     """
     check_name(directory, "a folder")
+    if compressed not in (False, True, "int8"):
+        raise CAPError(f"compressed is {compressed!r}, and may be False, True or 'int8'")
     check_shared(model)
     form = form or StoredForm()
     with stored_in(model, form.dtype):
@@ -76,7 +63,7 @@ def save_checkpoint(
             for path in companions:
                 copy_file(path, path.parent, folder)
             if compressed:
-                save_compressed(model, folder, form.max_shard_size or SHARD_SIZE)
+                save_compressed(model, folder, form.max_shard_size or SHARD_SIZE, compressed == "int8")
             else:
                 model.save_pretrained(folder, max_shard_size=form.max_shard_size or SHARD_SIZE)
             if image_processor is not None:
@@ -113,16 +100,19 @@ def saved_state(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     return {name: tensor for name, tensor in model.state_dict().items() if name not in ignored}
 
 
-def save_compressed(model: PreTrainedModel, folder: Path, max_shard_size: int | str = SHARD_SIZE) -> None:
+def save_compressed(
+    model: PreTrainedModel, folder: Path, max_shard_size: int | str = SHARD_SIZE, int8: bool = False
+) -> None:
     """Write what `model.save_pretrained` writes, the weights compressed; no dense file is ever there.
 
     Args:
         model: of transformers; on any device, its weights in memory.
         folder: that exists.
         max_shard_size: of the tensors in one file, before they are compressed.
+        int8: round the sparse weights of Linear layers to int8.
 
     Raises:
-        CAPError: the model is quantized, or a part of it is offloaded to the disk.
+        CAPError: the model is quantized, or a part of it is offloaded to the disk; for int8, as `compress_checkpoint`.
     """
     state = saved_state(model)
     if any(tensor.is_meta for tensor in state.values()):
@@ -137,89 +127,5 @@ def save_compressed(model: PreTrainedModel, folder: Path, max_shard_size: int | 
         read_json(folder / MODEL_CONFIG_NAME),
         folder,
         type(model).__name__,
+        int8_names(model) if int8 else None,
     )
-
-
-def compress_checkpoint(source: str | Path, directory: str | Path) -> None:
-    """Write a compressed copy of a plain checkpoint, atomically; another checkpoint there is replaced.
-
-    Args:
-        source: a folder with a plain checkpoint; everything beside its weights is copied.
-        directory: where to.
-
-    Raises:
-        CAPError: the source cannot be compressed, a file of it is a link out of it or is called JSON and is none, the
-            disk is full, or the folder cannot be written or holds something else than a checkpoint.
-    """
-    source = Path(source)
-    with atomic_directory(directory, source) as folder:
-        for path in sorted(source.iterdir()):
-            if path.is_file() and not path.name.endswith(WEIGHT_SUFFIXES):
-                copy_file(path, source, folder)
-        compress_weights(source, folder)
-
-
-def compress_weights(source: Path, destination: Path) -> None:
-    """Write the weights of a plain checkpoint into another folder in compressed form, with a config.json to load them.
-
-    Args:
-        source: a folder with config.json and plain safetensors weights, in one file or several.
-        destination: that exists.
-
-    Raises:
-        CAPError: the checkpoint is compressed or quantized already, or a file is damaged or a link out of its folder.
-    """
-    files, config = find_weight_files(source), read_json(source / MODEL_CONFIG_NAME)
-    if files.compressed:
-        raise CAPError(f"{source} is compressed already")
-    shards: list[Shard] = []
-    for path in files.paths:
-        check_inside(path, source)
-        # Opened for each tensor: what goes wrong in between is about the file that is written.
-        shards.append((sorted(check_file(path).names), partial(read_tensor, path)))
-    write_compressed(shards, config, destination, source)
-
-
-def write_compressed(shards: Sequence[Shard], config: dict, folder: Path, name: str | Path) -> None:
-    """Write compressed weights and the config.json that makes `from_pretrained` load them.
-
-    Tensors that would not become smaller stay dense.
-
-    Args:
-        shards: of the weights, one for each file.
-        config: what config.json holds of a plain checkpoint.
-        folder: that exists.
-        name: of what is compressed, for the error.
-
-    Raises:
-        CAPError: the weights are quantised.
-    """
-    if quantization := config.get("quantization_config"):
-        method = quantization.get("quant_method") if isinstance(quantization, dict) else None
-        raise CAPError(
-            f"{name} is quantised{f' with {method}' if method else ''}: compress the checkpoint in floats that it was "
-            "made from"
-        )
-    stem = COMPRESSED_NAME.removesuffix(".safetensors")
-    weight_map, total = {}, 0
-    for number, (names, read) in enumerate(shards, 1):
-        tensors: dict[str, torch.Tensor] = {}
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            for stored in pool.map(lambda name, read=read: to_stored(name, read(name)), sorted(names)):
-                tensors.update(stored)
-        file_name = f"{stem}-{number:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else COMPRESSED_NAME
-        save_file(tensors, folder / file_name)
-        weight_map.update(dict.fromkeys(tensors, file_name))
-        total += count_bytes(tensors)
-    if len(shards) > 1:
-        write_json(folder / COMPRESSED_INDEX_NAME, {"metadata": {"total_size": total}, "weight_map": weight_map})
-    config = config | {
-        "transformers_weights": IMPORT_HINT,
-        "quantization_config": {
-            "quant_method": QUANT_METHOD,
-            "format_version": FORMAT_VERSION,
-            "weights_file": COMPRESSED_INDEX_NAME if len(shards) > 1 else COMPRESSED_NAME,
-            "names_digest": digest_names(weight_map),
-        },
-    }
-    write_json(folder / MODEL_CONFIG_NAME, config)

@@ -8,10 +8,20 @@ from typing import Any
 
 import torch
 
-from cap_hf.checkpoints.compression import COMPRESSED_INDEX_NAME, COMPRESSED_NAME, VALUES, pack
+from cap_hf.checkpoints.compression import (
+    COMPRESSED_INDEX_NAME,
+    COMPRESSED_NAME,
+    FORMAT_VERSION,
+    INT8_FORMAT_VERSION,
+    QUANT_METHOD,
+    SCALES,
+    VALUES,
+    pack,
+)
 from cap_hf.checkpoints.explaining import explain_format
 from cap_hf.checkpoints.files import check_file, load_file, open_safetensors
-from cap_hf.checkpoints.folder import check_types, read_json, shorten
+from cap_hf.checkpoints.folder import MODEL_CONFIG_NAME, check_types, read_json, shorten
+from cap_hf.checkpoints.int8 import is_for_int8, pack_int8
 from cap_hf.errors import CAPError
 
 PLAIN_NAME, PLAIN_INDEX_NAME = "model.safetensors", "model.safetensors.index.json"
@@ -41,14 +51,28 @@ class WeightFiles:
         """
         return all(check_file(path).digests is not None for path in self.paths)
 
+    @property
+    def have_int8(self) -> bool:
+        """Return whether some of the weights are stored in int8.
+
+        Raises:
+            CAPError: a file cannot be read.
+        """
+        for path in self.paths:
+            with open_safetensors(path) as file:
+                if any(name.endswith(f".{SCALES}") for name in file.keys()):  # noqa: SIM118
+                    return True
+        return False
+
 
 def find_weight_files(folder: str | Path) -> WeightFiles:
     """Return the weights that `from_pretrained` would load from a folder.
 
     Raises:
-        CAPError: there are none as safetensors, or an index names a file that is not there.
+        CAPError: there are none as safetensors, an index names a file that is not there, or cap_hf is too old.
     """
     folder = Path(folder)
+    check_version(folder)
     for name, index, compressed in (
         (COMPRESSED_NAME, COMPRESSED_INDEX_NAME, True),
         (PLAIN_NAME, PLAIN_INDEX_NAME, False),
@@ -69,6 +93,17 @@ def find_weight_files(folder: str | Path) -> WeightFiles:
     raise CAPError(explain_format(folder))
 
 
+def check_version(folder: Path) -> None:
+    """Raise a CAPError if config.json says that a newer cap_hf compressed a checkpoint: its files would seem damaged."""
+    if not (folder / MODEL_CONFIG_NAME).is_file():
+        return
+    stated: Any = read_json(folder / MODEL_CONFIG_NAME).get("quantization_config")
+    if isinstance(stated, dict) and stated.get("quant_method") == QUANT_METHOD:
+        version = stated.get("format_version", FORMAT_VERSION)
+        if version not in (FORMAT_VERSION, INT8_FORMAT_VERSION):
+            raise CAPError(f"{folder} has format version {shorten(repr(version))}: update cap_hf to load it")
+
+
 def iterate_weights(folder: str | Path) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield each tensor of a checkpoint, dense, in the dtype it is stored in, one file in memory at a time.
 
@@ -79,10 +114,21 @@ def iterate_weights(folder: str | Path) -> Iterator[tuple[str, torch.Tensor]]:
         yield from load_file(path).items()
 
 
-def to_stored(name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Return a tensor under the names it is stored by: in parts if that is smaller, else whole."""
+def to_stored(name: str, tensor: torch.Tensor, int8: bool = False) -> dict[str, torch.Tensor]:
+    """Return a tensor under the names it is stored by: in parts if that is smaller, else whole.
+
+    Args:
+        name: of the tensor.
+        tensor: on the CPU.
+        int8: round it, if it is sparse; else all is stored bit for bit.
+
+    Raises:
+        CAPError: a weight to be rounded is not finite.
+    """
     # transformers' hook puts weights together; a vector is not worth its header.
-    parts = pack(tensor) if name.endswith(".weight") and tensor.dim() > 1 else None
+    if not name.endswith(".weight") or tensor.dim() < 2:
+        return {name: tensor}
+    parts = pack_int8(tensor, name) if int8 and is_for_int8(tensor) else pack(tensor)
     if parts is None or count_bytes(parts) + HEADER_BYTES >= tensor.numel() * tensor.element_size():
         return {name: tensor}
     return {f"{name}.{suffix}": part for suffix, part in parts.items()}

@@ -38,6 +38,7 @@ def main(argv: list[str]) -> None:
         model_args.model_name_or_path, model_args.model_revision, model_args.cache_dir, model_args.token
     )
     files, stated = check_folder(folder, model_args.trust_remote_code), read_report(folder)
+    int8 = files.have_int8
     dense_bytes, compressed_bytes = measure(folder)
     model = load_checkpoint(folder, model_args.trust_remote_code, "float32")
     quantization = dequantize(model)
@@ -46,11 +47,11 @@ def main(argv: list[str]) -> None:
     masks = take_masks(targets)
     layers = describe_masks(targets)
     for layer, target in zip(layers, targets, strict=True):
-        pattern = find_pattern(target, masks[target.name])
+        pattern = find_pattern(target, masks[target.name], rounded=int8)
         layer |= {"block_size": target.block_size, "pattern": str(pattern) if pattern else None}
     weights, zeros = (sum(layer[key] for layer in layers) for key in ("num_weights", "num_zeros"))
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    differing = differing_layers(find_targets(model), stated)
+    differing = differing_layers(find_targets(model), stated, rounded=int8)
     report = {
         "model_name_or_path": model_args.model_name_or_path,
         "architecture": type(model).__name__,
@@ -60,6 +61,7 @@ def main(argv: list[str]) -> None:
         "sparsity": zeros / weights,
         "quantization": quantization,
         "compressed": files.compressed,
+        "int8": int8,
         "file_bytes": files.num_bytes,
         "dense_bytes": dense_bytes,
         "compressed_bytes": compressed_bytes,
@@ -89,10 +91,17 @@ def main(argv: list[str]) -> None:
         print(f"Left alone: {summarize([name for name in left if left[name] == reason], 3)} ({reason})")
     if quantization:
         print(f"Its weights are quantised with {quantization}; what is 0 is what they stand for")
+    form = "compressed, in int8" if int8 else "compressed" if files.compressed else "plain"
     print(
-        f"Weights take {files.num_bytes:,} bytes, {'compressed' if files.compressed else 'plain'}: "
-        f"{dense_bytes:,} dense, {compressed_bytes:,} compressed ({percent(compressed_bytes / dense_bytes)} %)"
+        f"Weights take {files.num_bytes:,} bytes, {form}: "
+        f"{dense_bytes:,} dense, {compressed_bytes:,} compressed{' in floats' if int8 else ''} "
+        f"({percent(compressed_bytes / dense_bytes)} %)"
     )
+    if int8:
+        print(
+            "After `import cap_hf`, from_pretrained makes floats of the int8 weights; "
+            "SparseAutoModel.from_pretrained(..., runtime='int8') computes with them as they are"
+        )
     if files.have_digests:
         print("The bytes of every stored tensor are those that were written")
     elif files.compressed:
@@ -102,4 +111,5 @@ def main(argv: list[str]) -> None:
     elif differing:
         print(f"The zeros are NOT those of its report in {summarize(differing)}")
     else:
-        print("The zeros of every layer are those of its report")
+        more = ", and those that rounding to int8 has made" if int8 else ""
+        print(f"The zeros of every layer are those of its report{more}")

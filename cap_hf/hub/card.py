@@ -54,6 +54,7 @@ class CardFacts:
         dense, before, sparse: what was measured, accuracies in [0, 1], of the dense model, of the one that a training
             began with, and of this one.
         quantization: of the weights, where they are no floats.
+        int8: whether cap_hf has rounded weights to int8; pruned_zeros: how many were 0 before, if the report says it.
         file_bytes: of the weight files; dense_bytes, compressed_bytes: of their tensors in either form.
     """
 
@@ -70,6 +71,8 @@ class CardFacts:
     dense_bytes: int
     compressed_bytes: int
     quantization: str | None = None
+    int8: bool = False
+    pruned_zeros: int | None = None
     kind: str = PRUNED
     run: dict = field(default_factory=dict)
     num_processes: int | None = None
@@ -118,20 +121,22 @@ class CardFacts:
         folder = Path(folder)
         report, settings = read_report(folder), read_cap_config(folder)
         files = check_folder(folder, trust_remote_code)
+        int8 = files.have_int8
         dense_bytes, compressed_bytes = measure(folder)
         config = settings.to_dict() if settings else {}
         model = load_checkpoint(folder, trust_remote_code, "float32")
         quantization = dequantize(model)
         targets = find_targets(model, "row", config.get("include"), config.get("exclude"))
         masks = take_masks(targets)
-        wrong = differing_layers(find_targets(model), report)
+        wrong = differing_layers(find_targets(model), report, rounded=int8)
         if wrong:
             raise CAPError(
                 f"{folder / 'report.json'} is not about these weights ({wrong[0]} has other zeros): "
                 "evaluate and save the checkpoint again, or remove its report"
             )
-        patterns = {str(find_pattern(target, masks[target.name]) or "") for target in targets}
+        patterns = {str(find_pattern(target, masks[target.name], rounded=int8) or "") for target in targets}
         data, kind = report.get("data") or {}, kind_of(report)
+        zeros = [layer.get("num_zeros", 0) for layer in (report.get("pruning") or report).get("layers") or ()]
         tag = pipeline_tag(model)
         own_base = base_model or report.get("model_name_or_path")
         return cls(
@@ -149,6 +154,8 @@ class CardFacts:
             dense_bytes=dense_bytes,
             compressed_bytes=compressed_bytes,
             quantization=quantization,
+            int8=int8,
+            pruned_zeros=sum(zeros) if int8 and zeros else None,
             kind=kind,
             run=run_of(report, base_model),
             num_processes=report.get("num_processes"),
@@ -173,6 +180,8 @@ class CardFacts:
         method = self.config.get("method")
         if method:
             tags.insert(2, method)
+        if self.int8:
+            tags.append("int8")
         dataset, name = hub_id(self.dataset), short_name(self.dataset)
         results = [
             EvalResult(
@@ -209,6 +218,7 @@ class CardFacts:
         facts: dict[str, Any] = {each.name: getattr(self, each.name) for each in fields(self)}
         method: str | None = self.config.get("method")
         is_classifier, training = self.pipeline_tag == CLASSIFICATION, self.run.get("training_arguments") or {}
+        pruned = self.sparsity if self.pruned_zeros is None else self.pruned_zeros / self.num_weights
         model, teacher = self.run.get("model_name_or_path"), self.run.get("teacher_model_name_or_path")
         return ModelCard.from_template(
             self.metadata(),
@@ -240,7 +250,7 @@ class CardFacts:
                 "with_drops": any(name.endswith("_drop_se") for name in self.sparse),
                 "method": method,
                 "method_text": METHOD_TEXTS.get(method or ""),
-                "command": code(command_line(self.kind, self.run, self.config, self.sparsity) if self.run else None),
+                "command": code(command_line(self.kind, self.run, self.config, pruned) if self.run else None),
                 "config": code(json.dumps(self.config, indent=2)) if self.config else None,
                 "versions": [text(f"{name} {version}") for name, version in self.versions.items()],
                 "picture": PICTURE_NAME,

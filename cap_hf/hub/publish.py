@@ -14,6 +14,7 @@ from huggingface_hub.utils import validate_repo_id
 from transformers import BaseImageProcessor
 
 from cap_hf.checkpoints.atomic import atomic_directory
+from cap_hf.checkpoints.compressing import compress_weights
 from cap_hf.checkpoints.files import check_file, copy_weights
 from cap_hf.checkpoints.folder import (
     COMPANIONS,
@@ -26,7 +27,6 @@ from cap_hf.checkpoints.folder import (
 )
 from cap_hf.checkpoints.loading import check_folder
 from cap_hf.checkpoints.location import check_name
-from cap_hf.checkpoints.saving import compress_weights
 from cap_hf.checkpoints.weights import find_weight_files
 from cap_hf.compressor import CAPCompressor
 from cap_hf.config import CONFIG_NAME

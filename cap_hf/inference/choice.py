@@ -11,16 +11,15 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from cap_hf.checkpoints.int8 import LEAST_SPARSITY
 from cap_hf.inference.int8_linear import DenseInt8Linear, SparseInt8Linear, has_dense_int8
 from cap_hf.inference.int8_packing import WORD
-from cap_hf.inference.linear import SparseLinear, SparseWeightLinear
+from cap_hf.inference.linear import SparseLinear, SparseWeightLinear, stored_weight
 from cap_hf.inference.operators import has_kernel
 from cap_hf.inference.semi_structured import to_semi_structured
 
 # The share of the dense layer's time that a sparse one must stay below: times vary, and in doubt nothing is changed.
 MARGIN = 0.95
-# A layer with a smaller share of zeros stays dense without being measured: no kernel was faster on any processor.
-LEAST_SPARSITY = 0.2
 # Layers of one shape are alike if their sparsity, rounded down to a multiple of this, is the same.
 STEP = 0.05
 # How a choice is measured: runs of each layer, and seconds after which fewer will do.
@@ -94,10 +93,10 @@ def fastest_kind(linear: nn.Linear, tokens: int) -> Kind | None:
     Sparse float32 must be faster than dense by `MARGIN`, and int8, which changes results, faster than both by it.
 
     Args:
-        linear: on the CPU, in float32, with weights that `is_quantizable`.
+        linear: on the CPU, in float32, with weights that `is_quantizable`, or int8 ones.
         tokens: rows of the input.
     """
-    weight = linear.weight
+    weight = stored_weight(linear)
     rows, cols = weight.shape
     zeros = functional.pad(weight == 0, (0, -cols % WORD), value=True)
     sparsity = 1 - int(torch.count_nonzero(weight)) / weight.numel()

@@ -4,13 +4,39 @@ import functools
 from typing import Any
 
 import torch
+from torch import nn
 
-from cap_hf.inference.int8_packing import PackedInt8Weight, pack_int8, quantize_rows, unpack_int8
-from cap_hf.inference.linear import SparseWeightLinear
+from cap_hf.checkpoints.int8 import dequantize_rows, quantize_rows
+from cap_hf.inference.int8_packing import PackedInt8Weight, pack_rows, unpack_int8
+from cap_hf.inference.linear import SparseWeightLinear, StoredInt8Linear
 from cap_hf.inference.operators import has_int8_kernel, quantize_tokens, sparse_int8_linear
 
 
-class SparseInt8Linear(SparseWeightLinear):
+class Int8WeightLinear(SparseWeightLinear):
+    """The base of the layers with int8 weights, which are stored ones where there are, bit for bit, else rounded here.
+
+    Subclasses define `store_rows`, `dense_weight` and `forward`.
+    """
+
+    float32_buffer = "scales"
+    scales: torch.Tensor
+
+    def store_rows(self, quantized: torch.Tensor, scales: torch.Tensor) -> None:
+        """Take over an int8 weight `(out_features, in_features)` with its float32 scales `(out_features,)`."""
+        raise NotImplementedError
+
+    def store(self, weight: torch.Tensor) -> None:
+        # Libraries take a tensor's memory as it lies.
+        self.store_rows(*quantize_rows(weight.cpu().float().contiguous()))
+
+    def take_over(self, linear: nn.Linear) -> None:
+        if isinstance(linear, StoredInt8Linear):
+            self.store_rows(linear.quantized, linear.scales)
+        else:
+            super().take_over(linear)
+
+
+class SparseInt8Linear(Int8WeightLinear):
     """A Linear on the sparse int8 kernel: `(..., in_features)` -> `(..., out_features)`.
 
     Weights have one scale per row, inputs one per token, found anew for each input. `weight` and the state_dict give
@@ -18,15 +44,13 @@ class SparseInt8Linear(SparseWeightLinear):
     """
 
     has_gelu = True
-    float32_buffer = "scales"
     offsets: torch.Tensor
     starts: torch.Tensor
     order: torch.Tensor
-    scales: torch.Tensor
     corrections: torch.Tensor
 
-    def store(self, weight: torch.Tensor) -> None:
-        packed = pack_int8(weight.cpu().float())
+    def store_rows(self, quantized: torch.Tensor, scales: torch.Tensor) -> None:
+        packed = pack_rows(quantized, scales)
         for name in ("values", "offsets", "starts", "order", "scales", "corrections"):
             self.register_buffer(name, getattr(packed, name), persistent=False)
         self.row_block, self.col_block = packed.row_block, packed.col_block
@@ -47,34 +71,30 @@ class SparseInt8Linear(SparseWeightLinear):
         )
 
     def dense_weight(self) -> torch.Tensor:
-        return unpack_int8(self.packed_weight()) * self.scales[:, None]
+        return dequantize_rows(unpack_int8(self.packed_weight()), self.scales)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         self.check_device(x)
         return sparse_int8_linear(x, self.packed_weight(), self.bias, gelu=self.gelu)
 
 
-class DenseInt8Linear(SparseWeightLinear):
+class DenseInt8Linear(Int8WeightLinear):
     """A Linear on PyTorch's dense int8 product (oneDNN), for layers whose zeros make nothing faster where int8 does.
 
     Inputs and weights are quantised as in `SparseInt8Linear`, and the sums are the same; outputs may differ by float32
     rounding.
     """
 
-    float32_buffer = "scales"
-    scales: torch.Tensor
     zero_points: torch.Tensor
 
-    def store(self, weight: torch.Tensor) -> None:
-        # The library takes a tensor's memory as it lies.
-        quantized, scales = quantize_rows(weight.cpu().float().contiguous())
+    def store_rows(self, quantized: torch.Tensor, scales: torch.Tensor) -> None:
         # In a layout of oneDNN's own, which is no buffer: `Module.to` cannot move it, nor need it.
         self.packed = torch.ops.onednn.qlinear_prepack(quantized, None)
         self.register_buffer("scales", scales, persistent=False)
         self.register_buffer("zero_points", torch.zeros(len(scales), dtype=torch.int64), persistent=False)
 
     def dense_weight(self) -> torch.Tensor:
-        return self.packed.to_dense().t().contiguous() * self.scales[:, None]
+        return dequantize_rows(self.packed.to_dense().t().contiguous(), self.scales)
 
     @property
     def extra_bytes(self) -> int:

@@ -10,12 +10,10 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional
 
+from cap_hf.checkpoints.int8 import MOST_COLS, quantize_rows
 from cap_hf.inference.packing import SLICE, lay_out, places
 
 WORD = 4  # int8 numbers in a word
-LARGEST = 127  # of an int8 number: -128 is left out, so that every number has its negative
-# Columns of a row, at most: partial sums of more products of an input, up to 255 - 127, and 127 may not fit 32 bits.
-MOST_COLS = (2**31 - 1) // (128 * LARGEST)
 
 
 @dataclass(frozen=True)
@@ -50,22 +48,19 @@ def is_quantizable(weight: torch.Tensor) -> bool:
     return weight.shape[1] <= MOST_COLS and bool(weight.isfinite().all())
 
 
-def quantize_rows(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return a finite weight `(rows, cols)` as int8, -127 to 127, and one float32 scale per row `(rows,)`.
-
-    The scale is the row's largest magnitude / 127, or 0 for a row of zeros; numbers are rounded to the nearest, halves
-    to the even one. Zeros stay 0.
-    """
-    # In float64, so that no quotient overflows or rounds beyond 127.
-    largest = weight.abs().amax(dim=1).double()
-    quantized = (weight.double() * (LARGEST / largest.where(largest > 0, 1))[:, None]).round()
-    return quantized.to(torch.int8), (largest / LARGEST).float()
-
-
 def pack_int8(weight: torch.Tensor) -> PackedInt8Weight:
     """Return a dense, finite float weight `(rows, cols)` quantised and packed; neither dimension is 0."""
-    rows, cols = weight.shape
-    quantized, scales = quantize_rows(weight)
+    return pack_rows(*quantize_rows(weight))
+
+
+def pack_rows(quantized: torch.Tensor, scales: torch.Tensor) -> PackedInt8Weight:
+    """Return an int8 weight packed, as `quantize_rows` gives it.
+
+    Args:
+        quantized: `(rows, cols)`, -127 to 127; neither dimension is 0.
+        scales: float32 `(rows,)`.
+    """
+    rows, cols = quantized.shape
     words = functional.pad(quantized, (0, -cols % WORD)).view(rows, -1, WORD)
     layout = lay_out((words != 0).any(dim=2))
     values = torch.zeros(layout.offsets.numel(), WORD, dtype=torch.int8)

@@ -6,7 +6,9 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional
 
+from cap_hf.checkpoints.int8 import dequantize_rows
 from cap_hf.errors import CAPError
 from cap_hf.inference.operators import sparse_linear
 from cap_hf.inference.packing import PackedWeight, pack, unpack
@@ -32,9 +34,13 @@ class SparseWeightLinear(nn.Module):
         self.in_features, self.out_features = linear.in_features, linear.out_features
         bias = linear.bias
         self.bias = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=False)
-        self.dtype = linear.weight.dtype
-        self.store(linear.weight.detach())
+        self.dtype = dtype_of(linear)
+        self.take_over(linear)
         self.train(linear.training)
+
+    def take_over(self, linear: nn.Linear) -> None:
+        """Store the weight of the Linear that this layer takes the place of."""
+        self.store(linear.weight.detach())
 
     def store(self, weight: torch.Tensor) -> None:
         """Take over a dense weight `(out_features, in_features)`."""
@@ -168,6 +174,50 @@ class CSRLinear(SparseWeightLinear):
         if self.bias is not None:
             y = y + self.bias
         return y.reshape(*x.shape[:-1], self.out_features).to(x.dtype)
+
+
+class StoredInt8Linear(nn.Linear):
+    """A Linear with an int8 weight as a checkpoint stores it, until a faster layer takes its place.
+
+    It computes with the floats that the weight stands for, made anew at each call.
+
+    Args:
+        linear: whose place it takes; its weight, and its bias until it is loaded, may be on the meta device.
+        quantized: int8 `(out_features, in_features)`.
+        scales: float32 `(out_features,)`.
+    """
+
+    def __init__(self, linear: nn.Linear, quantized: torch.Tensor, scales: torch.Tensor) -> None:
+        # That of Linear would make a weight.
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.bias, self.dtype = linear.bias, linear.weight.dtype
+        # No buffers: transformers makes those anew that are not saved.
+        self.quantized, self.scales = quantized, scales
+        self.train(linear.training)
+
+    @property
+    def weight(self) -> torch.Tensor:  # type: ignore[override]  # Linear's can be written
+        return dequantize_rows(self.quantized, self.scales).to(self.dtype)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return functional.linear(x, self.weight, self.bias)
+
+    def to_linear(self) -> nn.Linear:
+        """Return a dense Linear with the floats that the weight stands for."""
+        linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
+        linear.weight, linear.bias = nn.Parameter(self.weight), self.bias
+        return linear.train(self.training)
+
+
+def stored_weight(linear: nn.Linear) -> torch.Tensor:
+    """Return the numbers that a Linear holds as its weight `(out_features, in_features)`: floats, or int8."""
+    return linear.quantized if isinstance(linear, StoredInt8Linear) else linear.weight
+
+
+def dtype_of(linear: nn.Linear) -> torch.dtype:
+    """Return the dtype of a Linear's inputs and outputs."""
+    return linear.dtype if isinstance(linear, StoredInt8Linear) else linear.weight.dtype
 
 
 def carry_hooks(old: nn.Module, new: nn.Module) -> None:

@@ -7,17 +7,23 @@ from typing import Any, TypeVar
 
 import torch
 from torch import nn
-from transformers import BaseImageProcessor, PreTrainedModel
+from transformers import BaseImageProcessor
 
-from cap_hf.checkpoints.loading import WHERE, load_checkpoint
-from cap_hf.checkpoints.processors import find_image_processor
 from cap_hf.errors import CAPError
 from cap_hf.inference.choice import Kind, fastest_kind, is_faster, is_semi_structured_faster
 from cap_hf.inference.example import check_example, make_example
 from cap_hf.inference.fusion import find_gelus, fuse_gelus, speed_up_attention
 from cap_hf.inference.int8_linear import SparseInt8Linear
 from cap_hf.inference.int8_packing import is_quantizable
-from cap_hf.inference.linear import CSRLinear, SparseLinear, SparseWeightLinear, carry_hooks
+from cap_hf.inference.linear import (
+    CSRLinear,
+    SparseLinear,
+    SparseWeightLinear,
+    StoredInt8Linear,
+    carry_hooks,
+    dtype_of,
+    stored_weight,
+)
 from cap_hf.inference.operators import has_int8_kernel, has_kernel
 from cap_hf.inference.semi_structured import find_semi_structured, to_semi_structured
 from cap_hf.kernels.build import DISABLE_VARIABLE, are_disabled
@@ -58,7 +64,8 @@ def optimize_for_inference(
             says. Where there is neither, the config says it.
         dtype: 'float32', or 'int8', which changes results a little: weights get one scale per row, and what goes into
             a layer one scale per token, for each input anew. 'auto' then takes the fastest of sparse int8, dense
-            int8, sparse float32 and dense for each layer, and 'kernel' sparse int8 for all; the others know no int8.
+            int8, sparse float32 and dense for each layer, and the faster attention, in int8 or as it is; 'kernel'
+            takes sparse int8 for all layers; the others know no int8.
             Only layers of which a fifth is zeros are replaced: heads and embeddings, to which accuracy is most
             sensitive and which are never pruned, stay float32. Sparse int8 gains from whole groups of four consecutive
             inputs that are zero: prune in blocks of 1x4. The state_dict gives the weights as they were rounded.
@@ -83,7 +90,7 @@ def optimize_for_inference(
     linears = find_sparse_linears(model)
     if not linears:
         raise CAPError(f"{type(model).__name__} has no Linear layer with zeros: prune it first")
-    devices = {linear.weight.device.type for linear in linears.values()}
+    devices = {stored_weight(linear).device.type for linear in linears.values()}
     if backend == "semi_structured" or (backend == "auto" and dtype == "float32" and devices == {"cuda"}):
         chosen = find_semi_structured(linears)
         if backend == "auto":
@@ -96,12 +103,12 @@ def optimize_for_inference(
         return model
     if devices != {"cpu"}:
         raise CAPError(f"the sparse layers run on the CPU and the model is on {', '.join(sorted(devices))}: move it")
-    linears = {name: linear for name, linear in linears.items() if linear.weight.dtype == torch.float32}
+    linears = {name: linear for name, linear in linears.items() if dtype_of(linear) == torch.float32}
     if not linears:
         raise CAPError("the sparse layers compute in float32: load the model with dtype='float32'")
     kind = choose_kind(backend) if dtype == "float32" else int8_kind()
     if dtype == "int8":
-        linears = {name: linear for name, linear in linears.items() if is_quantizable(linear.weight)}
+        linears = {name: linear for name, linear in linears.items() if is_quantizable(stored_weight(linear))}
         if not linears:
             raise CAPError("no weight can be int8: they are not finite, or their rows are too long")
     kinds: dict[str, Kind] = dict.fromkeys(linears, kind)
@@ -114,6 +121,9 @@ def optimize_for_inference(
     gelus = find_gelus(model, kinds, example) if backend == "auto" else {}
     for name, chosen_kind in kinds.items():
         replace(model, name, chosen_kind(linears[name]))
+    for name, module in list(model.named_modules()):
+        if isinstance(module, StoredInt8Linear):
+            replace(model, name, module.to_linear())
     fuse_gelus(model, gelus)
     if backend == "auto" and dtype == "int8":
         speed_up_attention(model, example)
@@ -151,52 +161,6 @@ def faster_layers(
     return {name: linear for name, linear in linears.items() if name in tokens and is_faster(linear, tokens[name])}
 
 
-class SparseAutoModel:
-    """Loads a checkpoint, plain or compressed, of whatever class, as a model that is optimised for inference."""
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        model_name_or_path: str,
-        backend: str = "auto",
-        example_inputs: Mapping[str, torch.Tensor] | None = None,
-        image_size: int | Sequence[int] | None = None,
-        runtime: str = "float32",
-        **kwargs: Any,
-    ) -> PreTrainedModel:
-        """Return `optimize_for_inference` of a checkpoint, in float32: a model of the class that its config names.
-
-        Args:
-            model_name_or_path: a Hub id or a folder.
-            backend: as of `optimize_for_inference`.
-            example_inputs: as of `optimize_for_inference`; default: one image of the size that the checkpoint's image
-                processor gives.
-            image_size: as of `optimize_for_inference`.
-            runtime: 'float32' or 'int8', the `dtype` of `optimize_for_inference`.
-            kwargs: passed on to transformers, such as `revision`, `token` or another `dtype`.
-
-        Raises:
-            CAPError: the checkpoint cannot be loaded or lacks weights; as of `optimize_for_inference`.
-        """
-        if runtime not in DTYPES:
-            raise CAPError(f"runtime {runtime!r} is none of {', '.join(DTYPES)}")
-        kwargs.setdefault("dtype", "float32")
-        model = load_checkpoint(model_name_or_path, **kwargs)
-        image_processor = None
-        if backend == "auto" and example_inputs is None and image_size is None:
-            source = {name: kwargs[name] for name in ("trust_remote_code", *WHERE) if name in kwargs}
-            try:
-                image_processor = find_image_processor(model_name_or_path, **source)
-            except CAPError as error:
-                # It need not be loaded to call the model.
-                logger.warning("%s: layers are chosen for images as large as the config says", error)
-        return optimize_for_inference(model, backend, example_inputs, image_processor, image_size, runtime)
-
-
-class SparseModelForImageClassification(SparseAutoModel):
-    """Loads an image classifier as `SparseAutoModel` does; the name that cards of earlier versions tell."""
-
-
 def find_sparse_linears(model: nn.Module) -> dict[str, nn.Linear]:
     """Return the Linear layers that have zeros in their weight and can be replaced, by name.
 
@@ -210,10 +174,10 @@ def find_sparse_linears(model: nn.Module) -> dict[str, nn.Linear]:
     return {
         name: module
         for name, module in model.named_modules()
-        if type(module) is nn.Linear
-        and users[id(module.weight)] == 1
+        if type(module) in (nn.Linear, StoredInt8Linear)
+        and users.get(id(stored_weight(module)), 1) == 1
         and not hasattr(module, "_hf_hook")
-        and int(torch.count_nonzero(module.weight)) < module.weight.numel()
+        and int(torch.count_nonzero(stored_weight(module))) < stored_weight(module).numel()
     }
 
 
@@ -276,7 +240,7 @@ def count_tokens(
     return tokens
 
 
-def replace(model: nn.Module, name: str, new: SparseWeightLinear) -> None:
+def replace(model: nn.Module, name: str, new: nn.Linear | SparseWeightLinear) -> None:
     """Put a layer in the place of a Linear, with its hooks."""
     parent, _, child = name.rpartition(".")
     owner = model.get_submodule(parent)

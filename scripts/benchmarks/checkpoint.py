@@ -27,8 +27,8 @@ from transformers import AutoModelForImageClassification, ViTConfig, ViTForImage
 from transformers.utils import logging
 
 from cap_hf import find_targets
+from cap_hf.checkpoints.compressing import compress_checkpoint
 from cap_hf.checkpoints.compression import pack, unpack
-from cap_hf.checkpoints.saving import compress_checkpoint
 from cap_hf.checkpoints.weights import find_weight_files
 
 

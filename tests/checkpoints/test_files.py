@@ -8,12 +8,14 @@ import pytest
 import torch
 from safetensors.torch import load_file as load_plain
 from safetensors.torch import save_file as save_plain
+from support.int8 import make_block_weight
 from support.packing import DTYPES, bits, prune_nm, random_bits, unstructured
 
 from cap_hf import CAPError
 from cap_hf.checkpoints import files
 from cap_hf.checkpoints.compression import pack
 from cap_hf.checkpoints.files import check_file, load_file, open_safetensors, save_file
+from cap_hf.checkpoints.int8 import pack_int8, unpack_any
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -96,11 +98,19 @@ def test_what_fills_up_the_last_codes_must_be_zero(tmp_path):
         check_file(tmp_path / "x.safetensors")
 
 
-@pytest.mark.parametrize("make", [unstructured, lambda: prune_nm((16, 32), 2, 4)])
-def test_fuzzed_files_are_refused_or_hold_what_was_written(make, tmp_path):
-    path, tensor = tmp_path / "x.safetensors", make()
-    written = {"x.weight": tensor, "y": torch.ones(3)}
-    save_file({f"x.weight.{name}": part for name, part in pack(tensor).items()} | {"y": written["y"]}, path)
+@pytest.mark.parametrize(
+    "parts",
+    [
+        pack(unstructured()),
+        pack(prune_nm((16, 32), 2, 4)),
+        pack_int8(make_block_weight(16, 30, 0.75), "x"),
+        pack_int8(prune_nm((16, 32), 2, 4).half(), "x"),
+    ],
+)
+def test_fuzzed_files_are_refused_or_hold_what_was_written(parts, tmp_path):
+    path = tmp_path / "x.safetensors"
+    written = {"x.weight": unpack_any(parts), "y": torch.ones(3)}
+    save_file({f"x.weight.{name}": part for name, part in parts.items()} | {"y": written["y"]}, path)
     original = path.read_bytes()
     header = 8 + int.from_bytes(original[:8], "little")
     random = np.random.default_rng(0)
@@ -215,7 +225,7 @@ def test_more_than_the_memory_that_is_free_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(files.psutil, "virtual_memory", lambda: memory(contents.dense_bytes))
     assert torch.equal(load_file(tmp_path / "x.safetensors")["x.weight"], zeros)
     monkeypatch.setattr(files.psutil, "virtual_memory", lambda: memory(contents.dense_bytes - 1))
-    monkeypatch.setattr(files, "unpack", None)
+    monkeypatch.setattr(files, "unpack_any", None)
     with pytest.raises(CAPError, match=r"unpacks to 0\.0 GB, and 0\.0 GB of memory are free"):
         load_file(tmp_path / "x.safetensors")
 

@@ -9,8 +9,9 @@ from support.checkpoints import assert_same_weights, make_model
 from transformers import AutoModelForImageClassification, CLIPModel
 
 from cap_hf import CAPCompressor, CAPConfig, CAPError, find_targets
+from cap_hf.checkpoints.compressing import compress_checkpoint
 from cap_hf.checkpoints.form import StoredForm, find_form, round_weights, stored_form, stored_in
-from cap_hf.checkpoints.saving import compress_checkpoint, save_checkpoint
+from cap_hf.checkpoints.saving import save_checkpoint
 from cap_hf.checkpoints.weights import find_weight_files
 from cap_hf.masks import describe_masks
 

@@ -1,6 +1,8 @@
 """Compressed checkpoints through `from_pretrained`."""
 
+import copy
 import json
+import shutil
 import subprocess
 from collections import namedtuple
 
@@ -8,15 +10,30 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from support.checkpoints import PYTHON, assert_same_weights, clean_environment, make_checkpoint, make_model
-from transformers import AutoModelForImageClassification, ConvNextConfig, ConvNextForImageClassification
+from support.checkpoints import (
+    PYTHON,
+    assert_same_weights,
+    clean_environment,
+    make_checkpoint,
+    make_int8_checkpoints,
+    make_model,
+    round_to_int8,
+)
+from transformers import (
+    AutoModelForImageClassification,
+    ConvNextConfig,
+    ConvNextForImageClassification,
+    ViTForImageClassification,
+)
 
 from cap_hf import CAPCompressor, CAPConfig, CAPError, find_targets
-from cap_hf.checkpoints import files
+from cap_hf.checkpoints import files, quantizer
+from cap_hf.checkpoints.compressing import compress_checkpoint
 from cap_hf.checkpoints.compression import COMPRESSED_INDEX_NAME, COMPRESSED_NAME
 from cap_hf.checkpoints.files import load_file
-from cap_hf.checkpoints.saving import compress_checkpoint
+from cap_hf.checkpoints.form import stored_form
 from cap_hf.checkpoints.weights import find_weight_files
+from cap_hf.inference.linear import StoredInt8Linear
 
 
 @pytest.fixture(scope="module")
@@ -27,6 +44,16 @@ def saved(tmp_path_factory):
     model.save_pretrained(folder / "shards", max_shard_size="60KB")
     compress_checkpoint(folder / "shards", folder / "sharded")
     return folder, model
+
+
+@pytest.fixture(scope="module")
+def rounded(tmp_path_factory):
+    """The folder, and the model as int8 weights stand for it."""
+    folder = tmp_path_factory.mktemp("rounded")
+    model = make_int8_checkpoints(folder)
+    model.save_pretrained(folder / "shards", max_shard_size="60KB")
+    compress_checkpoint(folder / "shards", folder / "int8-sharded", int8=True)
+    return folder, round_to_int8(model)
 
 
 def test_files(saved):
@@ -57,6 +84,157 @@ def test_loads_bit_for_bit(saved, name, arguments):
     loaded, info = AutoModelForImageClassification.from_pretrained(folder / name, output_loading_info=True, **arguments)
     assert not any(info.values())
     assert_same_weights(loaded, model)
+
+
+@pytest.mark.parametrize("name", ["int8", "int8-sharded"])
+@pytest.mark.parametrize("arguments", [{}, {"dtype": "auto"}, {"device_map": "auto"}, {"device_map": {"": "cpu"}}])
+def test_int8_loads_as_the_floats_that_it_stands_for(rounded, name, arguments):
+    folder, model = rounded
+    loaded, info = AutoModelForImageClassification.from_pretrained(folder / name, output_loading_info=True, **arguments)
+    assert not any(info.values())
+    assert_same_weights(loaded, model)
+    assert not loaded.is_quantized
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_int8_is_multiplied_in_float32_and_then_cast(rounded, dtype):
+    folder, model = rounded
+    loaded = AutoModelForImageClassification.from_pretrained(folder / "int8", dtype=dtype)
+    assert_same_weights(loaded, copy.deepcopy(model).to(dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_int8_of_another_dtype_comes_back_in_it(dtype, tmp_path):
+    model = make_checkpoint(tmp_path / "first", pattern="1x4").to(dtype)
+    model.save_pretrained(tmp_path / "plain")
+    compress_checkpoint(tmp_path / "plain", tmp_path / "int8", int8=True)
+    loaded = AutoModelForImageClassification.from_pretrained(tmp_path / "int8", dtype="auto")
+    assert_same_weights(loaded, round_to_int8(model.float()).to(dtype))
+    form = stored_form(tmp_path / "int8")
+    assert form.dtype == (dtype if dtype.itemsize == 2 else None)
+
+
+def test_int8_on_the_meta_device_and_on_the_disk(rounded, tmp_path):
+    folder, model = rounded
+    loaded = AutoModelForImageClassification.from_pretrained(folder / "int8", device_map="meta")
+    assert all(parameter.is_meta for parameter in loaded.parameters())
+    device_map = {"vit.embeddings": "cpu", "vit.layernorm": "cpu", "classifier": "cpu", "vit.layers": "disk"}
+    loaded = AutoModelForImageClassification.from_pretrained(
+        folder / "int8", device_map=device_map, offload_folder=tmp_path
+    )
+    pixels = torch.randn(2, 3, 8, 8)
+    with torch.no_grad():
+        assert torch.equal(loaded(pixels).logits, model(pixels).logits)
+
+
+def test_int8_saved_again_is_a_plain_checkpoint(rounded, tmp_path):
+    folder, model = rounded
+    AutoModelForImageClassification.from_pretrained(folder / "int8").save_pretrained(tmp_path)
+    assert "quantization_config" not in json.loads((tmp_path / "config.json").read_text())
+    assert load_file(tmp_path / "model.safetensors").keys() == load_file(folder / "plain/model.safetensors").keys()
+    assert_same_weights(AutoModelForImageClassification.from_pretrained(tmp_path), model)
+
+
+def test_only_int8_has_a_version_that_earlier_readers_refuse(saved, rounded):
+    for folder, version in ((saved[0] / "compressed", 1), (rounded[0] / "int8", 2), (rounded[0] / "int8-sharded", 2)):
+        assert json.loads((folder / "config.json").read_text())["quantization_config"]["format_version"] == version
+
+
+def test_keeping_int8_puts_the_stored_numbers_in_place(rounded):
+    folder, model = rounded
+
+    def build(linear, quantized, scales):
+        layer = torch.nn.Linear(linear.in_features, linear.out_features, device="meta")
+        layer.weight, layer.bias = torch.nn.Parameter(quantized * scales[:, None]), linear.bias
+        built.append((quantized, scales))
+        return layer
+
+    for arguments, count in (({}, 12), ({"device_map": "cpu"}, 12), ({"device_map": "auto"}, 0)):
+        built = []
+        with quantizer.keep_int8(build):
+            loaded, info = AutoModelForImageClassification.from_pretrained(
+                folder / "int8", output_loading_info=True, **arguments
+            )
+        assert not any(info.values())
+        assert len(built) == count
+        assert all(quantized.dtype == torch.int8 and scales.dtype == torch.float32 for quantized, scales in built)
+        assert_same_weights(loaded, model)
+    built = []
+    with quantizer.keep_int8(build):
+        AutoModelForImageClassification.from_pretrained(folder / "plain")
+    AutoModelForImageClassification.from_pretrained(folder / "int8")
+    assert not built
+
+
+class OwnLinear(torch.nn.Linear):
+    """May compute something else than its base."""
+
+
+class OwnViT(ViTForImageClassification):
+    def __init__(self, config):
+        super().__init__(config)
+        for layer in self.vit.layers:
+            layer.mlp.fc1 = OwnLinear(config.hidden_size, config.intermediate_size)
+
+
+def test_an_int8_weight_of_another_layer_than_a_plain_linear_becomes_floats(rounded):
+    folder, model = rounded
+    with quantizer.keep_int8(StoredInt8Linear):
+        loaded = OwnViT.from_pretrained(folder / "int8")
+    for layer, expected in zip(loaded.vit.layers, model.vit.layers, strict=True):
+        assert type(layer.mlp.fc1) is OwnLinear
+        assert torch.equal(layer.mlp.fc1.weight, expected.mlp.fc1.weight)
+        assert type(layer.mlp.fc2) is StoredInt8Linear
+        assert torch.equal(layer.mlp.fc2.weight, expected.mlp.fc2.weight)
+        assert torch.equal(layer.mlp.fc2.bias, expected.mlp.fc2.bias)
+
+
+@pytest.mark.parametrize(
+    ("part", "damage", "line"),
+    [
+        ("cap_scales", lambda part: part.fill_(-1), "has a scale that is NaN"),
+        ("cap_scales", lambda part: part[1:].clone(), "has not one scale per row"),
+        ("cap_values", lambda part: part[1:].clone(), "its bitmask marks"),
+        ("cap_bitmask", lambda part: part[1:].clone(), "of a wrong shape"),
+        ("cap_shape", lambda part: part.to(torch.uint8), "of no weight of a Linear"),
+    ],
+)
+def test_damaged_int8_is_refused_in_one_line(rounded, tmp_path, part, damage, line):
+    folder, _ = rounded
+    shutil.copytree(folder / "int8", tmp_path / "c")
+    path = tmp_path / "c" / COMPRESSED_NAME
+    with safe_open(path, "pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    name = next(name for name in tensors if name.endswith(part))
+    tensors[name] = damage(tensors[name])
+    save_file(tensors, path, metadata={"format": "pt"})
+    for kept in (False, True):
+        with (
+            pytest.raises(CAPError, match=line) as error,
+            quantizer.keep_int8((lambda *_: pytest.fail("it was built")) if kept else None),
+        ):
+            AutoModelForImageClassification.from_pretrained(tmp_path / "c")
+        assert "\n" not in str(error.value)
+
+
+def test_int8_that_unpacks_to_more_than_the_memory_is_refused(rounded, monkeypatch):
+    """Where it stays int8 it needs less."""
+    folder, _ = rounded
+    contents = files.check_file(folder / "int8" / COMPRESSED_NAME)
+    plain = files.check_file(folder / "plain" / "model.safetensors")
+    assert contents.dense_bytes == plain.dense_bytes
+    assert contents.dtypes == plain.dtypes
+    targets = 2 * (4 * 48 * 48 + 2 * 48 * 96)
+    assert contents.int8_bytes == 3 * targets
+    memory = namedtuple("memory", "available")
+    monkeypatch.setattr(files.psutil, "virtual_memory", lambda: memory(contents.dense_bytes - 1))
+    with pytest.raises(CAPError, match="of memory are free"):
+        AutoModelForImageClassification.from_pretrained(folder / "int8")
+    with quantizer.keep_int8(StoredInt8Linear):
+        AutoModelForImageClassification.from_pretrained(folder / "int8")
+        monkeypatch.setattr(files.psutil, "virtual_memory", lambda: memory(contents.dense_bytes - 3 * targets - 1))
+        with pytest.raises(CAPError, match="of memory are free"):
+            AutoModelForImageClassification.from_pretrained(folder / "int8")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])

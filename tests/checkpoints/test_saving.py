@@ -26,9 +26,10 @@ from transformers import (
 
 from cap_hf import CAPCompressor, CAPConfig, CAPError, find_targets
 from cap_hf.checkpoints import files, places
+from cap_hf.checkpoints.compressing import compress_checkpoint
 from cap_hf.checkpoints.compression import COMPRESSED_NAME
 from cap_hf.checkpoints.files import open_safetensors
-from cap_hf.checkpoints.saving import compress_checkpoint, save_checkpoint, save_compressed
+from cap_hf.checkpoints.saving import save_checkpoint, save_compressed
 from cap_hf.checkpoints.weights import find_weight_files, iterate_weights
 
 HERE = Path(__file__).parents[1]

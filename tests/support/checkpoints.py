@@ -1,15 +1,18 @@
 """Small pruned checkpoints, and a clean environment for other processes to load them in."""
 
+import copy
 import json
 import os
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
 import transformers
 from transformers import PreTrainedModel, ViTConfig, ViTForImageClassification
 
 from cap_hf import CAPCompressor, CAPConfig
+from cap_hf.checkpoints.compressing import compress_checkpoint
 from cap_hf.checkpoints.saving import save_checkpoint
 from cap_hf.report import versions
 
@@ -55,6 +58,26 @@ def make_checkpoint(
     }
     save_checkpoint(folder, model, compressor.config, report | (facts or {}), make_processor(), compressed)
     return model
+
+
+def make_int8_checkpoints(folder: Path, sparsity: float = 0.75) -> PreTrainedModel:
+    """Save one pruned in blocks of 1x4 as `plain`, and rounded to int8 as `int8`, beside each other."""
+    model = make_checkpoint(folder / "plain", sparsity, pattern="1x4")
+    compress_checkpoint(folder / "plain", folder / "int8", int8=True)
+    return model
+
+
+@torch.no_grad()
+def round_to_int8(model: PreTrainedModel) -> PreTrainedModel:
+    """What an int8 checkpoint of a model in float32 stands for, by the definition of its rounding, in NumPy."""
+    rounded = copy.deepcopy(model)
+    for module in rounded.modules():
+        if type(module) is torch.nn.Linear and float((module.weight == 0).float().mean()) >= 0.2:
+            weight = module.weight.numpy().astype(np.float64)
+            largest = np.abs(weight).max(axis=1, keepdims=True)
+            numbers = np.rint(weight * 127 / np.where(largest > 0, largest, 1)).astype(np.int8)
+            module.weight.copy_(torch.from_numpy(numbers.astype(np.float32) * (largest / 127).astype(np.float32)))
+    return rounded
 
 
 def assert_same_weights(loaded: PreTrainedModel, expected: PreTrainedModel) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from cap_hf import CAPCompressor, CAPConfig, find_targets, optimize_for_inference
-from cap_hf.checkpoints.saving import compress_checkpoint
+from cap_hf.checkpoints.compressing import compress_checkpoint
 from cap_hf.collection.running import backward, frozen
 from cap_hf.commands.main import main
 from cap_hf.masks import take_masks
