@@ -1,4 +1,4 @@
-"""Compile the C++ kernels with PyTorch's extension loader, once per machine, and load them."""
+"""Load the C++ kernels: those of the wheel, or else what PyTorch's extension loader compiles once per machine."""
 
 import functools
 import hashlib
@@ -16,23 +16,14 @@ from pathlib import Path
 import torch
 
 from cap_hf.errors import reason
-from cap_hf.kernels import cache
+from cap_hf.kernels import cache, prebuilt
+from cap_hf.kernels.libraries import FLAGS, OLDEST_TORCH, OPERATORS, OWN_FLAGS, SOURCES
 
 logger = logging.getLogger(__name__)
 
-SOURCES = Path(__file__).parent / "csrc"
 # Set to anything but 0, it leaves the kernels out: the PyTorch code with the same results runs instead.
 DISABLE_VARIABLE = "CAP_HF_DISABLE_EXTENSIONS"
 
-
-# An operator of each extension.
-OPERATORS = {
-    "elimination": "eliminate",
-    "sparse_linear": "sparse_linear",
-    "sparse_int8_linear": "sparse_int8_linear",
-}
-# Flags of one extension. int8 results are the same to the bit on every processor: no product and sum are fused.
-FLAGS = {"sparse_int8_linear": ["-ffp-contract=off"]}
 # Threads that ask for the same extension at once get the same one.
 LOADING = threading.Lock()
 
@@ -44,8 +35,9 @@ def are_disabled() -> bool:
 
 @functools.cache
 def load_extension(name: str) -> bool:
-    """Load the operators of `csrc/<name>.cpp` as `torch.ops.cap_hf.*`, compiling them if they are not in the cache.
+    """Load the operators of `csrc/<name>.cpp` as `torch.ops.cap_hf.*`.
 
+    A wheel brings them compiled. Elsewhere they are taken from the cache, or compiled if they are not in it.
     A library is compiled and loaded in a folder that is this process's own; the cache holds copies. So processes that
     start together do not meet, and one that is killed leaves nothing half written and no lock behind.
 
@@ -70,8 +62,11 @@ def is_loaded(name: str) -> bool:
 
 
 def load(name: str) -> bool:
-    """Load an extension from the cache, or compile it; return whether that worked, with a warning if not."""
+    """Load an extension from the wheel or the cache, or compile it; return whether it is there, a warning if not."""
     try:
+        check_torch()
+        if prebuilt.load(name):
+            return True
         kept = cache.cache_folder() / f"{name}-{fingerprint()}.so"
         content = cache.take(kept)
         with tempfile.TemporaryDirectory(prefix="cap_hf-") as folder:
@@ -90,6 +85,12 @@ def load(name: str) -> bool:
     return True
 
 
+def check_torch() -> None:
+    """Raise a RuntimeError if PyTorch is older than the stable ABI that the operators are written in."""
+    if torch.__version__ < OLDEST_TORCH:
+        raise RuntimeError(f"it needs PyTorch {OLDEST_TORCH} or newer, and this is {torch.__version__}")
+
+
 def compile_extension(name: str, folder: Path) -> Path:
     """Compile and load `csrc/<name>.cpp` in a folder, and return the library.
 
@@ -105,7 +106,7 @@ def compile_extension(name: str, folder: Path) -> Path:
         cpp_extension.load(
             name,
             [str(SOURCES / f"{name}.cpp")],
-            extra_cflags=compiler_flags() + FLAGS.get(name, []),
+            extra_cflags=compiler_flags() + OWN_FLAGS.get(name, []),
             build_directory=str(folder),
             is_python_module=False,
         )
@@ -115,28 +116,19 @@ def compile_extension(name: str, folder: Path) -> Path:
 def compiler_flags() -> list[str]:
     """Return the compiler's flags; `native`, as a library is only used on processors like the one it is made on."""
     native = "-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native"
-    return ["-O3", native, "-fno-math-errno", "-fvisibility=hidden"]
+    return [*FLAGS, native]
 
 
 @functools.cache
 def fingerprint() -> str:
     """Return 16 hexadecimal digits of the sources, the flags, PyTorch's version and the processor's instructions."""
     digest = hashlib.sha256(
-        repr((torch.__version__, compiler_flags(), FLAGS, platform.machine(), processor())).encode()
+        repr((torch.__version__, compiler_flags(), OWN_FLAGS, platform.machine(), prebuilt.processor())).encode()
     )
     for path in sorted(SOURCES.iterdir()):
         if path.is_file():
             digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()[:16]
-
-
-def processor() -> str:
-    """Return what tells processors with other instructions apart: several machines may share a home folder."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return f"{platform.processor()} {torch.backends.cpu.get_cpu_capability()}"
-    return next((line for line in lines if line.lower().startswith(("flags", "features"))), "")
 
 
 @contextmanager

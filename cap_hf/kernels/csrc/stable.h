@@ -2,7 +2,7 @@
 // on. No ATen, no c10: their classes differ from release to release.
 #pragma once
 
-// The oldest PyTorch that a library is for; what is newer is hidden. cap_hf/kernels/build.py says the same.
+// The oldest PyTorch that a library is for; what is newer is hidden. cap_hf/kernels/libraries.py says the same.
 #define TORCH_TARGET_VERSION ((2ULL << 56) | (10ULL << 48))
 
 #include <torch/csrc/stable/library.h>
