@@ -11,7 +11,7 @@ from cap_hf.data.splits import load_digits
 from cap_hf.extras import need
 from cap_hf.hub.picture import draw_sparsity
 from cap_hf.inference.plot import draw_benchmark
-from cap_hf.inference.post_training import need_nncf
+from cap_hf.inference.runtimes import need_nncf
 from cap_hf.recovery.augmentation import make_augmentation
 
 

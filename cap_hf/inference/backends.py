@@ -16,7 +16,8 @@ from cap_hf.inference.example import Inputs
 from cap_hf.inference.export import ONNX_NAME, prepare, write_checked
 from cap_hf.inference.linear import resident_bytes
 from cap_hf.inference.optimize import optimize_for_inference
-from cap_hf.inference.post_training import has_attention, need_nncf, quantize_onnx, quantize_openvino
+from cap_hf.inference.post_training import has_attention, quantize_onnx, quantize_openvino
+from cap_hf.inference.runtimes import kept_signal_stack, need_nncf, need_onnxruntime
 from cap_hf.towers import MainOutput
 
 # From what the model takes to logits `(batch, labels)`, or what else it is called for.
@@ -130,7 +131,7 @@ class ONNXRuntime(Backend):
 
     def __init__(self, subject: Subject) -> None:
         super().__init__(subject)
-        self.runtime = need("onnxruntime", "export")
+        self.runtime = need_onnxruntime()
         self.subject = subject  # whose file goes with it
         self.path = subject.onnx()
 
@@ -168,7 +169,8 @@ class OpenVINO(ONNXRuntime):
 
     def start(self, threads: int) -> Call:
         settings = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY", **self.settings}
-        compiled = self.core.compile_model(str(self.path), "CPU", settings)
+        with kept_signal_stack():
+            compiled = self.core.compile_model(str(self.path), "CPU", settings)
         return lambda inputs: torch.from_numpy(np.array(compiled([inputs["pixel_values"].numpy()])[0]))
 
 

@@ -16,6 +16,7 @@ from cap_hf.checkpoints.location import check_name
 from cap_hf.errors import CAPError, reason
 from cap_hf.extras import need
 from cap_hf.inference.example import make_example
+from cap_hf.inference.runtimes import need_onnxruntime
 from cap_hf.models import usable_of_transformers
 from cap_hf.notices import only_errors
 from cap_hf.outputs import main_output
@@ -75,7 +76,7 @@ def export_onnx(
 
 def prepare(model: PreTrainedModel) -> ModuleType:
     """Return ONNX Runtime, if a model can be exported as it is; it is in eval mode then. Errors as of `export_onnx`."""
-    runtime = need("onnxruntime", "export")
+    runtime = need_onnxruntime()
     need("onnxscript", "export")
     if {each.dtype for each in model.parameters()} != {torch.float32}:
         raise CAPError("ONNX Runtime computes in float32: load the model with dtype='float32'")

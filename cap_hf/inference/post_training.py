@@ -4,7 +4,6 @@ import contextlib
 import importlib
 import io
 import logging
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -13,47 +12,24 @@ from typing import Any
 import torch
 from torch import nn
 
-from cap_hf.extras import need
+from cap_hf.inference.runtimes import kept_signal_stack
 
 # NNCF takes 300 by default; statistics of more images hardly change.
 MAX_IMAGES = 300
-
-
-def need_nncf() -> ModuleType:
-    """Import NNCF as what a library imports should be: nothing is sent, and other loggers stay as they are.
-
-    Unless a variable of the environment says otherwise, it reports each use to its makers without asking, which a
-    benchmark of somebody's model must not. It also makes all later loggers of the process of its own class.
-
-    Raises:
-        CAPError: NNCF is not installed, or cannot be imported.
-    """
-    kind, before = logging.getLoggerClass(), os.environ.get("NNCF_CI")
-    os.environ["NNCF_CI"] = "1"
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):
-            nncf = need("nncf", "benchmark")
-    finally:
-        logging.setLoggerClass(kind)
-        if before is None:
-            del os.environ["NNCF_CI"]
-        else:
-            os.environ["NNCF_CI"] = before
-    return nncf
 
 
 def quantize_openvino(nncf: ModuleType, network: Any, images: torch.Tensor, transformer: bool) -> Any:
     """Return an OpenVINO network in int8, as OpenVINO recommends it: weights, and activations by calibration.
 
     Args:
-        nncf: the package, see `need_nncf`.
+        nncf: the package, see `cap_hf.inference.runtimes`.
         network: as OpenVINO has read it; left as it is.
         images: `(n, channels, height, width)` that the ranges of activations are taken from, 300 at most.
         transformer: whether attention is among its layers: its scores stay float then, activations are quantised
             asymmetrically, and what is large in them is moved into the weights (SmoothQuant).
     """
     preset = nncf.QuantizationPreset
-    with quiet("nncf"):
+    with quiet("nncf"), kept_signal_stack():
         dataset = nncf.Dataset([image.numpy() for image in images[:MAX_IMAGES].split(1)])
         return nncf.quantize(
             network,

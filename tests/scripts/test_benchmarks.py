@@ -1,9 +1,6 @@
 """The CPU's benchmarks, on models and shapes small enough for a test: each writes the figures that it is for."""
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import psutil
@@ -190,13 +187,10 @@ def test_models_are_those_of_their_papers():
     assert torch.cat([first["labels"], second["labels"]]).max() < 3
 
 
-def test_streaming_counts_what_was_sent_and_the_classes_of_it(tmp_path):
-    # In a process of its own: after OpenVINO had run in this one, the signal of an ended child ended it too.
-    script, path = Path(__file__).parents[2] / "scripts" / "benchmarks" / "streaming.py", tmp_path / "streaming.json"
-    options = ("--datasets", "parquet-of-100", "--hows", "cap_hf", "--images", 4000, "--shards", 4)
-    sizes = ("--classes", 8, "--side", 40, "--count", 64, "--json", path)
-    subprocess.run([sys.executable, script, *map(str, (*options, *sizes))], check=True, timeout=300)
-    (row,) = json.loads(path.read_text())["results"]
+def test_streaming_counts_what_was_sent_and_the_classes_of_it(figures):
+    options = ("--datasets", "parquet-of-100", "--hows", "cap_hf")
+    found = figures("streaming", *options, "--images", 4000, "--shards", 4, "--classes", 8, "--side", 40, "--count", 64)
+    (row,) = found["results"]
     assert row["examples"] == 64
     assert row["classes"] >= 4
     assert 0 < row["share"] == row["sent_bytes"] / row["dataset_bytes"] < 1
