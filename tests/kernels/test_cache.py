@@ -7,23 +7,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from support.libraries import make_library
 
 from cap_hf.kernels import build, cache
 
 ROOT = Path(__file__).parents[2]
 ANOTHER_USER = 12345
-# A library whose loading leaves a mark, and no more: PyTorch's headers take half a minute.
-SOURCE = '#include <cstdio>\n__attribute__((constructor)) static void mark() { std::fclose(std::fopen(MARK, "w")); }\n'
-
-
-def make_library(folder, mark):
-    """Compile a library that writes the file `mark` when it is loaded."""
-    source, library = folder / "marking.cpp", folder / "marking.so"
-    source.write_text(SOURCE)
-    compiler = os.environ.get("CXX", "c++")
-    command = [compiler, "-shared", "-fPIC", f'-DMARK="{mark}"', str(source), "-o", str(library)]
-    subprocess.run(command, check=True)
-    return library
 
 
 @pytest.fixture
@@ -205,7 +194,7 @@ RACING = """
 import sys
 from pathlib import Path
 from cap_hf.kernels import build
-from kernels.test_cache import make_library
+from support.libraries import make_library
 
 def compile_extension(name, folder):
     print("compiling", flush=True)
