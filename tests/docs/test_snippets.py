@@ -45,7 +45,7 @@ NOT_RUN = {
     "bash scripts/test.sh": "is the test suite",
     "bash scripts/setup.sh": "installs packages",
     "bash scripts/timm.sh": "installs packages",
-    "bash scripts/wheel.sh": "builds a wheel and installs packages; tests/test_wheel.py builds it with another compiler",
+    "bash scripts/wheel.sh": "builds and installs packages; tests/test_wheel.py builds it too",
     "python scripts/benchmarks/": "takes minutes to hours",
     "python scripts/recipes/": "needs torch-pruning; tests/inference run it",
     "cap-hf demo": "trains for minutes; tests/commands run it",

@@ -21,6 +21,8 @@ template <typename Scalar>
 class Eliminator {
   static constexpr int kLanes = lanes<Scalar>();
   typedef cap_hf::Vector<Scalar> Vector;
+  typedef typename VectorOf<Scalar, kWideBytes>::type Wide;
+  static constexpr int kWideLanes = kWideBytes / sizeof(Scalar);
 
  public:
   explicit Eliminator(int64_t size)
@@ -44,7 +46,7 @@ class Eliminator {
   template <int kUnit>
   bool run_units(const Scalar* weights, const Scalar* inverse, int64_t size, int64_t steps, int64_t group,
                  int64_t limit, int64_t* order, Scalar* losses) {
-    static_assert(kPanel % kUnit == 0 && kLanes % kUnit == 0, "units are whole in panels and in vectors");
+    static_assert(kPanel % kUnit == 0 && kWideLanes % kUnit == 0, "units are whole in panels and in vectors");
     steps *= kUnit;
     std::copy_n(weights, size, w_.begin());
     std::fill(w_.begin() + size, w_.end(), Scalar{0});
@@ -103,14 +105,16 @@ class Eliminator {
   // not a number.
   template <int kUnit>
   int64_t cheapest(int64_t count) {
-    Vector least = Vector{} + kNever;
-    for (int64_t i = 0; i < count; i += kLanes) {
-      const Vector score = cost_of<kUnit>(i) + load(&gate_[i]);
-      store(&scores_[i], score);
+    constexpr int kBytes = kUnit == 1 ? kVectorBytes : kWideBytes, kEntries = kBytes / sizeof(Scalar);
+    typedef typename VectorOf<Scalar, kBytes>::type Any;
+    Any least = Any{} + kNever;
+    for (int64_t i = 0; i < count; i += kEntries) {
+      const Any score = cost_of<kUnit, kBytes>(i) + load<kBytes>(&gate_[i]);
+      store<kBytes>(&scores_[i], score);
       least = score < least ? score : least;
     }
     Scalar lowest = kNever;
-    for (int lane = 0; lane < kLanes; ++lane) lowest = std::min(lowest, least[lane]);
+    for (int lane = 0; lane < kEntries; ++lane) lowest = std::min(lowest, least[lane]);
     if (lowest == kNever) return -1;
     int64_t found = 0;
     while (scores_[found] != lowest) ++found;
@@ -119,17 +123,18 @@ class Eliminator {
 
   // Twice the loss of the removal of each unit of a vector, in all of its lanes: w' A^-1 w of the unit's own part of A,
   // one weight of it after the other.
-  template <int kUnit>
-  Vector cost_of(int64_t i) const {
-    Vector w = load(&w_[i]);
+  template <int kUnit, int kBytes>
+  typename VectorOf<Scalar, kBytes>::type cost_of(int64_t i) const {
+    typedef typename VectorOf<Scalar, kBytes>::type Any;
+    Any w = load<kBytes>(&w_[i]);
     if constexpr (kUnit == 1) {
-      return w * w / load(&diagonal_[i]);
+      return w * w / load<kBytes>(&diagonal_[i]);
     } else {
-      Vector own[kUnit], cost{};
-      for (int c = 0; c < kUnit; ++c) own[c] = load(&own_[c * stride_ + i]);
+      Any own[kUnit], cost{};
+      for (int c = 0; c < kUnit; ++c) own[c] = load<kBytes>(&own_[c * stride_ + i]);
       for (int first = 0; first < kUnit; ++first) {
-        const Vector pivot = spread<kUnit>(own[first], first), value = spread<kUnit>(w, first);
-        const Vector share = own[first] / pivot;
+        const Any pivot = spread<kUnit>(own[first], first), value = spread<kUnit>(w, first);
+        const Any share = own[first] / pivot;
         cost += value * value / pivot;
         w -= share * value;
         for (int c = first + 1; c < kUnit; ++c) own[c] -= share * spread<kUnit>(own[first], c);
@@ -140,9 +145,9 @@ class Eliminator {
 
   // Returns what each unit of a vector has at one of its places, in all lanes of the unit.
   template <int kUnit>
-  static Vector spread(Vector from, int place) {
-    Vector to;
-    for (int lane = 0; lane < kLanes; ++lane) to[lane] = from[lane / kUnit * kUnit + place];
+  static Wide spread(Wide from, int place) {
+    Wide to;
+    for (int lane = 0; lane < kWideLanes; ++lane) to[lane] = from[lane / kUnit * kUnit + place];
     return to;
   }
 
@@ -164,11 +169,11 @@ class Eliminator {
   template <int kUnit>
   void update_own(int64_t k, int64_t count) {
     if constexpr (kUnit > 1) {
-      for (int64_t i = 0; i < count; i += kLanes) {
-        const Vector column = load(&panel_[k * stride_ + i]);
+      for (int64_t i = 0; i < count; i += kWideLanes) {
+        const Wide column = load<kWideBytes>(&panel_[k * stride_ + i]);
         for (int c = 0; c < kUnit; ++c) {
           Scalar* own = &own_[c * stride_ + i];
-          store(own, load(own) - column * spread<kUnit>(column, c));
+          store<kWideBytes>(own, load<kWideBytes>(own) - column * spread<kUnit>(column, c));
         }
       }
     }

@@ -7,18 +7,26 @@ namespace cap_hf {
 
 // Steps of a panel: few enough for its columns to stay in the second-level cache.
 constexpr int kPanel = 64;
-// Bytes of a vector; compilers turn one into as many registers as the processor needs.
-constexpr int kVectorBytes = 64;
-// A product goes tile by tile, kRows rows by kColumns vectors each, whose sums stay in registers.
-constexpr int kRows = 8;
+// Bytes of a vector: what one register holds. Compilers split a wider one, into code that is 20 times as slow.
+// A product goes tile by tile, kRows rows by kColumns vectors each, whose sums stay in registers: of these there are 32
+// with AVX-512, else mostly 16.
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64, kRows = 8;
+#elif defined(__AVX__)
+constexpr int kVectorBytes = 32, kRows = 4;
+#else
+constexpr int kVectorBytes = 16, kRows = 4;
+#endif
 constexpr int kColumns = 2;
+// Bytes of a vector that holds whole units, of up to eight weights in double.
+constexpr int kWideBytes = 64;
 
-template <typename Scalar>
+template <typename Scalar, int kBytes>
 struct VectorOf {
-  typedef Scalar type __attribute__((vector_size(kVectorBytes), aligned(sizeof(Scalar))));
+  typedef Scalar type __attribute__((vector_size(kBytes), aligned(sizeof(Scalar))));
 };
 template <typename Scalar>
-using Vector = typename VectorOf<Scalar>::type;
+using Vector = typename VectorOf<Scalar, kVectorBytes>::type;
 
 // Entries of a vector.
 template <typename Scalar>
@@ -29,16 +37,17 @@ constexpr int lanes() {
 // Entries from one row to the next of a matrix with so many columns, so that whole tiles can be read and written.
 template <typename Scalar>
 constexpr int64_t padded(int64_t size) {
-  return (size + lanes<Scalar>() - 1) / lanes<Scalar>() * lanes<Scalar>() + lanes<Scalar>() * kColumns;
+  constexpr int64_t kWide = kWideBytes / sizeof(Scalar);
+  return (size + kWide - 1) / kWide * kWide + kWide * kColumns;
 }
 
-template <typename Scalar>
-inline Vector<Scalar> load(const Scalar* from) {
-  return *reinterpret_cast<const Vector<Scalar>*>(from);
+template <int kBytes = kVectorBytes, typename Scalar>
+inline typename VectorOf<Scalar, kBytes>::type load(const Scalar* from) {
+  return *reinterpret_cast<const typename VectorOf<Scalar, kBytes>::type*>(from);
 }
-template <typename Scalar>
-inline void store(Scalar* to, Vector<Scalar> value) {
-  *reinterpret_cast<Vector<Scalar>*>(to) = value;
+template <int kBytes = kVectorBytes, typename Scalar>
+inline void store(Scalar* to, typename VectorOf<Scalar, kBytes>::type value) {
+  *reinterpret_cast<typename VectorOf<Scalar, kBytes>::type*>(to) = value;
 }
 
 // Takes from the sums of a tile at (i, j) the products of `width` columns, which lie `stride` entries after each other.
