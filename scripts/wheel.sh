@@ -26,4 +26,9 @@ for torch in "$@"; do
   # Nothing but the environment itself is on PATH; the working folder holds no cap_hf.
   (cd "$folder" && env -i HOME="$folder" PATH="$venv/bin" OMP_NUM_THREADS="${OMP_NUM_THREADS:-2}" HF_HUB_OFFLINE=1 \
     "$venv/bin/python" "$OLDPWD/scripts/wheel_check.py")
+  # A source checkout compiles with the headers of this version.
+  mkdir "$folder/compiled-$torch"
+  "$venv/bin/python" -c 'import sys; from pathlib import Path; from cap_hf.kernels.libraries import compile_all
+compile_all(Path(sys.argv[1]))' "$folder/compiled-$torch"
+  echo "The kernels compile with the headers of PyTorch $torch"
 done

@@ -71,10 +71,10 @@ inline Tensor make(const Tensor& like, const std::vector<int64_t>& sizes,
   }
 }
 
-// Calls an operator of PyTorch, whose arguments become its results.
+// Calls an operator of PyTorch, whose arguments become its results. What fails in it is printed by PyTorch.
 template <size_t kCount>
 void call(const char* name, const char* overload, std::array<StableIValue, kCount>& stack) {
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, overload, stack.data(), TORCH_ABI_VERSION));
+  check(torch_call_dispatcher(name, overload, stack.data(), TORCH_ABI_VERSION) == TORCH_SUCCESS, name, " failed");
 }
 
 }  // namespace cap_hf
