@@ -66,3 +66,22 @@ def test_backward_is_an_error():
     y = sparse_int8_linear(x, pack_int8(make_weight(20, 30, 0.5)))
     with pytest.raises(RuntimeError, match="sparse_int8_linear"):
         (y.sum() + x.sum()).backward()
+
+
+def test_with_and_without_gradients_the_operator_gives_the_same():
+    x, packed = torch.randn(2, 30), pack(make_weight(20, 30, 0.5))
+    expected = sparse_linear(x, packed)
+    assert expected.grad_fn is None
+    with torch.no_grad():
+        assert torch.equal(sparse_linear(x.requires_grad_(), packed), expected)
+    with torch.inference_mode():
+        assert torch.equal(sparse_linear(x, packed), expected)
+    assert sparse_linear(x, packed).requires_grad
+
+
+def test_backward_past_the_wrapper_is_an_error_too():
+    x, packed = torch.randn(2, 30, requires_grad=True), pack(make_weight(20, 30, 0.5))
+    parts = list(vars(packed).values())[:4]
+    y = torch.ops.cap_hf.sparse_linear(x, *parts, None, 20, 30, packed.row_block, packed.col_block)
+    with pytest.raises(RuntimeError, match="cap_hf::sparse_linear is for inference only"):
+        y.sum().backward()
