@@ -8,10 +8,19 @@ from typing import Any
 
 import torch
 
-from cap_hf.checkpoints.compression import COMPRESSED_INDEX_NAME, COMPRESSED_NAME, SCALES, VALUES, pack
+from cap_hf.checkpoints.compression import (
+    COMPRESSED_INDEX_NAME,
+    COMPRESSED_NAME,
+    FORMAT_VERSION,
+    INT8_FORMAT_VERSION,
+    QUANT_METHOD,
+    SCALES,
+    VALUES,
+    pack,
+)
 from cap_hf.checkpoints.explaining import explain_format
 from cap_hf.checkpoints.files import check_file, load_file, open_safetensors
-from cap_hf.checkpoints.folder import check_types, read_json, shorten
+from cap_hf.checkpoints.folder import MODEL_CONFIG_NAME, check_types, read_json, shorten
 from cap_hf.checkpoints.int8 import is_for_int8, pack_int8
 from cap_hf.errors import CAPError
 
@@ -60,9 +69,10 @@ def find_weight_files(folder: str | Path) -> WeightFiles:
     """Return the weights that `from_pretrained` would load from a folder.
 
     Raises:
-        CAPError: there are none as safetensors, or an index names a file that is not there.
+        CAPError: there are none as safetensors, an index names a file that is not there, or cap_hf is too old.
     """
     folder = Path(folder)
+    check_version(folder)
     for name, index, compressed in (
         (COMPRESSED_NAME, COMPRESSED_INDEX_NAME, True),
         (PLAIN_NAME, PLAIN_INDEX_NAME, False),
@@ -81,6 +91,17 @@ def find_weight_files(folder: str | Path) -> WeightFiles:
                     raise CAPError(f"{folder / index} names {shorten(repr(shard))}, which is not in {folder}")
             return WeightFiles([folder / shard for shard in shards], compressed, folder / index)
     raise CAPError(explain_format(folder))
+
+
+def check_version(folder: Path) -> None:
+    """Raise a CAPError if a newer cap_hf compressed a checkpoint, as config.json says: its files would seem damaged."""
+    if not (folder / MODEL_CONFIG_NAME).is_file():
+        return
+    stated: Any = read_json(folder / MODEL_CONFIG_NAME).get("quantization_config")
+    if isinstance(stated, dict) and stated.get("quant_method") == QUANT_METHOD:
+        version = stated.get("format_version", FORMAT_VERSION)
+        if version not in (FORMAT_VERSION, INT8_FORMAT_VERSION):
+            raise CAPError(f"{folder} has format version {shorten(repr(version))}: update cap_hf to load it")
 
 
 def iterate_weights(folder: str | Path) -> Iterator[tuple[str, torch.Tensor]]:

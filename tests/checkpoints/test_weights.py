@@ -4,11 +4,12 @@ import json
 
 import pytest
 import torch
-from support.checkpoints import make_checkpoint, make_model
+from support.checkpoints import make_checkpoint, make_int8_checkpoints, make_model
 
 from cap_hf import CAPError
 from cap_hf.checkpoints.compressing import compress_checkpoint
 from cap_hf.checkpoints.compression import VALUES
+from cap_hf.checkpoints.loading import check_folder
 from cap_hf.checkpoints.weights import (
     count_bytes,
     count_negative_zeros,
@@ -84,3 +85,21 @@ def test_negative_zeros_are_counted(tmp_path):
     model.save_pretrained(tmp_path / "plain")
     compress_checkpoint(tmp_path / "plain", tmp_path / "compressed")
     assert count_negative_zeros(tmp_path / "compressed") == 5
+
+
+@pytest.mark.parametrize("version", [3, "2", None, [1]])
+def test_what_a_newer_version_wrote_is_not_called_damaged(version, tmp_path):
+    make_checkpoint(tmp_path, compressed=True)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["quantization_config"]["format_version"] = version
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    for look in (find_weight_files, check_folder, lambda folder: list(iterate_weights(folder))):
+        with pytest.raises(CAPError, match="update cap_hf to load it"):
+            look(tmp_path)
+
+
+def test_files_that_hold_int8_say_so(tmp_path):
+    make_int8_checkpoints(tmp_path)
+    compress_checkpoint(tmp_path / "plain", tmp_path / "compressed")
+    for name, int8 in (("plain", False), ("compressed", False), ("int8", True)):
+        assert find_weight_files(tmp_path / name).have_int8 is int8
