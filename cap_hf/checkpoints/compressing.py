@@ -100,7 +100,9 @@ def compress_weights(source: Path, destination: Path, int8: Collection[str] | No
             raise CAPError(f"{source} is compressed in int8 already")
         if int8 is None:
             raise CAPError(f"{source} is compressed already")
-        del config["quantization_config"], config["transformers_weights"]
+        config = {
+            key: value for key, value in config.items() if key not in ("quantization_config", "transformers_weights")
+        }
     shards: list[Shard] = []
     for path in files.paths:
         check_inside(path, source)

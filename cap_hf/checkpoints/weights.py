@@ -94,7 +94,7 @@ def find_weight_files(folder: str | Path) -> WeightFiles:
 
 
 def check_version(folder: Path) -> None:
-    """Raise a CAPError if config.json says that a newer cap_hf compressed a checkpoint: its files would seem damaged."""
+    """Raise a CAPError if a newer cap_hf compressed a checkpoint, as config.json says: its files would seem damaged."""
     if not (folder / MODEL_CONFIG_NAME).is_file():
         return
     stated: Any = read_json(folder / MODEL_CONFIG_NAME).get("quantization_config")
