@@ -23,7 +23,7 @@ from cap_hf.checkpoints.compression import (
 )
 from cap_hf.checkpoints.files import check_file, digest_names, packed_names, read_weight, save_file
 from cap_hf.checkpoints.folder import MODEL_CONFIG_NAME, check_inside, copy_file, read_json
-from cap_hf.checkpoints.int8 import LEAST_SPARSITY
+from cap_hf.checkpoints.int8 import LEAST_PRUNED
 from cap_hf.checkpoints.loading import check_folder, load_checkpoint
 from cap_hf.checkpoints.weights import count_bytes, find_weight_files, to_stored
 from cap_hf.errors import CAPError
@@ -150,7 +150,7 @@ def write_compressed(
         total += count_bytes(tensors)
     if int8 is not None and not any(stored.endswith(f".{SCALES}") for stored in weight_map):
         raise CAPError(
-            f"{name} has nothing to store in int8: no Linear layer is {100 * LEAST_SPARSITY:.0f} % zeros and large "
+            f"{name} has nothing to store in int8: no Linear layer is {100 * LEAST_PRUNED:.0f} % zeros and large "
             "enough to gain; prune it first"
         )
     if len(shards) > 1:

@@ -66,7 +66,7 @@ def optimize_for_inference(
             a layer one scale per token, for each input anew. 'auto' then takes the fastest of sparse int8, dense
             int8, sparse float32 and dense for each layer, and the faster attention, in int8 or as it is; 'kernel'
             takes sparse int8 for all layers; the others know no int8.
-            Only layers of which a fifth is zeros are replaced: heads and embeddings, to which accuracy is most
+            Only layers of which 1 % is zeros are replaced: heads and embeddings, to which accuracy is most
             sensitive and which are never pruned, stay float32. Sparse int8 gains from whole groups of four consecutive
             inputs that are zero: prune in blocks of 1x4. The state_dict gives the weights as they were rounded.
 

@@ -127,7 +127,7 @@ def test_what_cannot_be_int8_is_one_line(tmp_path):
     make_model().save_pretrained(tmp_path / "dense")
     cases["dense"] = (
         tmp_path / "dense",
-        "has nothing to store in int8: no Linear layer is 20 % zeros and large enough to gain; prune it first",
+        "has nothing to store in int8: no Linear layer is 1 % zeros and large enough to gain; prune it first",
     )
     make_checkpoint(tmp_path / "nan", pattern="1x4")
     tensors = load_file(tmp_path / "nan" / "model.safetensors")
