@@ -26,7 +26,10 @@ from cap_hf.data.images import calibration_split, collate
 from cap_hf.errors import CAPError, reason
 from cap_hf.extras import need
 from cap_hf.inference.backends import BACKENDS, Backend, Call, Subject
+from cap_hf.inference.benchmark import PAUSE
 from cap_hf.inference.choice import time_in_turns
+from cap_hf.masks import target_sparsity
+from cap_hf.targets import find_targets
 
 # Backends of the dense model, and of each pruned one.
 DENSE = {
@@ -83,7 +86,8 @@ def measure(args: argparse.Namespace, size: int, paths: list[tuple[str, str]], r
     kept: list[Backend] = []
     for family, path, forms in todo:
         results.measuring(f"{size} pixels, {path}")
-        subject = Subject(load_model(ModelArguments(model_name_or_path=path)).eval(), {"pixel_values": calibration})
+        model = load_model(ModelArguments(model_name_or_path=path)).eval()
+        sparsity, subject = target_sparsity(find_targets(model)), Subject(model, {"pixel_values": calibration})
         for form, name in forms.items():
             key = (size, family, path, form)
             try:
@@ -95,6 +99,7 @@ def measure(args: argparse.Namespace, size: int, paths: list[tuple[str, str]], r
             right[key] = count_right(calls[key], pixels, labels)
             difference = right[key] - right[next(iter(right))]
             rows[key] = dict(zip(KEYS, key, strict=True)) | {
+                "sparsity": sparsity,
                 "top1": float(right[key].mean()),
                 "difference": float(difference.mean()),
                 "standard_error": float(difference.std() / len(difference) ** 0.5),
@@ -105,7 +110,8 @@ def measure(args: argparse.Namespace, size: int, paths: list[tuple[str, str]], r
         for count in args.batch_sizes:
             results.measuring(f"{size} pixels, batches of {count}")
             inputs = {"pixel_values": pixels[:count]}
-            times = time_in_turns([partial(call, inputs) for call in calls.values()], args.runs, args.max_seconds)
+            runs = [partial(call, inputs) for call in calls.values()]
+            times = time_in_turns(runs, args.runs, args.max_seconds, pause=PAUSE)
             for row, taken in zip(rows.values(), times, strict=True):
                 row["milliseconds"][count] = 1000 * statistics.median(taken)
     for row in rows.values():
@@ -135,6 +141,7 @@ def count_right(call: Call, pixels: torch.Tensor, labels: torch.Tensor) -> torch
 def draw(rows: list[dict], batch_size: int, path: Path) -> None:
     """Write a picture with a panel for each size of images, and a line for each form of each family."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter
 
     sizes = list(dict.fromkeys(row["image_size"] for row in rows))
     figure = Figure(figsize=(5.2 * len(sizes), 4.2), layout="constrained")
@@ -156,7 +163,13 @@ def draw(rows: list[dict], batch_size: int, path: Path) -> None:
                 linestyle=":",
                 label=label,
             )
+            for row in points if points[0]["family"] != "dense" else []:
+                place = row["milliseconds"][batch_size] / batch_size, 100 * row["top1"]
+                text = f"{100 * row['sparsity']:.0f} %"
+                axes.annotate(text, place, (5, 4), textcoords="offset points", fontsize=6, color=f"C{number}")
         axes.set_xscale("log")
+        for axis in (axes.xaxis.set_major_formatter, axes.xaxis.set_minor_formatter):
+            axis(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.set_xlabel(f"milliseconds per image, {batch_size} at a time", fontsize=8)
         axes.set_ylabel("top-1 in %", fontsize=8)
         axes.set_title(f"{size} x {size} pixels", fontsize=9)

@@ -23,7 +23,8 @@ def test_every_form_has_a_row_with_its_difference_and_time(tmp_path, monkeypatch
     rows = json.loads((tmp_path / "tradeoff.json").read_text())["results"]
     forms = {(row["family"], row["form"]) for row in rows}
     assert {("dense", "float32"), ("dense", "bfloat16"), ("one-shot", "float32"), ("one-shot", "int8")} <= forms
-    assert rows[0]["difference"] == rows[0]["standard_error"] == 0
+    assert rows[0]["difference"] == rows[0]["standard_error"] == rows[0]["sparsity"] == 0
+    assert 0.4 < rows[-1]["sparsity"] < 0.6
     for row in rows:
         assert row["top1"] - rows[0]["top1"] == pytest.approx(row["difference"], abs=1e-6)
         assert all(row["milliseconds"][size] > 0 for size in ("1", "2"))
