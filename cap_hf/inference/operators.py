@@ -5,6 +5,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch._C._functorch import TransformType
+from torch.autograd import forward_ad
 
 from cap_hf.inference.int8_packing import PackedInt8Weight
 from cap_hf.inference.packing import PackedWeight
@@ -52,11 +54,27 @@ def run(operator: Callable[..., Any], *args: Any) -> Any:
     """Return what an operator returns; without gradients past its autograd, which is Python's and takes 8 microseconds.
 
     The compiler sees the operator alone.
+
+    Raises:
+        RuntimeError: a derivative is asked for: forward-mode ones would be 0 without a word.
     """
-    if torch.compiler.is_compiling() or torch.is_grad_enabled():
+    if torch.compiler.is_compiling():
+        return operator(*args)
+    transform = torch._C._functorch.peek_interpreter_stack()
+    derives = transform is not None and transform.key() in (TransformType.Grad, TransformType.Jvp)
+    if derives or any(has_tangent(each) for each in args):
+        raise RuntimeError(f"{operator} is for inference only: it has no derivative")
+    if torch.is_grad_enabled() or transform is not None:
         return operator(*args)
     with torch._C._AutoDispatchBelowAutograd():
         return operator(*args)
+
+
+def has_tangent(argument: Any) -> bool:
+    """Return whether an argument is a tensor whose forward-mode derivative is computed along."""
+    if forward_ad._current_level < 0 or not isinstance(argument, torch.Tensor):
+        return False
+    return forward_ad.unpack_dual(argument).tangent is not None
 
 
 def fake_sparse_linear(x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:

@@ -1,8 +1,12 @@
 """The kernel as an operator of PyTorch: known to its compiler, and to autograd as something without a gradient."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from support.inference import make_weight
+from torch.autograd import forward_ad
 
 from cap_hf.inference.int8_packing import pack_int8
 from cap_hf.inference.operators import (
@@ -56,6 +60,56 @@ def test_int8_operators_are_registered_as_pytorch_asks():
     checks = ("test_schema", "test_faketensor")
     torch.library.opcheck(torch.ops.cap_hf.sparse_int8_linear.default, args, test_utils=checks)
     torch.library.opcheck(torch.ops.cap_hf.quantize_tokens.default, (x,), test_utils=checks)
+    heads = torch.randn(2, 3, 5, 8), torch.randn(2, 3, 7, 8), torch.randn(2, 3, 7, 8)
+    torch.library.opcheck(torch.ops.cap_hf.int8_attention.default, (*heads, 0.5), test_utils=checks)
+
+
+@pytest.mark.parametrize("gradients", [True, False])
+def test_forward_derivatives_are_an_error_and_a_map_is_not(gradients):
+    packed, x = pack(make_weight(20, 30, 0.5)), torch.randn(4, 30)
+    with torch.set_grad_enabled(gradients):
+        with pytest.raises(RuntimeError, match="sparse_linear is for inference only"):
+            torch.func.jvp(lambda y: sparse_linear(y, packed), (x,), (x,))
+        with pytest.raises(RuntimeError, match="sparse_linear is for inference only"):
+            torch.func.grad(lambda y: sparse_linear(y, packed).sum())(x)
+        with forward_ad.dual_level():
+            assert torch.equal(sparse_linear(x, packed), sparse_linear(x.clone(), packed))
+            dual = forward_ad.make_dual(x, x)
+            with pytest.raises(RuntimeError, match="sparse_linear is for inference only"):
+                sparse_linear(dual, packed)
+        torch.testing.assert_close(torch.func.vmap(lambda y: sparse_linear(y, packed))(x), sparse_linear(x, packed))
+
+
+def test_a_lack_of_memory_is_told_in_pytorchs_words():
+    """accelerate looks for them when it tries smaller batches, and cap_hf when it says what to change."""
+    code = """
+import resource, torch
+from cap_hf.errors import NO_ROOM
+from cap_hf.inference.operators import has_int8_kernel, has_kernel, int8_attention, sparse_linear
+from cap_hf.inference.packing import pack
+assert has_kernel() and has_int8_kernel()
+torch.set_num_threads(1)
+packed = pack(torch.ones(1, 4).expand(4000, 4).contiguous())
+x, half, heads = torch.ones(100_000, 4), torch.ones(60_000_000, 4, dtype=torch.bfloat16), torch.ones(1, 1, 2, 64)
+many = torch.ones(1, 1, 1, 64).expand(1, 1, 30_000, 64)
+torch.inference_mode().__enter__()
+held = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+for call, room in (
+    (lambda: sparse_linear(x, packed), 300), (lambda: sparse_linear(half, packed), 300),
+    (lambda: int8_attention(heads, many, many, 1.0), 2),
+):
+    resource.setrlimit(resource.RLIMIT_AS, (held + room * 2**20, resource.RLIM_INFINITY))
+    try:
+        call()
+    except RuntimeError as error:
+        assert "DefaultCPUAllocator: " + NO_ROOM in str(error), error
+    else:
+        raise AssertionError("there was room")
+    resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+print("told")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert done.stdout == "told\n", done.stderr
 
 
 def test_backward_is_an_error():

@@ -18,7 +18,7 @@ using cap_hf::make;
 using cap_hf::ScalarType;
 using cap_hf::Tensor;
 using cap_hf::without_gaps;
-using torch::stable::parallel_for;
+using cap_hf::parallel_for;
 
 // Calls `work` in every thread with what gives it the next of n blocks, or n or more when there is none: each takes one
 // when it is done with another, as some blocks end early, and some cores are slower.

@@ -55,7 +55,7 @@ std::tuple<Tensor, Tensor> quantize_tokens(const Tensor& x) {
   const float* from = input.const_data_ptr<float>();
   uint8_t* to = quantized.mutable_data_ptr<uint8_t>();
   float* scale = scales.mutable_data_ptr<float>();
-  torch::stable::parallel_for(0, tokens, 16, [&](int64_t first, int64_t last) {
+  cap_hf::parallel_for(0, tokens, 16, [&](int64_t first, int64_t last) {
     for (int64_t token = first; token < last; ++token) {
       const float inverse = cap_hf::portable_int8::measure(from + token * cols, cols, scale + token);
       cap_hf::portable_int8::quantize(from + token * cols, cols, inverse, to + token * cols);
@@ -66,8 +66,7 @@ std::tuple<Tensor, Tensor> quantize_tokens(const Tensor& x) {
 
 // Returns q, k or v as float32 in which the numbers of a token are next to each other.
 Tensor tokens_in_float(const Tensor& x) {
-  const Tensor converted = x.scalar_type() == ScalarType::Float ? x : torch::stable::to(x, ScalarType::Float);
-  return converted.stride(3) == 1 ? converted : torch::stable::contiguous(converted);
+  return x.scalar_type() == ScalarType::Float && x.stride(3) == 1 ? x : cap_hf::without_gaps(x, ScalarType::Float);
 }
 
 // Returns softmax(scale q k^T) v [images, queries, heads, cols] for q [images, heads, queries, cols] and k and v
@@ -99,7 +98,7 @@ Tensor int8_attention(const Tensor& q, const Tensor& k, const Tensor& v, double 
   const auto start = [](const Tensor& x, int64_t image, int64_t head) {
     return x.const_data_ptr<float>() + image * x.stride(0) + head * x.stride(1);
   };
-  torch::stable::parallel_for(0, images * heads * parts, 1, [&](int64_t begin, int64_t end) {
+  cap_hf::parallel_for(0, images * heads * parts, 1, [&](int64_t begin, int64_t end) {
     int32_t* memory = cap_hf::scratch<int32_t>(cap_hf::attention_words(keys, cols));
     for (int64_t task = begin; task < end; ++task) {
       const int64_t image = task / parts / heads, head = task / parts % heads, part = task % parts;

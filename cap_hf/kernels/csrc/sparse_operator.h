@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cstdlib>
 #include <memory>
+#include <new>
 #include <optional>
 #include <string>
 #include <string_view>
@@ -26,7 +27,11 @@ Word* scratch(int64_t size) {
   thread_local std::vector<Word> memory;
   if (static_cast<int64_t>(memory.size()) < size + kLine) {
     memory = std::vector<Word>();  // freed first, so that the old and the new are never there together
-    memory.resize(size + kLine);
+    try {
+      memory.resize(size + kLine);
+    } catch (const std::bad_alloc&) {
+      no_room("working memory");
+    }
   }
   const auto misfit = reinterpret_cast<uintptr_t>(memory.data()) / sizeof(Word) % kLine;
   return memory.data() + (kLine - misfit) % kLine;
@@ -103,7 +108,7 @@ Tensor multiply_sparse(const Kernels<Word>& kernels, const SparseWeight<Word>& w
                           of_tokens.get(), ready.get(), threads);
     // One call per thread, with its number: number i is the same thread in every operator of PyTorch, and has the same
     // tokens in each. Where PyTorch makes one call for all numbers, the first of them does the work of all queues.
-    torch::stable::parallel_for(0, threads, 1, [&](int64_t thread, int64_t) { product.work(thread); });
+    parallel_for(0, threads, 1, [&](int64_t thread, int64_t) { product.work(thread); });
   }
   return without_gaps(y, x.scalar_type());
 }
