@@ -23,10 +23,10 @@ class BuildWithKernels(build_py):
     """Copies the libraries that `WheelWithKernels` has compiled; an editable install never comes here with any."""
 
     def run(self) -> None:
+        # What an earlier build has left there: libraries, and modules that are gone since.
+        shutil.rmtree(Path(self.build_lib) / "cap_hf", ignore_errors=True)
         super().run()
         folder = Path(self.build_lib) / "cap_hf" / "kernels" / libraries.FOLDER.name
-        # What an earlier build has left there.
-        shutil.rmtree(folder, ignore_errors=True)
         for library in getattr(self.distribution, "kernels", []):
             folder.mkdir(parents=True, exist_ok=True)
             shutil.copy(library, folder)

@@ -65,7 +65,8 @@ def compile_all(folder: Path) -> list[Path]:
                 *compiler,
                 *("-std=c++17", "-shared", "-fPIC", *FLAGS, *OWN_FLAGS.get(name, [])),
                 *([f"-march={level}"] if level else []),
-                f"-I{torch / 'include'}",
+                # Headers that report where they are do not name this machine's folders.
+                *(f"-I{torch / 'include'}", f"-fmacro-prefix-map={torch / 'include'}/="),
                 str(SOURCES / f"{name}.cpp"),
                 *("-o", str(library), f"-L{torch / 'lib'}", "-ltorch_cpu"),
             ]
