@@ -106,11 +106,11 @@ def compress_weights(source: Path, destination: Path, int8: Collection[str] | No
     shards: list[Shard] = []
     for path in files.paths:
         check_inside(path, source)
-        names = check_file(path).names
-        packed = packed_names(names)
-        names = {name for name in names if name.rpartition(".")[0] not in packed} | set(packed)
+        contents = check_file(path)
+        packed = packed_names(contents.names)
+        names = {name for name in contents.names if name.rpartition(".")[0] not in packed} | set(packed)
         # Opened for each tensor: what goes wrong in between is about the file that is written.
-        shards.append((sorted(names), partial(read_weight, path)))
+        shards.append((sorted(names), partial(read_weight, path, contents.digests)))
     write_compressed(shards, config, destination, source, int8)
 
 

@@ -158,7 +158,7 @@ def load_file(path: str | Path) -> dict[str, torch.Tensor]:
                 found = list(pool.map(digest, stored, stored.values()))
             wrong = [name for name, each in zip(stored, found, strict=True) if each != contents.digests[name]]
             if wrong:
-                raise CAPError(f"{path} holds other bytes in {wrong[0]} than were written: the file is damaged")
+                raise other_bytes(path, wrong[0])
         tensors = {name: tensor for name, tensor in stored.items() if name.rpartition(".")[2] not in PARTS}
         for base, suffixes in packed_names(stored).items():
             tensors[base] = unpack_any({suffix: stored[f"{base}.{suffix}"] for suffix in suffixes})
@@ -188,21 +188,29 @@ def copy_weights(path: Path, destination: Path, change: Callable[[dict[str, str]
             shutil.copyfileobj(source, copy)
 
 
-def read_weight(path: str | Path, name: str) -> torch.Tensor:
-    """Return a tensor dense, whether it is stored so or packed.
+def read_weight(path: str | Path, digests: Mapping[str, str] | None, name: str) -> torch.Tensor:
+    """Return a tensor dense, whether it is stored so or packed, its digest compared.
 
     Args:
         path: of a file that `check_file` has passed.
+        digests: that it has, if any.
         name: of the tensor.
 
     Raises:
-        CAPError: the file cannot be read.
+        CAPError: the file cannot be read, or holds other bytes than were written.
     """
     with open_safetensors(path) as file:
         parts = [part for part in PARTS if f"{name}.{part}" in file.keys()]  # noqa: SIM118
-        if not parts:
-            return file.get_tensor(name)
-        return unpack_any({part: file.get_tensor(f"{name}.{part}") for part in parts})
+        stored = {each: file.get_tensor(each) for each in ([f"{name}.{part}" for part in parts] or [name])}
+    for each, tensor in stored.items():
+        if digests is not None and digest(each, tensor) != digests[each]:
+            raise other_bytes(path, each)
+    return unpack_any({part: stored[f"{name}.{part}"] for part in parts}) if parts else stored[name]
+
+
+def other_bytes(path: str | Path, name: str) -> CAPError:
+    """Return the error of a tensor whose digest is not that of its bytes."""
+    return CAPError(f"{path} holds other bytes in {name} than were written: the file is damaged")
 
 
 def packed_names(names: Iterable[str]) -> dict[str, list[str]]:

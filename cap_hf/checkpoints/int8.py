@@ -24,6 +24,8 @@ MOST_COLS = (2**31 - 1) // (128 * LARGEST)
 # A weight with a smaller share of zeros has not been pruned and stays as it is: heads and embeddings, to which accuracy
 # is most sensitive. Pruned to 15 % a layer gains too, as dense int8 is faster and smaller than dense floats.
 LEAST_PRUNED = 0.01
+# A scale, at most: 127 times it is finite.
+LARGEST_SCALE = 2.679388e36
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -36,7 +38,7 @@ def quantize_rows(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     # In float64 the product is exact and the quotient rounds to no half that it is not; nothing overflows.
     largest = weight.abs().amax(dim=1).double()
     quantized = (weight.double() * LARGEST / largest.where(largest > 0, 1)[:, None]).round()
-    return quantized.to(torch.int8), (largest / LARGEST).float()
+    return quantized.to(torch.int8), (largest / LARGEST).clamp(max=LARGEST_SCALE).float()
 
 
 def dequantize_rows(quantized: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
@@ -49,6 +51,11 @@ def is_for_int8(weight: torch.Tensor) -> bool:
     """Return whether the weight of a Linear is stored in int8: it is sparse, in floats, and no row is too long."""
     if weight.dim() != 2 or weight.dtype not in FLOATS or not weight.numel() or weight.shape[1] > MOST_COLS:
         return False
+    return is_pruned(weight)
+
+
+def is_pruned(weight: torch.Tensor) -> bool:
+    """Return whether a weight has so many zeros that it has been pruned."""
     return int(torch.count_nonzero(weight)) <= (1 - LEAST_PRUNED) * weight.numel()
 
 
@@ -122,8 +129,8 @@ def check_int8_parts(parts: Mapping[str, torch.Tensor], name: str) -> None:
     if scales.is_meta or values is None:
         return
     floats = scales.view(torch.float32)
-    if not bool((floats.isfinite() & (floats >= 0)).all()):
-        raise CAPError(f"{name} has a scale that is NaN, infinite or negative: the file is damaged")
+    if not bool(((floats >= 0) & (floats <= LARGEST_SCALE)).all()):  # a NaN is neither
+        raise CAPError(f"{name} has a scale that is NaN, negative or too large: the file is damaged")
     if values.numel() and int(values.reshape(-1).view(torch.int8).min()) < -LARGEST:
         raise CAPError(f"{name} has -128 among its int8 numbers, which end at -{LARGEST}: the file is damaged")
 

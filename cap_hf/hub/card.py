@@ -195,7 +195,8 @@ class CardFacts:
                 metric_value=self.sparse[metric.key],
             )
             for metric in measured_in([self.sparse])
-            if name and metric.accuracy
+            # What was measured before the weights were rounded is not this model's.
+            if name and metric.accuracy and not self.int8
         ]
         base_model = hub_id(self.base_model)
         return ModelCardData(

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
@@ -12,6 +12,7 @@ from cap_hf.inference.operators import int8_attention
 
 # What `config._attn_implementation` is called; configs are saved without it.
 NAME = "cap_hf_int8"
+MOST_KEYS = 32768  # that the kernel takes
 
 
 def int8_attention_forward(
@@ -40,16 +41,23 @@ def int8_attention_forward(
         kwargs: passed on where PyTorch's own is called.
     """
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if (
         attention_mask is None
         and not causal
         and not dropout
-        and kwargs.get("position_bias") is None
+        # What else changes attention, such as a position bias or a cap of the scores.
+        and not any(isinstance(value, torch.Tensor) for value in kwargs.values())
+        and kwargs.get("softcap") is None
         and query.shape[1] == key.shape[1]
         and key.shape == value.shape
+        and 0 < key.shape[2] <= MOST_KEYS
         and query.device.type == "cpu"
+        and query.dtype in (torch.float32, torch.float16, torch.bfloat16)
+        and isinstance(scale, float)
+        and scale > 0
     ):
-        return int8_attention(query, key, value, query.shape[-1] ** -0.5 if scaling is None else scaling), None
+        return int8_attention(query, key, value, scale), None
     return sdpa_attention_forward(
         module, query, key, value, attention_mask, dropout, scaling, is_causal=is_causal, **kwargs
     )
@@ -59,8 +67,13 @@ AttentionInterface.register(NAME, int8_attention_forward)
 AttentionMaskInterface.register(NAME, sdpa_mask)
 
 
-def configs_of(model: nn.Module) -> list[Any]:
+def configs_of(model: nn.Module) -> list[PreTrainedConfig]:
     """Return the configs by which parts of a model choose PyTorch's attention, each once."""
     modules = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
     configs = {id(module.config): module.config for module in modules if module._can_set_attn_implementation()}
     return [config for config in configs.values() if config._attn_implementation == "sdpa"]
+
+
+def choose(config: PreTrainedConfig, name: str) -> None:
+    """Set what a config chooses, and not what configs inside it do, as its public attribute would."""
+    config._attn_implementation_internal = name

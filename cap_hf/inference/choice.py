@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from cap_hf.checkpoints.int8 import LEAST_PRUNED
+from cap_hf.checkpoints.int8 import is_pruned
 from cap_hf.inference.int8_linear import DenseInt8Linear, SparseInt8Linear, has_dense_int8
 from cap_hf.inference.int8_packing import WORD
 from cap_hf.inference.linear import SparseLinear, SparseWeightLinear, stored_weight
@@ -102,7 +102,7 @@ def fastest_kind(linear: nn.Linear, tokens: int) -> Kind | None:
     rows, cols = weight.shape
     zeros = functional.pad(weight == 0, (0, -cols % WORD), value=True)
     sparsity = 1 - int(torch.count_nonzero(weight)) / weight.numel()
-    if sparsity < LEAST_PRUNED:
+    if not is_pruned(weight):
         return None
     empty_words = float(zeros.view(rows, -1, WORD).all(dim=2).float().mean())
     steps, word_steps = (int(share / STEP + 1e-9) for share in (sparsity, min(sparsity, empty_words)))

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from transformers import BaseImageProcessor
 
+from cap_hf.checkpoints.int8 import is_pruned
 from cap_hf.errors import CAPError
 from cap_hf.inference.choice import Kind, fastest_kind, is_faster, is_semi_structured_faster
 from cap_hf.inference.example import check_example, make_example
@@ -57,7 +58,8 @@ def optimize_for_inference(
         backend: 'auto' replaces a layer where that is measured to be faster, and leaves the others dense. On the CPU
             it takes the C++ kernel, or PyTorch's CSR product where there is no compiler; on a GPU the 2:4 product.
             'kernel', 'csr' and 'semi_structured' name one of these, which replaces all layers it can, faster or not.
-        example_inputs: what the model is called with once, to see how many tokens each layer gets; default: one image.
+        example_inputs: what the model is called with some times, to see how many tokens each layer gets, where a GELU
+            can be computed in a layer, and whether attention is faster in int8; default: one image.
         image_processor: that decides the size of this image; default: the one beside the checkpoint that the model was
             loaded from, if it is on this machine.
         image_size: height and width of this image, or one number for both, in the place of what the image processor
@@ -66,7 +68,7 @@ def optimize_for_inference(
             a layer one scale per token, for each input anew. 'auto' then takes the fastest of sparse int8, dense
             int8, sparse float32 and dense for each layer, and the faster attention, in int8 or as it is; 'kernel'
             takes sparse int8 for all layers; the others know no int8.
-            Only layers of which 1 % is zeros are replaced: heads and embeddings, to which accuracy is most
+            Only layers of which at least 1 % is zeros are replaced: heads and embeddings, to which accuracy is most
             sensitive and which are never pruned, stay float32. Sparse int8 gains from whole groups of four consecutive
             inputs that are zero: prune in blocks of 1x4. The state_dict gives the weights as they were rounded.
 
@@ -108,9 +110,10 @@ def optimize_for_inference(
         raise CAPError("the sparse layers compute in float32: load the model with dtype='float32'")
     kind = choose_kind(backend) if dtype == "float32" else int8_kind()
     if dtype == "int8":
-        linears = {name: linear for name, linear in linears.items() if is_quantizable(stored_weight(linear))}
+        weights = {name: stored_weight(linear) for name, linear in linears.items()}
+        linears = {name: linears[name] for name, each in weights.items() if is_pruned(each) and is_quantizable(each)}
         if not linears:
-            raise CAPError("no weight can be int8: they are not finite, or their rows are too long")
+            raise CAPError("no weight can be int8: none has 1 % zeros, is finite, and has rows that are short enough")
     kinds: dict[str, Kind] = dict.fromkeys(linears, kind)
     if backend == "auto":
         example = example_inputs if example_inputs is not None else make_example(model, 1, image_processor, image_size)
@@ -125,7 +128,7 @@ def optimize_for_inference(
         if isinstance(module, StoredInt8Linear):
             replace(model, name, module.to_linear())
     fuse_gelus(model, gelus)
-    if backend == "auto" and dtype == "int8":
+    if backend == "auto" and dtype == "int8" and kinds:
         speed_up_attention(model, example)
     return model
 

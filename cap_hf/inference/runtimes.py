@@ -5,6 +5,7 @@ import ctypes
 import io
 import logging
 import os
+import sys
 from collections.abc import Iterator
 from types import ModuleType
 
@@ -70,7 +71,7 @@ def kept_signal_stack() -> Iterator[None]:
     later. The next signal that Python handles then ends the process: that of a child that has ended, as soon as a
     DataLoader has had workers.
     """
-    if os.uname().sysname != "Linux":
+    if sys.platform != "linux":
         yield
         return
     before = signal_stack()

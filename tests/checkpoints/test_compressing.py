@@ -96,6 +96,18 @@ def test_from_plain_from_shards_and_from_compressed_it_is_the_same(tmp_path):
     assert all(torch.equal(one[name], many[name]) for name in one)
 
 
+def test_damage_of_a_compressed_file_is_not_written_anew(tmp_path):
+    model = make_model()
+    save_checkpoint(tmp_path / "compressed", model, compressed=True)
+    path = tmp_path / "compressed" / COMPRESSED_NAME
+    content = bytearray(path.read_bytes())
+    content[-5] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(CAPError, match="holds other bytes in .* than were written: the file is damaged"):
+        compress_checkpoint(tmp_path / "compressed", tmp_path / "int8", int8=True)
+    assert not (tmp_path / "int8").exists()
+
+
 def test_a_compressor_saves_int8(tmp_path):
     model = make_model()
     compressor = CAPCompressor(model, CAPConfig(method="magnitude", pattern="1x4"), disable_tqdm=True)

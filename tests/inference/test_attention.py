@@ -51,6 +51,8 @@ def test_whatever_is_not_plain_is_pytorchs_own():
         (grouped, (q, k[:, :2], v[:, :2], None), {}),
         (Layer(), (q, k, v, None), {"position_bias": torch.randn(1, 4, 7, 7)}),
         (Layer(), (q, k, torch.randn(2, 4, 7, 3), None), {}),
+        (Layer(), (q.double(), k.double(), v.double(), None), {}),
+        (Layer(), (q, k, v, None), {"scaling": -0.5}),
     ):
         found, _ = int8_attention_forward(module, *arguments, **options)
         assert torch.equal(found, sdpa_attention_forward(module, *arguments, **options)[0])

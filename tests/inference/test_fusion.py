@@ -4,16 +4,26 @@ import copy
 
 import pytest
 import torch
+from support.backbones import tiny_clip
 from support.inference import logits, make_vit, pixels, sparse_layers
 from support.models import build
 from torch import nn
+from transformers import ViTForImageClassification
 
 from cap_hf import optimize_for_inference
 from cap_hf.inference import attention, fusion, optimize
 from cap_hf.inference.fusion import find_gelus, fuse_gelus, is_gelu, speed_up_attention
 from cap_hf.inference.int8_linear import SparseInt8Linear
 from cap_hf.inference.linear import CSRLinear, SparseLinear
+from cap_hf.inference.operators import has_int8_kernel, has_kernel
 from cap_hf.inference.optimize import find_sparse_linears, replace
+
+
+@pytest.fixture(scope="module", autouse=True)
+def kernels():
+    assert has_kernel()
+    assert has_int8_kernel()
+
 
 X = {"pixel_values": torch.randn(2, 8)}
 
@@ -65,18 +75,58 @@ def test_a_gelu_is_found_where_nothing_else_sees_what_it_takes(how, expected):
     assert not model.act._forward_pre_hooks
 
 
+class Odd(nn.Module):
+    """An MLP that uses its GELU in ways that no look at the modules' calls would show."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.act = nn.GELU()
+        self.how, self.held = how, [self.act]
+        if how == "two names":
+            self.same = self.act
+        self.eval()
+
+    def forward(self, pixel_values):
+        act = self.held[0] if self.how == "held" else self.act
+        y = self.fc2(act(self.fc1(pixel_values)))
+        if self.how == "forward":
+            return y + self.act.forward(pixel_values)
+        return y
+
+
+@pytest.mark.parametrize("how", ["held", "forward", "two names"])
+def test_a_gelu_that_is_used_otherwise_too_stays(how):
+    model = Odd(how)
+    expected = model(**X)
+    assert find_gelus(model, ["fc1"], X) == {}
+    assert torch.equal(model(**X), expected)
+    assert is_gelu(model.act)
+    assert type(model.fc1) is nn.Linear
+
+
+def test_layers_with_hooks_that_would_see_other_numbers_are_left():
+    for where, register in (("fc1", "register_forward_hook"), ("act", "register_forward_pre_hook")):
+        model = MLP("plain")
+        getattr(getattr(model, where), register)(lambda *_: None)
+        assert find_gelus(model, ["fc1"], X) == {}
+
+
 def test_all_of_a_vit_are_found():
     model = make_vit()
     found = find_gelus(model, find_sparse_linears(model), {"pixel_values": pixels(model)})
     assert found == {f"vit.layers.{i}.mlp.fc1": f"vit.layers.{i}.mlp.activation_fn" for i in range(2)}
 
 
-def test_outputs_that_cannot_be_compared_change_nothing():
+def test_every_tensor_that_is_returned_is_compared():
     class Pair(MLP):
         def forward(self, pixel_values):
-            return {"left": super().forward(pixel_values)}
+            first = self.fc1(pixel_values)
+            return {"right": self.fc2(self.act(first)), "left": first}
 
-    assert find_gelus(Pair("plain"), ["fc1"], X) == {}
+    model = Pair("plain")
+    assert find_gelus(model, ["fc1"], X) == {}
+    assert type(model.fc1) is nn.Linear
 
 
 def test_a_gelu_stays_while_one_of_its_layers_is_not_sparse():
@@ -108,31 +158,67 @@ def test_sparse_layers_end_with_it(kind):
     torch.testing.assert_close(logits(copy.deepcopy(model), x), logits(model, x))
 
 
+@pytest.fixture
+def measured(monkeypatch):
+    """Let int8 take this share of the time."""
+
+    def measure(share):
+        def in_turns(calls, *limits):
+            for call in calls:
+                call()
+            return [[1.0], [share]]
+
+        monkeypatch.setattr(fusion, "time_in_turns", in_turns)
+
+    return measure
+
+
 @pytest.mark.parametrize("faster", [True, False])
-def test_attention_is_int8_where_that_is_faster(faster, monkeypatch):
+def test_attention_is_int8_where_that_is_faster(faster, measured):
     model = make_vit()
-    called = []
-    monkeypatch.setattr(attention, "int8_attention", lambda q, *rest: called.append(q.shape) or q.transpose(1, 2))
-
-    def in_turns(calls, *limits):
-        for call in calls:
-            call()
-        return [[1.0], [0.9 if faster else 0.97]]
-
-    monkeypatch.setattr(fusion, "time_in_turns", in_turns)
-    speed_up_attention(model, {"pixel_values": pixels(model)})
-    assert called == [(3, 3, 65, 64)] * 2  # measured
-    assert model.config._attn_implementation == (attention.NAME if faster else "sdpa")
-    logits(model, pixels(model))
-    assert len(called) == (4 if faster else 2)
+    config, other = model.config, ViTForImageClassification(model.config).eval()
+    x, expected = pixels(model), logits(model, pixels(model))
+    measured(0.9 if faster else 0.97)
+    speed_up_attention(model, {"pixel_values": x})
+    assert torch.equal(logits(model, x), expected) != faster
+    assert {module.config._attn_implementation for module in model.modules() if hasattr(module, "config")} == {
+        attention.NAME if faster else "sdpa"
+    }
+    # What else was made of the same config keeps its attention.
+    assert config._attn_implementation == other.config._attn_implementation == "sdpa"
 
 
-def test_models_without_the_interface_keep_their_attention():
+def test_attention_that_int8_cannot_take_is_left_however_fast_it_seems(measured):
+    """Swin's has a mask or a bias always, and ConvNeXt none at all."""
+    measured(0.1)
     for name in ("Swin", "ConvNext"):
         model = build(name)
         before = model.config._attn_implementation
         speed_up_attention(model, {"pixel_values": torch.randn(1, 3, 16, 16)})
         assert model.config._attn_implementation == before
+
+
+def test_a_text_tower_and_parts_that_chose_otherwise_keep_what_they_have(measured):
+    measured(0.1)
+    model = tiny_clip().eval()
+    model.config.text_config._attn_implementation = "eager"
+    side = model.config.vision_config.image_size
+    speed_up_attention(model, {"pixel_values": torch.randn(1, 3, side, side)})
+    assert model.vision_model.config._attn_implementation == attention.NAME
+    assert model.text_model.config._attn_implementation == "eager"
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_a_failure_while_it_is_tried_leaves_everything(monkeypatch):
+    model = make_vit()
+
+    def fail(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(fusion, "time_in_turns", fail)
+    with pytest.raises(KeyboardInterrupt):
+        speed_up_attention(model, {"pixel_values": pixels(model)})
+    assert model.config._attn_implementation == "sdpa"
 
 
 def test_optimising_does_both_and_float32_keeps_its_attention(monkeypatch):

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, ViTConfig, ViTForImageClassification
 
 from cap_hf import CAPCompressor, CAPConfig
 from cap_hf.checkpoints.compressing import compress_checkpoint
+from cap_hf.checkpoints.int8 import is_pruned
 from cap_hf.checkpoints.saving import save_checkpoint
 from cap_hf.report import versions
 
@@ -72,7 +73,7 @@ def round_to_int8(model: PreTrainedModel) -> PreTrainedModel:
     """What an int8 checkpoint of a model in float32 stands for, by the definition of its rounding, in NumPy."""
     rounded = copy.deepcopy(model)
     for module in rounded.modules():
-        if type(module) is torch.nn.Linear and float((module.weight == 0).float().mean()) >= 0.2:
+        if type(module) is torch.nn.Linear and is_pruned(module.weight):
             weight = module.weight.numpy().astype(np.float64)
             largest = np.abs(weight).max(axis=1, keepdims=True)
             numbers = np.rint(weight * 127 / np.where(largest > 0, largest, 1)).astype(np.int8)
