@@ -73,14 +73,15 @@ def pack_int8(weight: torch.Tensor, name: str) -> dict[str, torch.Tensor] | None
     if not floats.isfinite().all():
         raise CAPError(f"{name} has entries that are NaN or infinite, which int8 cannot stand for")
     quantized, scales = quantize_rows(floats)
-    forms = []
+    best, least = None, 0
     for size, dtype in INTEGERS.items():
-        blocks = functional.pad(quantized, (0, -quantized.shape[1] % size)).view(dtype)
-        forms.append(pack(blocks))
-    found = [form for form in forms if form is not None]
-    if not found:
+        parts = pack(functional.pad(quantized, (0, -quantized.shape[1] % size)).view(dtype))
+        taken = sum(part.numel() * part.element_size() for part in parts.values()) if parts else 0
+        # Only the smallest so far is kept in memory.
+        if parts and (best is None or taken < least):
+            best, least = parts, taken
+    if best is None:
         return None
-    best = min(found, key=lambda form: sum(part.numel() * part.element_size() for part in form.values()))
     shape = torch.empty((0, *weight.shape), dtype=weight.dtype)
     return best | {SHAPE: shape, SCALES: scales.view(torch.int32)}
 

@@ -47,7 +47,7 @@ def int8_attention_forward(
         and not causal
         and not dropout
         # What else changes attention, such as a position bias or a cap of the scores.
-        and not any(isinstance(value, torch.Tensor) for value in kwargs.values())
+        and not any(isinstance(each, torch.Tensor) for each in kwargs.values())
         and kwargs.get("softcap") is None
         and query.shape[1] == key.shape[1]
         and key.shape == value.shape
