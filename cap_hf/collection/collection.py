@@ -7,7 +7,9 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torch.utils.data import DataLoader
 
+from cap_hf.collection.chains import agreed
 from cap_hf.collection.costs import Costs, measure
 from cap_hf.collection.examples import CalibrationExamples
 from cap_hf.collection.forecast import foresee
@@ -117,7 +119,7 @@ class Collection:
             self.targets = [target for each in plan.passes for target in each]
             order = self._shared_order(costs)
             how = (self.config, self.processes, self.progress, self.state)
-            passes = Passes(plan, self.model, self.examples, order, loss, *how)
+            passes = Passes(plan, self.model, self.examples, order, loss, *how, costs.chains)
             return self._recollected(plan, passes) if plan.recollects else self._kept(plan, passes)
         finally:
             # They may be all images of a list.
@@ -146,13 +148,16 @@ class Collection:
         """Return what a gradient sample costs, of the first examples."""
         block_size = self.method.block_size(self.config)
         targets = self.find("row" if block_size == "auto" else block_size)
-        return measure(self.model, self.examples.peek(), targets, loss)
+        costs = measure(self.model, self.examples.peek(), targets, loss)
+        return replace(costs, chains=agreed(costs.chains, self.processes))
 
     def plan_for(self, costs: Costs, processes: Processes, available: int | None = None) -> Plan:
         """Return the plan for such costs and processes; `available` as of `make_plan`."""
         if self.method.statistic == "inputs":
             return Plan([self.find(self.method.block_size(self.config))], "row", costs.samples, costs.samples)
-        return make_plan(self.find, self.config, self.resources, costs, processes, self.afterwards, available)
+        shared = isinstance(self.examples.dataloader, DataLoader)
+        how = (self.resources, costs, processes, self.afterwards, available, shared)
+        return make_plan(self.find, self.config, *how)
 
     def tensors(self, kind: str) -> Tensors:
         """Return a dict of tensors, on the disk where the plan spills or a run that goes on will want them."""
@@ -223,6 +228,7 @@ class Collection:
             statistic.clear()
             if self._folder is not None:
                 passes.finish(number)
+        passes.forget()
         return self._fisher(passes, sums, moments)
 
     def _recollected(self, plan: Plan, passes: Passes) -> BlockFisher:

@@ -10,9 +10,11 @@ from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from cap_hf.collection import input_sums
+from cap_hf.collection.chains import find_chains
 from cap_hf.collection.exchange import made_in
 from cap_hf.collection.running import Batch, backward, frozen
 from cap_hf.collection.shares import row_chunks
+from cap_hf.collection.stretches import Chain
 from cap_hf.method.gradients import GradientSamples, StepGradients
 from cap_hf.method.losses import FisherLoss
 from cap_hf.method.sums import SymmetricSums, sums_per_block
@@ -43,6 +45,7 @@ class Costs:
         multiplications: how many take a second while outer products are summed.
         order: names of the targets in the order in which the backward pass meets them.
         positions: for each target's name how many positions (tokens, pixels) of a gradient sample go through it.
+        chains: layers that can be gone through alone.
     """
 
     samples: int = 0
@@ -56,6 +59,7 @@ class Costs:
     multiplications: float = 1e10
     order: list[str] = field(default_factory=list)
     positions: dict[str, int] = field(default_factory=dict)
+    chains: list[Chain] = field(default_factory=list)
 
     def summing_seconds(self, targets: Sequence[Target], inputs: bool = False, gradients: bool = True) -> float:
         """Return the seconds that the outer products of one gradient sample take, and those of its inputs."""
@@ -101,6 +105,7 @@ def measure(
             costs = Costs(positions=count_positions(model, batch, targets, count))
         else:
             costs = measure_memory(model, batch, loss, draws, targets, count)
+            costs.chains = find_chains(model, batch, loss, draws, targets, count)
         # Once more: the first time a device sets itself up.
         costs.seconds = timed_step(model, batch, loss, draws, targets, count) / count
     costs.samples = samples

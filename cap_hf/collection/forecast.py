@@ -9,6 +9,7 @@ import torch
 
 from cap_hf.collection.costs import Costs, synchronize
 from cap_hf.collection.hardware import Hardware
+from cap_hf.collection.pass_costs import pass_seconds, passes_through
 from cap_hf.collection.plan import Plan, sums_bytes
 from cap_hf.collection.progress import Foreseen
 from cap_hf.collection.resources import Afterwards
@@ -141,7 +142,7 @@ class Measured:
         if plan is not None and self.costs is not None:
             for each in foresee(plan, self.costs, config, processes, folder, prunes, self.trials):
                 seconds[each.kind] = seconds.get(each.kind, 0.0) + each.seconds
-            images["collecting"] = plan.num_passes * config.num_examples
+            images["collecting"] = passes_through(plan, self.costs) * config.num_examples
             if config.fisher_loss == "features":
                 # Whose deviations are measured before.
                 images["collecting"] += config.num_examples
@@ -204,14 +205,17 @@ def foresee(
     prior = method.has_prior(config)
     device = plan.passes[0][0].weight.device
     trials = Trials(lambda size: trial_seconds(config, size, device)) if trials is None else trials
-    collecting, eliminating, reconstructing = [], [], []
-    for targets in plan.passes:
+    collecting: list[Foreseen] = []
+    again: list[Foreseen] = []
+    eliminating, reconstructing = [], []
+    for number, targets in enumerate(plan.passes):
         own = [own_blocks(target, processes) for target in targets]
         shares = [(target, blocks.stop - blocks.start) for target, blocks in zip(targets, own, strict=True)]
         disk = byte * sum(sums_bytes(target, count, prior) for target, count in shares)
-        summing = costs.summing_seconds(targets, prior or method.statistic == "inputs", method.statistic == "gradients")
-        seconds = (costs.seconds + summing) * config.num_grads / processes.world
-        collecting.append(Foreseen("collecting", seconds + disk))
+        sums = prior or method.statistic == "inputs", method.statistic == "gradients"
+        for found, second in ((collecting, False), (again, True)):
+            seconds = pass_seconds(plan, number, costs, *sums, again=second) * config.num_grads / processes.world
+            found.append(Foreseen("collecting", seconds + disk))
         solving = [disk + sum(trials[target.block_size][step] * count for target, count in shares) for step in (0, 1)]
         eliminating.append(solving[0])
         reconstructing.append(solving[1])
@@ -223,7 +227,7 @@ def foresee(
         phases += [each, Foreseen("eliminating", solving)]
     for number in reversed(range(len(collecting))):
         # The second time begins with the pass that the first has ended with.
-        phases += [collecting[number]] if number < len(collecting) - 1 else []
+        phases += [again[number]] if number < len(again) - 1 else []
         phases.append(Foreseen("reconstructing", reconstructing[number] * prunes))
     return phases
 

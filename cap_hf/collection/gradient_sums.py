@@ -8,14 +8,16 @@ from torch import nn
 
 from cap_hf.collection.exchange import Exchange, made_in
 from cap_hf.collection.input_sums import InputSums
+from cap_hf.collection.kept_states import KeptStep, Through, WholeModel
 from cap_hf.collection.precision import matmul_precision
-from cap_hf.collection.running import Batch, backward
+from cap_hf.collection.running import Batch
 from cap_hf.collection.shares import block_shares, own_blocks
 from cap_hf.distributed.processes import Processes
 from cap_hf.errors import CAPError
+from cap_hf.memory import zeros
 from cap_hf.method.gradients import GradientSamples, StepGradients
-from cap_hf.method.losses import FisherLoss, LabelLoss
-from cap_hf.method.sums import SymmetricSums, check_finite
+from cap_hf.method.losses import LabelLoss
+from cap_hf.method.sums import Make, SymmetricSums, check_finite
 from cap_hf.targets import Target, summarize
 
 
@@ -32,8 +34,9 @@ class GradientSums:
             multiplies in tf32). Sums are float32 (float64 in a float64 model).
         microbatch: gradient samples that go through the model together; None for all of a step.
         order: names of the targets in the order in which a backward pass meets them; needed by several processes.
-        loss: whose gradients they are; None for the cross entropy with the data's labels.
+        through: takes examples through the model; None for all of it, to the cross entropy with labels.
         inputs: of the same targets, filled with the inputs of the same examples; None where they are not asked for.
+        make: takes the memory of the sums.
 
     Attributes:
         sums: for each target's name those of the blocks that this process owns.
@@ -49,14 +52,16 @@ class GradientSums:
         dtype: torch.dtype = torch.float32,
         microbatch: int | None = None,
         order: Sequence[str] = (),
-        loss: FisherLoss | None = None,
+        through: Through | None = None,
         inputs: InputSums | None = None,
+        make: Make = zeros,
     ) -> None:
         self.targets, self.processes = list(targets), processes or Processes()
-        self.dtype, self.microbatch, self.loss = dtype, microbatch, loss or LabelLoss()
+        self.dtype, self.microbatch = dtype, microbatch
+        self.through: Through = through or WholeModel(LabelLoss())
         self.inputs = inputs
         self.count = 0
-        self.sums = {target.name: self._zeros(target) for target in self.targets}
+        self.sums = {target.name: self._zeros(target, make) for target in self.targets}
         by_name = {target.name: target for target in self.targets}
         self._order = [by_name[name] for name in order if name in by_name]
         self._exchange = Exchange(self.processes, dtype)
@@ -65,9 +70,9 @@ class GradientSums:
         self._waiting: dict[str, StepGradients] = {}
         self._next = 0
 
-    def _zeros(self, target: Target) -> SymmetricSums:
-        own = own_blocks(target, self.processes)
-        return SymmetricSums.zeros(own.stop - own.start, target.block_size, made_in(target), target.weight.device)
+    def _zeros(self, target: Target, make: Make) -> SymmetricSums:
+        own, device = own_blocks(target, self.processes), target.weight.device
+        return SymmetricSums.zeros(own.stop - own.start, target.block_size, made_in(target), device, make)
 
     @contextmanager
     def listening(self) -> Iterator[None]:
@@ -81,13 +86,15 @@ class GradientSums:
         finally:
             self._exchange = Exchange(self.processes, self.dtype)  # without buffers
 
-    def step(self, model: nn.Module, batch: Batch | None, draws: torch.Tensor | None, counts: Sequence[int]) -> None:
+    def step(
+        self, model: nn.Module, batch: Batch | KeptStep | None, draws: torch.Tensor | None, counts: Sequence[int]
+    ) -> None:
         """Add a step's gradient samples.
 
         Args:
             model: frozen.
-            batch: this process's examples, None if it has none.
-            draws: as for `backward`.
+            batch: this process's examples, as `through` takes them; None if it has none.
+            draws: as for `Through`.
             counts: how many gradient samples each process has.
 
         Raises:
@@ -99,14 +106,12 @@ class GradientSums:
                 self.add(target, None, counts)
             return
         samples = counts[self.processes.rank]
-        group, microbatch = len(batch["pixel_values"]) // samples, self.microbatch or samples
+        microbatch = self.microbatch or samples
         is_finite = True
         for first in range(0, samples, microbatch):
             last = min(first + microbatch, samples)
             self._hooks.start(last - first, last == samples)
-            part = slice(first * group, last * group)
-            examples = {name: value[part] for name, value in batch.items()}
-            loss = backward(model, examples, self.loss, None if draws is None else draws[part], group)
+            loss = self.through(model, batch, draws, samples, slice(first, last))
             is_finite = is_finite and bool(loss.isfinite())
         if self._waiting or (self.processes.world > 1 and self._next < len(self._order)):
             missing = [target.name for target in self._order[self._next :] if target.name not in self._waiting]

@@ -2,24 +2,30 @@
 
 import hashlib
 import logging
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import nn
 
 from cap_hf.collection.examples import CalibrationExamples
+from cap_hf.collection.exchange import made_in
 from cap_hf.collection.gradient_sums import GradientSums
 from cap_hf.collection.input_sums import InputSums
+from cap_hf.collection.kept_states import Alone, KeptStates, WholeModel
 from cap_hf.collection.plan import Plan
 from cap_hf.collection.progress import Phase, Progress
 from cap_hf.collection.running import Remembered, differentiable, frozen
+from cap_hf.collection.shares import own_blocks
 from cap_hf.collection.state import CollectionState, Item, note
+from cap_hf.collection.stretches import Chain, Stretch, stretch_of
 from cap_hf.config import CAPConfig
 from cap_hf.distributed.processes import Processes
 from cap_hf.errors import CAPError
+from cap_hf.memory import ALIGNMENT, Arena
 from cap_hf.method.losses import FisherLoss
 from cap_hf.method.methods import METHODS
+from cap_hf.method.sums import MAX_STRIPS, sums_per_block
 from cap_hf.targets import Target, summarize
 
 logger = logging.getLogger(__name__)
@@ -38,6 +44,7 @@ class Passes:
         processes: of the run.
         progress: told what goes on.
         state: keeps what is done for a run that goes on, or None.
+        chains: layers of the model that can be gone through alone.
 
     Attributes:
         means: for the name of each target of the passes so far the mean of its F's diagonal, over all processes.
@@ -59,6 +66,7 @@ class Passes:
         processes: Processes,
         progress: Progress,
         state: CollectionState | None,
+        chains: Sequence[Chain] = (),
     ) -> None:
         self.plan, self.model, self.examples, self.order, self.loss = plan, model, examples, order, loss
         self.config, self.processes, self.progress, self.state = config, processes, progress, state
@@ -75,7 +83,14 @@ class Passes:
         # Of what lies several times in the same memory, which no copy can be written to, nothing changes.
         own = [each for each in (*model.parameters(), *model.buffers()) if 0 not in each.stride()]
         self._model = Remembered(own) if plan.recollects else None
-        self._digest: str | None = None
+        self._digest: hashlib.blake2b | None = None
+        # Where the sums of a pass go before those of the next come, these take their memory.
+        largest = max(sum(own_bytes(target, processes) for target in each) for each in plan.passes)
+        self._arena = Arena(largest if plan.recollects or plan.spilled else 0)
+        self._states: KeptStates | None = None
+        if plan.keeps and loss is not None:
+            found = {number: stretch_of(chains, targets) for number, targets in enumerate(plan.passes)}
+            self._states = KeptStates({number: each for number, each in found.items() if each is not None}, loss)
 
     def skip(self, number: int) -> None:
         """Count a pass that an interrupted run had done with."""
@@ -90,9 +105,13 @@ class Passes:
         """
         advance = self._phase(number)
         with differentiable(self.model), self._as_it_was(), frozen(self.model):
-            statistic = self._statistic(self.plan.passes[number])
+            states, statistic = self._states, self._statistic(number)
+            stretch = None if states is None or not states.is_whole else states.stretches.get(number)
             try:
-                self._fill(number, statistic, advance)
+                if stretch is None:
+                    self._fill(number, statistic, advance)
+                else:
+                    self._fill_alone(number, statistic, advance, stretch)
             except BaseException:
                 # Hooks hold it until the garbage is collected, and memory is short.
                 statistic.clear()
@@ -110,23 +129,38 @@ class Passes:
             self.means |= mean_diagonals(statistic, self.processes)
         return statistic
 
+    def _fill_alone(self, number: int, statistic: GradientSums | InputSums, advance: Phase, stretch: Stretch) -> None:
+        """Fill the sums of a pass from the hidden states that were kept before its layers and behind them."""
+        assert isinstance(statistic, GradientSums)
+        assert self._states is not None
+        assert self._digest is not None
+        statistic.through = Alone(stretch)
+        if self.state is not None and number >= self.finished:
+            self.state.begin_kept_pass(self._digest.copy(), len(self._states.steps))
+        fill(statistic, self.model, self._states.items(), advance)
+
     def _fill(self, number: int, statistic: GradientSums | InputSums, advance: Phase) -> None:
         digest = hashlib.blake2b()
         examples = self._noted(digest) if self.plan.recollects else self.examples
-        if self.state is None or number < self.finished:
-            fill(statistic, self.model, examples, advance)
-        else:
-            rest = self.state.begin_pass(number, statistic, examples)
+        on_step: Callable[[int], None] = advance
+        if self.state is not None and number >= self.finished:
+            examples = self.state.begin_pass(number, statistic, examples)
             advance.skip(statistic.count)
-            fill(statistic, self.model, rest, self.state.saving(number, statistic, advance))
-        differ = self._digest not in (None, digest.hexdigest())
+            on_step = self.state.saving(number, statistic, advance)
+        # Of a pass that an interrupted run has begun there are no hidden states.
+        keeps = None if statistic.count else self._states
+        if keeps is not None and isinstance(statistic, GradientSums):
+            statistic.through = keeps
+        with nullcontext() if keeps is None else keeps.keeping():
+            fill(statistic, self.model, examples, on_step)
+        differ = self._digest is not None and self._digest.digest() != digest.digest()
         # Said by all processes, or they would wait for each other.
         if any(each for (each,) in self.processes.gather_ints(int(differ))):
             raise CAPError(
                 "the examples differ from those of the pass before, and passes need the same: give a dataloader or a "
                 "list that does not change"
             )
-        self._digest = digest.hexdigest()
+        self._digest = digest
 
     def _noted(self, digest: "hashlib.blake2b") -> Iterator[Item]:
         for item in self.examples:
@@ -164,13 +198,23 @@ class Passes:
         name = "collecting" if passes == 1 else f"collecting, {kind} {number + 1} of {passes}"
         return self.progress.phase("collecting", "gradient", self.config.num_grads, name)
 
-    def _statistic(self, targets: list[Target]) -> GradientSums | InputSums:
+    def forget(self) -> None:
+        """Let go of the hidden states that were kept, and of the memory for sums that are no longer there."""
+        self._arena.clear()
+        if self._states is not None:
+            self._states.clear()
+
+    def _statistic(self, number: int) -> GradientSums | InputSums:
+        targets = self.plan.passes[number]
         if self.loss is None:
             return InputSums(targets, self.processes)
         dtype = getattr(torch, self.config.fisher_dtype)
         has_prior = METHODS[self.config.method].has_prior(self.config)
         inputs = InputSums(targets, self.processes) if has_prior else None
-        return GradientSums(targets, self.processes, dtype, self.plan.microbatch, self.order, self.loss, inputs)
+        # The sums of the pass before are gone, or on the disk.
+        self._arena.reuse()
+        how = (self.plan.microbatch, self.order, WholeModel(self.loss), inputs, self._arena.zeros)
+        return GradientSums(targets, self.processes, dtype, *how)
 
 
 def fill(
@@ -202,6 +246,13 @@ def fill(
             statistic.count += sum(counts)
             on_step(sum(counts))
     statistic.finish()
+
+
+def own_bytes(target: Target, processes: Processes) -> int:
+    """Return the bytes of the sums of the blocks of a target that this process owns, each strip at its place."""
+    own = own_blocks(target, processes)
+    entries = (own.stop - own.start) * sums_per_block(target.block_size)
+    return entries * made_in(target).itemsize + MAX_STRIPS * ALIGNMENT
 
 
 def mean_diagonals(statistic: GradientSums | InputSums, processes: Processes) -> dict[str, float]:

@@ -10,6 +10,7 @@ from cap_hf.collection import exchange, input_sums, removal_paths, solver
 from cap_hf.collection.costs import Costs
 from cap_hf.collection.exchange import made_in
 from cap_hf.collection.shares import largest_shares
+from cap_hf.collection.stretches import Chain, kept_bytes, stretch_of
 from cap_hf.distributed.processes import Processes
 from cap_hf.errors import readable
 from cap_hf.method import gradients
@@ -39,6 +40,7 @@ class Plan:
         spilled: bytes that go to the disk; 0 for a single pass.
         batch_bytes: of the matrices that are solved at a time.
         recollects: whether the sums of a pass are dropped before the next, and collected anew when they are wanted.
+        keeps: whether hidden states are kept between passes, which then go through their own layers alone.
     """
 
     passes: list[list[Target]]
@@ -51,6 +53,7 @@ class Plan:
     spilled: int = 0
     batch_bytes: int | None = None
     recollects: bool = False
+    keeps: bool = False
 
     @property
     def num_passes(self) -> int:
@@ -62,7 +65,7 @@ class Plan:
         """Return what another run needs to go through memory in the same way."""
         passes = [[target.name for target in each] for each in self.passes]
         steps = {"step": self.step, "microbatch": self.microbatch}
-        keeping = {"spills": bool(self.spilled), "recollects": self.recollects}
+        keeping = {"spills": bool(self.spilled), "recollects": self.recollects, "keeps": self.keeps}
         return {"passes": passes, "block_size": self.block_size} | keeping | steps
 
     def like(self, other: dict, find: Find) -> "Plan":
@@ -71,12 +74,15 @@ class Plan:
         passes = [[targets[name] for name in each] for each in other["passes"]]
         spilled = max(self.spilled, 1) if other["spills"] else 0
         same = {name: other[name] for name in ("block_size", "step", "microbatch")}
-        # A state of before sums were collected anew does not say so.
-        return replace(self, passes=passes, spilled=spilled, recollects=other.get("recollects", False), **same)
+        # An older state does not say what was not there yet.
+        ways = {name: other.get(name, False) for name in ("recollects", "keeps")}
+        return replace(self, passes=passes, spilled=spilled, **ways, **same)
 
     def describe(self, seconds: float, folder: Path | None) -> str:
         """Return one line about the plan; `seconds` are what the passes are expected to take."""
         passes = "one pass" if self.num_passes == 1 else f"{self.num_passes} passes"
+        if self.keeps:
+            passes += ", most of them through their own layers alone,"
         blocks = "blocks of a row" if self.block_size == "row" else f"blocks of about {self.block_size}"
         disk = f", {readable(self.spilled)} kept in {folder}" if self.spilled else ""
         return (
@@ -97,6 +103,7 @@ def plan_passes(
     prior: bool = False,
     refitting: int = 0,
     recollected: int = 0,
+    kept: int = 0,
 ) -> Plan | None:
     """Return the plan with the fewest passes; None where the memory or `max_passes` does not allow any.
 
@@ -114,6 +121,8 @@ def plan_passes(
         refitting: bytes that a refit afterwards takes at the least, beside the sums of one pass.
         recollected: where sums are dropped and collected anew, how many sparsities are pruned to together; 0 for sums
             that go to the disk.
+        kept: of how many gradient samples hidden states are kept between passes; 0 for none. Where sums are collected
+            anew alone.
     """
     device = processes.device
     blocks = largest_shares(list(targets), processes)
@@ -163,9 +172,13 @@ def plan_passes(
         _, solving = fit(max(sizes) + compared, least)
         room = available - collecting
         after = max(max(sizes) + solving, refitting) + compared
-    if max(sizes) > room or after > available:
+    if after > available:
         return None
-    passes = split_passes(targets, sizes, room)
+    found = split_keeping(targets, sizes, room, costs.chains if kept else [], kept)
+    if found is None or (kept and not found[1]):
+        return None
+    passes, states = found
+    held += states
     size_of = {target.name: size for target, size in zip(targets, sizes, strict=True)}
     largest = max(sum(size_of[target.name] for target in each) for each in passes)
     # Passes are as few as small batches allow; larger ones take what is left then.
@@ -187,6 +200,7 @@ def plan_passes(
         spilled=0 if recollected else sum(sizes) + held,
         batch_bytes=batch_bytes,
         recollects=bool(recollected),
+        keeps=bool(kept),
     )
     return plan if max_passes is None or plan.num_passes <= max_passes else None
 
@@ -202,6 +216,32 @@ def split_passes(targets: Sequence[Target], sizes: Sequence[int], room: int) -> 
         passes[-1].append(target)
         held += size
     return passes
+
+
+def split_keeping(
+    targets: Sequence[Target], sizes: Sequence[int], room: int, chains: Sequence[Chain], samples: int
+) -> tuple[list[list[Target]], int] | None:
+    """Return the targets as `split_passes` does, in what room is left beside hidden states; and the bytes of these.
+
+    Args:
+        targets: in the model's order.
+        sizes: bytes of the sums of each.
+        room: bytes for sums and states.
+        chains: layers that can be gone through alone; none where nothing is kept.
+        samples: how many gradient samples are kept.
+
+    Returns:
+        None where the sums of one target do not fit.
+    """
+    states = 0
+    while max(sizes) <= room - states:
+        passes = split_passes(targets, sizes, room - states)
+        needed = samples * kept_bytes(stretch_of(chains, each) for each in passes)
+        if needed <= states:
+            return passes, needed
+        # With more passes there are more places in the model that states are kept of.
+        states = needed
+    return None
 
 
 def microbatch_of(step: int, costs: Costs, device: torch.device) -> int:

@@ -1,5 +1,6 @@
 """The plan of a collection: how large its blocks are, and whether what does not fit is kept or collected twice."""
 
+import math
 from dataclasses import replace
 
 import torch
@@ -7,6 +8,7 @@ import torch
 from cap_hf.collection import solver
 from cap_hf.collection.costs import Costs
 from cap_hf.collection.fitting import least_bytes
+from cap_hf.collection.pass_costs import pass_seconds
 from cap_hf.collection.plan import Find, Plan, plan_passes, sums_bytes
 from cap_hf.collection.resources import Afterwards, Resources
 from cap_hf.collection.room import available_bytes, check_disk, disk_seconds, spill_folder
@@ -32,6 +34,7 @@ def make_plan(
     processes: Processes,
     afterwards: Afterwards,
     available: int | None = None,
+    shared: bool = True,
 ) -> Plan:
     """Return the plan for a block size, or for the largest that the memory allows (`auto`), the same on every process.
 
@@ -43,6 +46,7 @@ def make_plan(
         processes: of the run.
         afterwards: what the collection is for.
         available: bytes that this process may take beside the model; None to look.
+        shared: whether the processes share one dataloader, and do not have examples of their own.
 
     Raises:
         CAPError: nothing fits; says what would.
@@ -57,24 +61,32 @@ def make_plan(
     largest = [max(values) for values in list(zip(*everyone, strict=True))[1:]]
     costs = replace(costs, **dict(zip(sizes, largest, strict=True)))
     most = resources.max_passes
+    # A process takes whole batches, so one may have more than its share.
+    kept = config.num_grads
+    if shared and costs.samples:
+        kept = min(kept, math.ceil(config.num_grads / (processes.world * costs.samples)) * costs.samples)
 
     def plan(size: int | str, most: int | None, refits: bool = afterwards.refits) -> Plan | None:
         # A refit gets by with fewer examples than are asked for, but not with fewer than so many.
         refitting = least_bytes(costs.widest // config.samples_per_grad) if refits else 0
-        first, second = (
-            plan_passes(find(size), size, available, costs, processes, most, dtype, prior, refitting, recollected)
-            for recollected in (0, afterwards.prunes)
+        ways = ((0, 0), (afterwards.prunes, 0), (afterwards.prunes, kept if costs.chains else 0))
+        spilling, *others = (
+            plan_passes(find(size), size, available, costs, processes, most, dtype, prior, refitting, *way)
+            for way in ways
         )
-        if first is None or second is None or not first.spilled:
-            return first if first is not None and not (first.spilled and resources.spills_nothing) else second
-        seconds_per_byte = None if resources.spills_nothing else disk_speed(first, resources, processes)
-        if seconds_per_byte is None:
-            return second
-        kept, anew = (
-            extra_seconds(each, costs, processes, seconds_per_byte, prior, afterwards.prunes, config.num_grads)
-            for each in (first, second)
+        if spilling is not None and not spilling.spilled:
+            return spilling
+        plans = [each for each in others if each is not None]
+        byte = 0.0
+        if spilling is not None and not resources.spills_nothing:
+            seconds_per_byte = disk_speed(spilling, resources, processes) if plans else 0.0
+            if seconds_per_byte is not None:
+                plans, byte = [spilling, *plans], seconds_per_byte
+        if len(plans) < 2:
+            return next(iter(plans), None)
+        return min(
+            plans, key=lambda each: extra_seconds(each, costs, processes, byte, prior, afterwards.prunes, config)
         )
-        return first if kept <= anew else second
 
     tries = [(block_size, most)]
     if block_size == "auto":
@@ -125,7 +137,7 @@ def extra_seconds(
     seconds_per_byte: float,
     prior: bool,
     prunes: int,
-    num_grads: int,
+    config: CAPConfig,
 ) -> float:
     """Return the seconds that a plan takes beside the solving, to the largest of what the processes say.
 
@@ -136,11 +148,13 @@ def extra_seconds(
         seconds_per_byte: that writing to the disk takes, and as many that reading does.
         prior: whether inputs are summed too.
         prunes: how many sparsities will be pruned to.
-        num_grads: gradient samples of a pass.
+        config: how to prune, for the gradient samples of a pass.
     """
-    again = plan.passes[:-1] if plan.recollects else []
-    samples = num_grads / processes.world
-    seconds = sum(samples * (costs.seconds + costs.summing_seconds(each, prior)) for each in [*plan.passes, *again])
+    seconds = sum(pass_seconds(plan, number, costs, prior) for number in range(len(plan.passes)))
+    if plan.recollects:
+        # The second time begins with the pass that the first has ended with.
+        seconds += sum(pass_seconds(plan, number, costs, prior, again=True) for number in range(len(plan.passes) - 1))
+    seconds *= config.num_grads / processes.world
     # Written once, read by the elimination and for the weights of each sparsity.
     seconds += (2 + prunes) * plan.spilled * seconds_per_byte
     return max(each for (each,) in processes.gather_ints(int(1e3 * seconds))) / 1e3

@@ -48,7 +48,7 @@ class Recollection:
         if number == self._loaded:
             return
         # Before others are made: memory holds those of one group.
-        self.clear()
+        self._drop()
         statistic = self.passes.collect(number)
         self.passes.keep(number, statistic)
         self.sums.update(statistic.sums)
@@ -67,7 +67,11 @@ class Recollection:
         self.passes.finish(number)
 
     def clear(self) -> None:
-        """Take all sums away."""
+        """Take all sums away, and what was kept to collect them faster."""
+        self._drop()
+        self.passes.forget()
+
+    def _drop(self) -> None:
         self._loaded = None
         self.sums.clear()
         self.moments.clear()

@@ -198,6 +198,10 @@ class CollectionState:
                 raise CAPError(f"{folder} cannot be read: remove {self.root} and begin anew") from error
         return self._rest(examples, steps, expected)
 
+    def begin_kept_pass(self, digest: "hashlib.blake2b", steps: int) -> None:
+        """Begin a pass that needs no examples: it is saved when it is over, as one of so many steps through them."""
+        self.digest, self._steps, self._since = digest, steps, 0
+
     def _rest(self, examples: Iterable[Item], steps: int, expected: str | None) -> Iterator[Item]:
         stream = iter(examples)
         for _ in range(steps):

@@ -1,6 +1,6 @@
 """Sums of outer products, symmetric, of which little more than half is stored."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import pairwise
 
 import torch
@@ -11,6 +11,9 @@ from cap_hf.targets import summarize
 
 # A symmetric sum is cut into strips of at least this height, and at most so many of them.
 STRIP_ROWS, MAX_STRIPS = 16, 6
+
+# Returns a tensor of zeros of a shape, a dtype and a device.
+Make = Callable[[Sequence[int], torch.dtype, torch.device], torch.Tensor]
 
 
 class SymmetricSums:
@@ -28,11 +31,13 @@ class SymmetricSums:
         self.size, self.strips, self.edges = size, strips, strip_edges(size)
 
     @classmethod
-    def zeros(cls, count: int, size: int, dtype: torch.dtype, device: torch.device) -> "SymmetricSums":
-        """Return `count` matrices of zeros."""
+    def zeros(
+        cls, count: int, size: int, dtype: torch.dtype, device: torch.device, make: Make = zeros
+    ) -> "SymmetricSums":
+        """Return `count` matrices of zeros, in memory that `make` takes."""
         edges = strip_edges(size)
         shapes = [(count, stop - start, stop) for start, stop in pairwise(edges)]
-        return cls(size, [zeros(shape, dtype, device) for shape in shapes])
+        return cls(size, [make(shape, dtype, device) for shape in shapes])
 
     def __len__(self) -> int:
         return len(self.strips[0])

@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from cap_hf.collection.gradient_sums import GradientSums
+from cap_hf.collection.kept_states import WholeModel
 from cap_hf.errors import CAPError
 from cap_hf.method.losses import SampledLabelLoss
 from cap_hf.targets import find_targets
@@ -79,7 +80,7 @@ def test_parts_of_a_step_have_their_own_sampled_labels():
     sums = []
     for at_a_time in (None, 2):
         fisher = fill(
-            GradientSums(find_targets(model), microbatch=at_a_time, loss=SampledLabelLoss()),
+            GradientSums(find_targets(model), microbatch=at_a_time, through=WholeModel(SampledLabelLoss())),
             model,
             [(batch, 6, uniforms)],
         )

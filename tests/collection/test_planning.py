@@ -1,5 +1,6 @@
 """What is planned where memory is short, and that the result is that of one pass."""
 
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -7,9 +8,12 @@ import torch
 from support.models import build, random_batches
 from support.short_memory import loader, squeeze
 
+import cap_hf.collection.collection as collection_module
 import cap_hf.collection.planning as planning_module
 from cap_hf import CAPCompressor, CAPConfig, CAPError
 from cap_hf.collection import room
+from cap_hf.collection.costs import measure
+from cap_hf.collection.plan import Plan
 from cap_hf.collection.planning import BLOCK_SIZES, automatic_sizes
 from cap_hf.collection.resources import Resources
 from cap_hf.collection.solver import work_of
@@ -156,6 +160,41 @@ def test_the_cheaper_way_is_taken(monkeypatch, seconds, anew):
     monkeypatch.setattr(planning_module, "disk_seconds", lambda folder: seconds)
     compressor = CAPCompressor(model, CAPConfig(num_grads=16)).collect(random_batches(model, 8, sizes=(8, 8)))
     assert compressor.plan.recollects == anew
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_states_are_kept_where_that_saves_time(monkeypatch, kept):
+    """Not where the model takes no time."""
+    before = planning_module.extra_seconds
+    model, batches = build("ViT"), random_batches(build("ViT"), 8, sizes=(8, 8))
+    squeeze(monkeypatch, 1.0, block_size="row")
+    monkeypatch.setattr(planning_module, "extra_seconds", before)
+
+    def measured(*args):
+        return replace(measure(*args), **{"seconds": float(kept)})
+
+    monkeypatch.setattr(collection_module, "measure", measured)
+    config = CAPConfig(num_grads=16, fisher_block_size="row")
+    plan = CAPCompressor(model, config, resources=Resources(spill_dir="none")).collect(batches).plan
+    assert plan.recollects
+    assert plan.keeps == kept
+    assert plan.needed <= plan.available
+    assert Plan.like(plan, plan.to_dict(), lambda size: find_targets(model, block_size=size)).keeps == kept
+
+
+def test_more_gradients_leave_no_room_for_states(monkeypatch):
+    model, batches = build("ViT"), random_batches(build("ViT"), 8, sizes=(8, 8))
+    squeeze(monkeypatch, 1.0, block_size="row")
+    monkeypatch.setattr(planning_module, "extra_seconds", lambda plan, *_: float(not plan.keeps))
+    nothing = Resources(spill_dir="none")
+    few, many = (
+        CAPCompressor(model, CAPConfig(num_grads=count, fisher_block_size="row"), resources=nothing)
+        .collect(batches)
+        .plan
+        for count in (16, 10**6)
+    )
+    assert few.keeps
+    assert not many.keeps
 
 
 def test_a_limit_of_passes_counts_all_of_them(monkeypatch):

@@ -31,6 +31,7 @@ class Passes:
         self.plan = SimpleNamespace(passes=[targets[:3], targets[3:5], targets[5:]])
         self.sums, self.moments, self.calls, self.fails_at = {}, {}, [], fails_at
         self.last: Statistic | None = None
+        self.forgotten = 0
 
     def collect(self, number: int) -> Statistic:
         # Whatever was there is gone before memory is taken.
@@ -41,6 +42,9 @@ class Passes:
             raise KeyboardInterrupt
         self.last = Statistic(self.plan.passes[number])
         return self.last
+
+    def forget(self) -> None:
+        self.forgotten += 1
 
     def keep(self, number: int, statistic: Statistic) -> None:
         assert statistic.sums
@@ -57,8 +61,11 @@ def test_loading_takes_the_other_groups_sums_away_first():
         # Nobody else holds them.
         assert passes.last.sums == {}
     assert len(told) == 3
+    # What makes the next group faster stays until all are through.
+    assert passes.forgotten == 0
     recollection.clear()
     assert passes.sums == passes.moments == {}
+    assert passes.forgotten == 1
 
 
 def test_after_a_pass_that_failed_nothing_counts_as_loaded():

@@ -28,13 +28,17 @@ CONFIG = {"num_grads": 32, "fisher_loss": "sampled"}
 
 
 def squeeze(kind: str) -> None:
-    """Let little memory be free for several passes: sums go to the `disk`, or are collected `anew`."""
+    """Let little memory be free for several passes.
+
+    Sums go to the `disk`, or are collected `anew`, from hidden states that are kept too (`kept`).
+    """
     solver_module.BATCH_BYTES = 2**13
     targets = find_targets(build("ViT"))
     total = sum(map(sums_bytes, targets, largest_shares(targets, Processes())))
-    free = int(total * {"one pass": 100, "disk": 0.7, "anew": 0.9}[kind])
+    free = int(total * {"one pass": 100, "disk": 0.7, "anew": 0.9, "kept": 1.0}[kind])
     planning_module.available_bytes = lambda *_: free
-    planning_module.extra_seconds = lambda plan, *_: float(plan.recollects != (kind == "anew"))
+    wanted = {"anew": (True, False), "kept": (True, True)}.get(kind, (False, False))
+    planning_module.extra_seconds = lambda plan, *_: float((plan.recollects, plan.keeps) != wanted)
 
 
 def prune(folder: Path | None, resume: bool = False, config=CONFIG, model=None, sizes=(4,) * 8, seed: int = 0):
@@ -97,6 +101,7 @@ def restore(monkeypatch):
         ("in a save", "one pass"),
         ("in a save", "disk"),
         ("in a save", "anew"),
+        ("in a save", "kept"),
         ("while the old save goes", "one pass"),
         ("while the old save goes", "anew"),
         ("while sums are spilled", "disk"),
@@ -104,8 +109,10 @@ def restore(monkeypatch):
         ("in the elimination", "disk"),
         ("in the elimination", "anew"),
         ("late in the elimination", "anew"),
+        ("late in the elimination", "kept"),
         ("between the order and the losses of a target", "one pass"),
         ("while new weights are made", "anew"),
+        ("while new weights are made", "kept"),
     ],
 )
 def test_a_killed_run_goes_on_to_the_same_weights(tmp_path, monkeypatch, restore, moment, kind):
@@ -125,13 +132,13 @@ def test_a_killed_run_goes_on_to_the_same_weights(tmp_path, monkeypatch, restore
         steps_again, eliminated_again = len(steps), len(eliminated)
         expected, _ = prune(None)
     assert (len(plan.passes) > 1) == (kind != "one pass")
-    assert plan.recollects == (kind == "anew")
+    assert (plan.recollects, plan.keeps) == (kind in ("anew", "kept"), kind == "kept")
     # Not all was done again.
     assert steps_again < len(steps) - steps_again
     targets = len(find_targets(build("ViT")))
     if moment == "in the elimination":
         assert eliminated_again == targets - 2
-    if "elimination" in moment and kind != "anew":
+    if "elimination" in moment and not plan.recollects:
         assert steps_again == 0
     if moment == "while new weights are made":
         assert eliminated_again == 0
@@ -189,7 +196,7 @@ def test_a_state_of_another_run_is_refused(tmp_path, monkeypatch):
     assert all(torch.equal(value, resumed[name]) for name, value in prune(None)[0].items())
 
 
-@pytest.mark.parametrize("kind", ["disk", "anew"])
+@pytest.mark.parametrize("kind", ["disk", "anew", "kept"])
 def test_memory_that_changed_does_not_change_the_passes(tmp_path, monkeypatch, restore, kind):
     folder = tmp_path / "state"
     squeeze(kind)
@@ -197,7 +204,7 @@ def test_memory_that_changed_does_not_change_the_passes(tmp_path, monkeypatch, r
     squeeze("one pass")
     resumed, plan = prune(folder, resume=True)
     assert len(plan.passes) > 1
-    assert plan.recollects == (kind == "anew")
+    assert (plan.recollects, plan.keeps) == (kind in ("anew", "kept"), kind == "kept")
     assert all(torch.equal(value, resumed[name]) for name, value in prune(None)[0].items())
     assert Resources().bytes is None
 
@@ -301,7 +308,11 @@ def test_a_state_of_more_processes_is_not_begun_over(tmp_path):
 
 @pytest.mark.parametrize(
     ("kind", "owner", "name", "call"),
-    [("disk", SpilledSums, "update", 3), ("anew", solver_module.Solver, "eliminate", 12)],
+    [
+        ("disk", SpilledSums, "update", 3),
+        ("anew", solver_module.Solver, "eliminate", 12),
+        ("kept", solver_module.Solver, "eliminate", 12),
+    ],
 )
 def test_other_examples_are_refused_after_a_finished_pass_too(tmp_path, monkeypatch, restore, kind, owner, name, call):
     """A finished pass was taken as it was, and the next one filled from other images."""
@@ -316,7 +327,7 @@ def test_other_examples_are_refused_after_a_finished_pass_too(tmp_path, monkeypa
         prune(folder, resume=True, seed=1)
     resumed, plan = prune(folder, resume=True)
     assert len(plan.passes) > 1
-    assert plan.recollects == (kind == "anew")
+    assert (plan.recollects, plan.keeps) == (kind in ("anew", "kept"), kind == "kept")
     assert all(torch.equal(value, resumed[name]) for name, value in prune(None)[0].items())
 
 

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClassifierOutput
 
 from cap_hf.collection.gradient_sums import GradientSums
+from cap_hf.collection.kept_states import WholeModel
 from cap_hf.errors import CAPError
 from cap_hf.method.losses import (
     Deviations,
@@ -119,7 +120,8 @@ def test_the_fisher_of_the_features_is_their_gauss_newton_matrix():
     for projections in (64, 1024):
         draws = loss.draws(projections * 3, seed=1)
         batch = {"pixel_values": pixels.repeat(projections, 1, 1, 1)}
-        sums = fill(GradientSums([target], loss=loss), model, [(batch, 3 * projections, draws)]).sums[target.name]
+        statistic = GradientSums([target], through=WholeModel(loss))
+        sums = fill(statistic, model, [(batch, 3 * projections, draws)]).sums[target.name]
         found = sums.full() / (3 * projections)
         errors.append(float((found - blocks).norm() / blocks.norm()))
     # Sixteen times as many projections leave a quarter of the error.

@@ -1,0 +1,59 @@
+"""What a pass takes of one gradient sample, by how much of the model it goes through."""
+
+from collections.abc import Collection
+
+from cap_hf.collection.costs import Costs
+from cap_hf.collection.plan import Plan
+from cap_hf.collection.stretches import Stretch, stretch_of
+
+
+def pass_seconds(
+    plan: Plan, number: int, costs: Costs, inputs: bool, gradients: bool = True, again: bool = False
+) -> float:
+    """Return the seconds of one gradient sample in a pass: through the model, and summed.
+
+    Args:
+        plan: of the passes.
+        number: of the pass.
+        costs: of a gradient sample that goes through the whole model, forward and backward.
+        inputs: whether inputs are summed.
+        gradients: whether gradients are.
+        again: whether the pass was gone through before.
+    """
+    through = costs.seconds * share_of_model(plan, number, costs, again)
+    return through + costs.summing_seconds(plan.passes[number], inputs, gradients)
+
+
+def share_of_model(plan: Plan, number: int, costs: Costs, again: bool) -> float:
+    """Return what part of a forward and backward pass through the whole model a pass takes; arguments are as above."""
+    everything = [target for each in plan.passes for target in each]
+    work = {target.name: target.weight.numel() * max(costs.positions.get(target.name, 1), 1) for target in everything}
+    total = sum(work.values())
+    stretch = alone(plan, number, costs, again)
+    if stretch is not None:
+        return worth(work, stretch.names) / total
+    # Forward through all of it, and backward no further than the first of the pass.
+    first = min(target.index for target in plan.passes[number])
+    below = worth(work, {target.name for target in everything if target.index < first})
+    return 0.5 + 0.5 * (1 - below / total)
+
+
+def alone(plan: Plan, number: int, costs: Costs, again: bool) -> Stretch | None:
+    """Return the layers that a pass goes through alone, None where it goes through the model; arguments are as above.
+
+    The first pass keeps what the others need, and goes through all of the model.
+    """
+    return stretch_of(costs.chains, plan.passes[number]) if plan.keeps and (number or again) else None
+
+
+def passes_through(plan: Plan, costs: Costs) -> int:
+    """Return how often the examples go through the model, for paths and for the first new weights."""
+    ways = [(number, False) for number in range(len(plan.passes))]
+    if plan.recollects:
+        ways += [(number, True) for number in range(len(plan.passes) - 1)]
+    return sum(alone(plan, number, costs, again) is None for number, again in ways)
+
+
+def worth(work: dict[str, int], names: Collection[str]) -> int:
+    """Return the work of some targets, of those of which it is known."""
+    return sum(work.get(name, 0) for name in names)

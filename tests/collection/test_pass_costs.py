@@ -1,0 +1,53 @@
+"""What a pass takes, by how much of the model it goes through."""
+
+import pytest
+from support.models import build
+
+from cap_hf.collection.costs import Costs
+from cap_hf.collection.pass_costs import alone, pass_seconds, passes_through, share_of_model
+from cap_hf.collection.plan import Plan
+from cap_hf.collection.stretches import Chain
+from cap_hf.targets import find_targets
+
+
+def layers(keeps: bool) -> tuple[Plan, Costs]:
+    """A plan of a pass for each of four layers, which all have the same weights."""
+    model = build("ViT", num_hidden_layers=4)
+    targets = find_targets(model)
+    groups = [[each for each in targets if f".{number}." in each.name] for number in range(4)]
+    names = tuple(frozenset(each.name for each in group) for group in groups)
+    costs = Costs(seconds=8.0, multiplications=1e30, positions={each.name: 5 for each in targets})
+    costs.chains = [Chain(tuple(model.vit.layers), names, (1,) * 5)]
+    return Plan(groups, "row", 4, 4, recollects=True, keeps=keeps), costs
+
+
+def test_a_pass_goes_back_no_further_than_its_targets():
+    plan, costs = layers(keeps=False)
+    shares = [share_of_model(plan, number, costs, again=False) for number in range(4)]
+    assert shares == pytest.approx([1, 7 / 8, 6 / 8, 5 / 8])
+    assert shares == [share_of_model(plan, number, costs, again=True) for number in range(4)]
+    assert passes_through(plan, costs) == plan.num_passes == 7
+
+
+def test_with_states_only_the_first_goes_through_the_model():
+    plan, costs = layers(keeps=True)
+    assert [share_of_model(plan, number, costs, again=False) for number in range(4)] == [1, 1 / 4, 1 / 4, 1 / 4]
+    assert share_of_model(plan, 0, costs, again=True) == 1 / 4
+    assert alone(plan, 0, costs, again=False) is None
+    assert passes_through(plan, costs) == 1
+    assert pass_seconds(plan, 1, costs, inputs=True) == pytest.approx(2.0)
+
+
+def test_what_lies_in_no_chain_goes_through_the_model_every_time():
+    plan, costs = layers(keeps=True)
+    costs.chains = [Chain(each.layers[:2], each.targets[:2], each.sizes[:3]) for each in costs.chains]
+    assert [share_of_model(plan, number, costs, again=False) for number in range(4)] == [1, 1 / 4, 6 / 8, 5 / 8]
+    # The first, those of the upper layers, and one of these once more.
+    assert passes_through(plan, costs) == 1 + 2 + 1
+
+
+def test_work_counts_weights_and_how_often_they_are_seen():
+    plan, costs = layers(keeps=True)
+    for name in costs.chains[0].targets[3]:
+        costs.positions[name] = 15
+    assert share_of_model(plan, 3, costs, again=True) == pytest.approx(3 / 6)
