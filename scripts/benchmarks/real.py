@@ -72,7 +72,7 @@ def prune(
         resources = Resources(max_memory, spill_dir=folder if args.spill else "none")
         compressor = CAPCompressor(model, config, resources=resources, refits=True)
         (forecast,) = compressor.forecast(batches, (1,))
-        disk, phases, start = Disk(Path(folder)), Phases(), time.perf_counter()
+        disk, phases, start, worked = Disk(Path(folder)), Phases(), time.perf_counter(), time.process_time()
         with disk.watched():
             for name, work in (
                 ("collect", lambda: compressor.collect(batches)),
@@ -82,15 +82,19 @@ def prune(
                 with phases(name):
                     work()
         seconds, plan = time.perf_counter() - start, compressor.plan
+        worked = time.process_time() - worked
     assert plan is not None
     row = {
         "threads": args.threads,
         "seconds": seconds,
+        # Of all threads: what else runs on the machine changes them less.
+        "processor_seconds": worked,
         "planned_seconds": sum(forecast.seconds.values()),
         "peak_bytes": max(each["peak_memory_bytes"]["cpu"] for each in phases.records),
         "planned_bytes": plan.needed,
         "disk_bytes": disk.most,
         "passes": plan.num_passes,
+        "keeps": plan.keeps,
         "phases": {each["phase"]: each["seconds"] for each in phases.records},
         "planned": dict(forecast.seconds),
     }
