@@ -1,4 +1,4 @@
-"""Make a plain checkpoint of one that another library's pruning has written: compressed-tensors or torch's masks."""
+"""Make a plain checkpoint of one that another library's pruning has written: packed or with masks."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -44,7 +44,7 @@ class Converted:
 
     Attributes:
         num_packed: weights that were stored by compressed-tensors in parts.
-        num_masked: weights and biases that were stored by torch.nn.utils.prune with a mask.
+        num_masked: weights and biases that were stored with a mask, by torch.nn.utils.prune or NNCF.
         sections: of config.json that were taken out.
     """
 
@@ -60,7 +60,7 @@ def convert_checkpoint(source: str | Path, directory: str | Path, trust_remote_c
 
     Args:
         source: a folder with weights as safetensors, in parts of compressed-tensors, with masks of
-            torch.nn.utils.prune, or whole with zeros.
+            torch.nn.utils.prune or NNCF, or whole with zeros.
         directory: where to.
         trust_remote_code: run the code that the checkpoint brings along, which its class may be in.
 

@@ -7,7 +7,8 @@ compressed-tensors (up to 0.14) stores a module's weight in parts, in the place 
     NAME.bitmask      uint8, a bit per entry, the lowest first: the weight's shape, the last dimension in bytes
     NAME.row_offsets  where each row's values begin; not in the 2:4 form, where each four entries have two
 
-torch.nn.utils.prune stores a parameter as `NAME_orig` with `NAME_mask`, of one shape; the mask is 0 or 1.
+torch.nn.utils.prune stores a parameter as `NAME_orig` with `NAME_mask`, of one shape; the mask is 0 or 1. NNCF 3 leaves
+the weight `a.b.weight` dense, with its mask beside it: `__nncf_hooks.post_hooks.a:b:weight__0.0.binary_mask`.
 
 Nothing of a file is believed: shapes are compared before anything is read, and counts before anything is placed.
 """
@@ -28,6 +29,8 @@ MOST_DIMENSIONS = 5
 # As safetensors calls them.
 FLOATS = ("F64", "F32", "F16", "BF16")
 INTEGERS = ("I64", "I32")
+HOOKS = "__nncf_hooks."
+BINARY_MASK = re.compile(r"__nncf_hooks\.post_hooks\.(.+)__0\.0\.binary_mask")
 # Of quantised weights, beside or in the place of the weight.
 QUANTISED = ("weight_scale", "weight_packed", "weight_zero_point", "weight_global_scale")
 
@@ -42,12 +45,23 @@ def find_parts(names: Collection[str]) -> dict[str, dict[str, str]]:
         names: of all tensors of a checkpoint.
 
     Raises:
-        CAPError: a part is missing, or a weight is there whole as well.
+        CAPError: a part is missing, a weight is there whole as well, or a part is none that is known.
     """
     names = set(names)
     found: dict[str, dict[str, str]] = {}
     for name in sorted(names):
         module, _, last = name.rpartition(".")
+        if ".parametrizations." in name:
+            raise CAPError(
+                f"{name} is a parametrization, whose mask is not stored: remove it and save again, with "
+                "torch.nn.utils.parametrize.remove_parametrizations or the squash_mask of a sparsifier of torch.ao"
+            )
+        if name.startswith(HOOKS):
+            match = BINARY_MASK.fullmatch(name)
+            weight = match[1].replace(":", ".") if match else name
+            if weight not in names or not match:
+                raise CAPError(f"{name} is of NNCF, and no mask of a weight that is there: save the model without it")
+            found[weight] = {ORIGINAL: weight, MASK: name}
         if last in (VALUES, BITMASK, OFFSETS):
             parts = {part: f"{module}.{part}" for part in (SHAPE, VALUES, BITMASK, OFFSETS)}
             found.setdefault(f"{module}.weight", {}).update(_present(parts, names))
@@ -59,7 +73,7 @@ def find_parts(names: Collection[str]) -> dict[str, dict[str, str]]:
                 found.setdefault(base, {}).update(_present(parts, names))
     for name, parts in found.items():
         masked = ORIGINAL in parts or MASK in parts
-        if name in names or (masked and VALUES in parts):
+        if (name in names and name not in parts.values()) or (masked and VALUES in parts):
             raise CAPError(f"{name} is stored twice, once as {min(parts.values())}: remove the one or the other")
         for part in (ORIGINAL, MASK) if masked else (SHAPE, VALUES, BITMASK):
             if part not in parts:

@@ -16,7 +16,7 @@ class ConvertArguments:
 
 def main(argv: list[str]) -> None:
     """Run the command with these arguments."""
-    description = "Make a plain checkpoint of one of compressed-tensors, or with masks of torch.nn.utils.prune."
+    description = "Make a plain checkpoint of one of compressed-tensors, or with masks of torch.nn.utils.prune or NNCF."
     model_args, args = parse(argv, "convert", description, ModelArguments, ConvertArguments)
     output = Path(args.output_dir)
     check_output(output, args.overwrite_output_dir)
@@ -34,7 +34,7 @@ def main(argv: list[str]) -> None:
         f"{count} {what}"
         for count, what in (
             (found.num_packed, "weights of compressed-tensors"),
-            (found.num_masked, "weights and biases with masks of torch.nn.utils.prune"),
+            (found.num_masked, "weights and biases with masks"),
         )
         if count
     ]

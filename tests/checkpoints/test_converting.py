@@ -95,6 +95,27 @@ def test_two_of_four_and_shards_with_the_parts_of_one_weight(tmp_path):
     assert index["metadata"]["total_size"] == sum(4 * tensor.numel() for tensor in state.values())
 
 
+def test_masks_that_nncf_leaves_beside_dense_weights(tmp_path):
+    import nncf
+
+    images = {"pixel_values": torch.zeros(1, 3, 8, 8)}
+    mode = nncf.PruneMode.UNSTRUCTURED_MAGNITUDE_GLOBAL
+    pruned = nncf.prune(make_model(), mode, ratio=0.5, examples_inputs=images)
+    pruned.save_pretrained(tmp_path / "x")
+    found = convert_checkpoint(tmp_path / "x", tmp_path / "m")
+    # All weights of Linear and Conv2d layers: twelve of the encoder, of the patch embedding and of the head.
+    assert found == Converted(0, 14, ())
+    converted = AutoModelForImageClassification.from_pretrained(tmp_path / "m")
+    weights = [
+        module.weight for module in converted.modules() if isinstance(module, (torch.nn.Linear, torch.nn.Conv2d))
+    ]
+    zeros, count = sum(int((each == 0).sum()) for each in weights), sum(each.numel() for each in weights)
+    assert abs(zeros - count / 2) <= 1
+    inputs = torch.randn(2, 3, 8, 8)
+    with torch.no_grad():
+        assert torch.allclose(converted.eval()(inputs).logits, pruned.eval()(inputs).logits, atol=1e-6)
+
+
 def test_whole_weights_with_zeros_lose_the_sign_of_zeros(tmp_path):
     model = make_checkpoint(tmp_path / "x")
     weights = model.vit.layers[0].mlp.fc1.weight.detach()

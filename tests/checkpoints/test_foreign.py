@@ -66,10 +66,12 @@ def test_masks_leave_plain_zeros_of_negative_and_infinite_weights(mask_dtype):
 def test_parts_are_found_among_other_names():
     names = [*(f"a.{part}" for part in ("shape", "compressed", "bitmask", "row_offsets")), "b.weight_orig", "b.bias"]
     names += ["b.weight_mask", "c.in_proj_weight_orig", "c.in_proj_weight_mask", "d.attention_mask", "e.shape"]
+    names += ["f.g.weight", "__nncf_hooks.post_hooks.f:g:weight__0.0.binary_mask"]
     assert find_parts(names) == {
         "a.weight": {part: f"a.{part}" for part in ("shape", "compressed", "bitmask", "row_offsets")},
         "b.weight": {"_orig": "b.weight_orig", "_mask": "b.weight_mask"},
         "c.in_proj_weight": {"_orig": "c.in_proj_weight_orig", "_mask": "c.in_proj_weight_mask"},
+        "f.g.weight": {"_orig": "f.g.weight", "_mask": "__nncf_hooks.post_hooks.f:g:weight__0.0.binary_mask"},
     }
 
 
@@ -83,6 +85,9 @@ def test_parts_are_found_among_other_names():
         (["a.weight_mask"], "a.weight_orig is missing"),
         (["a.weight", "a.compressed", "a.shape", "a.bitmask"], "a.weight is stored twice"),
         (["a.weight_orig", "a.weight_mask", "a.compressed"], "a.weight is stored twice"),
+        (["a.parametrizations.weight.original"], "a.parametrizations.weight.original is a parametrization"),
+        (["__nncf_hooks.post_hooks.a:weight__0.0.binary_mask"], "is of NNCF, and no mask of a weight that is there"),
+        (["a.weight", "__nncf_hooks.post_hooks.a:weight__0.0.mask"], "0.mask is of NNCF, and no mask"),
     ],
 )
 def test_what_is_missing_or_there_twice(names, line):
