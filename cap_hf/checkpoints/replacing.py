@@ -2,7 +2,8 @@
 
 A folder is replaced if it is empty, or if it has the config.json of a model and all that lies beside it has the name of
 a checkpoint's part: weights, ONNX, configs, a tokenizer, code that the configs ask for, reports, a card, logs. There is
-no folder among these but that of logs, so that no dataset, no other checkpoint and no current folder ever goes along.
+no folder among these but that of logs and that of evaluation results, so that no dataset, no other checkpoint and no
+current folder ever goes along.
 What the commands that measure a checkpoint write may also lie alone.
 """
 
@@ -54,6 +55,8 @@ PARTS = {
 WEIGHTS = re.compile(r"model(\.cap)?(-\d+-of-\d+)?\.safetensors(\.index\.json)?|model\.onnx(\.data)?")
 # The Trainer's folder of logs, and what is in it.
 LOGS, LOG = "runs", "events.out.tfevents"
+# The folder of evaluation results that a push writes.
+EVAL_RESULTS = ".eval_results"
 
 
 def check_replaceable(folder: str | Path, source: str | Path | None = None) -> None:
@@ -125,6 +128,8 @@ def is_empty(folder: Path, but: Path | None = None) -> bool:
 
 def _is_part(path: Path, parts: set[str], is_model: bool) -> bool:
     """Return whether something is one of these files or, in the folder of a model, weights or the folder of logs."""
+    if path.name == EVAL_RESULTS and path.is_dir() and not path.is_symlink():
+        return is_model and all(each.suffix == ".yaml" and each.is_file() for each in path.iterdir())
     if path.name == LOGS:
         return is_model and all(file.startswith(LOG) for _, _, files in os.walk(path) for file in files)
     is_file = path.is_symlink() or path.is_file()

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 DEFAULT_OUTPUT_DIR = "cap_hf_output"
 # How a file of arguments is called, and where what is said beside it belongs.
 FILE_ENDINGS = (".yaml", ".yml", ".json")
-WITHIN = "a file of arguments holds them all: write this one into it, or give all of them without a file"
+FIRST = "a file of arguments stands before all others, as in run.yaml --output_dir O"
 
 
 @dataclass
@@ -98,10 +98,10 @@ def parse(
     *kinds: type,
     defaults: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
 ) -> tuple:
-    """Return dataclasses of the given kinds from arguments, or from a single YAML or JSON file of the same names.
+    """Return dataclasses of the given kinds from arguments; a YAML or JSON file of them may stand before the others.
 
     Args:
-        argv: the command line, without the name of the command.
+        argv: the command line, without the name of the command. What stands beside a file goes before what is in it.
         program: the name of the command.
         description: of it, for its help.
         kinds: the dataclasses.
@@ -113,8 +113,9 @@ def parse(
     parser = make_parser(kinds, program, description)
     try:
         if argv and not argv[0].startswith("-"):
-            check_alone(argv)
-            argv = arguments_from_file(argv[0], kinds)
+            check_file(argv)
+            # Of an argument that is given twice the last one counts.
+            argv = arguments_from_file(argv[0], kinds) + argv[1:]
         # argparse would print its usage, a screen long, before the one line that matters.
         with contextlib.redirect_stderr(io.StringIO()) as errors:
             if defaults is not None:
@@ -128,7 +129,7 @@ def parse(
         if (file := next((each for each in argv if is_file_of_arguments(each)), None)) and "are required" in (
             errors.getvalue()
         ):
-            raise CAPError(f"{file} stands alone: {WITHIN}") from error
+            raise CAPError(f"{file} comes too late: {FIRST}") from error
         raise CAPError(" ".join(errors.getvalue().partition(": error: ")[2].split())) from error
     except CAPError:
         raise
@@ -153,16 +154,16 @@ def is_file_of_arguments(name: str) -> bool:
     return not name.startswith("-") and name.lower().endswith(FILE_ENDINGS)
 
 
-def check_alone(argv: list[str]) -> None:
-    """Raise a CAPError unless a command line that begins without a name is a file of arguments and nothing else."""
+def check_file(argv: list[str]) -> None:
+    """Raise a CAPError unless a command line that begins without a name begins with one file of arguments."""
     if not is_file_of_arguments(argv[0]):
         endings = ", ".join(FILE_ENDINGS)
         raise CAPError(
             f"{argv[0]!r} belongs to no argument: names stand before values, as in --model_name_or_path user/name; a "
             f"file of arguments ends in {endings}"
         )
-    if len(argv) > 1:
-        raise CAPError(f"{argv[0]} stands alone, and {argv[1]} is beside it: {WITHIN}")
+    if len(argv) > 1 and not argv[1].startswith("-"):
+        raise CAPError(f"{argv[1]!r} stands beside {argv[0]} without a name, as in --output_dir {argv[1]}")
 
 
 def check_file_names(path: str, values: dict, kinds: Sequence[type]) -> None:

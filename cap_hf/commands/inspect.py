@@ -24,25 +24,52 @@ def main(argv: list[str]) -> None:
         argv, "inspect", "Show the targets of a checkpoint and how sparse they are.", ModelArguments, InspectArguments
     )
     config = CAPConfig(fisher_block_size=args.fisher_block_size)
+    check_output(args.output_dir, overwrite=True)
     # Imported here, because the arguments are checked before these take their seconds.
     from cap_hf.checkpoints.atomic import write_json
-    from cap_hf.checkpoints.folder import read_report
-    from cap_hf.checkpoints.loading import check_folder, load_checkpoint, local_folder
-    from cap_hf.checkpoints.quantized import dequantize
-    from cap_hf.checkpoints.weights import measure
-    from cap_hf.masks import describe_masks, differing_layers, find_pattern, take_masks
-    from cap_hf.targets import find_targets, left_alone, summarize
+    from cap_hf.checkpoints.loading import local_folder
 
-    check_output(args.output_dir, overwrite=True)
     folder = local_folder(
         model_args.model_name_or_path, model_args.model_revision, model_args.cache_dir, model_args.token
     )
-    files, stated = check_folder(folder, model_args.trust_remote_code), read_report(folder)
+    report = examine(folder, model_args.trust_remote_code, config.fisher_block_size, args.include, args.exclude)
+    report = {"model_name_or_path": model_args.model_name_or_path} | report
+    write_json(Path(args.output_dir) / "inspect.json", report)
+    show(report)
+
+
+def examine(
+    folder: Path,
+    trust_remote_code: bool = False,
+    block_size: int | str = "row",
+    include: list[str] | None = None,
+    exclude: list[str] | None = None,
+) -> dict:
+    """Return what inspect.json says of a checkpoint, but for its name.
+
+    Args:
+        folder: of the checkpoint, plain or compressed.
+        trust_remote_code: run the code that it brings along.
+        block_size: of the blocks that are shown.
+        include: only targets that match one of these.
+        exclude: no targets that match one of these.
+
+    Raises:
+        CAPError: it cannot be loaded, or has no target.
+    """
+    from cap_hf.checkpoints.folder import read_report
+    from cap_hf.checkpoints.loading import check_folder, load_checkpoint
+    from cap_hf.checkpoints.quantized import dequantize
+    from cap_hf.checkpoints.weights import measure
+    from cap_hf.masks import describe_masks, differing_layers, find_pattern, take_masks
+    from cap_hf.targets import find_targets, left_alone
+
+    files, stated = check_folder(folder, trust_remote_code), read_report(folder)
     int8 = files.have_int8
     dense_bytes, compressed_bytes = measure(folder)
-    model = load_checkpoint(folder, model_args.trust_remote_code, "float32")
+    model = load_checkpoint(folder, trust_remote_code, "float32")
     quantization = dequantize(model)
-    targets = find_targets(model, config.fisher_block_size, args.include, args.exclude)
+    targets = find_targets(model, block_size, include, exclude)
     left = left_alone(model, targets)
     masks = take_masks(targets)
     layers = describe_masks(targets)
@@ -52,8 +79,7 @@ def main(argv: list[str]) -> None:
     weights, zeros = (sum(layer[key] for layer in layers) for key in ("num_weights", "num_zeros"))
     parameters = sum(parameter.numel() for parameter in model.parameters())
     differing = differing_layers(find_targets(model), stated, rounded=int8)
-    report = {
-        "model_name_or_path": model_args.model_name_or_path,
+    return {
         "architecture": type(model).__name__,
         "num_parameters": parameters,
         "num_weights": weights,
@@ -70,7 +96,14 @@ def main(argv: list[str]) -> None:
         "layers": layers,
         "left_alone": left,
     }
-    write_json(Path(args.output_dir) / "inspect.json", report)
+
+
+def show(report: dict) -> None:
+    """Print what `examine` returns."""
+    from cap_hf.targets import summarize
+
+    layers, left, differing = report["layers"], report["left_alone"], report["layers_unlike_report"]
+    dense_bytes, compressed_bytes = report["dense_bytes"], report["compressed_bytes"]
     rows = [
         [
             layer["name"],
@@ -84,16 +117,17 @@ def main(argv: list[str]) -> None:
     ]
     print(table(["target", "shape", "block", "sparsity %", "whole 1x4 %", "pattern"], rows))
     print(
-        f"\n{type(model).__name__}: {len(layers)} targets with {weights:,} of {parameters:,} parameters, "
-        f"{percent(zeros / weights)} % of them 0"
+        f"\n{report['architecture']}: {len(layers)} targets with {report['num_weights']:,} of "
+        f"{report['num_parameters']:,} parameters, {percent(report['sparsity'])} % of them 0"
     )
     for reason in dict.fromkeys(left.values()):
         print(f"Left alone: {summarize([name for name in left if left[name] == reason], 3)} ({reason})")
-    if quantization:
-        print(f"Its weights are quantised with {quantization}; what is 0 is what they stand for")
-    form = "compressed, in int8" if int8 else "compressed" if files.compressed else "plain"
+    if report["quantization"]:
+        print(f"Its weights are quantised with {report['quantization']}; what is 0 is what they stand for")
+    int8 = report["int8"]
+    form = "compressed, in int8" if int8 else "compressed" if report["compressed"] else "plain"
     print(
-        f"Weights take {files.num_bytes:,} bytes, {form}: "
+        f"Weights take {report['file_bytes']:,} bytes, {form}: "
         f"{dense_bytes:,} dense, {compressed_bytes:,} compressed{' in floats' if int8 else ''} "
         f"({percent(compressed_bytes / dense_bytes)} %)"
     )
@@ -102,9 +136,9 @@ def main(argv: list[str]) -> None:
             "After `import cap_hf`, from_pretrained makes floats of the int8 weights; "
             "SparseAutoModel.from_pretrained(..., runtime='int8') computes with them as they are"
         )
-    if files.have_digests:
+    if report["digests_checked"]:
         print("The bytes of every stored tensor are those that were written")
-    elif files.compressed:
+    elif report["compressed"]:
         print("The files have no digests: whether their bytes are those that were written cannot be told")
     if differing is None:
         print("There is no report of its pruning to compare with")

@@ -20,6 +20,7 @@ COMMANDS = {
     "evaluate": "measure the accuracy of a checkpoint",
     "inspect": "show the targets of a checkpoint and how sparse they are",
     "compress": "store a pruned checkpoint in few bytes",
+    "convert": "make a plain checkpoint of what another library's pruning has written",
     "benchmark": "measure how fast a checkpoint runs, dense and sparse, in several runtimes",
     "push": "publish a checkpoint with a model card on the Hub",
 }

@@ -51,8 +51,8 @@ def main(argv: list[str]) -> None:
             args.license,
             model_args.trust_remote_code,
         )
-        for path in sorted(output.iterdir()):
-            print(f"{path.stat().st_size:>14,}  {path.name}")
+        for path in sorted(path for path in output.rglob("*") if path.is_file()):
+            print(f"{path.stat().st_size:>14,}  {path.relative_to(output)}")
         print(f"{output} is what would be pushed to {args.hub_model_id}: sparsity {percent(facts.sparsity)} %")
         return
     address = push_to_hub(

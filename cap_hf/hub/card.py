@@ -203,7 +203,8 @@ class CardFacts:
             library_name="transformers",
             pipeline_tag=self.pipeline_tag,
             base_model=base_model,
-            base_model_relation="finetune" if base_model else None,
+            # The Hub knows adapter, finetune, merge and quantized: pruned weights have moved, as trained ones have.
+            base_model_relation=("quantized" if self.int8 else "finetune") if base_model else None,
             datasets=[dataset] if dataset else None,
             tags=tags,
             metrics=["accuracy"] if results else None,

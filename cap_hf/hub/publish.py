@@ -33,6 +33,7 @@ from cap_hf.config import CONFIG_NAME
 from cap_hf.distributed.temporary import TemporaryFolder
 from cap_hf.errors import CAPError, reason
 from cap_hf.hub.card import CARD_NAME, PICTURE_NAME, CardFacts
+from cap_hf.hub.eval_results import write_eval_results
 from cap_hf.hub.names import one_line
 from cap_hf.hub.picture import draw_sparsity
 from cap_hf.hub.privacy import Private, clean_folder
@@ -145,6 +146,7 @@ def prepare_folder(
         facts = replace(facts, compressed=published.compressed, file_bytes=published.num_bytes)
         facts = replace(facts, **private.clean({name: getattr(facts, name) for name in REPORTED}))
         facts.render().save(folder / CARD_NAME)
+        write_eval_results(folder, facts)
         draw_sparsity(
             [layer["name"] for layer in facts.layers],
             [layer["num_zeros"] / layer["num_weights"] for layer in facts.layers],
@@ -195,7 +197,9 @@ def upload_folder(
     """Commit all files of a folder at once; arguments, result and errors as for `push_to_hub`."""
     repo_id, api = open_repository(repo_id, private, token), HfApi(token=token)
     additions = [
-        CommitOperationAdd(path_in_repo=path.name, path_or_fileobj=str(path)) for path in sorted(folder.iterdir())
+        CommitOperationAdd(path_in_repo=path.relative_to(folder).as_posix(), path_or_fileobj=str(path))
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
     ]
     with hub_errors(repo_id):
         if revision is not None and revision != "main":

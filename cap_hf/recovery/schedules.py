@@ -116,15 +116,20 @@ class SparsitySchedule:
 
 
 def cyclic_linear(
-    starts: Sequence[int], num_training_steps: int, num_warmup_steps: int = 0, peak_decay: float = 1.0
+    starts: Sequence[int],
+    num_training_steps: int,
+    num_warmup_steps: int = 0,
+    peak_decay: float = 1.0,
+    end: float = 0.0,
 ) -> Callable[[int], float]:
-    """Return a linear decay to 0 that restarts at every pruning step (arXiv 2210.09223, learning-rate schedule).
+    """Return a linear decay that restarts at every pruning step (arXiv 2210.09223, learning-rate schedule).
 
     Args:
         starts: optimizer steps at which a cycle begins; 0 is one of them or is added.
         num_training_steps: where the last cycle ends.
         num_warmup_steps: a linear rise at the beginning of the run, in place of the decay.
         peak_decay: factor of the peak from one cycle to the next.
+        end: where each cycle ends, as a factor; no peak is below it.
 
     Returns:
         The factor of the learning rate at an optimizer step, for `torch.optim.lr_scheduler.LambdaLR`.
@@ -135,7 +140,7 @@ def cyclic_linear(
         if step < num_warmup_steps:
             return step / num_warmup_steps
         cycle = max(index for index, start in enumerate(edges[:-1]) if start <= step)
-        start, end = max(edges[cycle], num_warmup_steps if cycle == 0 else 0), edges[cycle + 1]
-        return peak_decay**cycle * max(0.0, (end - step) / max(1, end - start))
+        start, stop = max(edges[cycle], num_warmup_steps if cycle == 0 else 0), edges[cycle + 1]
+        return end + max(0.0, peak_decay**cycle - end) * max(0.0, (stop - step) / max(1, stop - start))
 
     return factor

@@ -174,7 +174,8 @@ class SparseTrainer(Trainer):
         if self.lr_scheduler is None and self.args.cyclic_lr and schedule is not None and optimizer is not None:
             starts = schedule.at_steps(num_training_steps, self.args.num_train_epochs)
             warmup = self.args.get_warmup_steps(num_training_steps)
-            factor = cyclic_linear(list(starts), num_training_steps, warmup, self.args.cycle_peak_decay)
+            end = self.args.cycle_end_lr / self.args.learning_rate if self.args.learning_rate else 0.0
+            factor = cyclic_linear(list(starts), num_training_steps, warmup, self.args.cycle_peak_decay, end)
             self.lr_scheduler = LambdaLR(optimizer, factor)
             self._created_lr_scheduler = True
         try:

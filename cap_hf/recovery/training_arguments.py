@@ -60,6 +60,9 @@ class SparseTrainingArguments(TrainingArguments):
     cycle_peak_decay: float = field(
         default=1.0, metadata={"help": "Factor of the peak learning rate from one cycle to the next."}
     )
+    cycle_end_lr: float = field(
+        default=0.0, metadata={"help": "Learning rate that each cycle of the linear decay ends at."}
+    )
     hard_label_weight: float = field(default=1.0, metadata={"help": "Weight of the cross entropy with the labels."})
     distillation_weight: float = field(
         default=1.0, metadata={"help": "Weight of the divergence from the teacher's logits, where there is a teacher."}
@@ -127,6 +130,13 @@ class SparseTrainingArguments(TrainingArguments):
             raise CAPError(f"distillation_temperature={self.distillation_temperature} must be greater than 0")
         if not 0 < self.cycle_peak_decay <= 1:
             raise CAPError(f"cycle_peak_decay={self.cycle_peak_decay} is not in (0, 1]")
+        if not 0 <= self.cycle_end_lr <= self.learning_rate:
+            raise CAPError(f"cycle_end_lr={self.cycle_end_lr} is not between 0 and learning_rate={self.learning_rate}")
+        if self.cycle_end_lr and not self.cyclic_lr:
+            raise CAPError(
+                "--cycle_end_lr is for the linear decay that restarts at pruning steps: give --sparsity_schedule, or "
+                "--lr_scheduler_type polynomial with the lr_end of --lr_scheduler_kwargs"
+            )
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:
             raise CAPError(f"ema_decay={self.ema_decay} is not between 0 and 1")
         schedule = self.schedule

@@ -55,6 +55,8 @@ def place(request, tmp_path, monkeypatch):
         ({**CHECKPOINT, "sparsity-0.5/config.json": "{}"}, "sparsity-0.5"),
         ({**CHECKPOINT, "README.md/mine": "x"}, "README.md"),
         ({**CHECKPOINT, "runs/mine": "x"}, "runs"),
+        ({**CHECKPOINT, ".eval_results/mine.txt": "x"}, ".eval_results"),
+        ({".eval_results/cifar10.yaml": "x"}, ".eval_results"),
         ({**CHECKPOINT, ".git/HEAD": "x"}, ".git"),
     ],
 )
@@ -94,6 +96,7 @@ CODE = {
         CODE,
         {"config.json": "{", "model.safetensors": ""},
         {"inspect.json": "", "eval_results.json": "", "benchmark.json": "", "benchmark.png": ""},
+        {**CHECKPOINT, ".eval_results/cifar10.yaml": ""},
         {**CHECKPOINT, "training_args.bin": "", "runs/Jul05_12-00-00_host/events.out.tfevents.1": ""},
         {
             "config.json": CHECKPOINT["config.json"],

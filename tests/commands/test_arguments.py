@@ -40,11 +40,8 @@ def test_the_parser_is_transformers_own():
         (["--nope", "1", "--flag", "false"], "unknown: --nope 1; cap-hf try --help shows the arguments"),
         (["--values", "0.5", "half"], "argument --values: invalid float value: 'half'"),
         (["--flag", "perhaps"], "got perhaps but expected one of yes/no"),
-        # A file of arguments is the whole command line.
-        (
-            ["a.yaml", "--limit", "4"],
-            "a.yaml stands alone, and --limit is beside it: a file of arguments holds them all",
-        ),
+        (["a.yaml", "b.yaml"], "'b.yaml' stands beside a.yaml without a name, as in --output_dir b.yaml"),
+        (["a.yaml", "--limit", "4"], "a.yaml cannot be read: "),
         (["a.txt"], "'a.txt' belongs to no argument: "),
         (["a.toml", "--limit", "4"], "a file of arguments ends in .yaml, .yml, .json"),
     ],
@@ -63,6 +60,19 @@ def test_a_file_stands_for_a_command_line(tmp_path):
     assert arguments_from_file(str(tmp_path / "run.yaml"), [Numbers]) == expected
     (parsed,) = parse([str(tmp_path / "run.yaml")], "try", "", Numbers)
     assert parsed == Numbers([0.5, 0.9], flag=False, facts='{"a": 1}')
+
+
+def test_what_stands_beside_a_file_goes_before_it(tmp_path):
+    file = str(tmp_path / "run.yaml")
+    (tmp_path / "run.yaml").write_text("values: [0.5, 0.9]\nlimit: 3\nflag: true\nfacts: x\n")
+    (parsed,) = parse([file, "--values", "0.1", "--no_flag", "--limit=4"], "try", "", Numbers)
+    assert parsed == Numbers([0.1], limit=4, flag=False, facts="x")
+    (parsed,) = parse([file, "--flag", "false"], "try", "", Numbers)
+    assert parsed == Numbers([0.5, 0.9], limit=3, flag=False, facts="x")
+    with pytest.raises(CAPError, match="run.yaml comes too late: a file of arguments stands before all others"):
+        parse(["--model_revision", "x", file], "try", "", ModelArguments)
+    with pytest.raises(CAPError, match="unknown: --nope"):
+        parse([file, "--nope"], "try", "", Numbers)
 
 
 def test_an_output_that_may_not_be_replaced_is_refused(tmp_path):

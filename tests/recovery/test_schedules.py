@@ -98,6 +98,15 @@ def test_the_learning_rate_restarts_with_each_cycle():
     )
 
 
+def test_a_cycle_ends_where_it_is_told_to():
+    factor = cyclic_linear([0, 4], 8, end=0.2)
+    assert [factor(step) for step in range(9)] == pytest.approx([1, 0.8, 0.6, 0.4, 1, 0.8, 0.6, 0.4, 0.2])
+    # A peak that has decayed below the end is the end.
+    assert [cyclic_linear([0, 1, 2], 4, peak_decay=0.4, end=0.2)(step) for step in range(5)] == pytest.approx(
+        [1, 0.4, 0.2, 0.2, 0.2]
+    )
+
+
 def test_a_first_pruning_step_later_ends_a_dense_cycle():
     factor = cyclic_linear([5], 10)
     assert factor(0) == factor(5) == 1

@@ -19,6 +19,8 @@ from cap_hf.recovery.training_arguments import SparseTrainingArguments
         ({"augmentation": "mighty"}, "none, flip, light, medium, heavy"),
         ({"ema_decay": 1.0}, "not between 0 and 1"),
         ({"cycle_peak_decay": 0.0}, r"not in \(0, 1\]"),
+        ({"cycle_end_lr": 1.0, "learning_rate": 0.5}, "cycle_end_lr=1.0 is not between 0 and learning_rate=0.5"),
+        ({"cycle_end_lr": 1e-9}, "--cycle_end_lr is for the linear decay that restarts at pruning steps"),
         ({"distillation_temperature": 0.0}, "greater than 0"),
         ({"hidden_state_weight": -1.0}, "0 or greater"),
         ({"feature_weight": float("nan")}, "feature_weight=nan must be 0 or greater, and finite"),

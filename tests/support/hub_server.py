@@ -150,6 +150,10 @@ class Handler(BaseHTTPRequestHandler):
             return self.answer({"error": "Invalid rev id"}, 404, X_Error_Code="RevisionNotFound")
         return repo, branch
 
+    def whoami(self, body: bytes) -> None:
+        role = "write" if self.writer else "read"
+        self.answer({"type": "user", "name": "user", "auth": {"accessToken": {"role": role}}})
+
     def create(self, body: bytes) -> None:
         wanted = json.loads(body)
         name = "/".join(filter(None, (wanted.get("organization"), wanted["name"])))
@@ -276,6 +280,7 @@ class Handler(BaseHTTPRequestHandler):
 
 NAME = r"(?P<name>[\w.-]+/[\w.-]+)"
 ROUTES = (
+    (("GET",), "/api/whoami-v2", Handler.whoami),
     (("POST",), "/api/repos/create", Handler.create),
     (("POST",), "/api/validate-yaml", Handler.validate),
     (("POST",), f"/api/models/{NAME}/branch/(?P<revision>.+)", Handler.branch),
