@@ -14,6 +14,7 @@ from cap_hf.collection.progress import Foreseen
 from cap_hf.collection.resources import Afterwards
 from cap_hf.collection.room import disk_seconds
 from cap_hf.collection.shares import own_blocks
+from cap_hf.collection.together import together
 from cap_hf.config import CAPConfig, check_type
 from cap_hf.distributed.processes import Processes
 from cap_hf.errors import CAPError
@@ -216,8 +217,10 @@ def foresee(
         eliminating.append(solving[0])
         reconstructing.append(solving[1])
     if not plan.recollects:
-        prune = Foreseen("reconstructing", sum(reconstructing))
-        return [*collecting, Foreseen("eliminating", sum(eliminating)), *[prune] * prunes]
+        most = together(plan, [target for each in plan.passes for target in each], processes, prunes, folder)
+        counts = [min(most, prunes - first) for first in range(0, prunes, most)]
+        solving = [Foreseen("reconstructing", count * sum(reconstructing)) for count in counts]
+        return [*collecting, Foreseen("eliminating", sum(eliminating)), *solving]
     phases = []
     for each, solving in zip(collecting, eliminating, strict=True):
         phases += [each, Foreseen("eliminating", solving)]
