@@ -146,6 +146,7 @@ class SearchReport:
         sparsity: that was found.
         complete: whether the next multiple of the step was tried, or there is none.
         remarks: what should be known of the result, a line each.
+        recalibrated: names of the layers whose batch norm was estimated anew.
     """
 
     max_drop: float
@@ -156,6 +157,7 @@ class SearchReport:
     sparsity: float = 0.0
     complete: bool = False
     remarks: list[str] = field(default_factory=list)
+    recalibrated: list[str] = field(default_factory=list)
 
     @property
     def found(self) -> Evaluated | None:

@@ -205,7 +205,7 @@ def foresee(
     prior = method.has_prior(config)
     device = plan.passes[0][0].weight.device
     trials = Trials(lambda size: trial_seconds(config, size, device)) if trials is None else trials
-    collecting, eliminating, reconstructing = [], [], []
+    collecting, eliminating, reconstructing, reading = [], [], [], 0.0
     for targets in plan.passes:
         own = [own_blocks(target, processes) for target in targets]
         shares = [(target, blocks.stop - blocks.start) for target, blocks in zip(targets, own, strict=True)]
@@ -216,10 +216,12 @@ def foresee(
         solving = [disk + sum(trials[target.block_size][step] * count for target, count in shares) for step in (0, 1)]
         eliminating.append(solving[0])
         reconstructing.append(solving[1])
+        reading += disk
     if not plan.recollects:
         most = together(plan, [target for each in plan.passes for target in each], processes, prunes, folder)
         counts = [min(most, prunes - first) for first in range(0, prunes, most)]
-        solving = [Foreseen("reconstructing", count * sum(reconstructing)) for count in counts]
+        # What is on the disk is read once for all that are solved for together.
+        solving = [Foreseen("reconstructing", reading + count * (sum(reconstructing) - reading)) for count in counts]
         return [*collecting, Foreseen("eliminating", sum(eliminating)), *solving]
     phases = []
     for each, solving in zip(collecting, eliminating, strict=True):

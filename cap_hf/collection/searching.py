@@ -96,7 +96,7 @@ def find_sparsity(
         if self.afterwards.refits:
             self.refit(dataloader or [])
         if recalibrates:
-            self.recalibrate_batch_norm(dataloader or [])
+            report.recalibrated = self.recalibrate_batch_norm(dataloader or [])
 
     kept, refused = grid.start - 1, grid.stop
     while refused - kept > 1 and len(report.evaluations) < max_evaluations:
