@@ -85,9 +85,10 @@ def find_sparsity(
         CAPError: an argument is wrong, `collect` was not called, or the score is not finite; or none of the sparsities
             that were tried keeps what is asked for: the model has the weights at `collect` then.
     """
-    grid = _check(self, max_drop, dataloader, step, max_evaluations, recalibrates)
+    _check(self, max_drop, dataloader, step, max_evaluations, recalibrates)
     if self.paths is not None and self.report is not None:
         self.paths.put_back()
+    grid = sparsity_grid(step, self.targets, unit_of(self.config.structure))
     dense = read_score(evaluate(self.model), "the dense model")
     report = SearchReport(max_drop, step, value_of(dense), size_of(dense))
 
@@ -135,9 +136,7 @@ def remarks(report: SearchReport, at_top: bool) -> Iterator[str]:
     errors = [each.drop_se for each in (report.found, report.refused) if each is not None and each.drop_se is not None]
     error = max(errors, default=0.0)
     if error > report.max_drop:
-        line = (
-            f"The standard error of the drop, {error:.4f}, is larger than the drop that is allowed, {report.max_drop:g}"
-        )
+        line = f"The standard error of the drop, {error:.4f}, is larger than what is allowed, {report.max_drop:g}"
         if report.num_examples is None or not report.max_drop:
             yield f"{line}: the search goes by noise."
         else:
@@ -158,8 +157,9 @@ def remarks(report: SearchReport, at_top: bool) -> Iterator[str]:
 
 def _check(
     self: Searched, max_drop: float, dataloader: Batches | None, step: float, max_evaluations: int, recalibrates: bool
-) -> range:
-    """Return which multiples of the step are sparsities that the model can be pruned to; errors of `find_sparsity`."""
+) -> None:
+    """Raise the CAPErrors of `find_sparsity` about its arguments."""
+    check_step(step)
     if not is_number(max_drop) or not 0 <= max_drop < math.inf:
         raise CAPError(f"max_drop={max_drop!r:.80} must be a number of at least 0")
     check_type("max_evaluations", max_evaluations, int, "pass a whole number")
@@ -174,7 +174,6 @@ def _check(
             raise CAPError("each model is refitted or recalibrated before it is measured: pass a dataloader for that")
         if isinstance(dataloader, Iterator):
             raise CAPError("a search goes through the examples again and again: pass a DataLoader or a list of batches")
-    return sparsity_grid(step, self.targets, unit_of(self.config.structure))
 
 
 def sparsity_grid(step: float, targets: list[Target], unit: int = 1) -> range:
@@ -188,8 +187,7 @@ def sparsity_grid(step: float, targets: list[Target], unit: int = 1) -> range:
     Raises:
         CAPError: the step is outside that, or no multiple of it is left.
     """
-    if not is_number(step) or not 1e-6 <= step < 1:
-        raise CAPError(f"step={step!r:.80} must be at least 1e-06 and less than 1")
+    check_step(step)
     zeros, total = count_zeros(targets, unit)
     last = math.ceil(1 / Decimal(str(step))) - 1
     # As sparsities are rounded to units where they are pruned to.
@@ -197,6 +195,12 @@ def sparsity_grid(step: float, targets: list[Target], unit: int = 1) -> range:
     if first > last:
         raise CAPError(f"the model is {zeros / total:.4%} sparse already: no multiple of {step:g} below 1 is more")
     return range(first, last + 1)
+
+
+def check_step(step: float) -> None:
+    """Raise a CAPError unless there are multiples of a step between 0 and 1, and not too many to tell apart."""
+    if not is_number(step) or not 1e-6 <= step < 1:
+        raise CAPError(f"step={step!r:.80} must be at least 1e-06 and less than 1")
 
 
 def _from(zeros: int, total: int, step: float) -> Iterator[int]:
