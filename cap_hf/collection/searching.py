@@ -120,19 +120,14 @@ def find_sparsity(
     report.sparsity, report.complete = _multiple(step, kept), refused - kept == 1
     if report.evaluations[-1].sparsity != report.sparsity:
         prune_to(report.sparsity)
-    for line in remarks(report, refused == grid.stop):
+    for line in remarks(report):
         logger.warning("%s", line)
         report.remarks.append(line)
     return report
 
 
-def remarks(report: SearchReport, at_top: bool) -> Iterator[str]:
-    """Yield what should be known of a result: that noise may have decided, and that more might have been found.
-
-    Args:
-        report: of a search that has found something.
-        at_top: whether no sparsity was refused.
-    """
+def remarks(report: SearchReport) -> Iterator[str]:
+    """Yield what should be known of what was found: that noise may have decided, and that there may be more."""
     errors = [each.drop_se for each in (report.found, report.refused) if each is not None and each.drop_se is not None]
     error = max(errors, default=0.0)
     if error > report.max_drop:
@@ -143,15 +138,15 @@ def remarks(report: SearchReport, at_top: bool) -> Iterator[str]:
             # The error falls with the root of the number of images.
             wanted = math.ceil(report.num_examples * (SURE * error / report.max_drop) ** 2)
             yield f"{line}: {report.num_examples} images cannot tell, about {wanted} would."
-    if at_top:
+    if not report.complete:
+        yield (
+            f"{len(report.evaluations)} evaluations were too few to try all multiples of {report.step:g} above "
+            f"{report.sparsity:g}: more of them may find more."
+        )
+    elif report.refused is None:
         yield (
             f"Sparsity {report.sparsity:g} is the highest multiple of {report.step:g}, and does not lose too much: a "
             "smaller step goes further."
-        )
-    elif not report.complete and report.refused is not None:
-        yield (
-            f"{len(report.evaluations)} evaluations were too few to try all that lies between {report.sparsity:g} and "
-            f"{report.refused.sparsity:g}: more of them may find more."
         )
 
 

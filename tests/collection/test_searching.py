@@ -116,11 +116,12 @@ def test_where_nothing_keeps_the_drop_the_model_is_dense_again():
     assert_state(model, before)
 
 
-def test_too_few_evaluations_end_lower_and_say_so(caplog):
+@pytest.mark.parametrize("share", [0.33, 0.7])
+def test_too_few_evaluations_end_lower_and_say_so(share, caplog):
     model = build("ViT")
     compressor, dense = by_magnitude(model), minus_energy(model)
-    whole = compressor.find_sparsity(minus_energy, 0.55 * dense)
-    few = compressor.find_sparsity(minus_energy, 0.55 * dense, max_evaluations=3)
+    whole = compressor.find_sparsity(minus_energy, share * dense)
+    few = compressor.find_sparsity(minus_energy, share * dense, max_evaluations=3)
     assert few.evaluations == [
         Evaluated(each.sparsity, each.score, each.drop, None, each.kept, done.seconds)
         for each, done in zip(whole.evaluations[:3], few.evaluations, strict=True)
@@ -129,7 +130,7 @@ def test_too_few_evaluations_end_lower_and_say_so(caplog):
     assert not few.complete
     (line,) = few.remarks
     assert line == caplog.messages[-1]
-    assert line.startswith(f"3 evaluations were too few to try all that lies between {few.sparsity:g} and ")
+    assert line.startswith(f"3 evaluations were too few to try all multiples of 0.025 above {few.sparsity:g}: ")
     assert by_magnitude(build("ViT")).prune(few.sparsity).num_zeros == compressor.report.num_zeros
 
 
@@ -178,14 +179,14 @@ def search_of(max_drop: float, errors: tuple[float, float], images: int | None =
 
 
 def test_noise_is_named_with_the_images_that_would_tell():
-    assert list(remarks(search_of(0.01, (0.004, 0.006)), False)) == []
-    (line,) = remarks(search_of(0.003, (0.002, 0.005)), False)
+    assert list(remarks(search_of(0.01, (0.004, 0.006)))) == []
+    (line,) = remarks(search_of(0.003, (0.002, 0.005)))
     assert "The standard error of the drop, 0.0050, is larger than what is allowed, 0.003" in line
     wanted = int(line.split("about ")[1].split()[0])
     # With so many, what is allowed is two standard errors.
     assert 2 * 0.005 * math.sqrt(1000 / wanted) <= 0.003 < 2 * 0.005 * math.sqrt(1000 / (wanted - 1))
     for unknown in (search_of(0.003, (0.002, 0.005), None), search_of(0.0, (0.002, 0.005))):
-        (line,) = remarks(unknown, False)
+        (line,) = remarks(unknown)
         assert line.endswith("the search goes by noise.")
 
 
