@@ -54,7 +54,7 @@ def find_sparsity(
     evaluate: Callable[[PreTrainedModel], Scored],
     max_drop: float,
     dataloader: Batches | None = None,
-    step: float = 0.025,
+    step: float = 0.01,
     max_evaluations: int = 8,
     recalibrates: bool = False,
     on_evaluation: Callable[[Evaluated], None] = lambda evaluated: None,

@@ -38,7 +38,7 @@ class SearchArguments:
             "choices": DROP_METRICS,
         },
     )
-    sparsity_step: float = field(default=0.025, metadata={"help": "The sparsity that is found is a multiple of this."})
+    sparsity_step: float = field(default=0.01, metadata={"help": "The sparsity that is found is a multiple of this."})
     max_evaluations: int = field(default=8, metadata={"help": "Sparse models that are measured to find it, at most."})
     max_search_samples: int = field(
         default=2000, metadata={"help": "Train images that are held out to measure them on, where there are as many."}

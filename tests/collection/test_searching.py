@@ -120,8 +120,8 @@ def test_where_nothing_keeps_the_drop_the_model_is_dense_again():
 def test_too_few_evaluations_end_lower_and_say_so(share, caplog):
     model = build("ViT")
     compressor, dense = by_magnitude(model), minus_energy(model)
-    whole = compressor.find_sparsity(minus_energy, share * dense)
-    few = compressor.find_sparsity(minus_energy, share * dense, max_evaluations=3)
+    whole = compressor.find_sparsity(minus_energy, share * dense, step=0.025)
+    few = compressor.find_sparsity(minus_energy, share * dense, step=0.025, max_evaluations=3)
     assert few.evaluations == [
         Evaluated(each.sparsity, each.score, each.drop, None, each.kept, done.seconds)
         for each, done in zip(whole.evaluations[:3], few.evaluations, strict=True)
