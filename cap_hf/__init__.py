@@ -12,6 +12,7 @@ from cap_hf.checkpoints.registration import register
 if TYPE_CHECKING:
     from cap_hf.checkpoints.quantizer import CompressedConfig
     from cap_hf.collection.resources import Resources
+    from cap_hf.collection.scores import Score
     from cap_hf.collection.state import Checkpointing
     from cap_hf.compressor import CAPCompressor
     from cap_hf.config import CAPConfig
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from cap_hf.recovery.schedules import SparsitySchedule
     from cap_hf.recovery.trainer import SparseTrainer
     from cap_hf.recovery.training_arguments import SparseTrainingArguments
-    from cap_hf.report import LayerReport, PruneReport
+    from cap_hf.report import Evaluated, LayerReport, PruneReport, SearchReport
     from cap_hf.stepwise import prune_in_steps
     from cap_hf.targets import Target, find_targets
 
@@ -41,11 +42,14 @@ _HOMES = {
     "CAPError": "cap_hf.errors",
     "Checkpointing": "cap_hf.collection.state",
     "CompressedConfig": "cap_hf.checkpoints.quantizer",
+    "Evaluated": "cap_hf.report",
     "GradualPruner": "cap_hf.recovery.gradual",
     "LayerReport": "cap_hf.report",
     "NMPattern": "cap_hf.patterns",
     "PruneReport": "cap_hf.report",
     "Resources": "cap_hf.collection.resources",
+    "Score": "cap_hf.collection.scores",
+    "SearchReport": "cap_hf.report",
     "SparseAutoModel": "cap_hf.inference.auto_model",
     "SparseModelForImageClassification": "cap_hf.inference.auto_model",
     "SparseTrainer": "cap_hf.recovery.trainer",
@@ -68,11 +72,14 @@ __all__ = [
     "CAPError",
     "Checkpointing",
     "CompressedConfig",
+    "Evaluated",
     "GradualPruner",
     "LayerReport",
     "NMPattern",
     "PruneReport",
     "Resources",
+    "Score",
+    "SearchReport",
     "SparseAutoModel",
     "SparseModelForImageClassification",
     "SparseTrainer",

@@ -10,6 +10,7 @@ from transformers import BaseImageProcessor, PreTrainedModel
 
 from cap_hf.checkpoints.form import StoredForm, round_weights
 from cap_hf.checkpoints.saving import check_shared, save_checkpoint
+from cap_hf.collection import searching
 from cap_hf.collection.batch_norm import NUM_EXAMPLES, recalibrate_batch_norm, statistics_of
 from cap_hf.collection.collection import Collection
 from cap_hf.collection.examples import first_examples
@@ -17,10 +18,9 @@ from cap_hf.collection.forecast import Forecast, check_forecast
 from cap_hf.collection.forecasting import forecasts
 from cap_hf.collection.hardware import Hardware
 from cap_hf.collection.plan import Plan
-from cap_hf.collection.precision import check_precision
 from cap_hf.collection.progress import Progress
 from cap_hf.collection.pruning import eliminate, solve_each, write_pruned
-from cap_hf.collection.refitting import parameters_of, refit, work_of
+from cap_hf.collection.refits import refit_pruned
 from cap_hf.collection.removal_paths import RemovalPaths, with_changes
 from cap_hf.collection.reporting import report_pruning, report_refit
 from cap_hf.collection.resources import Afterwards, Resources
@@ -201,10 +201,10 @@ class CAPCompressor:
     ) -> Iterator[PruneReport]:
         """Prune the model as `prune` does, to one sparsity after the other, and yield the report of each.
 
-        Sums that did not fit into memory are collected anew once for `prunes` of them. In between the model may learn.
+        As many as memory has room for are solved for together, which is faster. In between the model may learn.
         """
         paths, config = self._collected_paths(), with_changes(self.config, allocation, selection)
-        for sparsity, pruned, losses in solve_each(paths, config, sparsities, self.progress, self.afterwards.prunes):
+        for sparsity, pruned, losses in solve_each(paths, config, sparsities, self.progress, self.collection):
             write_pruned(self.model, paths, pruned, self.dtype)
             known = [None] * len(self.targets) if self.fisher is None else losses.tolist()
             self.report, self.config = report_pruning(self.targets, config, sparsity, known), config
@@ -228,17 +228,12 @@ class CAPCompressor:
         """
         if self.paths is None or self.report is None:
             raise CAPError("call prune(sparsity) before refit: nothing has been pruned yet")
-        check_precision(self.targets, self.accelerator.device)
-        self.model.to(self.accelerator.device)
-        batches = first_examples(dataloader, self.config.refit_examples, self.config, self.processes, self.model)
-        advance = self.progress.phase("refitting", "layer", sum(map(work_of, self.targets)))
-        with unchanged_on_error(parameters_of(self.targets)):
-            dense = self.paths.dense_layer
-            done = refit(self.model, self.targets, dense, batches, self.config, self.processes, advance, self.resources)
-            round_weights(self.model, self.dtype)
+        done = refit_pruned(self, self.paths, dataloader)
         report_refit(self.report, self.targets, done, self.dtype)
         self.progress.end_phase()
         return self.report
+
+    find_sparsity = searching.find_sparsity
 
     def recalibrate_batch_norm(self, dataloader: Batches, num_examples: int = NUM_EXAMPLES) -> list[str]:
         """Estimate the statistics of all batch norm layers anew, for the weights as they are after `prune`.

@@ -107,6 +107,73 @@ class PruneReport:
         return asdict(self) | totals | {"layers": layers}
 
 
+@dataclass
+class Evaluated:
+    """One sparse model of a search.
+
+    Attributes:
+        sparsity: that it was pruned to.
+        score: higher is better.
+        drop: by how much the dense model scores more.
+        drop_se: the standard error of that over the images; None where it is not known.
+        kept: whether the drop is allowed.
+        seconds: that pruning and measuring took.
+    """
+
+    sparsity: float
+    score: float
+    drop: float
+    drop_se: float | None
+    kept: bool
+    seconds: float
+
+    @property
+    def lost(self) -> str:
+        """Return the drop with its standard error, for a line."""
+        return " ± ".join(f"{each:.4f}" for each in (self.drop, self.drop_se) if each is not None)
+
+
+@dataclass
+class SearchReport:
+    """One `CAPCompressor.find_sparsity`.
+
+    Attributes:
+        max_drop: that was allowed.
+        step: that sparsities are multiples of.
+        dense: score of the dense model.
+        num_examples: images that every model was scored on; None where the scores did not tell.
+        evaluations: in the order in which they were made.
+        sparsity: that was found.
+        complete: whether the next multiple of the step was tried, or there is none.
+        remarks: what should be known of the result, a line each.
+        recalibrated: names of the layers whose batch norm was estimated anew.
+    """
+
+    max_drop: float
+    step: float
+    dense: float
+    num_examples: int | None = None
+    evaluations: list[Evaluated] = field(default_factory=list)
+    sparsity: float = 0.0
+    complete: bool = False
+    remarks: list[str] = field(default_factory=list)
+    recalibrated: list[str] = field(default_factory=list)
+
+    @property
+    def found(self) -> Evaluated | None:
+        """Return what was measured of the sparsity that was found."""
+        return next((each for each in self.evaluations if each.sparsity == self.sparsity), None)
+
+    @property
+    def refused(self) -> Evaluated | None:
+        """Return what was measured of the lowest sparsity that loses too much; None where none does."""
+        return min((each for each in self.evaluations if not each.kept), key=lambda each: each.sparsity, default=None)
+
+    def to_dict(self) -> dict:
+        """Return everything, for JSON."""
+        return asdict(self)
+
+
 class Phases:
     """Wall seconds and peak memory of the named phases of a run."""
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from cap_hf.report import LayerReport, Phases, PruneReport, peak_memory, versions
+from cap_hf.report import Evaluated, LayerReport, Phases, PruneReport, SearchReport, peak_memory, versions
 
 
 def layer(name: str, zeros: int, loss: float | None) -> LayerReport:
@@ -19,6 +19,28 @@ def test_totals_are_sums_over_layers():
 
 def test_a_loss_that_nobody_measured_is_none():
     assert PruneReport("magnitude", "global", "marginal", 0.5, [layer("a", 3, None)]).to_dict()["loss"] is None
+
+
+def test_a_search_knows_what_was_found_and_what_was_refused():
+    tried = [(0.5, True), (0.75, False), (0.6, True), (0.7, False), (0.65, False)]
+    evaluations = [Evaluated(sparsity, 0.9, 0.01, 0.002, kept, 1.5) for sparsity, kept in tried]
+    report = SearchReport(0.02, 0.05, 0.91, 200, evaluations, 0.6, True)
+    assert report.found is evaluations[2]
+    assert report.refused is evaluations[4]
+    assert report.found.lost == "0.0100 ± 0.0020"
+    assert Evaluated(0.5, 0.9, 0.01, None, True, 1.5).lost == "0.0100"
+    assert SearchReport(0.02, 0.05, 0.91, 200, evaluations[:1], 0.5).refused is None
+    assert SearchReport(0.02, 0.05, 0.91).found is None
+    found = report.to_dict()
+    assert found["evaluations"][1] == {
+        "sparsity": 0.75,
+        "score": 0.9,
+        "drop": 0.01,
+        "drop_se": 0.002,
+        "kept": False,
+        "seconds": 1.5,
+    }
+    assert (found["sparsity"], found["complete"], found["remarks"]) == (0.6, True, [])
 
 
 def test_phases_know_their_seconds_and_their_own_peak():

@@ -27,6 +27,7 @@ from cap_hf.collection.running import Batches
 from cap_hf.collection.shares import own_blocks
 from cap_hf.collection.spill import DiskTensors, SpilledSums
 from cap_hf.collection.state import Checkpointing, CollectionState, hash_weights
+from cap_hf.collection.together import together
 from cap_hf.config import CAPConfig
 from cap_hf.distributed.processes import Processes
 from cap_hf.distributed.temporary import TemporaryFolder
@@ -166,6 +167,13 @@ class Collection:
         if self.state is not None and kind.startswith(("orders", "losses")):
             return DiskTensors(self.state.folder / kind, self.processes.device)
         return {}
+
+    def together(self, count: int) -> int:
+        """Return how many of `count` sparsities are solved for together; as `cap_hf.collection.together.together`."""
+        if self.plan is None:
+            return 1
+        count = self.afterwards.prunes if self.plan.recollects else count
+        return together(self.plan, self.targets, self.processes, count, self._folder)
 
     def discard_state(self) -> None:
         """Remove what was kept on the disk for a run that goes on."""

@@ -15,6 +15,7 @@ from cap_hf.collection.progress import Foreseen
 from cap_hf.collection.resources import Afterwards
 from cap_hf.collection.room import disk_seconds
 from cap_hf.collection.shares import own_blocks
+from cap_hf.collection.together import together
 from cap_hf.config import CAPConfig, check_type
 from cap_hf.distributed.processes import Processes
 from cap_hf.errors import CAPError
@@ -207,7 +208,7 @@ def foresee(
     trials = Trials(lambda size: trial_seconds(config, size, device)) if trials is None else trials
     collecting: list[Foreseen] = []
     again: list[Foreseen] = []
-    eliminating, reconstructing = [], []
+    eliminating, reconstructing, reading = [], [], 0.0
     for number, targets in enumerate(plan.passes):
         own = [own_blocks(target, processes) for target in targets]
         shares = [(target, blocks.stop - blocks.start) for target, blocks in zip(targets, own, strict=True)]
@@ -219,9 +220,13 @@ def foresee(
         solving = [disk + sum(trials[target.block_size][step] * count for target, count in shares) for step in (0, 1)]
         eliminating.append(solving[0])
         reconstructing.append(solving[1])
+        reading += disk
     if not plan.recollects:
-        prune = Foreseen("reconstructing", sum(reconstructing))
-        return [*collecting, Foreseen("eliminating", sum(eliminating)), *[prune] * prunes]
+        most = together(plan, [target for each in plan.passes for target in each], processes, prunes, folder)
+        counts = [min(most, prunes - first) for first in range(0, prunes, most)]
+        # What is on the disk is read once for all that are solved for together.
+        solving = [Foreseen("reconstructing", reading + count * (sum(reconstructing) - reading)) for count in counts]
+        return [*collecting, Foreseen("eliminating", sum(eliminating)), *solving]
     phases = []
     for each, solving in zip(collecting, eliminating, strict=True):
         phases += [each, Foreseen("eliminating", solving)]

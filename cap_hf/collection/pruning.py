@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from cap_hf.checkpoints.form import check_range, round_weights, too_large
+from cap_hf.collection.collection import Collection
 from cap_hf.collection.progress import Progress
 from cap_hf.collection.removal_paths import RemovalPaths, Tensors
 from cap_hf.config import CAPConfig
@@ -20,18 +21,23 @@ def eliminate(paths: RemovalPaths, pattern: Pattern | None, progress: Progress) 
 
 
 def solve_each(
-    paths: RemovalPaths, config: CAPConfig, sparsities: Sequence[float | None], progress: Progress, at_once: int
+    paths: RemovalPaths,
+    config: CAPConfig,
+    sparsities: Sequence[float | None],
+    progress: Progress,
+    collection: Collection | None,
 ) -> Iterator[tuple[float, Tensors, torch.Tensor]]:
     """Yield what a model is pruned to, one sparsity after the other: what `RemovalPaths.reconstruct` returns of each.
 
-    Where sums are collected anew they are so once for several sparsities.
+    Fishers are made from sums once for all sparsities that are solved for together, and so are sums collected anew.
 
     Args:
         paths: of the model.
         config: for the allocation and the selection.
         sparsities: as `CAPCompressor.prune` takes them.
         progress: told what goes on.
-        at_once: for how many of them memory was planned.
+        collection: that the paths come from, which says how many of them are solved for together; None where nothing
+            was collected.
 
     Raises:
         CAPError: a sparsity is out of range, below the model's, or not the N:M pattern's; a block cannot be solved for.
@@ -39,9 +45,9 @@ def solve_each(
     zeros = paths.count_zeros(unit_of(config.structure))
     exact = [config.check_sparsity(sparsity, paths.num_weights, zeros) for sparsity in sparsities]
     eliminate(paths, config.structure, progress)
-    step = 1 if paths.recollection is None else at_once
-    for first in range(0, len(exact), step):
-        together = exact[first : first + step]
+    at_once = 1 if collection is None else collection.together(len(exact))
+    for first in range(0, len(exact), at_once):
+        together = exact[first : first + at_once]
         counts = [paths.allocate(config, sparsity) for sparsity in together]
         solved = paths.reconstruct(counts, partial(progress.phase, "reconstructing", "block"))
         for sparsity, (pruned, losses) in zip(together, solved, strict=True):

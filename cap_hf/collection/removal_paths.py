@@ -15,6 +15,7 @@ from cap_hf.distributed.processes import Processes
 from cap_hf.errors import CAPError
 from cap_hf.masks import zero_units
 from cap_hf.method.allocation import allocate_global, allocate_uniform, path_losses
+from cap_hf.method.panels import Elimination
 from cap_hf.patterns import NMPattern, Pattern, unit_of
 from cap_hf.targets import Target, fit_block_size
 
@@ -193,10 +194,12 @@ class RemovalPaths:
                 self.recollection.load(number)
             advance = begin(self.work(targets) * len(counts))
             for target in targets:
-                place, weights, order = places[target.name], self.weights[target.name], self.orders[target.name]
-                for time, each in enumerate(counts):
-                    found, loss = self.solver.reconstruct(target, weights, order, each[place], self._pattern, advance)
-                    made[time][target.name], losses[time, place] = found, loss or 0.0
+                place, weights = places[target.name], self.weights[target.name]
+                paths = Elimination(self.orders[target.name], self.losses[target.name])
+                each = [count[place] for count in counts]
+                solved = self.solver.reconstruct(target, weights, paths, each, self._pattern, advance)
+                for time, (found, loss) in enumerate(solved):
+                    made[time][target.name], losses[time, place] = found, loss
         if self.recollection is not None:
             self.recollection.clear()
         return list(zip(made, self.processes.sum(losses), strict=True))
@@ -211,6 +214,12 @@ class RemovalPaths:
         self.beside.put_back()
         for target in self.targets:
             target.weight.data.copy_(self._assembled(target, pruned.pop(target.name)))
+
+    def put_back(self) -> None:
+        """Make all targets, and what is beside them, what they were at the beginning."""
+        self.beside.put_back()
+        for target in self.targets:
+            target.weight.data.copy_(self._assembled(target, self.weights[target.name]))
 
     def dense_layer(self, target: Target) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return the weight and the bias that a target's layer had at the beginning; for all processes together."""

@@ -71,43 +71,50 @@ class Solver:
         self,
         target: Target,
         weights: torch.Tensor,
-        order: torch.Tensor,
-        counts: torch.Tensor,
+        paths: Elimination,
+        counts: Sequence[torch.Tensor],
         pattern: Pattern | None,
         advance: Callable[[int, float], None],
-    ) -> tuple[torch.Tensor, float | None]:
+    ) -> list[tuple[torch.Tensor, float]]:
         """Return the new weights of some blocks, `(n, B)`, and what the quadratic model says that the change costs.
+
+        Each batch of Fishers is made once, however many times there are; what comes out for one of them does not depend
+        on the others.
 
         Args:
             target: whose blocks they are.
             weights: of this process's blocks, `(n, B)`, before pruning.
-            order: `(n, steps)` of their removals.
-            counts: `(n,)` how many of these happen.
+            paths: `(n, steps)` order and losses of their removals.
+            counts: for each time `(n,)` how many of these happen.
             pattern: that the order was found for.
             advance: told how many blocks are done, and how much work that was.
+
+        Returns:
+            Both for each time; the cost is 0 where there is no Fisher.
 
         Raises:
             CAPError: a block cannot be inverted.
         """
-        pruned, loss = torch.empty_like(weights), 0.0
+        pruned, losses = [torch.empty_like(weights) for _ in counts], [0.0] * len(counts)
         damp = 0.0 if self.fisher is None else self.fisher.damps[target.name]
-        # Blocks with as many survivors are solved together.
-        by_count = counts.argsort()
+        # Blocks with about as many survivors are solved together, whatever the counts: those with alike losses.
+        alike = paths.losses[:, paths.losses.shape[1] // 2].argsort(stable=True)
         for batch in self._batches(target, len(weights)):
-            blocks = by_count[batch]
-            old = weights[blocks].double()
-            removed = removed_mask(order[blocks].long(), counts[blocks], target.block_size, unit_of(pattern))
-            keep = ~removed & (old != 0)
+            blocks = alike[batch]
+            old, order = weights[blocks].double(), paths.order[blocks].long()
             fisher = self._damped(target, blocks)
-            with self._explained(target, blocks):
-                new = self.method.reconstruct(old, fisher, keep, self.config.weight_update)
-            pruned[blocks] = new.to(pruned.dtype)
-            if fisher is not None:
-                change = new - old
-                loss += float((change * products(fisher, change)).sum() - damp * change.square().sum()) / 2
-            advance(len(blocks), work_of(target, len(blocks)))
+            for time, each in enumerate(counts):
+                removed = removed_mask(order, each[blocks], target.block_size, unit_of(pattern))
+                keep = ~removed & (old != 0)
+                with self._explained(target, blocks):
+                    new = self.method.reconstruct(old, fisher, keep, self.config.weight_update)
+                pruned[time][blocks] = new.to(weights.dtype)
+                if fisher is not None:
+                    change = new - old
+                    losses[time] += float((change * products(fisher, change)).sum() - damp * change.square().sum()) / 2
+                advance(len(blocks), work_of(target, len(blocks)))
         self._release()
-        return pruned, None if self.fisher is None else loss
+        return list(zip(pruned, losses, strict=True))
 
     def _batches(self, target: Target, count: int) -> Iterator[slice]:
         """Yield `count` blocks of a target as slices of as many as are solved at a time."""

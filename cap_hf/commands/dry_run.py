@@ -1,9 +1,9 @@
 """`cap-hf prune --dry_run`: what the command would take, in how many processes, without pruning anything."""
 
 import time
-from collections.abc import Mapping, Sequence, Sized
+from collections.abc import Collection, Mapping, Sequence, Sized
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch.utils.data import DataLoader
@@ -14,11 +14,16 @@ from cap_hf.collection.forecast import Forecast
 from cap_hf.collection.hardware import WORLDS, parse_hardware
 from cap_hf.collection.progress import format_seconds
 from cap_hf.commands.healing import HealArguments
+from cap_hf.commands.prune_arguments import Asked
 from cap_hf.commands.tables import table
 from cap_hf.compressor import CAPCompressor
 from cap_hf.data.arguments import DataArguments
 from cap_hf.data.workers import num_workers
 from cap_hf.errors import readable
+from cap_hf.stepwise import start_of, steps_towards
+
+if TYPE_CHECKING:
+    from cap_hf.commands.preparing import Run
 
 # What kinds of phases are called in the table, in their order.
 HEADINGS = {
@@ -91,12 +96,29 @@ class Counts:
         collections: of gradients, each with a prune and a refit for all sparsities of the compressor's own plan.
         evaluated: images that one evaluation reads.
         recalibrates: whether batch norm is estimated anew.
+        trials: models that are pruned and measured to find one sparsity; 0 where none is searched for.
+        searched: images that are read to measure one of them.
     """
 
     sparsities: int
     collections: int
     evaluated: int
     recalibrates: bool
+    trials: int = 0
+    searched: int = 0
+
+    @classmethod
+    def of(cls, run: "Run", asked: Asked) -> "Counts":
+        """Return the counts of a run."""
+        recomputations, start = asked.prune.num_recomputations, start_of(run.compressor)
+        collections = sum(len(steps_towards(each, recomputations, start)) for each in asked.sparsities)
+        sparsities = max(1, len(asked.sparsities))
+        counts = cls(sparsities, collections if recomputations else 1, run.evaluated, run.recalibrates)
+        if run.held_out is None:
+            return counts
+        # As many as halve what is left of the multiples of the step.
+        trials = min(asked.search.max_evaluations, int(1 / asked.search.sparsity_step).bit_length())
+        return replace(counts, trials=trials, searched=run.held_out.num_read)
 
 
 def print_plan(
@@ -120,13 +142,15 @@ def print_plan(
     hardware, worlds = (None, WORLDS) if plan_for is None else parse_hardware(plan_for)
     forecasts = compressor.forecast(loader, worlds, hardware)
     forecasts = [repeated(each, counts.collections) for each in forecasts]
+    forecasts = [repeated(each, max(1, counts.trials), ("reconstructing", "refitting")) for each in forecasts]
     prunes, device = counts.sparsities, compressor.accelerator.device
     clock = Clock(device) if hardware is None else PaperClock(hardware)
     model, batch = compressor.model.to(device), {name: value.to(device) for name, value in next(iter(loader)).items()}
     forward = clock.forward(model, batch)
-    after = {"evaluating": Phase(counts.evaluated * (1 + prunes), forward)}
+    measured = counts.evaluated * (1 + prunes) + counts.searched * (1 + counts.trials)
+    after = {"evaluating": Phase(measured, forward)}
     if counts.recalibrates:
-        after["recalibrating"] = Phase(NUM_EXAMPLES * max(prunes, counts.collections), forward)
+        after["recalibrating"] = Phase(NUM_EXAMPLES * max(prunes, counts.collections, counts.trials), forward)
     if heal_args.heal_steps:
         dtype = torch.bfloat16 if heal_args.heal_bf16 else None
         step = HEALING * clock.forward(model, batch, dtype)
@@ -139,10 +163,10 @@ def print_plan(
         print(plan_table(forecasts, seconds, NOTE if hardware is None else PAPER.format(hardware.describe())))
 
 
-def repeated(forecast: Forecast, times: int) -> Forecast:
-    """Return a forecast of doing so often what another one is of."""
-    seconds = {kind: times * each for kind, each in forecast.seconds.items()}
-    images = {kind: times * each for kind, each in forecast.images.items()}
+def repeated(forecast: Forecast, times: int, kinds: Collection[str] = tuple(HEADINGS)) -> Forecast:
+    """Return a forecast of doing so often what another one is of, or these kinds of its phases."""
+    seconds = {kind: each * (times if kind in kinds else 1) for kind, each in forecast.seconds.items()}
+    images = {kind: each * (times if kind in kinds else 1) for kind, each in forecast.images.items()}
     return replace(forecast, seconds=seconds, images=images)
 
 

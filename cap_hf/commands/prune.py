@@ -1,4 +1,4 @@
-"""`cap-hf prune`: one collection, several sparsities, each evaluated and saved."""
+"""`cap-hf prune`: one collection; several sparsities, or the one that is searched for, each evaluated and saved."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -7,189 +7,117 @@ from typing import TYPE_CHECKING
 from cap_hf.checkpoints.atomic import check_place
 from cap_hf.collection.resources import Resources
 from cap_hf.commands.arguments import ModelArguments, ProbeArguments, check_output, parse
-from cap_hf.commands.healing import HealArguments, Healing
+from cap_hf.commands.healing import HealArguments
 from cap_hf.commands.prune_arguments import (
+    Asked,
     PruneArguments,
     check_sparsities,
     check_state,
     checkpoint_name,
     state_folder,
 )
+from cap_hf.commands.search_arguments import SearchArguments, check_search
 from cap_hf.commands.tables import results_table
 from cap_hf.config import CAPConfig
 from cap_hf.data.arguments import DataArguments
-from cap_hf.errors import CAPError
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+# In the order of `Asked`.
+KINDS = (
+    ModelArguments,
+    DataArguments,
+    PruneArguments,
+    SearchArguments,
+    HealArguments,
+    ProbeArguments,
+    CAPConfig,
+    Resources,
+)
+
 
 def main(argv: list[str]) -> None:
     """Run the command with these arguments."""
-    description = "Prune a vision model with CAP to one or several sparsities."
-    model_args, data_args, args, heal_args, probe_args, config, resources = parse(
-        argv,
-        "prune",
-        description,
-        ModelArguments,
-        DataArguments,
-        PruneArguments,
-        HealArguments,
-        ProbeArguments,
-        CAPConfig,
-        Resources,
-    )
-    sparsities = check_sparsities(args.sparsity, config)
+    description = "Prune a vision model with CAP to one or several sparsities, or as far as a drop allows."
+    asked = Asked(*parse(argv, "prune", description, *KINDS))
+    args, search = asked.prune, asked.search
+    check_search(search, args.sparsity, args.num_recomputations, asked.config)
+    if search.max_accuracy_drop is None:
+        asked.sparsities = check_sparsities(args.sparsity, asked.config)
     check_state(args)
     if not args.dry_run:
         check_output(args.output_dir, args.overwrite_output_dir or args.resume, state_folder(args))
-        # Now, and not only after the pruning.
-        for sparsity in sparsities:
+        # Now, and not only after the pruning; the name of the one that is found will be as long.
+        for sparsity in asked.sparsities or [search.sparsity_step]:
             check_place(Path(args.output_dir) / checkpoint_name(sparsity))
-    prune(model_args, data_args, args, heal_args, probe_args, config, resources, sparsities)
+    prune(asked)
 
 
-def prune(
-    model_args: ModelArguments,
-    data_args: DataArguments,
-    args: PruneArguments,
-    heal_args: HealArguments,
-    probe_args: ProbeArguments,
-    config: CAPConfig,
-    resources: Resources,
-    sparsities: list[float],
-) -> None:
+def prune(asked: Asked) -> None:
     """Do the work, once the arguments are right: load, collect, and per sparsity prune, heal, evaluate, save."""
     # Imported here, because the arguments are checked before these take their seconds.
     from cap_hf.checkpoints.atomic import write_json
     from cap_hf.checkpoints.places import real_path
     from cap_hf.checkpoints.saving import save_checkpoint
-    from cap_hf.collection.batch_norm import batch_norms
-    from cap_hf.collection.examples import whole_groups
-    from cap_hf.collection.objective import check_loss
-    from cap_hf.collection.state import Checkpointing
-    from cap_hf.commands.common import hide_bars, image_dataset, load_all, load_companions, load_form
+    from cap_hf.commands.common import hide_bars
     from cap_hf.commands.dry_run import Counts, print_plan
-    from cap_hf.commands.evaluation import Evaluation
-    from cap_hf.compressor import CAPCompressor
-    from cap_hf.data.images import calibration_split, collate, make_dataloader
+    from cap_hf.commands.preparing import prepare
+    from cap_hf.commands.pruning import prune_each
+    from cap_hf.commands.searching import conclusion
+    from cap_hf.data.images import collate
     from cap_hf.distributed.accelerator import make_accelerator
     from cap_hf.inference.example import size_of
     from cap_hf.masks import target_sparsity
-    from cap_hf.method.methods import METHODS
     from cap_hf.report import Phases
-    from cap_hf.stepwise import check_steps, prune_in_steps, start_of, steps_towards
     from cap_hf.targets import left_alone
 
+    args = asked.prune
     if args.disable_tqdm:
         hide_bars()
     output = real_path(args.output_dir)
     accelerator, phases = make_accelerator(), Phases()
-    refits = METHODS[config.method].refits(config)
-    num_examples = max(config.num_examples, config.refit_examples if refits else 0)
-    check_steps(config, args.num_recomputations, refits)
     with phases("load"):
-        model, image_processor, splits = load_all(
-            model_args,
-            data_args,
-            config.seed,
-            ["train", "eval"] if args.do_eval else ["train"],
-            max(num_examples, heal_args.num_images(accelerator.num_processes)),
-            probe_args.knn_bank_size,
-            num_examples,
-        )
-        companions, form = load_companions(model_args), load_form(model_args, model)
-        prunes = 1 if args.num_recomputations else len(sparsities)
-        compressor = CAPCompressor(model, config, accelerator, args.disable_tqdm, resources, prunes, form.dtype, refits)
-        for sparsity in sparsities:
-            compressor.check_sparsity(sparsity)
-        sparsity_dense, start = target_sparsity(compressor.targets), start_of(compressor)
-        examples = calibration_split(splits["train"], num_examples, config.seed)
-        calibration = image_dataset(examples, image_processor, model, data_args)
-        if config.fisher_loss == "labels":
-            calibration.need_labels()
-        if config.fisher_loss is not None:
-            check_loss(config.fisher_loss, model, collate([calibration[0]]))
-        batch_size = whole_groups(args.per_device_batch_size, config)
-        workers = data_args.dataloader_num_workers
-        train_loader = make_dataloader(calibration, batch_size, workers, accelerator.device)
-        healing = None
-        if heal_args.heal_steps:
-            images = image_dataset(splits["train"], image_processor, model, data_args)
-            healing = Healing(model, images, heal_args, config.seed, workers, accelerator, args.disable_tqdm)
-        evaluation = None
-        if args.do_eval:
-            evaluation = Evaluation(
-                model,
-                splits,
-                image_processor,
-                data_args,
-                args.per_device_eval_batch_size,
-                accelerator,
-                args.disable_tqdm,
-            )
-        norms = batch_norms(model)
-        if args.recalibrate_batch_norm and not norms:
-            raise CAPError(f"{type(model).__name__} has no batch norm: leave --recalibrate_batch_norm out")
-        recalibrate = bool(norms) if args.recalibrate_batch_norm is None else args.recalibrate_batch_norm
-    steps = [steps_towards(sparsity, args.num_recomputations, start) for sparsity in sparsities]
+        run = prepare(asked, accelerator)
+    model, compressor, healing, evaluation = run.model, run.compressor, run.healing, run.evaluation
     if args.dry_run:
-        evaluated = len(splits["eval"]) + len(splits.get("bank", ())) if args.do_eval else 0
-        collections = sum(len(each) for each in steps) if args.num_recomputations else 1
-        counts = Counts(len(sparsities), collections, evaluated, recalibrate)
-        print_plan(compressor, train_loader, data_args, heal_args, counts, args.plan_for)
+        print_plan(compressor, run.loader, asked.data, asked.heal, Counts.of(run, asked), args.plan_for)
         accelerator.end_training()
         return
-    dense = None
+    sparsity_dense, dense = target_sparsity(compressor.targets), None
     if evaluation is not None:
         # Before anything is pruned: the model that is compared with is this one.
         with phases("evaluate dense"):
             dense = evaluation.measure_dense(model)
-    checkpointing = None
-    if args.checkpoint_every is not None:
-        checkpointing = Checkpointing(state_folder(args), args.checkpoint_every, args.resume)
-    if args.num_recomputations:
-        reports = prune_in_steps(compressor, train_loader, sparsities, args.num_recomputations, recalibrate)
-    else:
-        with phases("collect"):
-            compressor.collect(train_loader, checkpointing)
-        reports = compressor.prune_each(sparsities)
     facts: dict[str, object] = {"dense": dense, "sparsity_dense": sparsity_dense}
     facts |= {"left_alone": left_alone(model, compressor.targets)}
-    facts["image_size"] = size_of(model, collate([calibration[0]]))
+    facts["image_size"] = size_of(model, collate([run.calibration[0]]))
     results = []
-    for sparsity, way in zip(sparsities, steps, strict=True):
+    for pruned in prune_each(run, asked, phases):
+        # Now the config also says which loss the Fisher is made from.
+        facts |= describe(asked.model, asked.data, compressor.config, accelerator)
+        if pruned.search is not None and run.held_out is not None:
+            facts["search"] = {"metric": run.held_out.metric} | pruned.search.to_dict()
+        healed, stored = None, run.form
         if healing is not None:
-            healing.restore()
-        with phases(f"prune {sparsity:g}"):
-            report = next(reports)
-        # Now it also says which loss the Fisher is made from.
-        config = compressor.config
-        facts |= describe(model_args, data_args, config, accelerator)
-        if refits:
-            with phases(f"refit {sparsity:g}"):
-                report = compressor.refit(train_loader)
-        layers = []
-        if recalibrate:
-            with phases(f"batch norm {sparsity:g}"):
-                layers = compressor.recalibrate_batch_norm(train_loader)
-        healed, stored = None, form
-        if healing is not None:
-            with phases(f"heal {sparsity:g}"):
-                healed, stored = healing.heal(compressor, form)
+            with phases(f"heal {pruned.sparsity:g}"):
+                healed, stored = healing.heal(compressor, run.form)
         metrics = None
         if evaluation is not None:
-            with phases(f"evaluate {sparsity:g}"):
+            with phases(f"evaluate {pruned.sparsity:g}"):
                 metrics = evaluation.measure(model)
-        folder = output / checkpoint_name(sparsity)
-        outcome: dict[str, object] = {"sparse": metrics, "pruning": report.to_dict(), "steps": way}
-        outcome |= {"recalibrated_batch_norm": layers, "healing": healed}
+        folder = output / checkpoint_name(pruned.sparsity)
+        outcome: dict[str, object] = {"sparse": metrics, "pruning": pruned.report.to_dict(), "steps": pruned.steps}
+        outcome |= {"recalibrated_batch_norm": pruned.norms, "healing": healed}
         if accelerator.is_main_process:
-            save_checkpoint(folder, model, config, facts | outcome, image_processor, companions=companions, form=stored)
+            whole, config = facts | outcome, compressor.config
+            save_checkpoint(folder, model, config, whole, run.image_processor, companions=run.companions, form=stored)
         results.append({"checkpoint": folder.name} | outcome)
     if accelerator.is_main_process:
         write_json(output / "report.json", facts | {"results": results, "phases": phases.records})
         print(summary(dense, sparsity_dense, results))
+        if pruned.search is not None and run.held_out is not None:
+            print(f"\n{conclusion(pruned.search, run.held_out.metric, healing is not None)}")
         print(f"\n{len(results)} checkpoint(s) and report.json are in {output}")
     compressor.discard_state()
     accelerator.wait_for_everyone()

@@ -1,11 +1,16 @@
 """The arguments of `cap-hf prune` that are its own, and their checks, which come before anything is loaded."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from cap_hf.collection.hardware import parse_hardware
-from cap_hf.commands.arguments import DEFAULT_OUTPUT_DIR, beside
+from cap_hf.collection.resources import Resources
+from cap_hf.commands.arguments import DEFAULT_OUTPUT_DIR, ModelArguments, ProbeArguments, beside
+from cap_hf.commands.healing import HealArguments
+from cap_hf.commands.search_arguments import SearchArguments, read_sparsities
 from cap_hf.config import CAPConfig
+from cap_hf.data.arguments import DataArguments
 from cap_hf.errors import CAPError
 
 
@@ -18,9 +23,12 @@ class PruneArguments:
     """
 
     output_dir: str = field(default=DEFAULT_OUTPUT_DIR, metadata={"help": "Gets report.json and sparsity-*/."})
-    sparsity: list[float] | None = field(
+    sparsity: list[str] | None = field(
         default=None,
-        metadata={"help": "Share of the target weights to be 0, in [0, 1); several give a checkpoint each."},
+        metadata={
+            "help": "Share of the target weights to be 0, in [0, 1); several give a checkpoint each, as numbers or as "
+            "begin:end:step, such as 0.5:0.95:0.05."
+        },
     )
     num_recomputations: int = field(
         default=0,
@@ -65,6 +73,25 @@ class PruneArguments:
             self.dry_run = True
 
 
+@dataclass
+class Asked:
+    """All that the command line says.
+
+    Attributes:
+        sparsities: in rising order; none where one is searched for.
+    """
+
+    model: ModelArguments
+    data: DataArguments
+    prune: PruneArguments
+    search: SearchArguments
+    heal: HealArguments
+    probe: ProbeArguments
+    config: CAPConfig
+    resources: Resources
+    sparsities: list[float] = field(default_factory=list)
+
+
 def checkpoint_name(sparsity: float) -> str:
     """Return the name of the folder for a checkpoint of this sparsity."""
     return f"sparsity-{sparsity:.12g}"
@@ -94,19 +121,19 @@ def check_state(args: PruneArguments) -> None:
         raise CAPError(f"--resume: {state_folder(args)} is not there, so nothing was saved: leave --resume out")
 
 
-def check_sparsities(sparsities: list[float] | None, config: CAPConfig) -> list[float]:
+def check_sparsities(texts: Sequence[str | float] | None, config: CAPConfig) -> list[float]:
     """Return the sparsities in rising order, each once; the pattern's own where the allocation is N:M.
 
     Raises:
-        CAPError: none is given, one is out of range, or they contradict an N:M allocation.
+        CAPError: none is given, one cannot be read or is out of range, or they contradict an N:M allocation.
     """
-    pattern = config.nm
+    pattern, sparsities = config.nm, read_sparsities(texts or ())
     if pattern is not None:
-        for sparsity in sparsities or ():
+        for sparsity in sparsities:
             pattern.check_sparsity(sparsity)
         return [pattern.sparsity]
     if not sparsities:
-        raise CAPError("say how sparse: --sparsity 0.5 0.75 0.9")
+        raise CAPError("say how sparse: --sparsity 0.5 0.75 0.9; or what may be lost: --max_accuracy_drop 0.01")
     for sparsity in sparsities:
         if not 0 <= round(sparsity, 12) < 1:
             raise CAPError(f"sparsity {sparsity:g} is not in [0, 1)")

@@ -5,6 +5,7 @@ import torch
 from support.models import build, random_batches
 
 from cap_hf import CAPCompressor, CAPConfig
+from cap_hf.collection.batch_norm import statistics_of
 from cap_hf.collection.removal_paths import RemovalPaths, check_pattern, compared_bytes, held_bytes, with_changes
 from cap_hf.collection.solver import Solver
 from cap_hf.distributed.processes import Processes
@@ -26,6 +27,24 @@ def test_weights_are_those_of_the_beginning():
     assert all(torch.equal(paths.weights[name], blocks) for name, blocks in before.items())
     assert paths.num_weights == sum(blocks.numel() for blocks in before.values())
     assert paths.count_zeros() == 0
+
+
+def test_the_beginning_is_put_back():
+    """Weights of targets, and biases and statistics beside them; what else was trained stays."""
+    model = build("ResNet")
+    norms = statistics_of(model)
+    paths = RemovalPaths(
+        find_targets(model), Solver(CAPConfig(method="magnitude"), None), Processes(), statistics=norms
+    )
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with torch.no_grad():
+        for value in [*model.parameters(), *norms]:
+            value.add_(1.0)
+    paths.put_back()
+    names = {f"{target.name}.weight" for target in paths.targets}
+    names |= {name for name in before if name.endswith(("running_mean", "running_var"))}
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]) == (name in names or not value.is_floating_point()), name
 
 
 def test_what_is_there_is_not_eliminated_again():

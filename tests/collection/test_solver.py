@@ -12,7 +12,7 @@ from cap_hf.method import elimination
 from cap_hf.method.elimination import eliminate, eliminate_fisher
 from cap_hf.method.fisher import BlockFisher
 from cap_hf.method.inverses import invert
-from cap_hf.method.panels import LostPivotError
+from cap_hf.method.panels import Elimination, LostPivotError
 from cap_hf.method.sums import SymmetricSums
 from cap_hf.patterns import NMPattern
 from cap_hf.targets import Target
@@ -42,9 +42,34 @@ def test_batches_change_nothing(pattern, batch):
     assert sum(count for count, _ in advanced) == 10
     assert sum(work for _, work in advanced) == work_of(target, 10)
     counts = torch.arange(10) % 5
-    new, loss = solver.reconstruct(target, weights, found.order, counts, pattern, lambda *_: None)
+    ((new, loss),) = solver.reconstruct(target, weights, found, [counts], pattern, lambda *_: None)
     assert torch.equal((new == 0).sum(dim=1), counts)
     assert loss >= 0
+
+
+@pytest.mark.parametrize("batch", [1, 4, 100])
+def test_several_times_give_what_each_alone_does_and_make_each_fisher_once(monkeypatch, batch):
+    target, fisher, weights = problem()
+    solver = Solver(CAPConfig(), fisher, batch_bytes=8 * 8**2 * batch)
+    found = solver.eliminate(target, weights, None, lambda *_: None)
+    times = [torch.full((10,), count) for count in (2, 4, 7)] + [torch.arange(10) % 8]
+    alone = [solver.reconstruct(target, weights, found, [each], None, lambda *_: None)[0] for each in times]
+    made, damped, advanced = [], BlockFisher.damped, []
+    monkeypatch.setattr(BlockFisher, "damped", lambda *args: (made.append(1), damped(*args))[1])
+    together = solver.reconstruct(target, weights, found, times, None, lambda count, work: advanced.append(count))
+    for (new, loss), (expected, cost) in zip(together, alone, strict=True):
+        assert torch.equal(new, expected)
+        assert loss == cost
+    assert len(made) == -(-10 // batch)
+    assert sum(advanced) == 4 * 10
+    # Each block by itself, by the equation: F_SS (w'_S - w_S) = F_SP w_P.
+    matrices = fisher.damped(target, slice(None))
+    for block, count in enumerate(times[-1].tolist()):
+        gone = found.order[block, :count].long()
+        left = torch.tensor([each for each in range(8) if each not in gone.tolist()])
+        old = weights[block].double()
+        moved = torch.linalg.solve(matrices[block][left][:, left], matrices[block][left][:, gone] @ old[gone])
+        torch.testing.assert_close(together[-1][0][block][left].double(), old[left] + moved, rtol=1e-4, atol=1e-6)
 
 
 def test_no_blocks_are_no_error():
@@ -70,8 +95,8 @@ def test_an_error_names_the_block_by_its_number_in_the_target(monkeypatch):
         lambda: Solver(CAPConfig(weight_update="independent"), fisher).reconstruct(
             target,
             weights,
-            torch.zeros(10, 8, dtype=torch.int16),
-            torch.tensor([1] * 7 + [0] + [1] * 2),
+            Elimination(torch.zeros(10, 8, dtype=torch.int16), torch.zeros(10, 8)),
+            [torch.tensor([1] * 7 + [0] + [1] * 2)],
             None,
             lambda *_: None,
         ),

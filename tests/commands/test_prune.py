@@ -123,7 +123,7 @@ def test_yaml_and_json_files(tiny_checkpoint, tmp_path):
         (["--sparsity", "1.0"], "sparsity 1 is not in [0, 1)"),
         (["--sparsity", "-0.5"], "sparsity -0.5 is not in [0, 1)"),
         ([], "say how sparse: --sparsity 0.5 0.75 0.9"),
-        (["--sparsity", "half"], "argument --sparsity: invalid float value: 'half'"),
+        (["--sparsity", "half"], "sparsity 'half' is no number, and no range such as 0.5:0.95:0.05"),
         (["--sparsity", "0.5", "--sparsty", "0.5"], "unknown: --sparsty 0.5; cap-hf prune --help"),
         (["--sparsity", "0.5", "--method", "best"], "argument --method: invalid choice: 'best'"),
         (["--allocation", "2:5"], "2:5 does not divide the 16 input channels of vit.layers.0.attention.q_proj"),

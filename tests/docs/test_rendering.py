@@ -27,7 +27,8 @@ def test_defaults_and_values_of_arguments():
     for row in (
         "| `--model_name_or_path` | text | required |",
         "| `--method` | `cap`, `obs`, `sparsegpt`, `wanda`, `magnitude` | `cap` |",
-        "| `--sparsity` | number; several |  |",
+        "| `--sparsity` | text; several |  |",
+        "| `--max_accuracy_drop` | number |  |",
         "| `--do_eval` | true, false | `true` |",
         "| `--batch_sizes` | whole number; several | `1 8` |",
     ):

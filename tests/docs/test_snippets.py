@@ -50,8 +50,12 @@ NOT_RUN = {
     "python scripts/recipes/": "needs torch-pruning; tests/inference run it",
     "cap-hf demo": "trains for minutes; tests/commands run it",
 }
-# A run that is resumed must have been killed before.
-NOT_RUN_WITH = {"--resume": "needs a run that was killed", "--resume_from_checkpoint": "needs a run that was killed"}
+# Likewise, by an argument.
+NOT_RUN_WITH = {
+    "--resume": "needs a run that was killed",
+    "--resume_from_checkpoint": "needs a run that was killed",
+    "--max_accuracy_drop": "needs more images than these datasets have; tests/commands run it",
+}
 # Scripts that hand what they do not know on to a command.
 HAND_ON = {"scripts/recipes/structured_then_cap.py": "prune", "scripts/benchmarks/accuracy.py": "prune"}
 # Arguments that make a command quick; the names of the page's own stay as they are.
