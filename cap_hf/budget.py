@@ -80,13 +80,15 @@ def parse_budgets(texts: Sequence[str]) -> list[Budget]:
         try:
             number = float(share)
         except ValueError:
-            kinds = ", ".join(KINDS)
-            raise CAPError(f"budget {text!r:.80} is no KIND=SHARE such as flops=0.4; kinds are {kinds}") from None
+            known = ", ".join(KINDS)
+            raise CAPError(f"budget {text!r:.80} is no KIND=SHARE such as flops=0.4; kinds are {known}") from None
         # Closer than this, two would share a folder.
         budgets.append(Budget(kind, round(number, 12)))
     kinds = list(dict.fromkeys(budget.kind for budget in budgets))
     if len(kinds) > 1:
-        raise CAPError(f"budgets of {' and '.join(kinds)} are for a run each: several of one kind give a checkpoint each")
+        raise CAPError(
+            f"budgets of {' and '.join(kinds)} are for a run each: several of one kind give a checkpoint each"
+        )
     return sorted(dict.fromkeys(budgets), key=lambda budget: -budget.share)
 
 

@@ -4,13 +4,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from cap_hf.budget import Budget
 from cap_hf.checkpoints.atomic import check_place
 from cap_hf.collection.resources import Resources
 from cap_hf.commands.arguments import ModelArguments, ProbeArguments, check_output, parse
+from cap_hf.commands.budgeting import budget_columns, check_amounts, with_example
 from cap_hf.commands.healing import HealArguments, Healing
 from cap_hf.commands.prune_arguments import (
     PruneArguments,
-    check_sparsities,
     check_state,
     checkpoint_name,
     state_folder,
@@ -39,7 +40,7 @@ def main(argv: list[str]) -> None:
         CAPConfig,
         Resources,
     )
-    sparsities = check_sparsities(args.sparsity, config)
+    sparsities = check_amounts(args, config)
     check_state(args)
     if not args.dry_run:
         check_output(args.output_dir, args.overwrite_output_dir or args.resume, state_folder(args))
@@ -57,7 +58,7 @@ def prune(
     probe_args: ProbeArguments,
     config: CAPConfig,
     resources: Resources,
-    sparsities: list[float],
+    sparsities: list[float | Budget],
 ) -> None:
     """Do the work, once the arguments are right: load, collect, and per sparsity prune, heal, evaluate, save."""
     # Imported here, because the arguments are checked before these take their seconds.
@@ -101,11 +102,12 @@ def prune(
         companions, form = load_companions(model_args), load_form(model_args, model)
         prunes = 1 if args.num_recomputations else len(sparsities)
         compressor = CAPCompressor(model, config, accelerator, args.disable_tqdm, resources, prunes, form.dtype, refits)
-        for sparsity in sparsities:
-            compressor.check_sparsity(sparsity)
         sparsity_dense, start = target_sparsity(compressor.targets), start_of(compressor)
         examples = calibration_split(splits["train"], num_examples, config.seed)
         calibration = image_dataset(examples, image_processor, model, data_args)
+        sparsities = with_example(sparsities, calibration)
+        for sparsity in sparsities:
+            compressor.check_sparsity(sparsity)
         if config.fisher_loss == "labels":
             calibration.need_labels()
         if config.fisher_loss is not None:
@@ -132,7 +134,9 @@ def prune(
         if args.recalibrate_batch_norm and not norms:
             raise CAPError(f"{type(model).__name__} has no batch norm: leave --recalibrate_batch_norm out")
         recalibrate = bool(norms) if args.recalibrate_batch_norm is None else args.recalibrate_batch_norm
-    steps = [steps_towards(sparsity, args.num_recomputations, start) for sparsity in sparsities]
+    steps = [
+        [] if isinstance(each, Budget) else steps_towards(each, args.num_recomputations, start) for each in sparsities
+    ]
     if args.dry_run:
         evaluated = len(splits["eval"]) + len(splits.get("bank", ())) if args.do_eval else 0
         collections = sum(len(each) for each in steps) if args.num_recomputations else 1
@@ -149,7 +153,8 @@ def prune(
     if args.checkpoint_every is not None:
         checkpointing = Checkpointing(state_folder(args), args.checkpoint_every, args.resume)
     if args.num_recomputations:
-        reports = prune_in_steps(compressor, train_loader, sparsities, args.num_recomputations, recalibrate)
+        shares = [each for each in sparsities if not isinstance(each, Budget)]
+        reports = prune_in_steps(compressor, train_loader, shares, args.num_recomputations, recalibrate)
     else:
         with phases("collect"):
             compressor.collect(train_loader, checkpointing)
@@ -222,4 +227,5 @@ def summary(dense: dict | None, sparsity_dense: float, results: list[dict]) -> s
             *((result["checkpoint"], result["pruning"]["sparsity"], result["sparse"]) for result in results),
         ],
         dense,
+        budget_columns([None, *(result["pruning"] for result in results)]),
     )

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from cap_hf.budget import Budget
 from cap_hf.collection.hardware import parse_hardware
 from cap_hf.commands.arguments import DEFAULT_OUTPUT_DIR, beside
 from cap_hf.config import CAPConfig
@@ -17,10 +18,20 @@ class PruneArguments:
         CAPError: `plan_for` names no GPU that is known.
     """
 
-    output_dir: str = field(default=DEFAULT_OUTPUT_DIR, metadata={"help": "Gets report.json and sparsity-*/."})
+    output_dir: str = field(
+        default=DEFAULT_OUTPUT_DIR, metadata={"help": "Gets report.json and a folder per checkpoint."}
+    )
     sparsity: list[float] | None = field(
         default=None,
         metadata={"help": "Share of the target weights to be 0, in [0, 1); several give a checkpoint each."},
+    )
+    budget: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "In the place of a sparsity, what the model may cost: flops=0.4 (share of the targets' "
+            "multiply-adds), bytes=0.25 (of the weights, compressed), latency=0.5 or latency-int8=0.5 (of the dense "
+            "latency, measured here); several of one kind give a checkpoint each."
+        },
     )
     num_recomputations: int = field(
         default=0,
@@ -65,8 +76,10 @@ class PruneArguments:
             self.dry_run = True
 
 
-def checkpoint_name(sparsity: float) -> str:
-    """Return the name of the folder for a checkpoint of this sparsity."""
+def checkpoint_name(sparsity: float | Budget) -> str:
+    """Return the name of the folder for a checkpoint of this sparsity, or of this budget."""
+    if isinstance(sparsity, Budget):
+        return f"{sparsity.kind}-{sparsity.share:.12g}"
     return f"sparsity-{sparsity:.12g}"
 
 

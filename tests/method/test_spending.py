@@ -9,9 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cap_hf.budget import CostCurve
-from cap_hf.method.allocation import allocate
+from cap_hf.method.allocation import Alone, allocate
 from cap_hf.method.spending import loss_curve, spend
-from cap_hf.method.allocation import Alone
 
 
 def make_paths(rng, shapes, zeros=0.0):
@@ -21,7 +20,10 @@ def make_paths(rng, shapes, zeros=0.0):
 
 
 def linear(paths, prices):
-    return [CostCurve((0, path.numel()), (float(price * path.numel()), 0.0)) for path, price in zip(paths, prices)]
+    return [
+        CostCurve((0, path.numel()), (float(price * path.numel()), 0.0))
+        for path, price in zip(paths, prices, strict=True)
+    ]
 
 
 def jumping(rng, path):
@@ -37,7 +39,9 @@ def cost_of(curves, counts):
 
 
 def loss_of(paths, counts):
-    return sum(float(path.flatten().sort().values[:count].double().sum()) for path, count in zip(paths, counts))
+    return sum(
+        float(path.flatten().sort().values[:count].double().sum()) for path, count in zip(paths, counts, strict=True)
+    )
 
 
 def best_of_all(paths, curves, budget):
