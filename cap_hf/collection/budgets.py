@@ -104,7 +104,8 @@ class Budgets:
                 f"{budget} cannot be met: with every target 0, {least / costs.dense:.1%} of {KINDS[budget.kind]} would "
                 "be left"
             )
-        if now < wanted * (1 - ROUNDING):
+        # What a layer that stays dense takes is not known from those that do not.
+        if not budget.is_latency and now < wanted * (1 - ROUNDING):
             raise CAPError(
                 f"the model takes {now / costs.dense:.4%} of {KINDS[budget.kind]} already: {budget} would be more"
             )
@@ -146,7 +147,7 @@ class Budgets:
             threads, example = torch.get_num_threads(), self._example
             assert example is not None
             work = partial(measure_share, self.model, example, budget.kind.endswith("int8"))
-            _, measured = on_first(self.processes, work)
+            measured = on_first(self.processes, work)
         return BudgetReport(
             kind=budget.kind,
             requested=budget.share,
@@ -183,10 +184,11 @@ class Budgets:
         how = (self.model, targets, self._example, budget.kind.endswith("int8"), unit)
         points, fixed, dense = on_first(self.processes, partial(latency_points, *how, advance))
         costs = Costs([curve_of(each) for each in points], fixed, dense)
+        sizes = counts_of(targets, unit)
         for _ in range(CALIBRATIONS):
-            sparsity, predicted = even_sparsity(costs, counts_of(targets, unit), budget.share * dense)
+            sparsity, predicted = even_sparsity(costs, sizes, budget.share * dense)
             measured = dense * on_first(self.processes, partial(measure_random, *how, sparsity))
-            costs = replace(costs, fixed=costs.fixed + measured - predicted)
+            costs = corrected(costs, [round(sparsity * size) for size in sizes], measured - predicted)
             advance(len(targets))
         self.progress.end_phase()
         return costs
@@ -209,6 +211,26 @@ def even_sparsity(costs: Costs, sizes: Sequence[int], wanted: float) -> tuple[fl
         middle = (low + high) / 2
         low, high = (low, middle) if cost(middle) <= wanted else (middle, high)
     return high, cost(high)
+
+
+def corrected(costs: Costs, removals: Sequence[int], missing: float) -> Costs:
+    """Return costs that add up to what was measured: of each layer that no longer runs as it is dense others.
+
+    Args:
+        costs: as they were predicted.
+        removals: of each target, at which it was measured.
+        missing: what was measured beyond the prediction; negative where that was too much.
+    """
+    pairs = list(zip(costs.curves, removals, strict=True))
+    changed = sum(curve.costs[0] for curve, count in pairs if curve.at(count) < curve.costs[0])
+    share = missing / changed if changed else 0.0
+
+    def correct(curve: CostCurve) -> CostCurve:
+        dense = curve.costs[0]
+        moved = [cost if cost == dense else min(dense, max(0.0, cost + share * dense)) for cost in curve.costs]
+        return CostCurve(curve.removals, tuple(moved))
+
+    return replace(costs, curves=[correct(curve) for curve in costs.curves])
 
 
 def on_first(processes: Processes, work: Callable[[], Any]) -> Any:

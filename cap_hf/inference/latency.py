@@ -5,22 +5,24 @@ how much faster than dense it is there is taken to be how much faster it is in t
 beyond some sparsity, and not in proportion to it. What else the model computes takes what is left of its dense time at
 first; then a copy with zeros at random is optimised and measured, which shows what becomes of the rest: a GELU that a
 layer ends with, attention in int8, caches.
+
+Seconds are those in which the calling thread runs: it does its part of every product, and what the machine does beside
+for others does not count.
 """
 
 import copy
 import functools
 import math
-import statistics
-import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from time import thread_time as clock
 from typing import Any
 
 import torch
 from torch import nn
 
 from cap_hf.checkpoints.int8 import LEAST_PRUNED
-from cap_hf.inference.choice import LEAST_SPARSITY, MARGIN, STEP, Kind, random_linear, time_in_turns
+from cap_hf.inference.choice import LEAST_SPARSITY, MARGIN, STEP, Kind, random_linear, time_in_turns, undisturbed
 from cap_hf.inference.int8_linear import DenseInt8Linear, has_dense_int8
 from cap_hf.inference.int8_packing import WORD, is_quantizable
 from cap_hf.inference.optimize import choose_kind, int8_kind, optimize_for_inference
@@ -30,6 +32,8 @@ from cap_hf.towers import see
 
 # Sparsities that a layer is timed at, in multiples of `STEP`: 0, 20 %, ..., more closely where layers are fast.
 STEPS = (0, 4, 6, 8, 10, 12, 13, 14, 15, 16, 17, 18, 19, 20)
+# So far before the sparsity from which on it is another layer, a layer is dense.
+NEAR = 1e-4
 # How long layers of one shape take turns, and whole models, unless so many turns take less: long enough that what else
 # the machine does for a moment is no large part of it.
 LAYER_SECONDS, MODEL_SECONDS, RUNS = 1.5, 4.0, 1000
@@ -77,12 +81,8 @@ def relative_times(rows: int, cols: int, tokens: int, bias: bool, int8: bool, un
             layers[DenseInt8Linear, 0] = DenseInt8Linear(dense)
     x = torch.randn(1, tokens, cols, generator=torch.Generator().manual_seed(1))
     with torch.inference_mode():
-        taken = time_in_turns([partial(layer, x) for layer in layers.values()], RUNS, LAYER_SECONDS)
-    # Turn by turn, so that what slows the machine for a while slows both.
-    ratios = {
-        key: statistics.median(each / whole for each, whole in zip(own, taken[0], strict=True))
-        for key, own in zip(layers, taken, strict=True)
-    }
+        taken = time_in_turns([partial(layer, x) for layer in layers.values()], RUNS, LAYER_SECONDS, clock=clock)
+    ratios = {key: undisturbed(own) / undisturbed(taken[0]) for key, own in zip(layers, taken, strict=True)}
     dense_int8 = ratios.get((DenseInt8Linear, 0), 1.0)
 
     def chosen(steps: int) -> float:
@@ -92,12 +92,15 @@ def relative_times(rows: int, cols: int, tokens: int, bias: bool, int8: bool, un
             best = quantized
         return best
 
-    curve = {0.0: 1.0}
-    if int8 and dense_int8 < MARGIN:
-        curve[LEAST_PRUNED] = dense_int8
-    for steps in STEPS[1:]:
+    points = {LEAST_PRUNED: dense_int8} if int8 and dense_int8 < MARGIN else {}
+    points |= {round(steps * STEP, 12): chosen(steps) for steps in STEPS[1:]}
+    curve, least = {0.0: 1.0}, 1.0
+    for sparsity, ratio in points.items():
+        if ratio < least == 1.0:
+            # It is dense up to where it is another layer.
+            curve[sparsity - NEAR] = 1.0
         # More zeros make no layer slower: what says so is noise.
-        curve[round(steps * STEP, 12)] = min(chosen(steps), *curve.values())
+        curve[sparsity] = least = min(ratio, least)
     return tuple(curve.items())
 
 
@@ -131,10 +134,10 @@ class Watch:
             handle.remove()
 
     def _before(self, name: str, layer: nn.Module, args: tuple) -> None:
-        self._begun = time.perf_counter()
+        self._begun = clock()
 
     def _after(self, name: str, layer: nn.Module, args: tuple, output: torch.Tensor) -> None:
-        seconds = time.perf_counter() - self._begun
+        seconds = clock() - self._begun
         self.tokens[name] = max(self.tokens.get(name, 0), output.numel() // output.shape[-1])
         self.passes[-1][name] = self.passes[-1].get(name, 0.0) + seconds
 
@@ -170,15 +173,15 @@ def latency_points(
 
     def run() -> None:
         watch.passes.append({})
-        start = time.perf_counter()
+        start = clock()
         see(dense, example)
-        totals.append(time.perf_counter() - start)
+        totals.append(clock() - start)
 
     with uncompiled(dense), torch.inference_mode(), watch:
         time_in_turns([run], RUNS, MODEL_SECONDS)
     # The first run is slower than all that follow.
-    total, passes = statistics.median(totals[1:]), watch.passes[1:]
-    seconds = {name: statistics.median(each[name] for each in passes) for name in watch.tokens}
+    total, passes = undisturbed(totals[1:]), watch.passes[1:]
+    seconds = {name: undisturbed([each[name] for each in passes]) for name in watch.tokens}
     points = []
     for target in targets:
         units = target.weight.numel() // unit
@@ -195,8 +198,8 @@ def latency_points(
     return points, max(0.0, total - sum(seconds.values())), max(total, sum(seconds.values()))
 
 
-def measure_share(model: nn.Module, example_inputs: Mapping[str, torch.Tensor], int8: bool) -> tuple[float, float]:
-    """Return the seconds that a pruned model takes for an example in plain PyTorch, and what share of them optimised.
+def measure_share(model: nn.Module, example_inputs: Mapping[str, torch.Tensor], int8: bool) -> float:
+    """Return what share of its time in plain PyTorch a pruned model takes for an example once it is optimised.
 
     Args:
         model: on any device; copies of it are measured on the CPU.
@@ -211,9 +214,8 @@ def measure_share(model: nn.Module, example_inputs: Mapping[str, torch.Tensor], 
     sparse = optimize_for_inference(on_cpu(model), example_inputs=example, dtype="int8" if int8 else "float32")
     with uncompiled(dense), torch.inference_mode():
         calls: list[Callable[[], object]] = [partial(see, dense, example), partial(see, sparse, example)]
-        taken, optimised = time_in_turns(calls, RUNS, MODEL_SECONDS)
-    share = statistics.median(each / whole for each, whole in zip(optimised, taken, strict=True))
-    return statistics.median(taken), share
+        taken, optimised = time_in_turns(calls, RUNS, MODEL_SECONDS, clock=clock)
+    return undisturbed(optimised) / undisturbed(taken)
 
 
 def measure_random(
@@ -246,7 +248,7 @@ def measure_random(
             dense = torch.where(weight == 0, noise, weight).view(-1, unit)
             dense[torch.rand(len(dense), generator=generator) < sparsity] = 0
             weight.copy_(dense.view_as(weight))
-    return measure_share(copied, example_inputs, int8)[1]
+    return measure_share(copied, example_inputs, int8)
 
 
 def on_cpu(model: nn.Module) -> nn.Module:
