@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from cap_hf.checkpoints.registration import register
 
 if TYPE_CHECKING:
+    from cap_hf.budget import Budget
     from cap_hf.checkpoints.quantizer import CompressedConfig
     from cap_hf.collection.resources import Resources
     from cap_hf.collection.scores import Score
@@ -37,6 +38,7 @@ __version__ = "0.1.0"
 # Where each public name is, for those who run the code; the imports above say the same to editors and type checkers.
 _HOMES = {
     "BlockPattern": "cap_hf.patterns",
+    "Budget": "cap_hf.budget",
     "CAPCompressor": "cap_hf.compressor",
     "CAPConfig": "cap_hf.config",
     "CAPError": "cap_hf.errors",
@@ -67,6 +69,7 @@ _HOMES = {
 
 __all__ = [
     "BlockPattern",
+    "Budget",
     "CAPCompressor",
     "CAPConfig",
     "CAPError",

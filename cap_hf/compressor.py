@@ -8,10 +8,12 @@ import torch
 from accelerate import Accelerator
 from transformers import BaseImageProcessor, PreTrainedModel
 
+from cap_hf.budget import Budget
 from cap_hf.checkpoints.form import StoredForm, round_weights
 from cap_hf.checkpoints.saving import check_shared, save_checkpoint
 from cap_hf.collection import searching
 from cap_hf.collection.batch_norm import NUM_EXAMPLES, recalibrate_batch_norm, statistics_of
+from cap_hf.collection.budgets import Budgets
 from cap_hf.collection.collection import Collection
 from cap_hf.collection.examples import first_examples
 from cap_hf.collection.forecast import Forecast, check_forecast
@@ -30,11 +32,9 @@ from cap_hf.collection.state import Checkpointing
 from cap_hf.config import CAPConfig, check_type
 from cap_hf.distributed.processes import Processes
 from cap_hf.errors import CAPError
-from cap_hf.masks import count_zeros
 from cap_hf.method.fisher import BlockFisher
 from cap_hf.method.methods import METHODS
 from cap_hf.models import usable, usable_of_transformers
-from cap_hf.patterns import unit_of
 from cap_hf.report import PruneReport
 from cap_hf.targets import find_targets
 
@@ -92,6 +92,7 @@ class CAPCompressor:
         self._find = partial(find_targets, self.model, include=own.include, exclude=own.exclude, pattern=own.structure)
         block_size = METHODS[self.config.method].block_size(self.config)
         self.targets = self._find("row" if block_size == "auto" else block_size)
+        self.budgets = Budgets(self.model, self.processes, self.progress, dtype)
         self.report: PruneReport | None = None
         self.collection: Collection | None = None
         self.paths: RemovalPaths | None = None
@@ -138,19 +139,17 @@ class CAPCompressor:
                 return self
             self.collection = collection = self._collection(dataloader)
             self.config = collection.config
-            fisher = collection.run(checkpointing)
+            solver = Solver(self.config, collection.run(checkpointing), collection.batch_bytes)
             self.targets, again = collection.targets, collection.recollection
-            solver = Solver(self.config, fisher, collection.batch_bytes)
             paths = RemovalPaths(self.targets, solver, self.processes, collection.tensors, statistics, again)
             if again:
                 eliminate(paths, self.config.structure, self.progress)
             self.paths = paths
             return self
 
-    def check_sparsity(self, sparsity: float | None = None) -> None:
+    def check_sparsity(self, sparsity: float | Budget | None = None) -> None:
         """Raise the CAPError of `prune` about a sparsity that the model, as it is, cannot be pruned to; any time."""
-        zeros, total = count_zeros(self.targets, unit_of(self.config.structure))
-        self.config.check_sparsity(sparsity, total, zeros)
+        self.budgets.check(sparsity, self.config, self.targets)
 
     def _collection(self, dataloader: Batches) -> Collection:
         how = (self.config, self._find, self.processes, self.resources, self.progress, self.afterwards)
@@ -178,12 +177,12 @@ class CAPCompressor:
             return forecasts(self._collection(dataloader), processes, hardware)
 
     def prune(
-        self, sparsity: float | None = None, allocation: str | None = None, selection: str | None = None
+        self, sparsity: float | Budget | None = None, allocation: str | None = None, selection: str | None = None
     ) -> PruneReport:
         """Prune the model in place, from the weights it had at `collect`, to this sparsity, exact to the unit.
 
         Args:
-            sparsity: share of all target weights that are 0 afterwards, in [0, 1); None for an N:M allocation.
+            sparsity: share of all target weights that are 0 afterwards, in [0, 1), or a `Budget`; None for N:M.
             allocation: in place of the config's, which then becomes what `self.config` says.
             selection: in place of the config's, likewise.
 
@@ -191,23 +190,24 @@ class CAPCompressor:
             What was removed where, as `self.report`.
 
         Raises:
-            CAPError: the sparsity is out of range, below the model's, or not the N:M pattern's; `collect` was not
-                called; a block Fisher cannot be inverted; a weight is too large for the dtype.
+            CAPError: the sparsity is out of range, below the model's, or not the N:M pattern's; the budget cannot be
+                met; no `collect`; a block Fisher cannot be inverted; a weight is too large for the dtype.
         """
         return next(self.prune_each([sparsity], allocation, selection))
 
     def prune_each(
-        self, sparsities: Sequence[float | None], allocation: str | None = None, selection: str | None = None
+        self, sparsities: Sequence[float | Budget | None], allocation: str | None = None, selection: str | None = None
     ) -> Iterator[PruneReport]:
         """Prune the model as `prune` does, to one sparsity after the other, and yield the report of each.
 
         As many as memory has room for are solved for together, which is faster. In between the model may learn.
         """
         paths, config = self._collected_paths(), with_changes(self.config, allocation, selection)
-        for sparsity, pruned, losses in solve_each(paths, config, sparsities, self.progress, self.collection):
+        how = (self.progress, self.collection, self.budgets)
+        for amount, pruned, losses in solve_each(paths, config, sparsities, *how):
             write_pruned(self.model, paths, pruned, self.dtype)
             known = [None] * len(self.targets) if self.fisher is None else losses.tolist()
-            self.report, self.config = report_pruning(self.targets, config, sparsity, known), config
+            self.report, self.config = report_pruning(self.targets, config, amount, known, self.budgets), config
             yield self.report
 
     def refit(self, dataloader: Batches) -> PruneReport:

@@ -63,16 +63,42 @@ class RefitReport:
 
 
 @dataclass
+class BudgetReport:
+    """What came out of a budget.
+
+    Attributes:
+        kind: of the budget: flops, bytes, latency or latency-int8.
+        requested: share of what the dense model costs.
+        achieved: the share that it is: counted, and of a latency predicted from the times of the layers.
+        kept: what the pruned model costs.
+        dense: what the dense one does.
+        counted_in: multiply-adds of one image, bytes, or seconds of one image.
+        measured: of a latency, the share that the pruned model was measured to take; None of what is counted.
+        threads: with which it was measured.
+    """
+
+    kind: str
+    requested: float
+    achieved: float
+    kept: float
+    dense: float
+    counted_in: str
+    measured: float | None = None
+    threads: int | None = None
+
+
+@dataclass
 class PruneReport:
     """One `CAPCompressor.prune`: what was asked for and what came out, in total and by layer; and a refit after it."""
 
     method: str
     allocation: str
     selection: str
-    requested_sparsity: float
+    requested_sparsity: float | None
     layers: list[LayerReport] = field(default_factory=list)
     refit: RefitReport | None = None
     pattern: str | None = None
+    budget: BudgetReport | None = None
 
     @property
     def num_weights(self) -> int:

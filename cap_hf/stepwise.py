@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
+from cap_hf.budget import Budget
 from cap_hf.collection.running import Batches
 from cap_hf.compressor import CAPCompressor
 from cap_hf.config import CAPConfig, check_type
@@ -85,6 +86,8 @@ def prune_in_steps(
     if isinstance(dataloader, Iterator):
         raise CAPError("steps go through the examples again and again: pass a DataLoader or a list of batches")
     for sparsity in sparsities:
+        if isinstance(sparsity, Budget):
+            raise CAPError(f"{sparsity} has no sparsities on the way to it: prune to it with CAPCompressor.prune")
         compressor.check_sparsity(sparsity)
     return _steps(compressor, dataloader, sparsities, num_recomputations, recalibrates)
 

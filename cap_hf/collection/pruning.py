@@ -6,7 +6,9 @@ from functools import partial
 import torch
 from torch import nn
 
+from cap_hf.budget import Budget
 from cap_hf.checkpoints.form import check_range, round_weights, too_large
+from cap_hf.collection.budgets import Budgets
 from cap_hf.collection.collection import Collection
 from cap_hf.collection.progress import Progress
 from cap_hf.collection.removal_paths import RemovalPaths, Tensors
@@ -23,10 +25,11 @@ def eliminate(paths: RemovalPaths, pattern: Pattern | None, progress: Progress) 
 def solve_each(
     paths: RemovalPaths,
     config: CAPConfig,
-    sparsities: Sequence[float | None],
+    sparsities: Sequence[float | Budget | None],
     progress: Progress,
     collection: Collection | None,
-) -> Iterator[tuple[float, Tensors, torch.Tensor]]:
+    budgets: Budgets,
+) -> Iterator[tuple[float | Budget, Tensors, torch.Tensor]]:
     """Yield what a model is pruned to, one sparsity after the other: what `RemovalPaths.reconstruct` returns of each.
 
     Fishers are made from sums once for all sparsities that are solved for together, and so are sums collected anew.
@@ -38,17 +41,22 @@ def solve_each(
         progress: told what goes on.
         collection: that the paths come from, which says how many of them are solved for together; None where nothing
             was collected.
+        budgets: what the model costs.
 
     Raises:
-        CAPError: a sparsity is out of range, below the model's, or not the N:M pattern's; a block cannot be solved for.
+        CAPError: a sparsity is out of range, below the model's, or not the N:M pattern's; a budget is more than the
+            model takes, or too little; a block cannot be solved for.
     """
     zeros = paths.count_zeros(unit_of(config.structure))
-    exact = [config.check_sparsity(sparsity, paths.num_weights, zeros) for sparsity in sparsities]
+    exact = [budgets.check(each, config, paths.targets, zeros) for each in sparsities]
     eliminate(paths, config.structure, progress)
     at_once = 1 if collection is None else collection.together(len(exact))
     for first in range(0, len(exact), at_once):
         together = exact[first : first + at_once]
-        counts = [paths.allocate(config, sparsity) for sparsity in together]
+        counts = [
+            budgets.spend(each, config, paths) if isinstance(each, Budget) else paths.allocate(config, each)
+            for each in together
+        ]
         solved = paths.reconstruct(counts, partial(progress.phase, "reconstructing", "block"))
         for sparsity, (pruned, losses) in zip(together, solved, strict=True):
             progress.end_phase()

@@ -81,10 +81,10 @@ class RemovalPaths:
         """Return what the blocks of some targets take to solve, in the measure of `work_of`."""
         return sum(work_of(target, len(self.weights[target.name])) for target in targets)
 
-    def count_zeros(self, unit: int = 1) -> int:
-        """Return how many of all processes' weights are 0 already, in units of so many that are 0 as a whole."""
-        own = sum(int(zero_units(self.weights[target.name], unit).sum()) for target in self.targets)
-        return unit * sum(zeros for (zeros,) in self.processes.gather_ints(own))
+    def count_zeros(self, unit: int = 1) -> list[int]:
+        """Return how many units of each target, of all processes' weights, are 0 as a whole already."""
+        own = [int(zero_units(self.weights[target.name], unit).sum()) for target in self.targets]
+        return [sum(zeros) for zeros in zip(*self.processes.gather_ints(*own), strict=True)]
 
     def is_eliminated(self, pattern: Pattern | None) -> bool:
         """Return whether the paths of a pattern are there."""
@@ -157,19 +157,22 @@ class RemovalPaths:
             config: for the allocation and the selection.
             sparsity: share of all targets' units that are 0 afterwards.
         """
-        names = [target.name for target in self.targets]
         if config.nm is not None:
-            orders = [self.orders[name] for name in names]
+            orders = [self.orders[target.name] for target in self.targets]
             return [torch.full(order.shape[:1], order.shape[1], device=order.device) for order in orders]
-        unit = unit_of(config.structure)
-        paths = [
-            path_losses(self.losses[name], zero_units(self.weights[name], unit).sum(dim=1), config.selection)
-            for name in names
-        ]
+        unit, paths = unit_of(config.structure), self.compared(config)
         if config.allocation == "global":
             return allocate_global(paths, round(self.num_weights // unit * sparsity), self.processes)
         sizes = [target.weight.numel() // unit for target in self.targets]
         return allocate_uniform(paths, sizes, sparsity, self.processes)
+
+    def compared(self, config: CAPConfig) -> list[torch.Tensor]:
+        """Return what the removals of this process's blocks are compared by, as `path_losses`, for each target."""
+        unit = unit_of(config.structure)
+        return [
+            path_losses(self.losses[each.name], zero_units(self.weights[each.name], unit).sum(dim=1), config.selection)
+            for each in self.targets
+        ]
 
     def reconstruct(self, counts: Sequence[Sequence[torch.Tensor]], begin: Begin) -> list[tuple[Tensors, torch.Tensor]]:
         """Return what becomes of this process's blocks, and what the changes of all processes' cost, several times.

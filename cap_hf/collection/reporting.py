@@ -6,6 +6,8 @@ from dataclasses import replace
 
 import torch
 
+from cap_hf.budget import Budget
+from cap_hf.collection.budgets import Budgets
 from cap_hf.config import CAPConfig
 from cap_hf.masks import describe_masks
 from cap_hf.report import LayerReport, PruneReport, RefitReport
@@ -15,17 +17,28 @@ logger = logging.getLogger(__name__)
 
 
 def report_pruning(
-    targets: Sequence[Target], config: CAPConfig, sparsity: float, losses: Sequence[float | None]
+    targets: Sequence[Target],
+    config: CAPConfig,
+    amount: float | Budget,
+    losses: Sequence[float | None],
+    budgets: Budgets | None = None,
 ) -> PruneReport:
     """Return what was removed where, and name the targets in which nothing is left in a warning.
 
     Args:
         targets: as they are after pruning.
         config: by which they were pruned.
-        sparsity: that was asked for.
+        amount: the sparsity that was asked for, or the budget.
         losses: of each target; None where there is no Fisher.
+        budgets: where a budget was asked for, what the model costs.
+
+    Raises:
+        CAPError: the pruned model cannot be measured.
     """
-    report = PruneReport(config.method, config.allocation, config.selection, sparsity, pattern=config.pattern)
+    requested = None if isinstance(amount, Budget) else amount
+    report = PruneReport(config.method, config.allocation, config.selection, requested, pattern=config.pattern)
+    if isinstance(amount, Budget) and budgets is not None:
+        report.budget = budgets.report(amount, config, targets)
     for target, loss in zip(targets, losses, strict=True):
         (mask,) = describe_masks([target])
         report.layers.append(LayerReport(**mask, block_size=target.block_size, loss=loss))

@@ -13,6 +13,7 @@ from cap_hf.collection.batch_norm import batch_norms
 from cap_hf.collection.examples import whole_groups
 from cap_hf.collection.objective import check_loss
 from cap_hf.collection.searching import sparsity_grid
+from cap_hf.commands.budgeting import with_example
 from cap_hf.commands.common import image_dataset, load_all, load_companions, load_form
 from cap_hf.commands.evaluation import Evaluation
 from cap_hf.commands.healing import Healing
@@ -96,11 +97,12 @@ def prepare(asked: Asked, accelerator: Accelerator) -> Run:
     compressor = CAPCompressor(
         model, config, accelerator, args.disable_tqdm, asked.resources, prunes, form.dtype, refits
     )
-    for sparsity in asked.sparsities:
-        compressor.check_sparsity(sparsity)
     calibration = image_dataset(
         calibration_split(splits["train"], num_examples, config.seed), image_processor, model, data
     )
+    asked.sparsities = with_example(asked.sparsities, calibration)
+    for sparsity in asked.sparsities:
+        compressor.check_sparsity(sparsity)
     if config.fisher_loss == "labels":
         calibration.need_labels()
     if config.fisher_loss is not None:

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 from cap_hf.checkpoints.atomic import check_place
 from cap_hf.collection.resources import Resources
 from cap_hf.commands.arguments import ModelArguments, ProbeArguments, check_output, parse
+from cap_hf.commands.budgeting import budget_columns, check_amounts
 from cap_hf.commands.healing import HealArguments
 from cap_hf.commands.prune_arguments import (
     Asked,
     PruneArguments,
-    check_sparsities,
     check_state,
     checkpoint_name,
     state_folder,
@@ -42,9 +42,9 @@ def main(argv: list[str]) -> None:
     description = "Prune a vision model with CAP to one or several sparsities, or as far as a drop allows."
     asked = Asked(*parse(argv, "prune", description, *KINDS))
     args, search = asked.prune, asked.search
-    check_search(search, args.sparsity, args.num_recomputations, asked.config)
+    check_search(search, args.sparsity or args.budget, args.num_recomputations, asked.config)
     if search.max_accuracy_drop is None:
-        asked.sparsities = check_sparsities(args.sparsity, asked.config)
+        asked.sparsities = check_amounts(args, asked.config)
     check_state(args)
     if not args.dry_run:
         check_output(args.output_dir, args.overwrite_output_dir or args.resume, state_folder(args))
@@ -150,4 +150,5 @@ def summary(dense: dict | None, sparsity_dense: float, results: list[dict]) -> s
             *((result["checkpoint"], result["pruning"]["sparsity"], result["sparse"]) for result in results),
         ],
         dense,
+        budget_columns([None, *(result["pruning"] for result in results)]),
     )

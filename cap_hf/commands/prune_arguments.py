@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from cap_hf.budget import Budget
 from cap_hf.collection.hardware import parse_hardware
 from cap_hf.collection.resources import Resources
 from cap_hf.commands.arguments import DEFAULT_OUTPUT_DIR, ModelArguments, ProbeArguments, beside
@@ -22,12 +23,22 @@ class PruneArguments:
         CAPError: `plan_for` names no GPU that is known.
     """
 
-    output_dir: str = field(default=DEFAULT_OUTPUT_DIR, metadata={"help": "Gets report.json and sparsity-*/."})
+    output_dir: str = field(
+        default=DEFAULT_OUTPUT_DIR, metadata={"help": "Gets report.json and a folder per checkpoint."}
+    )
     sparsity: list[str] | None = field(
         default=None,
         metadata={
             "help": "Share of the target weights to be 0, in [0, 1); several give a checkpoint each, as numbers or as "
             "begin:end:step, such as 0.5:0.95:0.05."
+        },
+    )
+    budget: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "In the place of a sparsity, what the model may cost: flops=0.4 (share of the targets' "
+            "multiply-adds), bytes=0.25 (of the weights, compressed), latency=0.5 or latency-int8=0.5 (of the dense "
+            "latency, measured here); several of one kind give a checkpoint each."
         },
     )
     num_recomputations: int = field(
@@ -78,7 +89,7 @@ class Asked:
     """All that the command line says.
 
     Attributes:
-        sparsities: in rising order; none where one is searched for.
+        sparsities: in rising order, or budgets in falling order; none where a sparsity is searched for.
     """
 
     model: ModelArguments
@@ -89,11 +100,13 @@ class Asked:
     probe: ProbeArguments
     config: CAPConfig
     resources: Resources
-    sparsities: list[float] = field(default_factory=list)
+    sparsities: list[float | Budget] = field(default_factory=list)
 
 
-def checkpoint_name(sparsity: float) -> str:
-    """Return the name of the folder for a checkpoint of this sparsity."""
+def checkpoint_name(sparsity: float | Budget) -> str:
+    """Return the name of the folder for a checkpoint of this sparsity, or of this budget."""
+    if isinstance(sparsity, Budget):
+        return f"{sparsity.kind}-{sparsity.share:.12g}"
     return f"sparsity-{sparsity:.12g}"
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from cap_hf.budget import Budget
 from cap_hf.collection.state import Checkpointing
 from cap_hf.commands.preparing import Run
 from cap_hf.commands.prune_arguments import Asked, state_folder
@@ -17,14 +18,14 @@ class Pruned:
     """A model that was pruned, refitted and recalibrated, but not healed.
 
     Attributes:
-        sparsity: that it was pruned to.
+        sparsity: that it was pruned to, or the budget.
         steps: sparsities on the way to it, and that itself.
         report: of the pruning.
         norms: names of the layers whose batch norm was estimated anew.
         search: what was measured to find the sparsity; None where it was asked for.
     """
 
-    sparsity: float
+    sparsity: float | Budget
     steps: list[float]
     report: PruneReport
     norms: list[str]
@@ -40,9 +41,11 @@ def prune_each(run: Run, asked: Asked, phases: Phases) -> Iterator[Pruned]:
         phases: told how long each takes.
     """
     args, compressor, recomputations = asked.prune, run.compressor, asked.prune.num_recomputations
-    ways = [steps_towards(sparsity, recomputations, start_of(compressor)) for sparsity in asked.sparsities]
+    start = start_of(compressor)
+    ways = [[] if isinstance(each, Budget) else steps_towards(each, recomputations, start) for each in asked.sparsities]
     if recomputations:
-        reports = prune_in_steps(compressor, run.loader, asked.sparsities, recomputations, run.recalibrates)
+        shares = [each for each in asked.sparsities if not isinstance(each, Budget)]
+        reports = prune_in_steps(compressor, run.loader, shares, recomputations, run.recalibrates)
     else:
         checkpointing = None
         if args.checkpoint_every is not None:

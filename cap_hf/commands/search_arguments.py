@@ -66,12 +66,12 @@ class SearchArguments:
         return 0 if self.max_accuracy_drop is None else self.max_search_samples
 
 
-def check_search(args: SearchArguments, sparsity: Sequence[str] | None, recomputations: int, config: CAPConfig) -> None:
+def check_search(args: SearchArguments, amounts: Sequence[str] | None, recomputations: int, config: CAPConfig) -> None:
     """Check that a search goes with the other arguments.
 
     Args:
         args: of the search, if there is one.
-        sparsity: as it was given.
+        amounts: sparsities or budgets, as they were given.
         recomputations: as of `PruneArguments`.
         config: how to prune.
 
@@ -80,8 +80,8 @@ def check_search(args: SearchArguments, sparsity: Sequence[str] | None, recomput
     """
     if args.max_accuracy_drop is None:
         return
-    if sparsity:
-        raise CAPError("--max_accuracy_drop finds the sparsity: leave out --sparsity, or that")
+    if amounts:
+        raise CAPError("--max_accuracy_drop finds the sparsity: leave out --sparsity and --budget, or that")
     if config.nm is not None:
         raise CAPError(f"{config.nm} has one sparsity, and there is nothing to find: leave out --max_accuracy_drop")
     if recomputations:

@@ -9,7 +9,11 @@ from cap_hf.checkpoints.metrics import measured_in
 Row = tuple[str, float | None, Mapping[str, Any] | None]
 
 
-def results_table(rows: Sequence[Row], dense: Mapping[str, Any] | None) -> str:
+def results_table(
+    rows: Sequence[Row],
+    dense: Mapping[str, Any] | None,
+    shares: Mapping[str, Sequence[float | None]] | None = None,
+) -> str:
     """Return one line per model: its sparsity, what was measured of any of them, and what it lost to the dense model.
 
     Behind ± stand the standard errors of an accuracy and of its drop; those of other figures would make lines too long.
@@ -17,11 +21,15 @@ def results_table(rows: Sequence[Row], dense: Mapping[str, Any] | None) -> str:
     Args:
         rows: in the order they are printed in; what was not measured of one of them is a dash.
         dense: metrics of the dense model, or None where it was not evaluated; its own row has no drop.
+        shares: further columns by their heading, of each row a share, such as those of a budget.
     """
     header, lines = ["model"], [[name] for name, _, _ in rows]
     if any(sparsity is not None for _, sparsity, _ in rows):
         header.append("sparsity %")
         lines = [[name, percent(sparsity)] for name, sparsity, _ in rows]
+    for heading, column in (shares or {}).items():
+        header.append(heading)
+        lines = [[*line, percent(share)] for line, share in zip(lines, column, strict=True)]
     for metric in measured_in(measured for _, _, measured in rows):
         header += [metric.heading, "drop"] if metric.drop and dense is not None else [metric.heading]
         for line, (_, _, measured) in zip(lines, rows, strict=True):

@@ -19,7 +19,7 @@ from cap_hf.checkpoints.quantized import dequantize
 from cap_hf.checkpoints.weights import measure
 from cap_hf.errors import CAPError
 from cap_hf.hub.names import code, hub_id, link, one_line, short_name, text
-from cap_hf.hub.origin import GRADUAL, PRUNED, RECOVERED, command_line, kind_of, run_of, steps_of
+from cap_hf.hub.origin import GRADUAL, PRUNED, RECOVERED, budget_of, command_line, kind_of, run_of, steps_of
 from cap_hf.hub.task import CLASSIFICATION, loader_name, pipeline_tag, purpose
 from cap_hf.masks import describe_masks, differing_layers, find_pattern, take_masks
 from cap_hf.outputs import label_names
@@ -243,6 +243,7 @@ class CardFacts:
                 "is_classifier": is_classifier,
                 "refit": self.run.get("refit") if self.kind == PRUNED else None,
                 "steps": steps_of(self.run) if self.kind == PRUNED else [],
+                "budget": budget_of(self.run) if self.kind == PRUNED else None,
                 "healing": self.run.get("healing") if self.kind == PRUNED else None,
                 # Without a head there is nothing that could learn labels.
                 "unlabelled": bool(teacher) and (not is_classifier or training.get("hard_label_weight") == 0),

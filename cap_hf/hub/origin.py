@@ -8,8 +8,9 @@ import shlex
 from dataclasses import asdict
 from typing import Any
 
+from cap_hf.budget import KINDS
 from cap_hf.checkpoints.folder import Report
-from cap_hf.config import CAPConfig
+from cap_hf.config import CAPConfig, is_number
 from cap_hf.data.arguments import DataArguments
 from cap_hf.hub.names import one_line, short_name
 from cap_hf.method.methods import METHODS
@@ -50,6 +51,7 @@ def run_of(report: Report, base_model: str | None = None) -> dict[str, Any]:
         "training_arguments": dict(report.get("training_arguments") or {}),
         "healing": dict(report.get("healing") or {}),
         "steps": report.get("steps"),
+        "budget": pruning.get("budget") if isinstance(pruning, dict) else None,
         # None where nothing is known of it.
         "refit": dict(pruning.get("refit") or {}) if pruning else None,
     }
@@ -87,7 +89,11 @@ def command_line(kind: str, run: dict[str, Any], config: dict[str, Any], sparsit
         # What a gradual run prunes with has the seed of its training.
         arguments |= {name: value for name, value in pruning.items() if kind == PRUNED or name != "seed"}
     if kind == PRUNED and ":" not in str(config.get("allocation")):
-        arguments["sparsity"] = f"{sparsity:.4f}".rstrip("0").rstrip(".")
+        budget = budget_of(run)
+        if budget:
+            arguments["budget"] = f"{budget['kind']}={budget['requested']:.12g}"
+        else:
+            arguments["sparsity"] = f"{sparsity:.4f}".rstrip("0").rstrip(".")
     if kind == PRUNED:
         arguments |= {"num_recomputations": len(steps_of(run)) - 1} if steps_of(run) else {}
         healing = single_values(run["healing"])
@@ -106,6 +112,17 @@ def steps_of(run: dict[str, Any]) -> list[float]:
     if not isinstance(steps, list) or len(steps) < 2 or not all(isinstance(step, (int, float)) for step in steps):
         return []
     return [float(step) for step in steps]
+
+
+def budget_of(run: dict[str, Any]) -> dict[str, Any] | None:
+    """Return the budget that a model was pruned to, by its report, with what its kind is a share of; None without."""
+    budget = run.get("budget")
+    if not isinstance(budget, dict) or budget.get("kind") not in KINDS:
+        return None
+    shares = {name: budget.get(name) for name in ("requested", "achieved", "measured")}
+    if not all(is_number(share) or (name == "measured" and share is None) for name, share in shares.items()):
+        return None
+    return {"kind": budget["kind"], "of": KINDS[budget["kind"]]} | shares
 
 
 def refits(config: dict[str, Any]) -> bool:

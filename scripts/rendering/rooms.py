@@ -19,7 +19,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("masks",),
     ("targets", "kernels", "memory"),
     ("models", "towers"),
-    ("config", "report", "extras", "outputs", "failures", "unmasking", "notices"),
+    ("budget", "config", "report", "extras", "outputs", "failures", "unmasking", "notices"),
     ("patterns",),
     ("errors",),
 )

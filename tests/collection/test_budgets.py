@@ -1,0 +1,210 @@
+"""Models pruned to budgets: what they are asked for against what is counted of them, written and told."""
+
+import dataclasses
+
+import pytest
+import torch
+from support.checkpoints import make_model
+from support.models import ARCHITECTURES, build, random_batches
+from torch.utils.flop_counter import FlopCounterMode
+
+from cap_hf import CAPCompressor, CAPConfig, CAPError
+from cap_hf.budget import Budget, CostCurve
+from cap_hf.checkpoints.compressing import compress_checkpoint
+from cap_hf.checkpoints.weights import measure
+from cap_hf.collection import budgets
+from cap_hf.collection.budgets import Costs, corrected, even_sparsity, on_first
+from cap_hf.distributed.processes import Processes
+from cap_hf.stepwise import prune_in_steps
+
+
+def compressor_of(model, side, **config) -> CAPCompressor:
+    settings = CAPConfig(**{"num_grads": 16, **config})
+    return CAPCompressor(model, settings, disable_tqdm=True).collect(random_batches(model, side, sizes=(8, 8)))
+
+
+def multiply_adds(model, side, targets) -> tuple[int, int]:
+    """Of the targets: those that are kept, and all, by PyTorch's counter of operations."""
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(pixel_values=random_batches(model, side, sizes=(1,))[0]["pixel_values"])
+    counted = counter.get_flop_counts()
+    kept = total = 0
+    for target in targets:
+        dense = sum(counted[f"{type(model).__name__}.{target.name}"].values()) // 2
+        total += dense
+        kept += dense // target.weight.numel() * int((target.weight != 0).sum())
+    return kept, total
+
+
+@pytest.mark.parametrize("name", ["ViT", "Swin", "ConvNext", "ResNet"])
+def test_multiply_adds_are_met_as_nearly_as_weights_can(name):
+    side = ARCHITECTURES[name][1]
+    model = build(name)
+    compressor = compressor_of(model, side)
+    for share in (0.4, 0.25):
+        report = compressor.prune(Budget("flops", share, random_batches(model, side, sizes=(1,))[0]))
+        kept, total = multiply_adds(model, side, compressor.targets)
+        assert (report.budget.kept, report.budget.dense) == (kept, total)
+        assert report.budget.achieved == kept / total <= share
+        # Less is left over than any weight that went costs.
+        assert share * total - kept < max(1, total / sum(each.weight.numel() for each in compressor.targets)) * 4
+        assert report.requested_sparsity is None
+        assert report.to_dict()["budget"]["requested"] == share
+
+
+def test_where_weights_cost_more_more_of_them_go():
+    """Beside a sparsity with the same multiply-adds the loss that is foreseen is less, and more weights are left."""
+    model = build("Swin")
+    compressor = compressor_of(model, 16)
+    budget = compressor.prune(Budget("flops", 0.3))
+    shares = [layer.sparsity for layer in budget.layers]
+    low, high = budget.sparsity, 1.0
+    for _ in range(12):
+        middle = (low + high) / 2
+        plain = compressor.prune(middle)
+        kept, total = multiply_adds(model, 16, compressor.targets)
+        low, high = (low, middle) if kept / total <= 0.3 else (middle, high)
+    plain = compressor.prune(high)
+    assert plain.sparsity > budget.sparsity
+    assert plain.loss > budget.loss
+    early = [index for index, layer in enumerate(budget.layers) if ".layers.0." in layer.name]
+    assert sum(shares[index] for index in early) > sum(plain.layers[index].sparsity for index in early)
+
+
+def test_one_price_for_all_is_a_sparsity():
+    model = build("ViT")
+    compressor = compressor_of(model, 8, exclude=["*attention*"])
+    compressor.prune(Budget("flops", 0.5))
+    found = {target.name: target.weight.clone() for target in compressor.targets}
+    compressor.prune(0.5)
+    assert all(torch.equal(target.weight, found[target.name]) for target in compressor.targets)
+
+
+@pytest.mark.parametrize("pattern", [None, "1x4"])
+def test_bytes_are_those_of_the_compressed_checkpoint(tmp_path, pattern):
+    model = make_model()
+    compressor = CAPCompressor(model, CAPConfig(method="magnitude", pattern=pattern), disable_tqdm=True)
+    for share in (0.6, 0.3):
+        report = compressor.prune(Budget("bytes", share))
+        compressor.save_pretrained(tmp_path / f"{share}")
+        compress_checkpoint(tmp_path / f"{share}", tmp_path / f"small-{share}")
+        dense, compressed = measure(tmp_path / f"small-{share}")
+        assert (report.budget.kept, report.budget.dense) == (compressed, dense)
+        assert 0.99 * share <= report.budget.achieved <= share
+
+
+def test_bytes_are_those_in_the_dtype_that_it_is_saved_in(tmp_path):
+    model = make_model()
+    compressor = CAPCompressor(model, CAPConfig(method="magnitude"), disable_tqdm=True, dtype=torch.bfloat16)
+    report = compressor.prune(Budget("bytes", 0.5))
+    compressor.save_pretrained(tmp_path / "plain")
+    dense, compressed = measure(tmp_path / "plain")
+    assert (report.budget.kept, report.budget.dense) == (compressed, dense)
+    assert 0.99 * 0.5 <= report.budget.achieved <= 0.5
+
+
+def test_units_are_kept_or_removed_as_a_whole():
+    model = make_model()
+    compressor = CAPCompressor(model, CAPConfig(method="magnitude", pattern="1x4"), disable_tqdm=True)
+    report = compressor.prune(Budget("flops", 0.4))
+    for target in compressor.targets:
+        units = target.to_blocks(target.weight.detach()).view(-1, 4) == 0
+        assert torch.equal(units.any(dim=1), units.all(dim=1))
+    assert 0.399 < report.budget.achieved <= 0.4
+
+
+@pytest.fixture
+def said_times(monkeypatch):
+    """Every layer takes 1 s dense, no less up to 60 % sparsity, and all else 2 s; what is measured is told."""
+    measured = [0.6, 0.6]
+
+    def points(model, targets, example, int8, unit, advance):
+        units = [target.weight.numel() // unit for target in targets]
+        return [[(0, 1.0), (round(0.6 * each), 1.0), (each, 0.1)] for each in units], 2.0, 2.0 + len(units)
+
+    monkeypatch.setattr(budgets, "latency_points", points)
+    monkeypatch.setattr(budgets, "measure_random", lambda *args: measured.pop(0))
+    monkeypatch.setattr(budgets, "measure_share", lambda *args: 0.61)
+    return measured
+
+
+def test_seconds_are_predicted_by_layers_corrected_and_told_beside_what_was_measured(said_times):
+    model = build("ViT")
+    compressor = compressor_of(model, 8)
+    report = compressor.prune(Budget("latency", 0.6)).budget
+    assert said_times == []
+    assert 0.6 * 0.99 <= report.achieved <= 0.6
+    assert (report.measured, report.dense, report.counted_in) == (0.61, 14.0, "seconds")
+    assert report.threads == torch.get_num_threads()
+    # Layers where little is gained are left alone, the others go far beyond where they begin to gain.
+    sparsities = [layer.sparsity for layer in compressor.report.layers]
+    assert all(each == 0 or each > 0.6 for each in sparsities)
+
+
+def test_a_prediction_that_was_wrong_is_made_right():
+    curves = [CostCurve((0, 1, 10), (4.0, 3.6, 1.0)), CostCurve((0, 2, 3, 10), (6.0, 6.0, 5.0, 1.5))]
+    costs = Costs(curves, 10.0, 20.0)
+    sparsity, predicted = even_sparsity(costs, [10, 10], 16.0)
+    assert predicted <= 16.0 < costs.of([3, 3])
+    removals = [round(10 * sparsity)] * 2
+    for missing in (-1.5, 0.5):
+        assert corrected(costs, removals, missing).of(removals) == pytest.approx(predicted + missing)
+        # What stays dense takes what it did.
+        assert corrected(costs, removals, missing).of([0, 0]) == costs.of([0, 0])
+        assert corrected(costs, removals, missing).of([0, 2]) == costs.of([0, 2])
+
+
+@pytest.mark.parametrize(
+    ("budget", "config", "line"),
+    [
+        (Budget("flops", 0.4), {"allocation": "2:4"}, "allocation=2:4 says how much each target keeps"),
+        (Budget("flops", 0.4), {"allocation": "uniform"}, "allocation=uniform says how much each target keeps"),
+        (Budget("flops", 0.4), {"selection": "cumulative"}, "selection=cumulative has no loss of a single removal"),
+        (Budget("bytes", 0.001), {}, r"bytes=0.001 cannot be met: with every target 0, \d+.\d% of the dense bytes"),
+    ],
+)
+def test_what_cannot_be_is_one_line_before_the_work(budget, config, line):
+    compressor = CAPCompressor(make_model(), CAPConfig(**config), disable_tqdm=True)
+    with pytest.raises(CAPError, match=line):
+        compressor.check_sparsity(budget)
+
+
+def test_a_sparse_model_is_pruned_further_and_not_back():
+    model = make_model()
+    first = CAPCompressor(model, CAPConfig(method="magnitude"), disable_tqdm=True)
+    first.prune(Budget("flops", 0.5))
+    zeros = {target.name: target.weight == 0 for target in first.targets}
+    again = CAPCompressor(model, CAPConfig(method="magnitude"), disable_tqdm=True)
+    with pytest.raises(CAPError, match="takes 50.0000% of the targets' multiply-adds already: flops=0.7 would be more"):
+        again.check_sparsity(Budget("flops", 0.7))
+    report = again.prune(Budget("flops", 0.3))
+    assert 0.299 < report.budget.achieved <= 0.3
+    assert all((target.weight[zeros[target.name]] == 0).all() for target in again.targets)
+    # From the same collection, a larger one after a smaller one.
+    first.prune(Budget("flops", 0.2))
+    assert 0.399 < first.prune(Budget("flops", 0.4)).budget.achieved <= 0.4
+
+
+def test_there_are_no_steps_towards_a_budget():
+    compressor = CAPCompressor(make_model(), CAPConfig(), disable_tqdm=True)
+    with pytest.raises(CAPError, match="flops=0.4 has no sparsities on the way to it"):
+        prune_in_steps(compressor, [], [Budget("flops", 0.4)], 1)
+
+
+def test_the_example_says_how_large_images_are():
+    model = build("Swin", image_size=16)
+    compressor = CAPCompressor(model, CAPConfig(method="magnitude"), disable_tqdm=True)
+    own = compressor.budgets.costs(Budget("flops", 0.5), compressor.targets, 1)
+    larger = CAPCompressor(model, CAPConfig(method="magnitude"), disable_tqdm=True).budgets
+    image = {"pixel_values": torch.randn(1, 3, 32, 32)}
+    budget = dataclasses.replace(Budget("flops", 0.5), example_inputs=image)
+    assert larger.costs(budget, compressor.targets, 1).dense == 4 * own.dense
+
+
+def test_what_the_first_process_finds_wrong_is_raised():
+    def fail():
+        raise CAPError("it is broken")
+
+    assert on_first(Processes(), lambda: [1, [2.5]]) == [1, [2.5]]
+    with pytest.raises(CAPError, match="^it is broken$"):
+        on_first(Processes(), fail)
