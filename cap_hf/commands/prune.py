@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from cap_hf.checkpoints.atomic import check_place
 from cap_hf.collection.resources import Resources
-from cap_hf.commands.arguments import ModelArguments, ProbeArguments, check_output, parse
+from cap_hf.commands.arguments import ModelArguments, ProbeArguments, beside, check_output, parse
 from cap_hf.commands.healing import HealArguments, Healing
 from cap_hf.commands.prune_arguments import (
     PruneArguments,
@@ -16,6 +16,7 @@ from cap_hf.commands.prune_arguments import (
     state_folder,
 )
 from cap_hf.commands.tables import results_table
+from cap_hf.commands.watching import as_typed
 from cap_hf.config import CAPConfig
 from cap_hf.data.arguments import DataArguments
 from cap_hf.errors import CAPError
@@ -41,6 +42,7 @@ def main(argv: list[str]) -> None:
     )
     sparsities = check_sparsities(args.sparsity, config)
     check_state(args)
+    args.command = as_typed("prune", argv)
     if not args.dry_run:
         check_output(args.output_dir, args.overwrite_output_dir or args.resume, state_folder(args))
         # Now, and not only after the pruning.
@@ -71,6 +73,7 @@ def prune(
     from cap_hf.commands.common import hide_bars, image_dataset, load_all, load_companions, load_form
     from cap_hf.commands.dry_run import Counts, print_plan
     from cap_hf.commands.evaluation import Evaluation
+    from cap_hf.commands.recording import Recorder, Watch
     from cap_hf.compressor import CAPCompressor
     from cap_hf.data.images import calibration_split, collate, make_dataloader
     from cap_hf.distributed.accelerator import make_accelerator
@@ -80,11 +83,12 @@ def prune(
     from cap_hf.report import Phases
     from cap_hf.stepwise import check_steps, prune_in_steps, start_of, steps_towards
     from cap_hf.targets import left_alone
+    from cap_hf.tracking import Tracker
 
     if args.disable_tqdm:
         hide_bars()
     output = real_path(args.output_dir)
-    accelerator, phases = make_accelerator(), Phases()
+    accelerator, phases = make_accelerator(args.trackers, beside(output, "runs")), Phases()
     refits = METHODS[config.method].refits(config)
     num_examples = max(config.num_examples, config.refit_examples if refits else 0)
     check_steps(config, args.num_recomputations, refits)
@@ -140,11 +144,15 @@ def prune(
         print_plan(compressor, train_loader, data_args, heal_args, counts, args.plan_for)
         accelerator.end_training()
         return
+    settings = {"model_name_or_path": model_args.model_name_or_path} | asdict(data_args) | config.to_dict()
+    tracker = Tracker(accelerator, output.name, settings)
+    watch = Watch(Recorder(args.report, args.command, accelerator, len(sparsities)), tracker, phases)
     dense = None
     if evaluation is not None:
         # Before anything is pruned: the model that is compared with is this one.
         with phases("evaluate dense"):
             dense = evaluation.measure_dense(model)
+    watch.measured_dense(sparsity_dense, evaluation, dense)
     checkpointing = None
     if args.checkpoint_every is not None:
         checkpointing = Checkpointing(state_folder(args), args.checkpoint_every, args.resume)
@@ -182,6 +190,7 @@ def prune(
             with phases(f"evaluate {sparsity:g}"):
                 metrics = evaluation.measure(model)
         folder = output / checkpoint_name(sparsity)
+        watch.measured(folder.name, compressor, evaluation, report, metrics)
         outcome: dict[str, object] = {"sparse": metrics, "pruning": report.to_dict(), "steps": way}
         outcome |= {"recalibrated_batch_norm": layers, "healing": healed}
         if accelerator.is_main_process:
@@ -191,6 +200,7 @@ def prune(
         write_json(output / "report.json", facts | {"results": results, "phases": phases.records})
         print(summary(dense, sparsity_dense, results))
         print(f"\n{len(results)} checkpoint(s) and report.json are in {output}")
+        watch.recorder.write(output)
     compressor.discard_state()
     accelerator.wait_for_everyone()
     accelerator.end_training()
