@@ -93,6 +93,8 @@ CONFIG: Spec = {
         "orient": "bottom",
         "labelLimit": 220,
         "symbolOpacity": 1,
+        # Two legends below each other: on a phone there is no room beside one.
+        "layout": {"bottom": {"direction": "vertical", "anchor": "start"}},
         "symbolSize": 80,
         "columns": {"expr": "width < 420 ? 2 : width < 700 ? 3 : 5"},
     },

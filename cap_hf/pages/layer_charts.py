@@ -10,7 +10,7 @@ from cap_hf.pages.runs import Found, Model
 
 
 def map_charts(found: Found) -> list[Chart]:
-    """Return the maps of the model: how sparse each layer is, and its share of the loss; of one checkpoint at a time."""
+    """Return the maps of the model: how sparse each layer is, its share of the loss; of one checkpoint at a time."""
     models = [model for model in found.models if model.layers]
     if not models:
         return []
@@ -24,7 +24,7 @@ def map_charts(found: Found) -> list[Chart]:
         ]
     names = [model.name for model in models]
     header = ["checkpoint", "layer", "sparsity %", "loss", "weights that are 0"]
-    kinds = kinds_in_order(places_of([layer.get("name", "") for model in models for layer in model.layers[:400]]))
+    kinds = kinds_in_order([value["kind"] for value in values])
     charts = [
         Chart(
             "sparsity-map",
@@ -146,7 +146,7 @@ def curve_charts(curve: Curve | None, models: Sequence[Model]) -> list[Chart]:
             for index, share in enumerate(shares)
             if all(index < len(own) for own in each)
         ]
-        order = kinds_in_order(places_of(list(layers)))
+        order = kinds_in_order(list(kinds))
         charts.append(
             Chart(
                 "kinds",

@@ -65,7 +65,6 @@ def places_of(names: Sequence[str]) -> list[Place]:
     return found
 
 
-def kinds_in_order(places: Sequence[Place]) -> list[str]:
-    """Return the kinds as the rows of a map."""
-    kinds = list(dict.fromkeys(place.kind for place in places))
-    return sorted(kinds, key=lambda kind: ORDER.index(kind) if kind in ORDER else len(ORDER))
+def kinds_in_order(kinds: Sequence[str]) -> list[str]:
+    """Return kinds, each once, in the order of the rows of a map."""
+    return sorted(dict.fromkeys(kinds), key=lambda kind: ORDER.index(kind) if kind in ORDER else len(ORDER))

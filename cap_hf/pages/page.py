@@ -189,7 +189,7 @@ def galleries_of(found: Found) -> Iterator[dict[str, Any]]:
                 counts = {key: int(each[key]) for key in ("images", "changed", "lost", "won")}
             except (KeyError, TypeError, ValueError) as error:
                 raise CAPError(
-                    f"recorded.json tells of no images that a run writes ({error!r}): run it again"
+                    f"recorded.json holds no images as a run writes them ({error!r}): run it again"
                 ) from error
             yield {"name": "/".join(filter(None, (run, name))), "shown": shown, **counts}
 

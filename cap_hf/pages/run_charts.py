@@ -55,7 +55,7 @@ def spectrum_chart(spectra: Sequence[Mapping[str, Any]]) -> Chart | None:
         return None
     spec = {
         "data": {"values": values},
-        "mark": {"type": "line", "point": {"size": 16}, "strokeWidth": 1.5},
+        "mark": {"type": "line", "point": {"size": 40, "opacity": 0}, "strokeWidth": 1.5},
         "encoding": {
             "x": axis("rank", "rank of the eigenvalue", scale={"type": "log"}, axis={"tickCount": 5}),
             "y": axis("part", "of the largest one", scale={"type": "log"}, axis={"format": ".0e", "tickCount": 6}),
