@@ -147,7 +147,8 @@ def _is_part(path: Path, parts: set[str], is_model: bool) -> bool:
     if path.name == LOGS:
         return is_model and all(file.startswith(LOG) for _, _, files in os.walk(path) for file in files)
     if path.name == PAGE_FOLDER and path.is_dir() and not path.is_symlink():
-        return {each.name for each in path.iterdir()} <= {RECORD, *(f"{chart}.png" for chart in CHARTS)}
+        known = {RECORD, *(f"{chart}.png" for chart in CHARTS)}
+        return all(each.name in known and each.is_file() for each in path.iterdir())
     is_file = path.is_symlink() or path.is_file()
     return is_file and (path.name in parts or (is_model and WEIGHTS.fullmatch(path.name) is not None))
 
