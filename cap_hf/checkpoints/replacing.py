@@ -2,8 +2,8 @@
 
 A folder is replaced if it is empty, or if it has the config.json of a model and all that lies beside it has the name of
 a checkpoint's part: weights, ONNX, configs, a tokenizer, code that the configs ask for, reports, a card, logs. There is
-no folder among these but that of logs and that of evaluation results, so that no dataset, no other checkpoint and no
-current folder ever goes along.
+no folder among these but those of logs, of evaluation results and of a page's charts, so that no dataset, no other
+checkpoint and no current folder ever goes along.
 What the commands that measure a checkpoint write may also lie alone.
 """
 
@@ -25,8 +25,26 @@ LOST_AND_FOUND = "lost+found"
 KEPT = (LOST_AND_FOUND, "training", "collection")
 # JSON that may ask for code.
 CONFIGS = (MODEL_CONFIG_NAME, "preprocessor_config.json", "processor_config.json", "tokenizer_config.json")
+# The page of a run, and the folder beside it: what the run has noted down for it, and its charts.
+PAGE, PAGE_FOLDER, RECORD = "report.html", "report", "recorded.json"
+CHARTS = (
+    "accuracy",
+    "sparsity-map",
+    "loss-map",
+    "next-removal",
+    "total-loss",
+    "kinds",
+    "spectrum",
+    "training-loss",
+    "training-accuracy",
+    "learning-rate",
+    "training-sparsity",
+    "rate",
+    "speedup",
+    "seconds",
+)
 # Of the commands that measure a checkpoint.
-RESULTS = {"eval_results.json", "inspect.json", "benchmark.json", "benchmark.png"}
+RESULTS = {"eval_results.json", "inspect.json", "benchmark.json", "benchmark.png", PAGE}
 PARTS = {
     *CONFIGS,
     *COMPANIONS,
@@ -127,11 +145,14 @@ def is_empty(folder: Path, but: Path | None = None) -> bool:
 
 
 def _is_part(path: Path, parts: set[str], is_model: bool) -> bool:
-    """Return whether something is one of these files or, in the folder of a model, weights or the folder of logs."""
+    """Return whether something is one of these files, the charts of a page or, beside a model, weights or logs."""
     if path.name == EVAL_RESULTS and path.is_dir() and not path.is_symlink():
         return is_model and all(each.suffix == ".yaml" and each.is_file() for each in path.iterdir())
     if path.name == LOGS:
         return is_model and all(file.startswith(LOG) for _, _, files in os.walk(path) for file in files)
+    if path.name == PAGE_FOLDER and path.is_dir() and not path.is_symlink():
+        known = {RECORD, *(f"{chart}.png" for chart in CHARTS)}
+        return all(each.name in known and each.is_file() for each in path.iterdir())
     is_file = path.is_symlink() or path.is_file()
     return is_file and (path.name in parts or (is_model and WEIGHTS.fullmatch(path.name) is not None))
 

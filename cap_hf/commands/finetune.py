@@ -17,6 +17,7 @@ from cap_hf.commands.arguments import ModelArguments, ProbeArguments, beside, ch
 from cap_hf.commands.common import hide_bars, image_dataset, load_all, load_companions, load_form
 from cap_hf.commands.evaluation import Evaluation
 from cap_hf.commands.pushing import open_push, push
+from cap_hf.commands.recording import Recorder
 from cap_hf.commands.tables import percent, results_table
 from cap_hf.commands.teaching import load_teacher, student_config
 from cap_hf.commands.training import FinetuneArguments, one_line, read_arguments
@@ -138,7 +139,10 @@ def finetune(
         with phases(name), full_precision(measured):
             return evaluation.measure_dense(measured) if measured is teacher else evaluation.measure(measured)
 
+    recorder = Recorder(args.report, args.command, trainer.accelerator)
     dense = evaluate("evaluate dense", teacher)
+    if dense is not None:
+        recorder.measured_dense(evaluation)
     sparse, sparsity_before = evaluate("evaluate sparse", model), model_sparsity(model)
     if resume is None and trainer.is_world_process_zero():
         remove_checkpoints(training_args.folder)
@@ -148,6 +152,7 @@ def finetune(
     form = fitting_form(form, model)
     round_weights(model, form.dtype)
     recovered = evaluate("evaluate recovered", model)
+    recorder.measured("recovered", evaluation, model)
     report = {
         "model_name_or_path": model_args.model_name_or_path,
         "model_revision": model_args.model_revision,
@@ -176,6 +181,7 @@ def finetune(
         save_checkpoint(output, model, pruned_with, report, image_processor, companions=companions, form=form)
         print(summary(report))
         print(f"\nThe recovered checkpoint and report.json are in {output}")
+        recorder.write(output)
         if repo_id is not None:
             print(f"{repo_id} was pushed: {push(output, repo_id, training_args, model_args.trust_remote_code)}")
     trainer.accelerator.wait_for_everyone()

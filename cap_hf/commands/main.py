@@ -18,6 +18,7 @@ COMMANDS = {
     "prune": "prune a checkpoint to one or several sparsities",
     "finetune": "recover a sparse checkpoint's accuracy, or prune it gradually, with every zero held",
     "evaluate": "measure the accuracy of a checkpoint",
+    "report": "make one page of what was run into a folder: charts, tables, images",
     "inspect": "show the targets of a checkpoint and how sparse they are",
     "compress": "store a pruned checkpoint in few bytes",
     "convert": "make a plain checkpoint of what another library's pruning has written",

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from cap_hf.checkpoints.atomic import check_place
 from cap_hf.collection.resources import Resources
-from cap_hf.commands.arguments import ModelArguments, ProbeArguments, check_output, parse
+from cap_hf.commands.arguments import ModelArguments, ProbeArguments, beside, check_output, parse
 from cap_hf.commands.budgeting import budget_columns, check_amounts
 from cap_hf.commands.healing import HealArguments
 from cap_hf.commands.prune_arguments import (
@@ -18,6 +18,7 @@ from cap_hf.commands.prune_arguments import (
 )
 from cap_hf.commands.search_arguments import SearchArguments, check_search
 from cap_hf.commands.tables import results_table
+from cap_hf.commands.watching import as_typed
 from cap_hf.config import CAPConfig
 from cap_hf.data.arguments import DataArguments
 
@@ -46,6 +47,7 @@ def main(argv: list[str]) -> None:
     if search.max_accuracy_drop is None:
         asked.sparsities = check_amounts(args, asked.config)
     check_state(args)
+    args.command = as_typed("prune", argv)
     if not args.dry_run:
         check_output(args.output_dir, args.overwrite_output_dir or args.resume, state_folder(args))
         # Now, and not only after the pruning; the name of the one that is found will be as long.
@@ -64,6 +66,7 @@ def prune(asked: Asked) -> None:
     from cap_hf.commands.dry_run import Counts, print_plan
     from cap_hf.commands.preparing import prepare
     from cap_hf.commands.pruning import prune_each
+    from cap_hf.commands.recording import Recorder, Watch
     from cap_hf.commands.searching import conclusion
     from cap_hf.data.images import collate
     from cap_hf.distributed.accelerator import make_accelerator
@@ -71,12 +74,13 @@ def prune(asked: Asked) -> None:
     from cap_hf.masks import target_sparsity
     from cap_hf.report import Phases
     from cap_hf.targets import left_alone
+    from cap_hf.tracking import Tracker
 
     args = asked.prune
     if args.disable_tqdm:
         hide_bars()
     output = real_path(args.output_dir)
-    accelerator, phases = make_accelerator(), Phases()
+    accelerator, phases = make_accelerator(args.trackers, beside(output, "runs")), Phases()
     with phases("load"):
         run = prepare(asked, accelerator)
     model, compressor, healing, evaluation = run.model, run.compressor, run.healing, run.evaluation
@@ -84,11 +88,16 @@ def prune(asked: Asked) -> None:
         print_plan(compressor, run.loader, asked.data, asked.heal, Counts.of(run, asked), args.plan_for)
         accelerator.end_training()
         return
+    settings = {"model_name_or_path": asked.model.model_name_or_path} | asdict(asked.data) | asked.config.to_dict()
+    tracker = Tracker(accelerator, output.name, settings)
+    recorder = Recorder(args.report, args.command, accelerator, max(1, len(asked.sparsities)))
+    watch = Watch(recorder, tracker, phases)
     sparsity_dense, dense = target_sparsity(compressor.targets), None
     if evaluation is not None:
         # Before anything is pruned: the model that is compared with is this one.
         with phases("evaluate dense"):
             dense = evaluation.measure_dense(model)
+    watch.measured_dense(sparsity_dense, evaluation, dense)
     facts: dict[str, object] = {"dense": dense, "sparsity_dense": sparsity_dense}
     facts |= {"left_alone": left_alone(model, compressor.targets)}
     facts["image_size"] = size_of(model, collate([run.calibration[0]]))
@@ -107,6 +116,7 @@ def prune(asked: Asked) -> None:
             with phases(f"evaluate {pruned.sparsity:g}"):
                 metrics = evaluation.measure(model)
         folder = output / checkpoint_name(pruned.sparsity)
+        watch.measured(folder.name, compressor, evaluation, pruned.report, metrics)
         outcome: dict[str, object] = {"sparse": metrics, "pruning": pruned.report.to_dict(), "steps": pruned.steps}
         outcome |= {"recalibrated_batch_norm": pruned.norms, "healing": healed}
         if accelerator.is_main_process:
@@ -119,6 +129,7 @@ def prune(asked: Asked) -> None:
         if pruned.search is not None and run.held_out is not None:
             print(f"\n{conclusion(pruned.search, run.held_out.metric, healing is not None)}")
         print(f"\n{len(results)} checkpoint(s) and report.json are in {output}")
+        watch.recorder.write(output)
     compressor.discard_state()
     accelerator.wait_for_everyone()
     accelerator.end_training()

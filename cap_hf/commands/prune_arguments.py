@@ -10,6 +10,7 @@ from cap_hf.collection.resources import Resources
 from cap_hf.commands.arguments import DEFAULT_OUTPUT_DIR, ModelArguments, ProbeArguments, beside
 from cap_hf.commands.healing import HealArguments
 from cap_hf.commands.search_arguments import SearchArguments, read_sparsities
+from cap_hf.commands.watching import NO_TRACKER, TRACKERS, check_report, check_trackers
 from cap_hf.config import CAPConfig
 from cap_hf.data.arguments import DataArguments
 from cap_hf.errors import CAPError
@@ -20,7 +21,7 @@ class PruneArguments:
     """What to make of the checkpoint, and where it goes.
 
     Raises:
-        CAPError: `plan_for` names no GPU that is known.
+        CAPError: `plan_for` names no GPU that is known, or what `report` or `report_to` needs is not installed.
     """
 
     output_dir: str = field(
@@ -77,8 +78,20 @@ class PruneArguments:
         },
     )
     disable_tqdm: bool = field(default=False, metadata={"help": "No progress bars."})
+    report: bool = field(default=False, metadata={"help": "End with a page of the run, OUTPUT_DIR/report.html."})
+    report_to: list[str] = field(
+        default_factory=lambda: [NO_TRACKER],
+        metadata={
+            "help": f"Trackers to tell how the run goes: some of {', '.join(TRACKERS)}, or none. What TensorBoard "
+            "reads goes to OUTPUT_DIR-runs."
+        },
+    )
+    # As it was typed, for the page.
+    command: str | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
+        check_report(self.report)
+        self.trackers = check_trackers(self.report_to)
         if self.plan_for is not None:
             parse_hardware(self.plan_for)
             self.dry_run = True

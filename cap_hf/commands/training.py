@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field, fields, make_dataclass
 
 from cap_hf.collection.resources import Resources
 from cap_hf.commands.arguments import ModelArguments, ProbeArguments, parse
+from cap_hf.commands.watching import TRACKERS, as_typed, check_report, check_trackers
 from cap_hf.config import CAPConfig
 from cap_hf.data.arguments import DataArguments
 from cap_hf.errors import CAPError, reason
@@ -19,7 +20,7 @@ class FinetuneArguments:
     """What to learn from, with which defaults, and what may be replaced.
 
     Raises:
-        CAPError: a preset is without the teacher that it learns from.
+        CAPError: a preset is without the teacher that it learns from, or what draws the page is not installed.
     """
 
     teacher_model_name_or_path: str | None = field(
@@ -34,8 +35,12 @@ class FinetuneArguments:
         },
     )
     overwrite_output_dir: bool = field(default=False, metadata={"help": "Replace a checkpoint that is there."})
+    report: bool = field(default=False, metadata={"help": "End with a page of the run, OUTPUT_DIR/report.html."})
+    # As it was typed, for the page.
+    command: str | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
+        check_report(self.report)
         if self.preset is not None and self.teacher_model_name_or_path is None:
             raise CAPError(
                 f"--preset {self.preset} learns from the dense model alone: name it with --teacher_model_name_or_path"
@@ -63,6 +68,9 @@ def read_arguments(argv: list[str]) -> tuple:
             Resources,
             defaults=defaults_beside,
         )
+    args.command = as_typed("finetune", argv)
+    # In one line, and before the model is loaded; of others the Trainer knows more.
+    check_trackers([name for name in training_args.report_to or () if name in TRACKERS] or ["none"])
     data_args = DataArguments(**asdict(data_args), dataloader_num_workers=training_args.dataloader_num_workers)
     config = CAPConfig(**asdict(config), seed=training_args.seed)
     usual = CAPConfig(seed=config.seed).to_dict()

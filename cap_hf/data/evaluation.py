@@ -87,7 +87,8 @@ def score_all(
 ) -> dict[str, torch.Tensor]:
     """Return what `score` says of all examples, shared out between the processes, in the order of the data.
 
-    Arguments and errors are those of `evaluate_model`; the result is the same on every process.
+    Arguments and errors are those of `evaluate_model`; the result is the same on every process, and also has the class
+    that was `predicted`, `(n,)` int64.
     """
     model.to(accelerator.device)
     training = model.training
@@ -104,7 +105,8 @@ def score_all(
                     "the model's logits are NaN: check its weights, its dtype (load it in float32) and the pixel values"
                 )
             logits, labels = accelerator.gather_for_metrics((logits.float(), batch["labels"]))
-            parts.append(score(logits.cpu(), labels.cpu(), done))
+            logits = logits.cpu()
+            parts.append(score(logits, labels.cpu(), done) | {"predicted": logits.argmax(dim=1)})
             done += len(labels)
     model.train(training)
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
@@ -127,7 +129,9 @@ def evaluate_model(
     Raises:
         CAPError: the model returns no logits, they are NaN, or a label is none of its classes.
     """
-    return results_of(score_all(model, dataloader, accelerator, disable_tqdm))
+    scores = score_all(model, dataloader, accelerator, disable_tqdm)
+    del scores["predicted"]
+    return results_of(scores)
 
 
 class AccuracyEvaluation:
@@ -137,11 +141,15 @@ class AccuracyEvaluation:
         loader: batches of `pixel_values` and `labels` in a fixed order; not prepared.
         accelerator: from accelerate.
         disable_tqdm: no progress bars.
+
+    Attributes:
+        predicted: the class that the model measured last gave each example, `(n,)` int64; None before the first.
     """
 
     def __init__(self, loader: DataLoader, accelerator: Accelerator, disable_tqdm: bool = False) -> None:
         self.loader, self.accelerator, self.disable_tqdm = loader, accelerator, disable_tqdm
         self.dense: dict[str, torch.Tensor] | None = None
+        self.predicted: torch.Tensor | None = None
 
     def measure_dense(self, model: nn.Module) -> dict[str, float]:
         """Measure the model that those measured afterwards are compared with; result and errors as of `measure`."""
@@ -157,4 +165,6 @@ class AccuracyEvaluation:
 
     def _score(self, model: nn.Module) -> dict[str, torch.Tensor]:
         loader = self.accelerator.prepare_data_loader(self.loader)
-        return score_all(model, loader, self.accelerator, self.disable_tqdm)
+        scores = score_all(model, loader, self.accelerator, self.disable_tqdm)
+        self.predicted = scores.pop("predicted")
+        return scores

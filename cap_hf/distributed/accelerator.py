@@ -1,6 +1,8 @@
 """The Accelerator of a command: it waits as long as another process may compute on its own."""
 
+from collections.abc import Sequence
 from datetime import timedelta
+from pathlib import Path
 
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
@@ -11,9 +13,14 @@ from accelerate.utils import InitProcessGroupKwargs
 TIMEOUT = timedelta(days=1)
 
 
-def make_accelerator() -> Accelerator:
+def make_accelerator(trackers: Sequence[str] = (), folder: Path | None = None) -> Accelerator:
     """Return the Accelerator of this process, connected to the others where a launcher has started several.
 
     A Trainer makes its own: pass it `ddp_timeout=int(TIMEOUT.total_seconds())`.
+
+    Args:
+        trackers: that it logs to once they are begun with its `init_trackers`.
+        folder: for those that write files.
     """
-    return Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=TIMEOUT)])
+    handlers = [InitProcessGroupKwargs(timeout=TIMEOUT)]
+    return Accelerator(kwargs_handlers=handlers, log_with=list(trackers) or None, project_dir=folder)

@@ -8,7 +8,8 @@ PACKAGE = Path(__file__).parents[2] / "cap_hf"
 # The house, from the top floor down; rooms of one floor stand beside each other and know nothing of one another.
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("commands",),
-    ("hub", "recovery", "stepwise"),
+    ("pages",),
+    ("hub", "recovery", "stepwise", "tracking"),
     ("compressor",),
     ("collection",),
     ("method",),

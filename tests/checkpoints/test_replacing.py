@@ -44,6 +44,8 @@ def place(request, tmp_path, monkeypatch):
     [
         ({"thesis.txt": "x"}, "thesis.txt"),
         ({**CHECKPOINT, "thesis.txt": "x"}, "thesis.txt"),
+        ({**CHECKPOINT, "report/thesis.png": "x"}, "report"),
+        ({**CHECKPOINT, "report/accuracy.png/thesis": "x"}, "report"),
         ({"README.md": "mine"}, "README.md"),
         ({"config.json": '{"port": 80}', "README.md": "mine"}, "README.md|config.json"),
         ({"config.json": "{", "tokenizer.json": ""}, "config.json"),
@@ -95,8 +97,9 @@ CODE = {
         CHECKPOINT,
         CODE,
         {"config.json": "{", "model.safetensors": ""},
-        {"inspect.json": "", "eval_results.json": "", "benchmark.json": "", "benchmark.png": ""},
+        {"inspect.json": "", "eval_results.json": "", "benchmark.json": "", "benchmark.png": "", "report.html": ""},
         {**CHECKPOINT, ".eval_results/cifar10.yaml": ""},
+        {**CHECKPOINT, "report.html": "", "report/recorded.json": "", "report/accuracy.png": ""},
         {**CHECKPOINT, "training_args.bin": "", "runs/Jul05_12-00-00_host/events.out.tfevents.1": ""},
         {
             "config.json": CHECKPOINT["config.json"],

@@ -1,0 +1,94 @@
+"""The chart of accuracy against sparsity, of all ways in which models were made."""
+
+from typing import Any
+
+from cap_hf.checkpoints.metrics import Metric, measured_in
+from cap_hf.pages.chart import MARK, PERCENT, QUIET, Chart, Spec, axis, colour, tip
+from cap_hf.pages.runs import Found, Model
+
+# Standard errors on either side that hold 95 % of a normal distribution.
+WIDE = 1.96
+
+
+def main_metric(found: Found) -> Metric | None:
+    """Return what models are compared by: the first of the metrics whose drop matters, or else the first."""
+    metrics = measured_in([found.dense, *(model.metrics for model in found.models)])
+    return next((metric for metric in metrics if metric.drop), metrics[0] if metrics else None)
+
+
+def accuracy_chart(found: Found) -> Chart | None:
+    """Return accuracy against sparsity: a line per way of making a model, its 95 % band, the dense line, the budget."""
+    metric = main_metric(found)
+    models = [model for model in found.models if metric and isinstance(model.metrics.get(metric.key), (int, float))]
+    if metric is None or not models:
+        return None
+    scale, dense = 100 if metric.share else 1, found.dense.get(metric.key)
+    unit = " %" if metric.share else ""
+    values = [_point(model, metric, scale, dense) for model in sorted(models, key=lambda model: model.sparsity)]
+    for value in [*values]:
+        # A line begins at the dense model where that was measured.
+        if dense is not None and found.sparsity_dense == 0 and value["series"] != "recovered":
+            start = _point(Model("dense", value["series"], 0.0, found.dense), metric, scale, dense)
+            values += [start] if start not in values else []
+    x = axis("sparsity", "weights that are 0", scale={"zero": False, "nice": True}, axis=PERCENT)
+    y = axis(
+        "value", metric.name.removesuffix(" %"), scale={"zero": False}, axis={"labelExpr": f"datum.label + '{unit}'"}
+    )
+    by_series = colour("series")
+    layers: list[Spec] = [
+        {
+            "mark": {"type": "area", "opacity": 0.16, "clip": True},
+            "transform": [{"filter": "isValid(datum.low)"}],
+            "encoding": {"x": x, "y": {**y, "field": "low"}, "y2": {"field": "high"}, "color": by_series},
+        },
+        {"mark": {"type": "line"}, "encoding": {"x": x, "y": y, "color": by_series}},
+        {
+            "mark": {"type": "point", "size": 70, "filled": True, "opacity": 1},
+            "transform": [{"filter": "datum.model != 'dense'"}],
+            "encoding": {
+                "x": x,
+                "y": y,
+                "color": by_series,
+                "tooltip": tip(
+                    ("model", "checkpoint"),
+                    ("series", "made by"),
+                    ("sparsity", "sparsity %", ".2f"),
+                    ("value", metric.heading, ".4g"),
+                    ("drop", "lost to the dense model", ".3g"),
+                    ("error", "standard error", ".2g"),
+                ),
+            },
+        },
+    ]
+    if dense is not None:
+        layers += _level("dense", scale * dense, QUIET)
+        if found.budget is not None:
+            layers += _level(f"budget: {scale * found.budget:.3g} points less", scale * (dense - found.budget), MARK)
+    text = (
+        "Bands are 95 % confidence intervals of a model's own figure; the drop against the dense model is known better."
+    )
+    rows = [
+        [model.name, model.series, f"{100 * model.sparsity:.2f}", metric.show(model.metrics)]
+        + ([metric.show_drop(model.metrics, found.dense)] if dense is not None else [])
+        for model in models
+    ]
+    header = ["checkpoint", "made by", "sparsity %", metric.heading] + (["drop"] if dense is not None else [])
+    title = f"{metric.name.removesuffix(' %').capitalize()} against sparsity"
+    return Chart("accuracy", title, text, {"data": {"values": values}, "layer": layers, "height": 360}, header, rows)
+
+
+def _point(model: Model, metric: Metric, scale: int, dense: float | None) -> dict[str, Any]:
+    value, error = scale * model.metrics[metric.key], model.metrics.get(f"{metric.key}_se")
+    point = {"sparsity": 100 * model.sparsity, "value": value, "series": model.series, "model": model.name}
+    if error is not None:
+        error *= scale
+        point |= {"error": error, "low": value - WIDE * error, "high": value + WIDE * error}
+    return point if dense is None else point | {"drop": scale * dense - value}
+
+
+def _level(label: str, value: float, paint: str) -> list[Spec]:
+    """Return a dashed line at a height, and what it is."""
+    y = {"datum": value, "type": "quantitative"}
+    rule = {"mark": {"type": "rule", "strokeDash": [5, 4], "color": paint}, "encoding": {"y": y}}
+    mark = {"type": "text", "align": "right", "dx": -4, "dy": -7, "color": paint, "text": label}
+    return [rule, {"data": {"values": [{}]}, "mark": mark, "encoding": {"x": {"value": "width"}, "y": y}}]

@@ -1,0 +1,62 @@
+"""Accuracy against sparsity: the figures of the reports, their bands, the dense line and the budget."""
+
+import pytest
+from support.charts import compiled, drawn
+from support.runs import recovered, report, write, write_run
+
+from cap_hf.pages.accuracy_chart import accuracy_chart, main_metric
+from cap_hf.pages.runs import find_runs
+
+
+def texts(chart) -> list[str]:
+    return [layer["mark"]["text"] for layer in chart.spec["layer"] if layer["mark"]["type"] == "text"]
+
+
+def test_points_are_the_figures_of_the_reports(tmp_path):
+    write_run(tmp_path / "cap")
+    write_run(tmp_path / "magnitude", report("magnitude"))
+    write(tmp_path / "r" / "report.json", recovered())
+    chart = accuracy_chart(find_runs(tmp_path))
+    points = {(each["model"], each["series"]): each for each in chart.spec["data"]["values"]}
+    point = points["cap/sparsity-0.9", "cap"]
+    assert point["value"] == pytest.approx(81)
+    assert (point["low"], point["high"]) == (pytest.approx(81 - 1.96), pytest.approx(81 + 1.96))
+    assert (point["drop"], point["error"]) == (pytest.approx(11), pytest.approx(1))
+    assert points["r", "recovered"]["value"] == pytest.approx(91)
+    # Lines of what was pruned begin at the dense model.
+    assert points["dense", "magnitude"]["sparsity"] == 0
+    assert points["dense", "magnitude"]["value"] == pytest.approx(92)
+    assert ("dense", "recovered") not in points
+    assert texts(chart) == ["dense"]
+    assert len(chart.rows) == 5
+    assert chart.rows[1] == ["cap/sparsity-0.9", "cap", "90.55", "81.00 ± 1.00", "11.00 ± 0.50"]
+    compiled(chart)
+    assert "dense" in drawn(chart)
+
+
+def test_the_budget_is_a_line(tmp_path):
+    write_run(tmp_path, report(search={"max_accuracy_drop": 0.02}))
+    chart = accuracy_chart(find_runs(tmp_path))
+    assert texts(chart) == ["dense", "budget: 2 points less"]
+    heights = [layer["encoding"]["y"]["datum"] for layer in chart.spec["layer"] if layer["mark"]["type"] == "rule"]
+    assert heights == [pytest.approx(92), pytest.approx(90)]
+
+
+def test_a_backbone_is_compared_by_what_was_measured_of_it(tmp_path):
+    content = report(dense={"cosine": 1.0})
+    for result in content["results"]:
+        result["sparse"] = {"cosine": 0.9, "cosine_se": 0.01, "num_examples": 10}
+    write_run(tmp_path, content)
+    found = find_runs(tmp_path)
+    assert main_metric(found).key == "cosine"
+    chart = accuracy_chart(found)
+    assert chart.spec["data"]["values"][0]["value"] == 0.9
+    compiled(chart)
+
+
+def test_of_what_was_not_measured_there_is_no_chart(tmp_path):
+    content = report(dense=None)
+    for result in content["results"]:
+        result["sparse"] = None
+    write_run(tmp_path, content)
+    assert accuracy_chart(find_runs(tmp_path)) is None
