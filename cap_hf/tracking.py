@@ -45,8 +45,8 @@ class Tracker:
         values: dict[str, Any] = {"sparsity": report.sparsity, "loss": report.loss}
         for layer in report.layers:
             values |= {f"sparsity/{layer.name}": layer.sparsity, f"loss/{layer.name}": layer.loss}
-        self._log(values, report.requested_sparsity)
-        self._log_masks(targets, step_of(report.requested_sparsity))
+        self._log(values, report.sparsity)
+        self._log_masks(targets, step_of(report.sparsity))
 
     def passed(self, phases: Sequence[Mapping[str, Any]]) -> None:
         """Log the seconds and peak bytes of the phases that have come since the last call, one step each."""

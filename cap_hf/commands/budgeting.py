@@ -31,6 +31,19 @@ def check_amounts(args: PruneArguments, config: CAPConfig) -> list[float | Budge
     return list(budgets)
 
 
+def ways_to(amounts: Sequence[float | Budget], recomputations: int, start: float) -> list[list[float]]:
+    """Return for each sparsity those on the way to it, and itself; nothing for a budget.
+
+    Args:
+        amounts: that are pruned to.
+        recomputations: as of `PruneArguments`.
+        start: sparsity of the model.
+    """
+    from cap_hf.stepwise import steps_towards
+
+    return [[] if isinstance(each, Budget) else steps_towards(each, recomputations, start) for each in amounts]
+
+
 def with_example(amounts: Sequence[float | Budget], images: "ImageDataset") -> list[float | Budget]:
     """Return the same with the first image for the budgets' example; it is read only where there is a budget."""
     from cap_hf.data.images import collate

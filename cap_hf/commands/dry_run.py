@@ -13,6 +13,7 @@ from cap_hf.collection.clock import REACHED, READ, Clock, PaperClock
 from cap_hf.collection.forecast import Forecast
 from cap_hf.collection.hardware import WORLDS, parse_hardware
 from cap_hf.collection.progress import format_seconds
+from cap_hf.commands.budgeting import ways_to
 from cap_hf.commands.healing import HealArguments
 from cap_hf.commands.prune_arguments import Asked
 from cap_hf.commands.tables import table
@@ -20,7 +21,7 @@ from cap_hf.compressor import CAPCompressor
 from cap_hf.data.arguments import DataArguments
 from cap_hf.data.workers import num_workers
 from cap_hf.errors import readable
-from cap_hf.stepwise import start_of, steps_towards
+from cap_hf.stepwise import start_of
 
 if TYPE_CHECKING:
     from cap_hf.commands.preparing import Run
@@ -111,7 +112,7 @@ class Counts:
     def of(cls, run: "Run", asked: Asked) -> "Counts":
         """Return the counts of a run."""
         recomputations, start = asked.prune.num_recomputations, start_of(run.compressor)
-        collections = sum(len(steps_towards(each, recomputations, start)) for each in asked.sparsities)
+        collections = sum(map(len, ways_to(asked.sparsities, recomputations, start)))
         sparsities = max(1, len(asked.sparsities))
         counts = cls(sparsities, collections if recomputations else 1, run.evaluated, run.recalibrates)
         if run.held_out is None:

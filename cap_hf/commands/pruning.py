@@ -5,12 +5,13 @@ from dataclasses import dataclass
 
 from cap_hf.budget import Budget
 from cap_hf.collection.state import Checkpointing
+from cap_hf.commands.budgeting import ways_to
 from cap_hf.commands.preparing import Run
 from cap_hf.commands.prune_arguments import Asked, state_folder
 from cap_hf.commands.search_arguments import SearchArguments
 from cap_hf.commands.searching import teller
 from cap_hf.report import Phases, PruneReport, SearchReport
-from cap_hf.stepwise import prune_in_steps, start_of, steps_towards
+from cap_hf.stepwise import prune_in_steps, start_of
 
 
 @dataclass
@@ -41,8 +42,7 @@ def prune_each(run: Run, asked: Asked, phases: Phases) -> Iterator[Pruned]:
         phases: told how long each takes.
     """
     args, compressor, recomputations = asked.prune, run.compressor, asked.prune.num_recomputations
-    start = start_of(compressor)
-    ways = [[] if isinstance(each, Budget) else steps_towards(each, recomputations, start) for each in asked.sparsities]
+    ways = ways_to(asked.sparsities, recomputations, start_of(compressor))
     if recomputations:
         shares = [each for each in asked.sparsities if not isinstance(each, Budget)]
         reports = prune_in_steps(compressor, run.loader, shares, recomputations, run.recalibrates)

@@ -114,7 +114,7 @@ class Watch:
         self.recorder.eliminated(compressor)
         self.recorder.measured(name, evaluation, compressor.model)
         self.tracker.pruned(report, compressor.targets)
-        self.tracker.measured(report.requested_sparsity, metrics)
+        self.tracker.measured(report.sparsity, metrics)
         self.tracker.passed(self.phases.records)
 
 

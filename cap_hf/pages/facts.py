@@ -21,7 +21,7 @@ class Pruning(PruningFacts, total=False):
     method: str
     allocation: str
     pattern: str | None
-    requested_sparsity: float
+    requested_sparsity: float | None
     sparsity: float
 
 

@@ -224,7 +224,8 @@ def _note_command(found: Found, name: str, facts: Facts, results: list, record: 
         whole = cast(Report, {**facts, **({"pruning": pruning, "steps": result.get("steps")} if pruning else {})})
         if result.get("healing"):
             whole["healing"] = cast(Any, result["healing"])
-        sparsity = pruning.get("requested_sparsity", 0.0) if pruning else facts.get("sparsity") or 0.0
+        asked = pruning.get("requested_sparsity") or pruning.get("sparsity", 0.0) if pruning else None
+        sparsity = facts.get("sparsity") or 0.0 if asked is None else asked
         command = command_line(kind_of(facts), run_of(whole), config, sparsity)
         if command:
             found.commands.append(("/".join(filter(None, (name, result.get("checkpoint", "")))), command, False))
