@@ -29,6 +29,7 @@ CONFIGS = (MODEL_CONFIG_NAME, "preprocessor_config.json", "processor_config.json
 PAGE, PAGE_FOLDER, RECORD = "report.html", "report", "recorded.json"
 CHARTS = (
     "accuracy",
+    "search",
     "sparsity-map",
     "loss-map",
     "next-removal",

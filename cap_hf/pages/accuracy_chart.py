@@ -8,6 +8,8 @@ from cap_hf.pages.runs import Found, Model
 
 # Standard errors on either side that hold 95 % of a normal distribution.
 WIDE = 1.96
+# What searches go by, as reports call it.
+SEARCHED = {"top1": "top1", "knn": "knn_top1", "cosine": "cosine"}
 
 
 def main_metric(found: Found) -> Metric | None:
@@ -62,8 +64,9 @@ def accuracy_chart(found: Found) -> Chart | None:
     ]
     if dense is not None:
         layers += _level("dense", scale * dense, QUIET)
-        if found.budget is not None:
-            layers += _level(f"budget: {scale * found.budget:.3g} points less", scale * (dense - found.budget), MARK)
+        budget = budget_of(found, metric)
+        if budget is not None:
+            layers += _level(f"allowed: {scale * budget:.3g} less", scale * (dense - budget), MARK)
     text = (
         "Bands are 95 % confidence intervals of a model's own figure; the drop against the dense model is known better."
     )
@@ -75,6 +78,64 @@ def accuracy_chart(found: Found) -> Chart | None:
     header = ["checkpoint", "made by", "sparsity %", metric.heading] + (["drop"] if dense is not None else [])
     title = f"{metric.name.removesuffix(' %').capitalize()} against sparsity"
     return Chart("accuracy", title, text, {"data": {"values": values}, "layer": layers, "height": 360}, header, rows)
+
+
+def budget_of(found: Found, metric: Metric) -> float | None:
+    """Return how far a metric was allowed to fall in the first search that went by it."""
+    own = [each for each in found.searches.values() if SEARCHED.get(each.get("metric", "")) == metric.key]
+    return own[0].get("max_drop") if own else None
+
+
+def search_chart(found: Found) -> Chart | None:
+    """Return what searches for a sparsity have measured: the drop of each model they tried, and what was allowed."""
+    searches = [(run, each) for run, each in found.searches.items() if each.get("evaluations")]
+    if not searches:
+        return None
+    values = []
+    for run, search in searches:
+        allowed = search.get("max_drop", 0.0)
+        for number, each in enumerate(search["evaluations"], 1):
+            drop, error = each.get("drop", 0.0), each.get("drop_se")
+            value = {
+                "run": run or "this run",
+                "number": number,
+                "sparsity": 100 * each.get("sparsity", 0.0),
+                "drop": drop,
+            }
+            if error is not None:
+                value |= {"error": error, "low": drop - WIDE * error, "high": drop + WIDE * error}
+            values.append(value | {"result": "allowed" if drop <= allowed else "too much"})
+    x = axis("sparsity", "weights that are 0", scale={"zero": False}, axis=PERCENT)
+    y = axis("drop", f"drop of {searches[0][1].get('metric', 'the metric')}", scale={"zero": False})
+    by = colour("result", scale={"domain": ["allowed", "too much"], "range": ["var(--c3)", MARK]})
+    tips = tip(
+        ("run", "run"),
+        ("number", "tried as number"),
+        ("sparsity", "sparsity %", ".2f"),
+        ("drop", "drop", ".4f"),
+        ("error", "standard error", ".4f"),
+    )
+    spec: Spec = {
+        "data": {"values": values},
+        "layer": [
+            {
+                "mark": "rule",
+                "transform": [{"filter": "isValid(datum.low)"}],
+                "encoding": {"x": x, "y": {**y, "field": "low"}, "y2": {"field": "high"}, "color": by},
+            },
+            {"mark": {"type": "point", "size": 80}, "encoding": {"x": x, "y": y, "color": by, "tooltip": tips}},
+            *_level("allowed", searches[0][1].get("max_drop", 0.0), MARK),
+        ],
+        "height": 260,
+    }
+    rows = [
+        [each["run"], each["number"], f"{each['sparsity']:.2f}", f"{each['drop']:.4f}", each["result"]]
+        for each in values
+    ]
+    text = "Drops against the dense model on held-out train images, with 95 % intervals."
+    return Chart(
+        "search", "The search for the sparsity", text, spec, ["run", "tried as", "sparsity %", "drop", "result"], rows
+    )
 
 
 def _point(model: Model, metric: Metric, scale: int, dense: float | None) -> dict[str, Any]:

@@ -44,12 +44,28 @@ class Phase(TypedDict, total=False):
     peak_memory_bytes: dict[str, int]
 
 
+class Evaluation(TypedDict, total=False):
+    """One model of a search, as it was measured on held-out images."""
+
+    sparsity: float
+    drop: float
+    drop_se: float | None
+
+
+class Search(TypedDict, total=False):
+    """A search for the highest sparsity that loses no more than `max_drop` of a metric."""
+
+    metric: str
+    max_drop: float
+    evaluations: list[Evaluation]
+
+
 class Facts(Report, total=False):
     """The entries of a report.json that a page needs beyond those of a checkpoint's."""
 
     phases: list[Phase] | None
     log_history: list[dict] | None
-    search: dict | None
+    search: Search | None
     sparsity: float | None
     sparsity_dense: float | None
     sparsity_before: float | None

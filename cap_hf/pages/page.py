@@ -15,7 +15,7 @@ from cap_hf.checkpoints.places import writing
 from cap_hf.checkpoints.replacing import CHARTS, PAGE, PAGE_FOLDER
 from cap_hf.errors import CAPError
 from cap_hf.extras import need
-from cap_hf.pages.accuracy_chart import accuracy_chart, main_metric
+from cap_hf.pages.accuracy_chart import accuracy_chart, main_metric, search_chart
 from cap_hf.pages.chart import VERSION, Chart, on_paper
 from cap_hf.pages.layer_charts import curve_charts, map_charts
 from cap_hf.pages.run_charts import seconds_chart, spectrum_chart, speed_charts, training_charts
@@ -69,7 +69,9 @@ def write_page(folder: str | Path) -> Path:
 def sections_of(found: Found) -> list[Section]:
     """Return the sections of a page that have a chart; of several runs that noted something down, each has its own."""
     sections = [
-        Section("accuracy-section", "Accuracy", [chart for chart in (accuracy_chart(found),) if chart]),
+        Section(
+            "accuracy-section", "Accuracy", [each for each in (accuracy_chart(found), search_chart(found)) if each]
+        ),
         Section("map-section", "Layers", map_charts(found)),
     ]
     # Charts of one name: those of the first run that has them.

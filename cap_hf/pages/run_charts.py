@@ -271,8 +271,8 @@ def seconds_chart(phases: Mapping[str, Sequence[Phase]]) -> Chart | None:
         "mark": {"type": "bar", "cornerRadiusEnd": 3, "color": CATEGORY[0]},
         "height": 24 * len(order) + 10,
         "encoding": {
-            "y": axis("phase", "", "nominal", sort=order, axis={"title": None, "grid": False, "labelLimit": 150}),
-            "x": axis("seconds", "seconds", axis={"format": "~g"}),
+            "y": axis("phase", "", "nominal", sort=order, axis={"title": None, "grid": False, "labelLimit": 170}),
+            "x": axis("seconds", "seconds", axis={"format": ",.6~g"}),
             "tooltip": tip(
                 ("run", "run"), ("phase", "phase"), ("seconds", "seconds", ",.1f"), ("memory", "peak memory")
             ),

@@ -14,7 +14,7 @@ from cap_hf.checkpoints.folder import REPORT_NAME, Report, check_types, read_jso
 from cap_hf.checkpoints.replacing import PAGE_FOLDER, RECORD
 from cap_hf.errors import CAPError
 from cap_hf.hub.origin import GRADUAL, PRUNED, command_line, kind_of, run_of, steps_of
-from cap_hf.pages.facts import Benchmark, Facts, Layer, Phase, Pruning, Record, Result
+from cap_hf.pages.facts import Benchmark, Facts, Layer, Phase, Pruning, Record, Result, Search
 
 RECORD_FOLDER, RECORD_NAME = PAGE_FOLDER, RECORD
 BENCHMARK_NAME, STATE_NAME = "benchmark.json", "trainer_state.json"
@@ -50,8 +50,7 @@ class Found:
         dense: what was measured of the dense model, by the first report that says so.
         sparsity_dense: share of its target weights that are 0.
         about: the model, data, device and versions of the first report.
-        budget: how far the accuracy was allowed to fall, where a run was given that.
-        phases, histories, benchmarks, records: of each run, by the name of its folder.
+        phases, histories, benchmarks, records, searches: of each run, by the name of its folder.
         commands: the folder of a run, the command, and whether it is as it was typed.
         notes: what is there and was not used, and why.
     """
@@ -61,11 +60,11 @@ class Found:
     dense: dict[str, Any] = field(default_factory=dict)
     sparsity_dense: float = 0.0
     about: dict[str, Any] = field(default_factory=dict)
-    budget: float | None = None
     phases: dict[str, list[Phase]] = field(default_factory=dict)
     histories: dict[str, list[dict]] = field(default_factory=dict)
     benchmarks: dict[str, Benchmark] = field(default_factory=dict)
     records: dict[str, Record] = field(default_factory=dict)
+    searches: dict[str, Search] = field(default_factory=dict)
     commands: list[tuple[str, str, bool]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
@@ -143,7 +142,9 @@ def _read_report(found: Found, path: Path, name: str) -> set[Path]:
     found.dense = found.dense or dict(facts.get("dense") or {})
     found.sparsity_dense = found.sparsity_dense or facts.get("sparsity_dense") or 0.0
     found.about = found.about or _about(facts)
-    found.budget = found.budget if found.budget is not None else _budget(facts)
+    search = facts.get("search")
+    if search:
+        found.searches[name] = search
     if facts.get("phases"):
         found.phases[name] = facts["phases"] or []
     if facts.get("log_history"):
@@ -191,12 +192,6 @@ def _about(facts: Facts) -> dict[str, Any]:
         "versions": facts.get("versions"),
     }
     return {key: value for key, value in about.items() if value is not None}
-
-
-def _budget(facts: Facts) -> float | None:
-    """Return the share of accuracy that a search was allowed to lose, if the report tells of one."""
-    value = (facts.get("search") or {}).get("max_accuracy_drop")
-    return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else None
 
 
 def _read_record(found: Found, path: Path, name: str) -> Record:

@@ -69,11 +69,12 @@ def render() -> str:
 
 def split_fields(kind: type) -> tuple[list[str], list[str]]:
     """Return the names of a dataclass's own fields, and of those that it has from transformers."""
-    names = list(kind.__dataclass_fields__)
+    # Without those that are no arguments.
+    names = [name for name, each in kind.__dataclass_fields__.items() if each.init]
     if not issubclass(kind, TrainingArguments):
         return names, []
     own = [name for name in names if name in vars(kind)["__annotations__"]]
-    return own, [name for name in names if name not in own and kind.__dataclass_fields__[name].init]
+    return own, [name for name in names if name not in own]
 
 
 def summary(kind: type) -> str:

@@ -2,9 +2,9 @@
 
 import pytest
 from support.charts import compiled, drawn
-from support.runs import recovered, report, write, write_run
+from support.runs import recovered, report, search, write, write_run
 
-from cap_hf.pages.accuracy_chart import accuracy_chart, main_metric
+from cap_hf.pages.accuracy_chart import accuracy_chart, main_metric, search_chart
 from cap_hf.pages.runs import find_runs
 
 
@@ -35,11 +35,27 @@ def test_points_are_the_figures_of_the_reports(tmp_path):
 
 
 def test_the_budget_is_a_line(tmp_path):
-    write_run(tmp_path, report(search={"max_accuracy_drop": 0.02}))
+    write_run(tmp_path, report(search=search(0.02)))
     chart = accuracy_chart(find_runs(tmp_path))
-    assert texts(chart) == ["dense", "budget: 2 points less"]
+    assert texts(chart) == ["dense", "allowed: 2 less"]
     heights = [layer["encoding"]["y"]["datum"] for layer in chart.spec["layer"] if layer["mark"]["type"] == "rule"]
     assert heights == [pytest.approx(92), pytest.approx(90)]
+
+
+def test_of_a_search_every_try_is_shown(tmp_path):
+    found = find_runs(write_run(tmp_path, report(search=search())))
+    chart = search_chart(found)
+    first, second = chart.spec["data"]["values"]
+    assert (first["sparsity"], first["drop"], first["result"]) == (50, 0.01, "allowed")
+    assert (first["low"], first["high"]) == (pytest.approx(0.01 - 0.0196), pytest.approx(0.01 + 0.0196))
+    assert (second["sparsity"], second["result"]) == (90, "too much")
+    assert "low" not in second
+    compiled(chart)
+    # What was allowed of another metric is no line of this chart.
+    found.searches[""]["metric"] = "loss"
+    assert texts(accuracy_chart(found)) == ["dense"]
+    found.searches.clear()
+    assert search_chart(found) is None
 
 
 def test_a_backbone_is_compared_by_what_was_measured_of_it(tmp_path):

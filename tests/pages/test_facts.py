@@ -1,7 +1,7 @@
 """The types that a page takes are those that commands write."""
 
 import pytest
-from support.runs import benchmark, record, recovered, report
+from support.runs import benchmark, record, recovered, report, search
 
 from cap_hf import CAPError
 from cap_hf.checkpoints.folder import check_types
@@ -9,7 +9,7 @@ from cap_hf.pages.facts import Benchmark, Facts, Record, Result
 
 
 def test_what_runs_write_has_these_types():
-    check_types(report(), Facts, "report.json")
+    check_types(report(search=search()), Facts, "report.json")
     check_types(report()["results"], list[Result], "results")
     check_types(recovered(), Facts, "report.json")
     check_types(benchmark(), Benchmark, "benchmark.json")

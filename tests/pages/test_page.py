@@ -6,7 +6,7 @@ from html.parser import HTMLParser
 import pytest
 from PIL import Image
 from support.chromium import PROGRAM, open_page
-from support.runs import benchmark, layer_names, record, recovered, report, write, write_run
+from support.runs import benchmark, layer_names, record, recovered, report, search, write, write_run
 
 from cap_hf import CAPError
 from cap_hf.checkpoints.replacing import CHARTS
@@ -34,7 +34,7 @@ class Elements(HTMLParser):
 
 def every_run(folder, name: str = "user/vit-tiny", names: list[str] | None = None):
     """A folder with runs of all kinds, in which everything that can be named has this name."""
-    content = report(model_name_or_path=name, versions={"python": name, name: "1"}, search={"max_accuracy_drop": 0.05})
+    content = report(model_name_or_path=name, versions={"python": name, name: "1"}, search=search())
     content["data"]["dataset_name"] = name
     content["phases"][0]["phase"] = name
     noted = record(names)

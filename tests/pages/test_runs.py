@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from support.runs import benchmark, measured, pruning, record, recovered, report, write, write_run
+from support.runs import benchmark, measured, pruning, record, recovered, report, search, write, write_run
 
 from cap_hf import CAPError
 from cap_hf.pages.runs import find_runs
@@ -92,9 +92,9 @@ def test_benchmarks_and_logs_of_a_training_that_has_not_ended(tmp_path):
     assert found.histories == {"r-training/checkpoint-2": [{"step": 1, "loss": 1.0}]}
 
 
-def test_the_budget_of_a_search(tmp_path):
-    write_run(tmp_path, report(search={"max_accuracy_drop": 0.01}))
-    assert find_runs(tmp_path).budget == 0.01
+def test_searches_are_found(tmp_path):
+    write_run(tmp_path, report(search=search()))
+    assert find_runs(tmp_path).searches == {"": search()}
 
 
 def test_what_is_half_written_or_too_deep_or_a_link_is_not_looked_at(tmp_path):

@@ -68,6 +68,15 @@ def report(method: str = "cap", sparsities: tuple[float, ...] = (0.5, 0.9), **mo
     return facts | more
 
 
+def search(max_drop: float = 0.05) -> dict:
+    """What a report says of a search for the sparsity."""
+    tried = [
+        {"sparsity": 0.5, "score": 0.91, "drop": 0.01, "drop_se": 0.01, "kept": True, "seconds": 1.0},
+        {"sparsity": 0.9, "score": 0.81, "drop": 0.11, "drop_se": None, "kept": False, "seconds": 1.0},
+    ]
+    return {"metric": "top1", "max_drop": max_drop, "dense": 0.92, "evaluations": tried, "sparsity": 0.5}
+
+
 def recovered(sparsity: float = 0.9) -> dict:
     """A report of `cap-hf finetune`."""
     history = [
