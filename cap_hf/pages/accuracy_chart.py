@@ -43,6 +43,12 @@ def accuracy_chart(found: Found) -> Chart | None:
             "transform": [{"filter": "isValid(datum.low)"}],
             "encoding": {"x": x, "y": {**y, "field": "low"}, "y2": {"field": "high"}, "color": by_series},
         },
+        {
+            # A single model has no band.
+            "mark": {"type": "rule", "strokeWidth": 2, "opacity": 0.5},
+            "transform": [{"filter": "isValid(datum.low) && datum.model != 'dense'"}],
+            "encoding": {"x": x, "y": {**y, "field": "low"}, "y2": {"field": "high"}, "color": by_series},
+        },
         {"mark": {"type": "line"}, "encoding": {"x": x, "y": y, "color": by_series}},
         {
             "mark": {"type": "point", "size": 70, "filled": True, "opacity": 1},

@@ -107,7 +107,7 @@ def training_charts(histories: Mapping[str, Sequence[Mapping[str, Any]]]) -> lis
             "data": {"values": values},
             "mark": {"type": "line", "point": {"size": 24}, **({"interpolate": "step-after"} if step else {})},
             "encoding": {
-                "x": axis("step", "step"),
+                "x": axis("step", "step", axis={"format": ",d", "tickMinStep": 1}),
                 "y": axis("value", title.lower(), scale={"zero": step}, axis={"labelExpr": f"datum.label + '{unit}'"}),
                 "color": colour(by, legend=None) if len(runs) == len(kinds) == 1 else colour(by),
                 "tooltip": tip(
