@@ -5,7 +5,7 @@ import functools
 import math
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -25,7 +25,7 @@ STEP = 0.05
 # A float32 layer with fewer zeros stays dense without being measured: no kernel was faster on any processor.
 LEAST_SPARSITY = 0.2
 # How a choice is measured: runs of each layer, and seconds after which fewer will do.
-RUNS, SECONDS = 50, 0.3
+RUNS, SECONDS = 7, 0.3
 
 # Makes a sparse layer of a Linear: the layer's class.
 Kind = Callable[[nn.Linear], SparseWeightLinear]
@@ -82,20 +82,11 @@ def random_linear(rows: int, cols: int, steps: int, word_steps: int, bias: bool)
 
 
 def measure(layers: list[nn.Module], tokens: int, in_features: int) -> list[float]:
-    """Return the seconds of Linear layers of one shape, undisturbed, with so many tokens as input; they take turns."""
+    """Return the median seconds of Linear layers of one shape, with an input of so many tokens; they take turns."""
     x = torch.randn(1, tokens, in_features, generator=torch.Generator().manual_seed(1))
     with torch.inference_mode():
         times = time_in_turns([functools.partial(layer, x) for layer in layers], RUNS, SECONDS)
-    return [undisturbed(each) for each in times]
-
-
-def undisturbed(seconds: Sequence[float]) -> float:
-    """Return what a call takes where nothing else takes the processor meanwhile: the lowest tenth of some turns.
-
-    Other work makes a turn longer, never shorter, and a long call's more often than a short one's: on a machine that
-    does more than its cores can, medians say more of the other work than of the two calls.
-    """
-    return statistics.quantiles(seconds, n=10, method="inclusive")[0]
+    return [statistics.median(each) for each in times]
 
 
 def fastest_kind(linear: nn.Linear, tokens: int) -> Kind | None:

@@ -13,6 +13,7 @@ for others does not count.
 import copy
 import functools
 import math
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from time import thread_time as clock
@@ -22,7 +23,7 @@ import torch
 from torch import nn
 
 from cap_hf.checkpoints.int8 import LEAST_PRUNED
-from cap_hf.inference.choice import LEAST_SPARSITY, MARGIN, STEP, Kind, random_linear, time_in_turns, undisturbed
+from cap_hf.inference.choice import LEAST_SPARSITY, MARGIN, STEP, Kind, random_linear, time_in_turns
 from cap_hf.inference.int8_linear import DenseInt8Linear, has_dense_int8
 from cap_hf.inference.int8_packing import WORD, is_quantizable
 from cap_hf.inference.optimize import choose_kind, int8_kind, optimize_for_inference
@@ -102,6 +103,15 @@ def relative_times(rows: int, cols: int, tokens: int, bias: bool, int8: bool, un
         # More zeros make no layer slower: what says so is noise.
         curve[sparsity] = least = min(ratio, least)
     return tuple(curve.items())
+
+
+def undisturbed(seconds: Sequence[float]) -> float:
+    """Return what a call takes where nothing else takes the processor meanwhile: the lowest tenth of some turns.
+
+    Other work makes a turn longer, never shorter, and a long call's more often than a short one's: on a machine that
+    does more than its cores can, medians say more of the other work than of the two calls.
+    """
+    return statistics.quantiles(seconds, n=10, method="inclusive")[0]
 
 
 class Watch:
