@@ -69,12 +69,17 @@ def does_the_same(
         after: gradient of the loss with respect to that.
     """
     first = calls[0].hidden.detach().requires_grad_()
-    own = dict(calls) | {0: calls[0].with_hidden(first)}
-    with torch.enable_grad():
-        found = Stretch(chain, 0, len(chain.layers)).forward(own)
-    if not found.requires_grad or not torch.equal(found, made):
+    try:
+        with torch.enable_grad():
+            # A copy: no one may write into a leaf.
+            own = dict(calls) | {0: calls[0].with_hidden(first.clone())}
+            found = Stretch(chain, 0, len(chain.layers)).forward(own)
+        if not found.requires_grad or not torch.equal(found, made):
+            return False
+        (grads,) = torch.autograd.grad(found, first, after)
+    except Exception:
+        # In the model they have worked a moment ago: alone they miss something of it, and are no chain.
         return False
-    (grads,) = torch.autograd.grad(found, first, after)
     return torch.equal(grads, before)
 
 
@@ -85,7 +90,7 @@ class Watch:
         layers: that are watched.
 
     Attributes:
-        calls: of each layer, by its number; of those alone that are called once, and lightly.
+        calls: of each layer, by its number; of those alone that are called lightly, and write into no input.
         made: the hidden states that each makes.
         grads: gradients of the loss with respect to the hidden states that each is called with.
         after: with respect to those that it makes.
@@ -99,6 +104,7 @@ class Watch:
         self.after: dict[int, torch.Tensor] = {}
         self._order: list[int] = []
         self._given: dict[int, torch.Tensor] = {}
+        self._versions: dict[int, int] = {}
         self._handed: dict[int, torch.Tensor] = {}
 
     def watching(self) -> ExitStack:
@@ -117,17 +123,22 @@ class Watch:
                 return None
             # A tensor of its own, and not the one before: that has the gradients of all who use it.
             if not call.hidden.requires_grad:
-                call = call.with_hidden(call.hidden.detach().requires_grad_())
-            self._given[number] = call.hidden
+                # A copy: no one may write into a leaf.
+                call = call.with_hidden(call.hidden.detach().requires_grad_().clone())
+            self._given[number], self._versions[number] = call.hidden, call.hidden._version
             call.hidden.register_hook(lambda grads: self.grads.__setitem__(number, grads.detach()))
             if call.is_light:
-                self.calls[number] = call.with_hidden(call.hidden.detach())
+                self.calls[number] = call.with_hidden(call.hidden.detach().clone())
             return call.arguments
 
         return hook
 
     def _behind(self, number: int) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            given = self._given.get(number)
+            if given is not None and given._version != self._versions[number]:
+                # What it was called with is gone: kept as it is, that would be something else.
+                self.calls.pop(number, None)
             made = first_tensor(output)
             if made is not None and made.requires_grad:
                 self._handed[number] = made
@@ -171,6 +182,6 @@ def names_inside(layer: nn.Module, targets: Sequence[Target]) -> frozenset[str]:
 
 def agreed(chains: list[Chain], processes: Processes) -> list[Chain]:
     """Return chains that all processes have found alike, or none: all of them go by the same plan."""
-    found = [(sorted(map(sorted, chain.targets)), chain.sizes) for chain in chains]
+    found = [(sorted(map(sorted, chain.targets)), chain.sizes, chain.beside) for chain in chains]
     marks = processes.gather_ints(zlib.crc32(repr(found).encode()))
     return chains if all(mark == marks[0] for mark in marks) else []

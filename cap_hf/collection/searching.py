@@ -86,8 +86,7 @@ def find_sparsity(
             that were tried keeps what is asked for: the model has the weights at `collect` then.
     """
     _check(self, max_drop, dataloader, step, max_evaluations, recalibrates)
-    if self.paths is not None and self.report is not None:
-        self.paths.put_back()
+    _put_back(self)
     grid = sparsity_grid(step, self.targets, unit_of(self.config.structure))
     dense = read_score(evaluate(self.model), "the dense model")
     report = SearchReport(max_drop, step, value_of(dense), size_of(dense))
@@ -114,8 +113,7 @@ def find_sparsity(
         on_evaluation(evaluated)
     if kept < grid.start:
         # Nobody asked for any of these.
-        assert self.paths is not None
-        self.paths.put_back()
+        _put_back(self)
         raise CAPError(_nothing_kept(report, refused == grid.start))
     report.sparsity, report.complete = _multiple(step, kept), refused - kept == 1
     if report.evaluations[-1].sparsity != report.sparsity:
@@ -124,6 +122,13 @@ def find_sparsity(
         logger.warning("%s", line)
         report.remarks.append(line)
     return report
+
+
+def _put_back(searched: Searched) -> None:
+    """Make a model what it was at `collect`, if it was pruned since; then no report tells of it."""
+    if searched.paths is not None and searched.report is not None:
+        searched.paths.put_back()
+        searched.report = None
 
 
 def remarks(report: SearchReport) -> Iterator[str]:

@@ -5,7 +5,9 @@ import torch
 from support.backbones import tiny_dinov2
 from support.models import ARCHITECTURES, build, random_batches
 from torch import nn
+from transformers.modeling_outputs import ImageClassifierOutput
 
+from cap_hf import CAPCompressor, CAPConfig
 from cap_hf.collection.chains import agreed, candidates, find_chains
 from cap_hf.collection.forecast import Alike
 from cap_hf.collection.running import frozen
@@ -111,3 +113,57 @@ def test_processes_that_have_found_other_chains_have_none():
             return [list(values), [values[0] + 1]]
 
     assert agreed([chain], Differing(2, torch.device("cpu"))) == []
+
+
+class Writing(nn.Module):
+    """A layer that writes into what it is called with."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.relu, self.first, self.second = nn.ReLU(inplace=True), nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.second(self.first(self.relu(x)))
+
+
+class Net(nn.Module):
+    """Three of them behind a stem, as a classifier of ten classes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.layers, self.classifier = (
+            nn.Linear(48, 4),
+            nn.ModuleList(Writing() for _ in range(3)),
+            nn.Linear(4, 10),
+        )
+
+    def forward(self, pixel_values: torch.Tensor) -> ImageClassifierOutput:
+        x = self.stem(pixel_values.flatten(1))
+        for layer in self.layers:
+            x = layer(x)
+        return ImageClassifierOutput(logits=self.classifier(x))
+
+
+def test_layers_that_write_into_their_inputs_are_pruned_without_chains():
+    torch.manual_seed(0)
+    model = Net()
+    batches = [{"pixel_values": torch.randn(8, 3, 4, 4), "labels": torch.randint(0, 10, (8,))} for _ in range(4)]
+    compressor = CAPCompressor(model, CAPConfig(num_grads=32, include=["layers.*"])).collect(batches)
+    assert compressor.prune(0.5).sparsity == 0.5
+    with frozen(model):
+        assert find_chains(model, batches[0], LabelLoss(), None, compressor.targets, 8) == []
+
+
+def test_what_fails_alone_makes_no_chain():
+    model = build("ViT", num_hidden_layers=3)
+    layer, state = model.vit.layers[1], {}
+    forward = layer.forward
+    model.vit.layers[0].register_forward_hook(lambda *_: state.update(there=True))
+    layer.forward = lambda *args, **kwargs: (state.pop("there"), forward(*args, **kwargs))[1]
+    model.vit.layers[0].register_forward_pre_hook(lambda *_: state.clear())
+    assert [len(chain.layers) for chain in chains_of(model, 8)] == [3]
+    # As of one that only the model itself gives what it needs.
+    model.vit.layers[0]._forward_hooks.clear()
+    model.vit.embeddings.register_forward_hook(lambda *_: state.update(there=True))
+    model.vit.layers[0]._forward_pre_hooks.clear()
+    assert chains_of(model, 8) == []
