@@ -9,7 +9,7 @@ import torch
 
 from cap_hf.collection.costs import Costs, synchronize
 from cap_hf.collection.hardware import Hardware
-from cap_hf.collection.pass_costs import pass_seconds, passes_through
+from cap_hf.collection.pass_costs import pass_seconds, passes_again, passes_through
 from cap_hf.collection.plan import Plan, sums_bytes
 from cap_hf.collection.progress import Foreseen
 from cap_hf.collection.resources import Afterwards
@@ -143,6 +143,11 @@ class Measured:
         if plan is not None and self.costs is not None:
             for each in foresee(plan, self.costs, config, processes, folder, prunes, self.trials):
                 seconds[each.kind] = seconds.get(each.kind, 0.0) + each.seconds
+            # Those of a search's further tries, of which `foresee` has the first.
+            prior = METHODS[config.method].has_prior(config)
+            more = passes_again(plan)[len(plan.passes) - 1 :]
+            more_seconds = sum(pass_seconds(plan, number, self.costs, prior, again=True) for number in more)
+            seconds["collecting"] += more_seconds * config.num_grads / processes.world
             images["collecting"] = passes_through(plan, self.costs) * config.num_examples
             if config.fisher_loss == "features":
                 # Whose deviations are measured before.

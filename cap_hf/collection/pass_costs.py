@@ -46,11 +46,17 @@ def alone(plan: Plan, number: int, costs: Costs, again: bool) -> Stretch | None:
     return stretch_of(costs.chains, plan.passes[number]) if plan.keeps and (number or again) else None
 
 
+def passes_again(plan: Plan) -> list[int]:
+    """Return the numbers of the passes that are gone through again, for new weights."""
+    if not plan.recollects:
+        return []
+    # The first time begins with the pass that the paths have ended with, whose sums are still there.
+    return [number for time in range(plan.rounds) for number in range(len(plan.passes) - (time == 0))]
+
+
 def passes_through(plan: Plan, costs: Costs) -> int:
-    """Return how often the examples go through the model, for paths and for the first new weights."""
-    ways = [(number, False) for number in range(len(plan.passes))]
-    if plan.recollects:
-        ways += [(number, True) for number in range(len(plan.passes) - 1)]
+    """Return how often the examples go through the model, for paths and for new weights."""
+    ways = [(number, False) for number in range(len(plan.passes))] + [(number, True) for number in passes_again(plan)]
     return sum(alone(plan, number, costs, again) is None for number, again in ways)
 
 

@@ -41,6 +41,7 @@ class Plan:
         batch_bytes: of the matrices that are solved at a time.
         recollects: whether the sums of a pass are dropped before the next, and collected anew when they are wanted.
         keeps: whether hidden states are kept between passes, which then go through their own layers alone.
+        rounds: how often new weights are made, of several sparsities together.
     """
 
     passes: list[list[Target]]
@@ -54,12 +55,13 @@ class Plan:
     batch_bytes: int | None = None
     recollects: bool = False
     keeps: bool = False
+    rounds: int = 1
 
     @property
     def num_passes(self) -> int:
-        """Return how often the examples are gone through, for paths and for the first new weights."""
-        # The second time begins with the pass that the first has ended with.
-        return 2 * len(self.passes) - 1 if self.recollects else len(self.passes)
+        """Return how often the examples are gone through, for paths and for new weights."""
+        # The second time begins with the pass that the first has ended with; after it nothing is kept.
+        return (1 + self.rounds) * len(self.passes) - 1 if self.recollects else len(self.passes)
 
     def to_dict(self) -> dict:
         """Return what another run needs to go through memory in the same way."""
@@ -104,6 +106,7 @@ def plan_passes(
     refitting: int = 0,
     recollected: int = 0,
     kept: int = 0,
+    rounds: int = 1,
 ) -> Plan | None:
     """Return the plan with the fewest passes; None where the memory or `max_passes` does not allow any.
 
@@ -123,6 +126,7 @@ def plan_passes(
             that go to the disk.
         kept: of how many gradient samples hidden states are kept between passes; 0 for none. Where sums are collected
             anew alone.
+        rounds: how often new weights are made.
     """
     device = processes.device
     blocks = largest_shares(list(targets), processes)
@@ -201,6 +205,7 @@ def plan_passes(
         batch_bytes=batch_bytes,
         recollects=bool(recollected),
         keeps=bool(kept),
+        rounds=rounds,
     )
     return plan if max_passes is None or plan.num_passes <= max_passes else None
 

@@ -8,7 +8,7 @@ import torch
 from cap_hf.collection import solver
 from cap_hf.collection.costs import Costs
 from cap_hf.collection.fitting import least_bytes
-from cap_hf.collection.pass_costs import pass_seconds
+from cap_hf.collection.pass_costs import pass_seconds, passes_again
 from cap_hf.collection.plan import Find, Plan, plan_passes, sums_bytes
 from cap_hf.collection.resources import Afterwards, Resources
 from cap_hf.collection.room import available_bytes, check_disk, disk_seconds, spill_folder
@@ -71,7 +71,9 @@ def make_plan(
         refitting = least_bytes(costs.widest // config.samples_per_grad) if refits else 0
         ways = ((0, 0), (afterwards.prunes, 0), (afterwards.prunes, kept if costs.chains else 0))
         spilling, *others = (
-            plan_passes(find(size), size, available, costs, processes, most, dtype, prior, refitting, *way)
+            plan_passes(
+                find(size), size, available, costs, processes, most, dtype, prior, refitting, *way, afterwards.rounds
+            )
             for way in ways
         )
         if spilling is not None and not spilling.spilled:
@@ -151,12 +153,10 @@ def extra_seconds(
         config: how to prune, for the gradient samples of a pass.
     """
     seconds = sum(pass_seconds(plan, number, costs, prior) for number in range(len(plan.passes)))
-    if plan.recollects:
-        # The second time begins with the pass that the first has ended with.
-        seconds += sum(pass_seconds(plan, number, costs, prior, again=True) for number in range(len(plan.passes) - 1))
+    seconds += sum(pass_seconds(plan, number, costs, prior, again=True) for number in passes_again(plan))
     seconds *= config.num_grads / processes.world
     # Written once, read by the elimination and for the weights of each sparsity.
-    seconds += (2 + prunes) * plan.spilled * seconds_per_byte
+    seconds += (2 + prunes * plan.rounds) * plan.spilled * seconds_per_byte
     return max(each for (each,) in processes.gather_ints(int(1e3 * seconds))) / 1e3
 
 

@@ -63,6 +63,7 @@ class Afterwards:
     Attributes:
         prunes: how many sparsities will be pruned to.
         refits: whether layers will be refitted after each of them.
+        rounds: how often new weights will be made of all of them: of a search, once for each try.
 
     Raises:
         CAPError: there is no prune.
@@ -70,7 +71,9 @@ class Afterwards:
 
     prunes: int = 1
     refits: bool = False
+    rounds: int = 1
 
     def __post_init__(self) -> None:
-        if self.prunes < 1:
-            raise CAPError(f"prunes={self.prunes} must be at least 1")
+        for name in ("prunes", "rounds"):
+            if getattr(self, name) < 1:
+                raise CAPError(f"{name}={getattr(self, name)} must be at least 1")

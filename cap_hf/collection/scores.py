@@ -59,6 +59,17 @@ def size_of(score: Scored) -> int | None:
     return len(score) if isinstance(score, torch.Tensor) else None
 
 
+def error_of(differences: torch.Tensor) -> float | None:
+    """Return the standard error of the mean of differences `(n,)`, image by image; None of a single one.
+
+    Where nothing differs it is not 0, but what one image more that does would change: 1 / n.
+    """
+    count = len(differences)
+    if count < 2:
+        return None
+    return standard_error(differences) if differences.any() else 1 / count
+
+
 def drop_of(dense: Scored, score: Scored) -> tuple[float, float | None]:
     """Return by how much a score is lower than the dense model's, and the standard error of that where it is known."""
     drop = value_of(dense) - value_of(score)
@@ -67,7 +78,7 @@ def drop_of(dense: Scored, score: Scored) -> tuple[float, float | None]:
     if isinstance(dense, torch.Tensor) and isinstance(score, torch.Tensor):
         differences = dense - score
         # One mean: what is equal in both is exactly 0.
-        return float(differences.mean()), standard_error(differences)
+        return float(differences.mean()), error_of(differences)
     if isinstance(dense, Score) and isinstance(score, Score):
         return drop, math.hypot(dense.error, score.error)
     return drop, None

@@ -117,9 +117,7 @@ class Counts:
         counts = cls(sparsities, collections if recomputations else 1, run.evaluated, run.recalibrates)
         if run.held_out is None:
             return counts
-        # As many as halve what is left of the multiples of the step.
-        trials = min(asked.search.max_evaluations, int(1 / asked.search.sparsity_step).bit_length())
-        return replace(counts, trials=trials, searched=run.held_out.num_read)
+        return replace(counts, trials=asked.search.most_evaluations, searched=run.held_out.num_read)
 
 
 def print_plan(

@@ -1,6 +1,6 @@
 """What `cap-hf prune` loads and checks before it begins, from its arguments."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +97,9 @@ def prepare(asked: Asked, accelerator: Accelerator) -> Run:
     compressor = CAPCompressor(
         model, config, accelerator, args.disable_tqdm, asked.resources, prunes, form.dtype, refits
     )
+    if search.num_images:
+        # In time for the plan: where sums are not kept, each try goes through the examples again.
+        compressor.afterwards = replace(compressor.afterwards, rounds=search.most_evaluations)
     calibration = image_dataset(
         calibration_split(splits["train"], num_examples, config.seed), image_processor, model, data
     )

@@ -61,6 +61,11 @@ class SearchArguments:
                 raise CAPError(f"{name}={getattr(self, name)} must be at least 1")
 
     @property
+    def most_evaluations(self) -> int:
+        """Return how many models are measured at most: as many as halve what is left of the multiples of the step."""
+        return min(self.max_evaluations, int(1 / self.sparsity_step).bit_length())
+
+    @property
     def num_images(self) -> int:
         """Return how many images are held out, 0 where nothing is searched for."""
         return 0 if self.max_accuracy_drop is None else self.max_search_samples

@@ -4,7 +4,7 @@ import pytest
 from support.models import build
 
 from cap_hf.collection.costs import Costs
-from cap_hf.collection.pass_costs import alone, pass_seconds, passes_through, share_of_model
+from cap_hf.collection.pass_costs import alone, pass_seconds, passes_again, passes_through, share_of_model
 from cap_hf.collection.plan import Plan
 from cap_hf.collection.stretches import Chain
 from cap_hf.targets import find_targets
@@ -36,6 +36,16 @@ def test_with_states_only_the_first_goes_through_the_model():
     assert alone(plan, 0, costs, again=False) is None
     assert passes_through(plan, costs) == 1
     assert pass_seconds(plan, 1, costs, inputs=True) == pytest.approx(2.0)
+
+
+def test_each_further_round_goes_through_all_passes_again():
+    plan, costs = layers(keeps=False)
+    plan.rounds = 3
+    assert passes_again(plan) == [0, 1, 2, 0, 1, 2, 3, 0, 1, 2, 3]
+    assert plan.num_passes == passes_through(plan, costs) == 4 + 11
+    plan.recollects = False
+    assert passes_again(plan) == []
+    assert plan.num_passes == 4
 
 
 def test_what_lies_in_no_chain_goes_through_the_model_every_time():

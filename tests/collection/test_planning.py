@@ -9,6 +9,7 @@ from support.models import build, random_batches
 from support.short_memory import loader, squeeze
 
 import cap_hf.collection.collection as collection_module
+import cap_hf.collection.passes as passes_module
 import cap_hf.collection.planning as planning_module
 from cap_hf import CAPCompressor, CAPConfig, CAPError
 from cap_hf.collection import room
@@ -195,6 +196,26 @@ def test_more_gradients_leave_no_room_for_states(monkeypatch):
     )
     assert few.keeps
     assert not many.keeps
+
+
+def test_a_search_counts_the_passes_of_each_try(monkeypatch):
+    """With the disk it reads sums again; without it goes through the examples again, and a limit holds for these."""
+    model, batches = build("ViT"), random_batches(build("ViT"), 8, sizes=(8, 8))
+    squeeze(monkeypatch, 0.9, anew=True, block_size="row")
+    config, counted = CAPConfig(num_grads=16, fisher_block_size="row"), []
+    passes = passes_module.Passes.collect
+    monkeypatch.setattr(passes_module.Passes, "collect", lambda *args: counted.append(1) or passes(*args))
+    compressor = CAPCompressor(model, config, resources=Resources(spill_dir="none"))
+    compressor.afterwards = replace(compressor.afterwards, rounds=2)
+    (forecast,) = compressor.forecast(batches, (1,))
+    planned = compressor.collect(batches).plan.num_passes
+    search = compressor.find_sparsity(lambda model: 1.0, 0.5, step=0.3, max_evaluations=2)
+    assert len(search.evaluations) == 2
+    assert len(counted) == planned == forecast.plan.num_passes == 3 * len(compressor.plan.passes) - 1
+    few = CAPCompressor(model, config, resources=Resources(max_passes=planned - 1, spill_dir="none"))
+    few.afterwards = compressor.afterwards
+    with pytest.raises(CAPError, match=f"--max_passes {planned} would do"):
+        few.collect(batches)
 
 
 def test_a_limit_of_passes_counts_all_of_them(monkeypatch):

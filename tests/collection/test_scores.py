@@ -16,9 +16,16 @@ def test_a_drop_is_that_of_the_means_and_its_error_that_of_the_differences():
     mean = sum(differences) / 5
     assert drop == pytest.approx(mean, rel=1e-15)
     assert error == pytest.approx(math.sqrt(sum((each - mean) ** 2 for each in differences) / 5 / 5), rel=1e-12)
-    assert drop_of(dense.double(), dense.double()) == (0.0, 0.0)
+    assert drop_of(dense.double(), dense.double()) == (0.0, 0.2)
     assert drop_of(0.75, 0.5) == (0.25, None)
     assert drop_of(Score(0.75, 3.0), Score(0.5, 4.0)) == (0.25, 5.0)
+
+
+def test_images_that_do_not_differ_prove_little():
+    """The error is not 0: one image more that differs would change the drop by 1 / n. One image alone has none."""
+    ones = torch.ones(100).double()
+    assert drop_of(ones, ones) == (0.0, 0.01)
+    assert drop_of(ones[:1], ones[:1] - 1) == (1.0, None)
 
 
 def test_scores_are_read():

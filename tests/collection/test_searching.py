@@ -114,6 +114,10 @@ def test_where_nothing_keeps_the_drop_the_model_is_dense_again():
     with pytest.raises(CAPError, match="the lowest of 2 that were tried: allow more, or more evaluations"):
         compressor.find_sparsity(minus_energy, 0, step=0.05, max_evaluations=2)
     assert_state(model, before)
+    # Nothing tells of a pruning that was taken back.
+    assert compressor.report is None
+    with pytest.raises(CAPError, match="nothing has been pruned yet"):
+        compressor.refit(random_batches(model, 8))
 
 
 @pytest.mark.parametrize("share", [0.33, 0.7])
