@@ -230,8 +230,9 @@ def foresee(
         most = together(plan, [target for each in plan.passes for target in each], processes, prunes, folder)
         counts = [min(most, prunes - first) for first in range(0, prunes, most)]
         # What is on the disk is read once for all that are solved for together.
-        solving = [Foreseen("reconstructing", reading + count * (sum(reconstructing) - reading)) for count in counts]
-        return [*collecting, Foreseen("eliminating", sum(eliminating)), *solving]
+        own = sum(reconstructing) - reading
+        prune = [Foreseen("reconstructing", own + reading / count) for count in counts for _ in range(count)]
+        return [*collecting, Foreseen("eliminating", sum(eliminating)), *prune]
     phases = []
     for each, solving in zip(collecting, eliminating, strict=True):
         phases += [each, Foreseen("eliminating", solving)]

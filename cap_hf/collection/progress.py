@@ -48,7 +48,7 @@ class Progress:
         self.close()
         self._coming, self._done, self._spent = list(foreseen), [], 0.0
 
-    def phase(self, kind: str, unit: str, work: float, name: str | None = None) -> "Phase":
+    def phase(self, kind: str, unit: str, work: float, name: str | None = None, times: int = 1) -> "Phase":
         """Begin a phase.
 
         Args:
@@ -57,6 +57,7 @@ class Progress:
             unit: of what is counted.
             work: how much there is to do, in any measure.
             name: what the bar shows; `kind` if None.
+            times: how many foreseen phases it is, done together.
         """
         self._end_phase()
         self.bar = self.bar or transformers_logging.tqdm(
@@ -65,12 +66,14 @@ class Progress:
             disable=self.disable,
             bar_format="{desc}{percentage:3.0f}% |{bar}| {elapsed}{postfix}",
         )
-        coming = Foreseen(kind, 0.0)
-        if any(each.kind == kind for each in self._coming):
-            while (coming := self._coming.pop(0)).kind != kind:
-                pass
+        seconds = 0.0
+        for _ in range(times):
+            if any(each.kind == kind for each in self._coming):
+                while (coming := self._coming.pop(0)).kind != kind:
+                    pass
+                seconds += coming.seconds
         self.bar.set_description((name or kind).capitalize(), refresh=False)
-        self._phase = Phase(self, coming, unit, work)
+        self._phase = Phase(self, Foreseen(kind, seconds), unit, work)
         return self._phase
 
     def remaining(self) -> float:

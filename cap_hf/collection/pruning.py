@@ -57,7 +57,9 @@ def solve_each(
             budgets.spend(each, config, paths) if isinstance(each, Budget) else paths.allocate(config, each)
             for each in together
         ]
-        solved = paths.reconstruct(counts, partial(progress.phase, "reconstructing", "block"))
+        # Collected anew there is one phase for each group of layers, and otherwise one was foreseen for each sparsity.
+        times = len(together) if paths.recollection is None else 1
+        solved = paths.reconstruct(counts, partial(progress.phase, "reconstructing", "block", times=times))
         for sparsity, (pruned, losses) in zip(together, solved, strict=True):
             progress.end_phase()
             yield sparsity, pruned, losses

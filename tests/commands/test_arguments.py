@@ -115,7 +115,7 @@ def test_what_a_run_keeps_lies_beside_its_output_or_in_it(tmp_path, monkeypatch)
     [
         ("sparsity: [0.5", "cannot be read: while parsing"),
         ("- 0.5", "must hold names and values"),
-        ("sparsity: half", "invalid float value: 'half'"),
+        ("sparsity: half", "sparsity 'half' is no number"),
         ("sparsity: 0.5\nspeed: 3", "unknown: --speed=3"),
         ("sparsity: 0.5\ndamp: high", "invalid float value: 'high'"),
         ("--sparsity: 0.5", "has '--sparsity': names in a file have no dashes before them, 'sparsity'"),
