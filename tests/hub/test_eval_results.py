@@ -93,6 +93,35 @@ def test_a_dataset_that_is_no_benchmark_or_not_on_the_hub(hub, tmp_path):
     assert eval_results(CardFacts.gather(tmp_path / "m", "user/vit")) == []
 
 
+def test_the_token_of_a_push_reads_the_tasks_too(hub, tmp_path, monkeypatch, capsys):
+    make_checkpoint(tmp_path / "m")
+    tokens = []
+
+    def download(*args, token, **kwargs):
+        tokens.append(token)
+        return str(tmp_path / "pictures" / "eval.yaml")
+
+    monkeypatch.setattr("cap_hf.hub.eval_results.hf_hub_download", download)
+    push_to_hub(tmp_path / "m", "user/vit", token="hf_writer")
+    command = ["--model_name_or_path", str(tmp_path / "m"), "--hub_model_id", "user/vit", "--token", "hf_mine"]
+    look = ["--dry_run", "true", "--output_dir", str(tmp_path / "look")]
+    assert run_command("push", [*command, *look]) == 0, capsys.readouterr().err
+    assert tokens == ["hf_writer", "hf_mine"]
+
+
+def test_why_tasks_cannot_be_read_is_said_unless_there_are_none(hub, tmp_path, monkeypatch, capsys):
+    assert find_task("someone/nothing", None, "test") is None
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    assert find_task("someone/other", None, "test") is None
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    (tmp_path / "pictures" / "eval.yaml").write_text("{")
+    assert find_task("someone/pictures", None, "test") is None
+    said = capsys.readouterr().err
+    assert said.startswith("no .eval_results: eval.yaml of someone/pictures cannot be read: ")
+    assert said.count("\n") == 1
+
+
 def test_what_was_measured_before_rounding_is_not_a_result_of_int8(hub, tmp_path):
     make_int8_checkpoints(tmp_path)
     facts = [CardFacts.gather(tmp_path / name, "user/vit") for name in ("plain", "int8")]
