@@ -48,6 +48,9 @@ def eval_results(facts: CardFacts, token: str | None = None) -> list[EvalResultE
     dataset, value = hub_id(facts.dataset), facts.sparse.get("top1")
     if dataset is None or value is None or facts.int8:
         return []
+    # A leaderboard compares models on the whole split.
+    if (facts.run.get("data") or {}).get("max_eval_samples") is not None:
+        return []
     task = find_task(dataset, facts.dataset_config, facts.dataset_split, token)
     if task is None:
         return []
@@ -67,6 +70,8 @@ def find_task(dataset: str, config: str | None, split: str | None, token: str | 
         split: None if that is not known, which no task is for.
         token: None for the one that huggingface_hub finds.
     """
+    if split is None:  # or it would be taken for that of a task that names none
+        return None
     try:
         path = hf_hub_download(dataset, TASKS_NAME, repo_type="dataset", token=token)
         content: Any = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
