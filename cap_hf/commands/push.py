@@ -50,6 +50,7 @@ def main(argv: list[str]) -> None:
             args.base_model,
             args.license,
             model_args.trust_remote_code,
+            model_args.token,
         )
         for path in sorted(path for path in output.rglob("*") if path.is_file()):
             print(f"{path.stat().st_size:>14,}  {path.relative_to(output)}")

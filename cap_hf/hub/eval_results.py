@@ -5,13 +5,16 @@ The Hub shows these on the model's page and on the leaderboard of the dataset, w
 https://huggingface.co/docs/hub/eval-results
 """
 
+import sys
 from pathlib import Path
 from typing import Any
 
 import yaml
 from huggingface_hub import EvalResultEntry, eval_result_entries_to_yaml, hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, OfflineModeIsEnabled, RepositoryNotFoundError
 
 from cap_hf.checkpoints.metrics import METRICS
+from cap_hf.errors import reason
 from cap_hf.hub.card import CardFacts
 from cap_hf.hub.names import hub_id, one_line
 
@@ -45,6 +48,9 @@ def eval_results(facts: CardFacts, token: str | None = None) -> list[EvalResultE
     dataset, value = hub_id(facts.dataset), facts.sparse.get("top1")
     if dataset is None or value is None or facts.int8:
         return []
+    # A leaderboard compares models on the whole split.
+    if (facts.run.get("data") or {}).get("max_eval_samples") is not None:
+        return []
     task = find_task(dataset, facts.dataset_config, facts.dataset_split, token)
     if task is None:
         return []
@@ -64,13 +70,26 @@ def find_task(dataset: str, config: str | None, split: str | None, token: str | 
         split: None if that is not known, which no task is for.
         token: None for the one that huggingface_hub finds.
     """
+    if split is None:  # or it would be taken for that of a task that names none
+        return None
     try:
         path = hf_hub_download(dataset, TASKS_NAME, repo_type="dataset", token=token)
-        tasks: Any = yaml.safe_load(Path(path).read_text(encoding="utf-8")).get("tasks")
-    except Exception:  # no network, no such file, something else than YAML
+        content: Any = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except GatedRepoError as error:  # a kind of missing repository for huggingface_hub, but one that a token opens
+        return _left_out(dataset, error)
+    except (EntryNotFoundError, RepositoryNotFoundError, OfflineModeIsEnabled):  # no benchmark, or no network
         return None
+    except Exception as error:  # nothing here is worth a push that fails
+        return _left_out(dataset, error)
+    tasks = content.get("tasks") if isinstance(content, dict) else None
     for task in tasks if isinstance(tasks, list) else ():
         asked = (config or "default", split)
         if isinstance(task, dict) and (task.get("config") or "default", task.get("split")) == asked:
             return str(task["id"]) if "id" in task else None
     return None
+
+
+def _left_out(dataset: str, error: Exception) -> None:
+    """Say in one line why a push has no results for a leaderboard, where that is not because there is none."""
+    said = one_line(getattr(error, "server_message", None) or reason(error))
+    print(f"no .eval_results: {TASKS_NAME} of {dataset} cannot be read: {said}", file=sys.stderr)

@@ -97,7 +97,7 @@ def push_to_hub(
             check_name(checkpoint, "a checkpoint's folder")
             folder = Path(checkpoint)
         ready = Path(scratch) / "ready"
-        prepare_folder(folder, ready, repo_id, compressed, base_model, license, trust_remote_code)
+        prepare_folder(folder, ready, repo_id, compressed, base_model, license, trust_remote_code, token)
         return upload_folder(ready, repo_id, private, revision, create_pr, commit_message, token)
 
 
@@ -109,6 +109,7 @@ def prepare_folder(
     base_model: str | None = None,
     license: str | None = None,
     trust_remote_code: bool = False,
+    token: str | None = None,
 ) -> CardFacts:
     """Write the folder exactly as `push_to_hub` would publish it, atomically; arguments and errors as there.
 
@@ -146,7 +147,7 @@ def prepare_folder(
         facts = replace(facts, compressed=published.compressed, file_bytes=published.num_bytes)
         facts = replace(facts, **private.clean({name: getattr(facts, name) for name in REPORTED}))
         facts.render().save(folder / CARD_NAME)
-        write_eval_results(folder, facts)
+        write_eval_results(folder, facts, token)
         draw_sparsity(
             [layer["name"] for layer in facts.layers],
             [layer["num_zeros"] / layer["num_weights"] for layer in facts.layers],

@@ -71,6 +71,11 @@ def test_the_task_of_a_config_and_a_split(hub, config, split, task):
     assert find_task("someone/pictures", config, split) == task
 
 
+def test_no_task_is_for_a_split_that_is_not_known(hub, tmp_path):
+    (tmp_path / "pictures" / "eval.yaml").write_text("tasks: [{id: whole}]")
+    assert find_task("someone/pictures", None, None) is None
+
+
 @pytest.mark.parametrize("text", ["[1, 2]", "tasks: 3", "tasks: [3, {split: test}]", "{", ""])
 def test_a_list_of_tasks_that_is_none(hub, tmp_path, text):
     (tmp_path / "pictures" / "eval.yaml").write_text(text)
@@ -91,6 +96,42 @@ def test_a_dataset_that_is_no_benchmark_or_not_on_the_hub(hub, tmp_path):
         assert eval_results(CardFacts.gather(tmp_path / "m", "user/vit")) == []
     make_checkpoint(tmp_path / "m", facts={"sparse": {"knn_top1": 0.5, "loss": 1.0}})
     assert eval_results(CardFacts.gather(tmp_path / "m", "user/vit")) == []
+
+
+def test_the_token_of_a_push_reads_the_tasks_too(hub, tmp_path, monkeypatch, capsys):
+    make_checkpoint(tmp_path / "m")
+    tokens = []
+
+    def download(*args, token, **kwargs):
+        tokens.append(token)
+        return str(tmp_path / "pictures" / "eval.yaml")
+
+    monkeypatch.setattr("cap_hf.hub.eval_results.hf_hub_download", download)
+    push_to_hub(tmp_path / "m", "user/vit", token="hf_writer")
+    command = ["--model_name_or_path", str(tmp_path / "m"), "--hub_model_id", "user/vit", "--token", "hf_mine"]
+    look = ["--dry_run", "true", "--output_dir", str(tmp_path / "look")]
+    assert run_command("push", [*command, *look]) == 0, capsys.readouterr().err
+    assert tokens == ["hf_writer", "hf_mine"]
+
+
+def test_why_tasks_cannot_be_read_is_said_unless_there_are_none(hub, tmp_path, monkeypatch, capsys):
+    assert find_task("someone/nothing", None, "test") is None
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    assert find_task("someone/other", None, "test") is None
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    (tmp_path / "pictures" / "eval.yaml").write_text("{")
+    assert find_task("someone/pictures", None, "test") is None
+    said = capsys.readouterr().err
+    assert said.startswith("no .eval_results: eval.yaml of someone/pictures cannot be read: ")
+    assert said.count("\n") == 1
+
+
+def test_a_part_of_a_split_is_no_result_of_a_benchmark(hub, tmp_path):
+    data = {"dataset_name": "someone/pictures", "eval_split_name": "test"}
+    for limit, count in ((None, 1), (8, 0)):
+        make_checkpoint(tmp_path / "m", facts={"data": data | {"max_eval_samples": limit}})
+        assert len(eval_results(CardFacts.gather(tmp_path / "m", "user/vit"))) == count
 
 
 def test_what_was_measured_before_rounding_is_not_a_result_of_int8(hub, tmp_path):
