@@ -51,6 +51,10 @@ def write_page(folder: str | Path) -> Path:
     found = find_runs(folder)
     sections = sections_of(found)
     html = render(found, sections, draw.javascript_bundle(vl_version=VERSION))
+    # Before the charts: what cannot be written leaves the earlier page and its charts as they were.
+    with atomic_file(folder / PAGE) as path:
+        # A name in a file may hold half of a pair of surrogates, which JSON allows and UTF-8 does not.
+        path.write_text(html, encoding="utf-8", errors="replace")
     drawn = set()
     for chart in (chart for section in sections for chart in section.charts):
         png = draw.vegalite_to_png(on_paper(chart.whole()), vl_version=VERSION, scale=SCALE)
@@ -61,8 +65,6 @@ def write_page(folder: str | Path) -> Path:
         for name in set(CHARTS) - drawn:  # of an earlier page
             with suppress(FileNotFoundError):
                 (folder / PAGE_FOLDER / f"{name}.png").unlink()
-    with atomic_file(folder / PAGE) as path:
-        path.write_text(html, encoding="utf-8")
     return folder / PAGE
 
 
