@@ -88,7 +88,10 @@ def make_parser(kinds: tuple[type, ...], program: str, description: str) -> "HfA
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         sys.modules[name] = module
-    return sys.modules[name].HfArgumentParser(kinds, prog=f"cap-hf {program}", description=description)
+    # Names are whole: a part of one would escape what looks at names, and may mean something else in the next version.
+    return sys.modules[name].HfArgumentParser(
+        kinds, prog=f"cap-hf {program}", description=description, allow_abbrev=False
+    )
 
 
 def parse(
@@ -116,6 +119,7 @@ def parse(
             check_file(argv)
             # Of an argument that is given twice the last one counts.
             argv = arguments_from_file(argv[0], kinds) + argv[1:]
+        check_whole_names(parser, argv)
         # argparse would print its usage, a screen long, before the one line that matters.
         with contextlib.redirect_stderr(io.StringIO()) as errors:
             if defaults is not None:
@@ -147,6 +151,15 @@ def given(parser: ArgumentParser, argv: list[str], kinds: Sequence[type]) -> dic
     blank = Namespace(**{each.name: unset for kind in kinds for each in fields(kind)})
     found, _ = parser.parse_known_args(argv, blank)
     return {name: value for name, value in vars(found).items() if value is not unset}
+
+
+def check_whole_names(parser: ArgumentParser, argv: Sequence[str]) -> None:
+    """Raise a CAPError if an argument is named by the beginning of its name; the value is not in the message."""
+    known = [action.option_strings for action in parser._actions]
+    for name in (word.partition("=")[0] for word in argv if word.startswith("--")):
+        meant = [names[0] for names in known if any(each.startswith(name) for each in names)]
+        if len(name) > 2 and meant and not any(name in names for names in known):
+            raise CAPError(f"{name} is no whole name: write {' or '.join(meant)}")
 
 
 def is_file_of_arguments(name: str) -> bool:

@@ -47,7 +47,7 @@ def main(argv: list[str]) -> None:
     if search.max_accuracy_drop is None:
         asked.sparsities = check_amounts(args, asked.config)
     check_state(args)
-    args.command = as_typed("prune", argv)
+    args.command = as_typed("prune", argv, [asked.model.token])
     if not args.dry_run:
         check_output(args.output_dir, args.overwrite_output_dir or args.resume, state_folder(args))
         # Now, and not only after the pruning; the name of the one that is found will be as long.

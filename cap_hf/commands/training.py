@@ -68,7 +68,7 @@ def read_arguments(argv: list[str]) -> tuple:
             Resources,
             defaults=defaults_beside,
         )
-    args.command = as_typed("finetune", argv)
+    args.command = as_typed("finetune", argv, [model_args.token, training_args.hub_token])
     # In one line, and before the model is loaded; of others the Trainer knows more.
     check_trackers([name for name in training_args.report_to or () if name in TRACKERS] or ["none"])
     data_args = DataArguments(**asdict(data_args), dataloader_num_workers=training_args.dataloader_num_workers)

@@ -11,7 +11,7 @@ from cap_hf.extras import check
 TRACKERS = {"tensorboard": "tensorboard", "trackio": "trackio", "wandb": "wandb"}
 NO_TRACKER = "none"
 # What follows one of these names is never shown, nor is what looks like a token of the Hub.
-SECRET = re.compile(r"--\w*token(=|$)", re.IGNORECASE)
+SECRET = re.compile(r"--[\w-]*token(=|$)", re.IGNORECASE)
 TOKEN = re.compile(r"hf_[A-Za-z0-9]{16,}")
 
 
@@ -42,15 +42,26 @@ def check_trackers(names: Sequence[str]) -> list[str]:
     return wanted
 
 
-def as_typed(command: str, argv: Sequence[str]) -> str:
-    """Return a command as it was typed, with stars in the place of tokens."""
+def as_typed(command: str, argv: Sequence[str], secrets: Sequence[str | None] = ()) -> str:
+    """Return a command as it was typed, with stars in the place of tokens.
+
+    Args:
+        command: its name.
+        argv: what follows.
+        secrets: tokens as they were understood, which are hidden wherever they stand and however they were named.
+    """
     words, hide = ["cap-hf", command], False
+    # The longest first: a part of one must not be left.
+    tokens = sorted({each for each in secrets if each}, key=len, reverse=True)
     for word in argv:
+        name = word
+        for token in tokens:
+            word = word.replace(token, "***")
         if hide:
             words.append("***")
-        elif SECRET.match(word) and "=" in word:
-            words.append(f"{word.partition('=')[0]}=***")
+        elif SECRET.match(name) and "=" in name:
+            words.append(f"{name.partition('=')[0]}=***")
         else:
             words.append(TOKEN.sub("***", word))
-        hide = not hide and SECRET.fullmatch(word) is not None
+        hide = not hide and SECRET.fullmatch(name) is not None
     return shlex.join(words)

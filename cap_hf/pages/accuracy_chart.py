@@ -26,10 +26,13 @@ def accuracy_chart(found: Found) -> Chart | None:
         return None
     scale, dense = 100 if metric.share else 1, found.dense.get(metric.key)
     unit = " %" if metric.share else ""
-    values = [_point(model, metric, scale, dense) for model in sorted(models, key=lambda model: model.sparsity)]
+    values = [
+        _point(model, metric, scale, model.dense.get(metric.key))
+        for model in sorted(models, key=lambda model: model.sparsity)
+    ]
     for value in [*values]:
         # A line begins at the dense model where that was measured.
-        if dense is not None and found.sparsity_dense == 0 and value["series"] != "recovered":
+        if dense is not None and found.agreed and found.sparsity_dense == 0 and value["series"] != "recovered":
             start = _point(Model("dense", value["series"], 0.0, found.dense), metric, scale, dense)
             values += [start] if start not in values else []
     x = axis("sparsity", "weights that are 0", scale={"zero": False, "nice": True}, axis=PERCENT)
@@ -68,7 +71,7 @@ def accuracy_chart(found: Found) -> Chart | None:
             },
         },
     ]
-    if dense is not None:
+    if dense is not None and found.agreed:  # else there is no one height of it
         layers += _level("dense", scale * dense, QUIET)
         budget = budget_of(found, metric)
         if budget is not None:
@@ -78,7 +81,7 @@ def accuracy_chart(found: Found) -> Chart | None:
     )
     rows = [
         [model.name, model.series, f"{100 * model.sparsity:.2f}", metric.show(model.metrics)]
-        + ([metric.show_drop(model.metrics, found.dense)] if dense is not None else [])
+        + ([metric.show_drop(model.metrics, model.dense)] if dense is not None else [])
         for model in models
     ]
     header = ["checkpoint", "made by", "sparsity %", metric.heading] + (["drop"] if dense is not None else [])

@@ -51,6 +51,10 @@ def write_page(folder: str | Path) -> Path:
     found = find_runs(folder)
     sections = sections_of(found)
     html = render(found, sections, draw.javascript_bundle(vl_version=VERSION))
+    # Before the charts: what cannot be written leaves the earlier page and its charts as they were.
+    with atomic_file(folder / PAGE) as path:
+        # A name in a file may hold half of a pair of surrogates, which JSON allows and UTF-8 does not.
+        path.write_text(html, encoding="utf-8", errors="replace")
     drawn = set()
     for chart in (chart for section in sections for chart in section.charts):
         png = draw.vegalite_to_png(on_paper(chart.whole()), vl_version=VERSION, scale=SCALE)
@@ -61,8 +65,6 @@ def write_page(folder: str | Path) -> Path:
         for name in set(CHARTS) - drawn:  # of an earlier page
             with suppress(FileNotFoundError):
                 (folder / PAGE_FOLDER / f"{name}.png").unlink()
-    with atomic_file(folder / PAGE) as path:
-        path.write_text(html, encoding="utf-8")
     return folder / PAGE
 
 
@@ -130,10 +132,10 @@ def tiles_of(found: Found) -> list[tuple[str, str, str]]:
     if metric is None:
         return []
     tiles = []
-    if metric.key in found.dense:
+    if metric.key in found.dense and found.agreed:
         tiles.append((f"dense {metric.heading}", metric.show(found.dense), "before pruning"))
     for model in _best(found)[:3]:
-        drop = metric.show_drop(model.metrics, found.dense)
+        drop = metric.show_drop(model.metrics, model.dense)
         note = f"{drop} less than dense" if drop != "-" else model.series
         tiles.append((f"{metric.heading} at {100 * model.sparsity:.4g} %", metric.show(model.metrics), note))
     return tiles
@@ -162,15 +164,17 @@ def columns_of(found: Found) -> list[str]:
 def lines_of(found: Found) -> list[list[str]]:
     """Return the lines of the table of models, the dense one first."""
     metrics = measured_in([found.dense, *(model.metrics for model in found.models)])
-    every = [("dense", "", found.sparsity_dense, found.dense)] if found.dense else []
-    every += [(model.name, model.series, model.sparsity, model.metrics) for model in found.models]
+    every = [("dense", "", found.sparsity_dense, found.dense, found.dense)] if found.dense else []
+    if not found.agreed:
+        every = [(f"dense of {run or '.'}", "", zeros, each, each) for run, (each, zeros) in found.denses.items()]
+    every += [(model.name, model.series, model.sparsity, model.metrics, model.dense) for model in found.models]
     lines = []
-    for name, series, sparsity, measured in every:
+    for name, series, sparsity, measured, dense in every:
         line = [name, series, f"{100 * sparsity:.2f}"]
         for metric in metrics:
             line.append(metric.show(measured, error=metric.drop))
             if metric.drop and found.dense:
-                line.append(metric.show_drop(measured, found.dense))
+                line.append(metric.show_drop(measured, dense))
         lines.append(line)
     return lines
 

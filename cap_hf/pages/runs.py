@@ -32,6 +32,7 @@ class Model:
         sparsity: share of the target weights that are 0.
         metrics: what was measured of it; empty if nothing was.
         layers: of it, as its report has them.
+        dense: what its own run measured of the dense model.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Model:
     sparsity: float
     metrics: dict[str, Any] = field(default_factory=dict)
     layers: list[Layer] = field(default_factory=list)
+    dense: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -50,6 +52,7 @@ class Found:
         dense: what was measured of the dense model, by the first report that says so.
         sparsity_dense: share of its target weights that are 0.
         about: the model, data, device and versions of the first report.
+        denses: what each run measured of its dense model and how sparse that was, by the name of its folder.
         phases, histories, benchmarks, records, searches: of each run, by the name of its folder.
         commands: the folder of a run, the command, and whether it is as it was typed.
         notes: what is there and was not used, and why.
@@ -60,6 +63,7 @@ class Found:
     dense: dict[str, Any] = field(default_factory=dict)
     sparsity_dense: float = 0.0
     about: dict[str, Any] = field(default_factory=dict)
+    denses: dict[str, tuple[dict[str, Any], float]] = field(default_factory=dict)
     phases: dict[str, list[Phase]] = field(default_factory=dict)
     histories: dict[str, list[dict]] = field(default_factory=dict)
     benchmarks: dict[str, Benchmark] = field(default_factory=dict)
@@ -67,6 +71,11 @@ class Found:
     searches: dict[str, Search] = field(default_factory=dict)
     commands: list[tuple[str, str, bool]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+
+    @property
+    def agreed(self) -> bool:
+        """Return whether the dense models of all runs are the same as far as figures are shown."""
+        return len({str(_rounded(each)) for each in self.denses.values()}) < 2
 
 
 def find_runs(folder: str | Path) -> Found:
@@ -97,7 +106,13 @@ def find_runs(folder: str | Path) -> Found:
             f"{folder} holds no {REPORT_NAME}, {BENCHMARK_NAME} or {STATE_NAME} of a run: name the --output_dir of one"
         )
     _tell_apart(found.models)
+    if not found.agreed:
+        found.notes.append("The runs measured different figures of their dense models: each drop is against its own.")
     return found
+
+
+def _rounded(dense: tuple[dict[str, Any], float]) -> list[tuple[str, float]]:
+    return sorted((key, round(value, 4)) for key, value in dense[0].items() if isinstance(value, (int, float)))
 
 
 def files_of(folder: Path) -> Iterator[Path]:
@@ -138,7 +153,10 @@ def _read_report(found: Found, path: Path, name: str) -> set[Path]:
         metrics = (result.get("sparse") if kind == PRUNED else None) or result.get("recovered") or {}
         label = "/".join(each for each in (name, result.get("checkpoint", "")) if each) or found.folder.name
         model = Model(label, _series(kind, result), sparsity, dict(metrics), cast(list[Layer], layers))
+        model.dense = dict(facts.get("dense") or {})
         found.models.append(model)
+    if facts.get("dense"):
+        found.denses[name] = dict(facts["dense"] or {}), facts.get("sparsity_dense") or 0.0
     found.dense = found.dense or dict(facts.get("dense") or {})
     found.sparsity_dense = found.sparsity_dense or facts.get("sparsity_dense") or 0.0
     found.about = found.about or _about(facts)

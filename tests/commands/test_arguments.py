@@ -40,6 +40,8 @@ def test_the_parser_is_transformers_own():
         (["--nope", "1", "--flag", "false"], "unknown: --nope 1; cap-hf try --help shows the arguments"),
         (["--values", "0.5", "half"], "argument --values: invalid float value: 'half'"),
         (["--flag", "perhaps"], "got perhaps but expected one of yes/no"),
+        (["--lim", "3"], "--lim is no whole name: write --limit"),
+        (["--fla=s3cret"], "--fla is no whole name: write --flag"),
         (["a.yaml", "b.yaml"], "'b.yaml' stands beside a.yaml without a name, as in --output_dir b.yaml"),
         (["a.yaml", "--limit", "4"], "a.yaml cannot be read: "),
         (["a.txt"], "'a.txt' belongs to no argument: "),

@@ -80,6 +80,8 @@ def test_a_command_is_shown_as_it_was_typed():
         ["--token=secret"],
         ["--hub_token", "secret"],
         ["--push_to_hub_token=secret"],
+        ["--hub-token", "secret"],
+        ["--push-to-hub-token=secret"],
         ["--model_name_or_path", "hf_" + "secret" * 4],
         ["--x=https://hf_" + "secret" * 4 + "@host"],
     ],
@@ -89,3 +91,29 @@ def test_tokens_are_not_shown(words):
     assert "secret" not in shown
     assert shown.endswith("--sparsity 0.5")
     assert words[0].partition("=")[0] in shown
+
+
+def test_a_token_is_not_shown_however_it_was_named():
+    words = ["--tok=s3cret", "--toke", "s3cret", "--name", "https://s3cret@host", "--sparsity", "0.5"]
+    assert as_typed("prune", words, [None, "", "s3c", "s3cret"]) == (
+        "cap-hf prune '--tok=***' --toke '***' --name 'https://***@host' --sparsity 0.5"
+    )
+    # The name itself stays one after which a token is hidden.
+    assert "xyz" not in as_typed("prune", ["--token", "xyz"], ["token"])
+
+
+@pytest.mark.parametrize("command", ["prune", "finetune"])
+def test_a_token_that_was_read_is_hidden(monkeypatch, tmp_path, command):
+    (tmp_path / "config.json").touch()
+    arguments = ["--model_name_or_path", str(tmp_path), "--token", "s3cret", "--cache_dir", "/x/s3cret"]
+    seen = []
+
+    def stop(name, argv, secrets=()):
+        seen.extend(secrets)
+        raise CAPError(as_typed(name, argv, secrets))
+
+    place = "prune" if command == "prune" else "training"
+    monkeypatch.setattr(f"cap_hf.commands.{place}.as_typed", stop)
+    more = ["--sparsity", "0.5"] if command == "prune" else ["--output_dir", str(tmp_path / "o")]
+    assert main([command, *arguments, *more]) == 1
+    assert "s3cret" in seen

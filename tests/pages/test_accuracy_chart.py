@@ -5,6 +5,7 @@ from support.charts import compiled, drawn
 from support.runs import recovered, report, search, write, write_run
 
 from cap_hf.pages.accuracy_chart import accuracy_chart, main_metric, search_chart
+from cap_hf.pages.page import lines_of
 from cap_hf.pages.runs import find_runs
 
 
@@ -77,3 +78,20 @@ def test_of_what_was_not_measured_there_is_no_chart(tmp_path):
         result["sparse"] = None
     write_run(tmp_path, content)
     assert accuracy_chart(find_runs(tmp_path)) is None
+
+
+def test_each_drop_is_against_the_dense_model_of_its_own_run(tmp_path):
+    write_run(tmp_path / "a")
+    write_run(tmp_path / "b", report("magnitude", dense={"top1": 0.86}))
+    found = find_runs(tmp_path)
+    chart = accuracy_chart(found)
+    drops = {each["model"]: each["drop"] for each in chart.spec["data"]["values"]}
+    assert drops["a/sparsity-0.9"] == pytest.approx(11)
+    assert drops["b/sparsity-0.9"] == pytest.approx(5)
+    assert "dense" not in drops
+    assert texts(chart) == []
+    assert chart.rows[-1][-1] == "5.00 ± 0.50"
+    lines = lines_of(found)
+    assert [line[0] for line in lines[:2]] == ["dense of a", "dense of b"]
+    assert "5.00 ± 0.50" in lines[-1]
+    assert found.notes == ["The runs measured different figures of their dense models: each drop is against its own."]

@@ -117,6 +117,20 @@ def test_images_are_pngs_and_nothing_else(tmp_path):
         write_page(write_run(tmp_path / "b", noted=noted))
 
 
+def test_half_a_pair_of_surrogates_does_not_end_the_page(tmp_path):
+    noted = record()
+    noted["command"] = "cap-hf prune \ud800x"
+    assert "cap-hf prune ?x" in write_page(write_run(tmp_path, noted=noted)).read_text()
+
+
+def test_charts_stay_where_the_page_cannot_be_written(tmp_path):
+    write_run(tmp_path)
+    (tmp_path / "report.html").mkdir()
+    with pytest.raises(CAPError):
+        write_page(tmp_path)
+    assert not list(tmp_path.rglob("*.png"))
+
+
 def test_what_draws_is_asked_for_in_one_line(tmp_path, monkeypatch):
     def missing(package, extra):
         raise CAPError(f"{package} is not installed: pip install 'cap_hf[{extra}]'")
