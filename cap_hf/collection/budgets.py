@@ -1,5 +1,6 @@
 """What budgets are counted in: multiply-adds, bytes and seconds of a model, by target; spent, checked and reported."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -31,6 +32,9 @@ COUNTED_IN = {"flops": "multiply-adds", "bytes": "bytes", "latency": "seconds", 
 CALIBRATIONS, LEAST_EVEN, MOST_EVEN, EVEN_STEP = 2, 0.02, 0.97, 1e-3
 # A budget is met by a model that costs no more than this share beyond it: sums of seconds are rounded.
 ROUNDING = 1e-9
+# A unit costs what its weights would if none were 0. Of all weights this share may be zeros in units with others, such
+# as rounding makes: by no more than that is the model then pruned beyond a budget.
+MOST_STRAY = 0.01
 
 
 @dataclass(frozen=True)
@@ -77,6 +81,7 @@ class Budgets:
         config: CAPConfig,
         targets: Sequence[Target],
         zeros: Sequence[int] | None = None,
+        entries: Sequence[int] | None = None,
     ) -> float | Budget:
         """Return how much to prune, as `CAPConfig.check_sparsity` of a sparsity: that of N:M where none is given.
 
@@ -85,10 +90,12 @@ class Budgets:
             config: for the allocation, the selection and the pattern.
             targets: of the model.
             zeros: units of each that are 0 as a whole before it is pruned; None to count them.
+            entries: weights of each that are 0 before it is pruned, alone or in such units; None to count them.
 
         Raises:
-            CAPError: as of `CAPConfig.check_sparsity`; or the config does not go with a budget, the model costs less
-                already, or cannot cost so little; it fails on an image; or int8 cannot run here.
+            CAPError: as of `CAPConfig.check_sparsity`; or the config does not go with a budget, nor do zeros that do
+                not keep to its pattern; the model costs less already, or cannot cost so little; it fails on an image;
+                or int8 cannot run here.
         """
         unit = unit_of(config.structure)
         zeros = zeros_of(targets, unit) if zeros is None else zeros
@@ -97,15 +104,23 @@ class Budgets:
             return config.check_sparsity(amount, total, unit * sum(zeros))
         budget = amount
         budget.check(config.allocation, config.selection)
+        entries = zeros_of(targets, 1) if entries is None else entries
+        stray = (sum(entries) - unit * sum(zeros)) / sum(counts_of(targets, 1))
+        if stray > MOST_STRAY:
+            raise CAPError(
+                f"{budget} counts whole blocks of {config.structure}, and {stray:.1%} of the weights are zeros that "
+                "lie in blocks with others: prune the dense model, or leave the pattern out"
+            )
         costs = self.costs(budget, targets, unit)
-        now, least, wanted = costs.of(zeros), costs.of(counts_of(targets, unit)), budget.share * costs.dense
+        least, wanted = costs.of(counts_of(targets, unit)), budget.share * costs.dense
         if least > wanted:
             raise CAPError(
                 f"{budget} cannot be met: with every target 0, {least / costs.dense:.1%} of {KINDS[budget.kind]} would "
                 "be left"
             )
         # What a layer that stays dense takes is not known from those that do not.
-        if not budget.is_latency and now < wanted * (1 - ROUNDING):
+        now = math.inf if budget.is_latency else self.costs(budget, targets, 1).of(entries)
+        if now < wanted * (1 - ROUNDING):
             raise CAPError(
                 f"the model takes {now / costs.dense:.4%} of {KINDS[budget.kind]} already: {budget} would be more"
             )

@@ -48,7 +48,8 @@ def solve_each(
             model takes, or too little; a block cannot be solved for.
     """
     zeros = paths.count_zeros(unit_of(config.structure))
-    exact = [budgets.check(each, config, paths.targets, zeros) for each in sparsities]
+    entries = paths.count_zeros()
+    exact = [budgets.check(each, config, paths.targets, zeros, entries) for each in sparsities]
     eliminate(paths, config.structure, progress)
     at_once = 1 if collection is None else collection.together(len(exact))
     for first in range(0, len(exact), at_once):

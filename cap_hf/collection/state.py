@@ -45,6 +45,10 @@ class Checkpointing:
     every: int
     resume: bool = False
 
+    def __post_init__(self) -> None:
+        # A path may be typed as a string.
+        self.folder = Path(self.folder)
+
 
 class Statistic(Protocol):
     """What a state saves and finds again: what was summed of each target, and of how many gradient samples."""

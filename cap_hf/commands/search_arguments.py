@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
-from decimal import Decimal, InvalidOperation
+from decimal import Decimal, DecimalException
 
 from cap_hf.config import CAPConfig
 from cap_hf.errors import CAPError
@@ -107,19 +107,28 @@ def read_sparsities(texts: Sequence[str | float]) -> list[float]:
 def _numbers(text: str) -> list[Decimal]:
     try:
         parts = [Decimal(part) for part in text.split(":")]
-    except InvalidOperation as error:
+    except DecimalException as error:
         raise CAPError(f"sparsity {text!r} is no number, and no range such as 0.5:0.95:0.05") from error
     if len(parts) == 1:
+        # A signaling NaN is no float.
+        if not parts[0].is_finite():
+            raise CAPError(f"sparsity {text} is not in [0, 1)")
         return parts
     if len(parts) != 3 or not all(part.is_finite() for part in parts):
         raise CAPError(f"sparsity {text!r} is no range: that is begin:end:step, such as 0.5:0.95:0.05")
     begin, end, step = parts
     if step <= 0 or end < begin:
         raise CAPError(f"sparsity {text!r} has nothing in it: begin:end:step goes up, such as 0.5:0.95:0.05")
-    steps = (end - begin) / step
+    for each in (begin, end):
+        if not 0 <= each < 1:
+            raise CAPError(f"sparsity {each} is not in [0, 1)")
+    try:
+        steps = (end - begin) / step
+    except DecimalException:  # more than a decimal can hold
+        steps = Decimal(MOST)
     if steps >= MOST:
         raise CAPError(
-            f"sparsity {text!r} has {int(steps) + 1} sparsities, and each is a checkpoint: take a larger step"
+            f"sparsity {text!r} has more than {MOST} sparsities, and each is a checkpoint: take a larger step"
         )
     if steps != int(steps):
         last = begin + int(steps) * step

@@ -92,7 +92,7 @@ def rows_of(report: dict, steps: int) -> list[dict]:
         {
             "method": result["pruning"]["method"],
             "seed": report["seed"],
-            "sparsity": result["pruning"]["requested_sparsity"],
+            "sparsity": asked_or_found(result["pruning"]),
             "heal_steps": steps,
             key: result["sparse"][key],
             f"{key}_se": result["sparse"][f"{key}_se"],
@@ -105,6 +105,12 @@ def rows_of(report: dict, steps: int) -> list[dict]:
         }
         for result in report["results"]
     ]
+
+
+def asked_or_found(pruning: dict) -> float:
+    """Return the sparsity that a prune was asked for, or that came out where it was asked for a budget."""
+    asked = pruning["requested_sparsity"]
+    return pruning["sparsity"] if asked is None else asked
 
 
 def table(rows: list[dict]) -> str:

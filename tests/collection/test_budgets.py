@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from cap_hf import CAPCompressor, CAPConfig, CAPError
 from cap_hf.budget import Budget, CostCurve
 from cap_hf.checkpoints.compressing import compress_checkpoint
+from cap_hf.checkpoints.sizes import measure_model
 from cap_hf.checkpoints.weights import measure
 from cap_hf.collection import budgets
 from cap_hf.collection.budgets import Costs, corrected, even_sparsity, on_first
@@ -34,6 +35,14 @@ def multiply_adds(model, side, targets) -> tuple[int, int]:
         total += dense
         kept += dense // target.weight.numel() * int((target.weight != 0).sum())
     return kept, total
+
+
+def multiply_adds_or_bytes(compressor, kind) -> int:
+    """What a model takes as it is."""
+    if kind == "bytes":
+        return measure_model(compressor.model)[1]
+    sides = compressor.model.config.image_size
+    return multiply_adds(compressor.model, sides, compressor.targets)[0]
 
 
 @pytest.mark.parametrize("name", ["ViT", "Swin", "ConvNext", "ResNet"])
@@ -183,6 +192,40 @@ def test_a_sparse_model_is_pruned_further_and_not_back():
     # From the same collection, a larger one after a smaller one.
     first.prune(Budget("flops", 0.2))
     assert 0.399 < first.prune(Budget("flops", 0.4)).budget.achieved <= 0.4
+
+
+@pytest.mark.parametrize("kind", ["flops", "bytes"])
+def test_zeros_that_do_not_keep_to_the_pattern_are_one_line(kind):
+    """A block of which half is 0 would be charged as a whole, and far more be pruned than was asked for."""
+    model = make_model()
+    CAPCompressor(model, CAPConfig(method="magnitude"), disable_tqdm=True).prune(0.4)
+    blocks = CAPCompressor(model, CAPConfig(method="magnitude", pattern="1x4"), disable_tqdm=True)
+    line = (
+        f"^{kind}=0.5 counts whole blocks of 1x4, and 3\\d.\\d% of the weights are zeros that lie in blocks with others"
+    )
+    with pytest.raises(CAPError, match=line):
+        blocks.check_sparsity(Budget(kind, 0.5))
+    with pytest.raises(CAPError, match=line):
+        blocks.prune(Budget(kind, 0.5))
+    assert blocks.prune(0.5).sparsity > 0.5
+
+
+@pytest.mark.parametrize("kind", ["flops", "bytes"])
+def test_a_few_zeros_in_blocks_count_as_what_they_are(kind):
+    model = make_model()
+    CAPCompressor(model, CAPConfig(method="magnitude", pattern="1x4"), disable_tqdm=True).prune(0.6)
+    blocks = CAPCompressor(model, CAPConfig(method="magnitude", pattern="1x4"), disable_tqdm=True)
+    for target in blocks.targets:
+        kept = target.weight.detach().view(-1, 4)
+        rows = kept.all(dim=1).nonzero()[:, 0]
+        kept[rows[: len(rows) // 20], 0] = 0  # 0.5 % of all weights
+    now = blocks.budgets.costs(Budget(kind, 0.5), blocks.targets, 4)
+    real = multiply_adds_or_bytes(blocks, kind) / now.dense
+    # Between the real share and the one of whole blocks.
+    with pytest.raises(CAPError, match=f"the model takes {real:.4%}".replace("%", "% of .* already")):
+        blocks.check_sparsity(Budget(kind, real + 1e-3))
+    report = blocks.prune(Budget(kind, 0.3)).budget
+    assert 0.29 < report.achieved <= 0.3
 
 
 def test_there_are_no_steps_towards_a_budget():

@@ -32,6 +32,13 @@ def test_a_link_stays_a_link(tmp_path, there):
         assert [path.name for path in disk.iterdir()] == ["lost+found"] * there
 
 
+def test_a_folder_may_be_a_string(tmp_path):
+    compressor = collect(str(tmp_path / "state"))
+    assert (tmp_path / "state" / "rank-0").is_dir()
+    compressor.discard_state()
+    assert not (tmp_path / "state").exists()
+
+
 def test_a_mount_point_stays(tmp_path, monkeypatch):
     compressor = collect(tmp_path / "state")
 

@@ -92,3 +92,20 @@ def test_errors_over_seeds_and_images():
 def test_without_accuracy_there_is_no_row():
     with pytest.raises(SystemExit, match="no accuracy was measured: it needs images with labels"):
         accuracy.rows_of({"dense": {"cosine": 1.0, "num_examples": 3}, "results": [], "phases": []}, 0)
+
+
+def test_a_prune_to_a_budget_counts_by_what_came_out():
+    sparse = {"top1": 0.7, "top1_se": 0.01, "top1_drop_se": 0.005}
+    prunings = [
+        {"method": "cap", "requested_sparsity": None, "sparsity": 0.6},
+        {"method": "cap", "requested_sparsity": 0.5, "sparsity": 0.5001},
+    ]
+    report = {
+        "seed": 0,
+        "phases": [],
+        "dense": {"top1": 0.75, "top1_se": 0.01, "num_examples": 100},
+        "results": [{"pruning": each, "sparse": sparse} for each in prunings],
+    }
+    rows = accuracy.rows_of(report, 0)
+    assert [row["sparsity"] for row in rows] == [0.6, 0.5]
+    assert "| 50 % | 60 % |" in accuracy.table(rows)
