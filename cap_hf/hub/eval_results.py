@@ -76,11 +76,13 @@ def find_task(dataset: str, config: str | None, split: str | None, token: str | 
         path = hf_hub_download(dataset, TASKS_NAME, repo_type="dataset", token=token)
         content: Any = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except GatedRepoError as error:  # a kind of missing repository for huggingface_hub, but one that a token opens
-        return _left_out(dataset, error)
+        _left_out(dataset, error)
+        return None
     except (EntryNotFoundError, RepositoryNotFoundError, OfflineModeIsEnabled):  # no benchmark, or no network
         return None
     except Exception as error:  # nothing here is worth a push that fails
-        return _left_out(dataset, error)
+        _left_out(dataset, error)
+        return None
     tasks = content.get("tasks") if isinstance(content, dict) else None
     for task in tasks if isinstance(tasks, list) else ():
         asked = (config or "default", split)

@@ -15,6 +15,8 @@ scripts/jobs/finetune.py with `--push_to_hub true` publishes by itself.
 """
 
 import argparse
+import json
+import shutil
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -28,7 +30,9 @@ from cap_hf.extras import need
 def main(argv: Sequence[str] | None = None) -> int:
     """Prune, publish; return an exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--hub_model_id", required=True, help="user/name; each checkpoint adds -sparsity-...")
+    parser.add_argument(
+        "--hub_model_id", required=True, help="user/name; each checkpoint adds its name, such as -sparsity-0.5"
+    )
     parser.add_argument("--private", action="store_true", help="create private repositories")
     parser.add_argument("--output_dir", help="gets the checkpoints; default: a temporary folder")
     args, pruning = parser.parse_known_args(argv)
@@ -37,16 +41,41 @@ def main(argv: Sequence[str] | None = None) -> int:
     except CAPError as error:
         print(f"prune.py: {error}", file=sys.stderr)
         return 1
-    with tempfile.TemporaryDirectory() as scratch:
-        output = Path(args.output_dir or Path(scratch) / "out")
-        if code := cap_hf(["prune", *pruning, "--output_dir", str(output)]):
-            return code
-        for checkpoint in sorted(output.glob("sparsity-*")):
-            push = ["--model_name_or_path", str(checkpoint), "--hub_model_id", f"{args.hub_model_id}-{checkpoint.name}"]
-            if code := cap_hf(["push", *push, "--private", str(args.private).lower()]):
-                print(f"prune.py: the checkpoints are in {output} as long as this machine is there", file=sys.stderr)
-                return code
+    # Not a temporary folder of Python's: what could not be published stays.
+    output = Path(args.output_dir or Path(tempfile.mkdtemp()) / "out")
+    if code := cap_hf(["prune", *pruning, "--output_dir", str(output)]):
+        return code
+    if any(each.startswith(("--dry_run", "--plan_for")) for each in pruning):
+        # It has printed a plan; what an earlier run has left here is not published.
+        return 0
+    names = checkpoints_in(output)
+    failed = [name for name in names if push(output / name, args)]
+    if not names:
+        print(f"prune.py: there is no checkpoint in {output}, so nothing was published", file=sys.stderr)
+    if failed:
+        print(
+            f"prune.py: not published: {', '.join(failed)}, in {output} as long as this machine is there",
+            file=sys.stderr,
+        )
+    if failed or not names:
+        return 1
+    if args.output_dir is None:
+        shutil.rmtree(output.parent)
     return 0
+
+
+def checkpoints_in(output: Path) -> list[str]:
+    """Return the names of the checkpoints that a prune has written into a folder, by its report."""
+    report = output / "report.json"
+    if not report.is_file():
+        return []
+    return [result["checkpoint"] for result in json.loads(report.read_text())["results"]]
+
+
+def push(checkpoint: Path, args: argparse.Namespace) -> int:
+    """Publish a checkpoint; return an exit code."""
+    names = ["--model_name_or_path", str(checkpoint), "--hub_model_id", f"{args.hub_model_id}-{checkpoint.name}"]
+    return cap_hf(["push", *names, "--private", str(args.private).lower()])
 
 
 def check_hub(repo_id: str) -> None:

@@ -56,6 +56,29 @@ def test_every_sparsity_is_published(tiny_checkpoint, hub, tmp_path, capsys):
         assert {"README.md", "model.safetensors", "report.json"} < set(repo.branches["main"])
 
 
+def test_a_budget_is_published_too(tiny_checkpoint, hub, tmp_path, capsys):
+    """Its checkpoint is no sparsity-*: it was lost, and the job ended as if all were well."""
+    job = load_script("jobs/prune.py")
+    command = ["--hub_model_id", "user/vit", *arguments(tiny_checkpoint, "--budget", "flops=0.5")]
+    assert job.main([*command, "--disable_tqdm"]) == 0, capsys.readouterr().err
+    assert set(hub.repos) == {"user/vit-flops-0.5"}
+
+
+def test_what_is_not_published_stays_and_the_others_are(tiny_checkpoint, hub, tmp_path, monkeypatch, capsys):
+    job = load_script("jobs/prune.py")
+    run = job.cap_hf
+    monkeypatch.setattr(job, "cap_hf", lambda argv: 1 if argv[0] == "push" and "0.5" in argv[2] else run(argv))
+    command = ["--hub_model_id", "user/vit", *arguments(tiny_checkpoint, "--sparsity", "0.5", "0.75")]
+    command += ["--output_dir", str(tmp_path / "out"), "--disable_tqdm"]
+    assert job.main(command) == 1
+    assert f"not published: sparsity-0.5, in {tmp_path / 'out'}" in capsys.readouterr().err
+    assert set(hub.repos) == {"user/vit-sparsity-0.75"}
+    assert (tmp_path / "out" / "sparsity-0.5" / "model.safetensors").is_file()
+    # A dry run publishes nothing of what lies there.
+    assert job.main([*command, "--dry_run", "true"]) == 0
+    assert set(hub.repos) == {"user/vit-sparsity-0.75"}
+
+
 def test_nothing_is_pruned_that_could_not_be_published(tiny_checkpoint, hub, tmp_path, monkeypatch, capsys):
     job = load_script("jobs/prune.py")
     command = [*arguments(tiny_checkpoint, "--sparsity", "0.5"), "--output_dir", str(tmp_path / "out")]
