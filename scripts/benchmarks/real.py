@@ -27,7 +27,6 @@ from cap_hf.collection.costs import synchronize
 from cap_hf.data.arguments import DataArguments
 from cap_hf.data.images import ImageDataset, calibration_split, make_dataloader
 from cap_hf.data.splits import load_splits
-from cap_hf.method.methods import METHODS
 from cap_hf.report import Phases
 
 WORK = ("checkpoint", "layers", "elimination")
@@ -102,19 +101,33 @@ def prune(
 
 
 def eliminate(compressor: CAPCompressor, blocks: int, repeats: int) -> dict[str, object]:
-    """Return the seconds of the elimination of blocks of a collected model's largest target."""
+    """Return the seconds of the elimination of blocks of a collected model's largest target, damping included."""
+    assert compressor.paths is not None
     target = max(compressor.targets, key=lambda each: each.block_size)
     count = min(blocks, target.num_blocks)
-    weights = target.weight.detach().reshape(-1, target.block_size)[:count].double()
+    weights = target.weight.detach().reshape(-1, target.block_size)[:count]
     seconds = []
     for _ in range(repeats):
-        fisher = compressor.fisher.damped(target, slice(0, count))
         synchronize(weights.device)
         start = time.perf_counter()
-        METHODS["cap"].eliminate(weights, fisher, None)
+        # A few at a time, as a prune does: all their Fishers in float64 would be several gigabytes.
+        compressor.paths.solver.eliminate(target, weights, None, lambda count, work: None)
         synchronize(weights.device)
         seconds.append(time.perf_counter() - start)
     return {"blocks": count, "block_size": target.block_size, "seconds": sorted(seconds)[len(seconds) // 2]}
+
+
+def eliminate_longest(args: argparse.Namespace, of_vit: bool, config: CAPConfig, blocks: int) -> dict[str, object]:
+    """Return what `eliminate` does of the layer with the longest rows, the last of its kind, whose sums go with it."""
+    if of_vit:
+        model, batches = random_vit(args, config.num_grads)
+    else:
+        model = AutoModelForImageClassification.from_pretrained(args.model_name_or_path)
+        batches = loader_of(args, model, args.num_grads)
+    longest = max(CAPCompressor(model, config).targets, key=lambda each: (each.row_size, each.index))
+    return eliminate(
+        CAPCompressor(model, replace(config, include=[longest.name])).collect(batches), blocks, args.repeats
+    )
 
 
 def first_layers(model: PreTrainedModel, count: int) -> list[str]:
@@ -171,18 +184,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             results.add({"work": f"{args.layers} layers of {args.vit}"} | row)
             results.advance()
         if "elimination" in args.only:
-            for number, blocks in enumerate(args.blocks):
+            for of_vit, blocks in enumerate(args.blocks):
                 results.measuring(f"{blocks} eliminations")
-                if number:
-                    model, batches = random_vit(args, half.num_grads)
-                else:
-                    model = AutoModelForImageClassification.from_pretrained(args.model_name_or_path)
-                    batches = loader_of(args, model, args.num_grads)
-                # The layer with the longest rows, the last of its kind.
-                everyone = CAPCompressor(model, half).targets
-                longest = max(everyone, key=lambda each: (each.row_size, each.index))
-                compressor = CAPCompressor(model, replace(half, include=[longest.name])).collect(batches)
-                found = eliminate(compressor, blocks, args.repeats)
+                found = eliminate_longest(args, bool(of_vit), half, blocks)
                 results.add({"work": f"elimination of {found['blocks']} of {found['block_size']}"} | found)
             results.advance()
 
