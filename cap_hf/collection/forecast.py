@@ -47,9 +47,9 @@ class Alike(Processes):
 
 
 class Trials(dict[int, tuple[float, float, float]]):
-    """The seconds of a block's elimination, its reconstruction, and that for each more sparsity with the first, by size.
+    """What blocks of a size take; each size is tried once.
 
-    Each size is tried once.
+    That is the seconds of an elimination, of a reconstruction, and of each more sparsity that is solved for with it.
 
     Args:
         attempt: says them for a size, such as `trial_seconds`.

@@ -71,13 +71,17 @@ class LayerPairs:
             yield inputs[None, part], outputs[None, part], weights[part]
 
     def sums(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Return, in float64, the sum of the weights `()`, and the weighted sums of inputs and outputs, by group."""
+        """Return the sum of the weights `()`, and the weighted sums of inputs and outputs, by group.
+
+        They are in float64; those of the positions that lie in a cache together are summed in the layer's dtype.
+        """
         zeros = partial(torch.zeros, dtype=torch.float64, device=self.inputs.device)
         count, inputs = zeros(()), zeros(self.groups, self.target.row_size)
         outputs = zeros(self.groups, len(self.target.weight) // self.groups)
         for x, y, v in self:
-            inputs += (v * x).sum(1, dtype=torch.float64)
-            outputs += (v * y).sum(1, dtype=torch.float64)
+            # As matrix products, which read x and y once and write nothing of their size.
+            inputs += (v.mT @ x)[:, 0]
+            outputs += (v.mT @ y)[:, 0]
             count += v.sum(dtype=torch.float64)
         return count, inputs, outputs
 
