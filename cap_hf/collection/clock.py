@@ -34,7 +34,7 @@ CONTEXT = 1e9
 # single examples, which have as many multiplications.
 PASSES = 3
 # Operations a block of size B takes, for B^3: Cholesky and the inverse from it, the products that end the panels of an
-# elimination, and the solve for the weights that are left.
+# elimination, and the factor for the weights that are left; B^2 more for each sparsity that is solved for with it.
 INVERSION, PANELS, SOLVE = 2.0, 2 / 3, 2 / 3
 # How often the end of a panel reads or writes the block: copied twice to drop what was removed, brought up to date.
 COPIES = 7
@@ -104,8 +104,8 @@ class PaperClock(Clock):
         unit = unit_of(config.structure)
         return Trials(lambda size: self.block_seconds(size, unit))
 
-    def block_seconds(self, size: int, unit: int = 1) -> tuple[float, float]:
-        """Return the seconds of a block's elimination in float32, and of its reconstruction in float64."""
+    def block_seconds(self, size: int, unit: int = 1) -> tuple[float, float, float]:
+        """Return the seconds of a block's elimination in float32, of its reconstruction in float64, and of one more."""
         gpu, cube = self.hardware, float(size) ** 3
         arithmetic = (INVERSION + PANELS) * cube / (gpu.float32 * REACHED)
         # A step of a panel reads the columns of those before it.
@@ -115,7 +115,9 @@ class PaperClock(Clock):
         launches = LAUNCHES if unit == 1 else UNIT_LAUNCHES * PANEL
         waited = LAUNCH * launches * math.ceil(size / PANEL) + STEP * size * math.ceil(batch / SIDE_BY_SIDE)
         eliminated = arithmetic + moved + waited / batch
-        return eliminated, SOLVE * cube / (gpu.float64 * REACHED)
+        # The triangle is read again, and all of F to say what the change costs.
+        again = 1.5 * 8 * float(size) ** 2 / (gpu.bandwidth * READ)
+        return eliminated, SOLVE * cube / (gpu.float64 * REACHED), again
 
 
 def forward_operations(model: nn.Module, batch: Batch) -> float:

@@ -26,6 +26,8 @@ from cap_hf.targets import Target
 TRIAL_SIZE = 768
 # Of matrices that are solved on trial at a time, where one is not larger.
 TRIAL_BYTES = 2**18
+# Sparsities that are solved for together on trial.
+TOGETHER = 5
 
 
 class Alike(Processes):
@@ -44,18 +46,20 @@ class Alike(Processes):
         return [list(values) for _ in range(self.world)]
 
 
-class Trials(dict[int, tuple[float, float]]):
-    """The seconds of a block's elimination and of its reconstruction, by the block's size; each size is tried once.
+class Trials(dict[int, tuple[float, float, float]]):
+    """What blocks of a size take; each size is tried once.
+
+    That is the seconds of an elimination, of a reconstruction, and of each more sparsity that is solved for with it.
 
     Args:
         attempt: says them for a size, such as `trial_seconds`.
     """
 
-    def __init__(self, attempt: Callable[[int], tuple[float, float]]) -> None:
+    def __init__(self, attempt: Callable[[int], tuple[float, float, float]]) -> None:
         super().__init__()
         self.attempt = attempt
 
-    def __missing__(self, size: int) -> tuple[float, float]:
+    def __missing__(self, size: int) -> tuple[float, float, float]:
         """Try a block of this size."""
         self[size] = self.attempt(size)
         return self[size]
@@ -154,15 +158,22 @@ class Measured:
                 images["collecting"] += config.num_examples
                 seconds["collecting"] += config.num_examples * self.forward / processes.world
         if self.refitting is not None:
-            once = refit_seconds(targets, self.refitting, self.forward, config, processes, self.rows)
-            seconds["refitting"], images["refitting"] = prunes * once, prunes * config.refit_examples
+            refits = prunes * self.afterwards.rounds
+            how = (self.refitting, self.forward, config, processes, self.rows, refits)
+            seconds["refitting"], images["refitting"] = refit_seconds(targets, *how), refits * config.refit_examples
         return Forecast(processes.world, plan, seconds, images)
 
 
 def refit_seconds(
-    targets: Sequence[Target], costs: Costs, forward: float, config: CAPConfig, processes: Processes, rows: Trials
+    targets: Sequence[Target],
+    costs: Costs,
+    forward: float,
+    config: CAPConfig,
+    processes: Processes,
+    rows: Trials,
+    refits: int = 1,
 ) -> float:
-    """Return the seconds of one refit: gradients that weigh positions, both models, moments, and the solving.
+    """Return the seconds of refits: gradients that weigh positions, once; both models, moments, and the solving, each.
 
     Args:
         targets: whose layers are refitted.
@@ -171,16 +182,16 @@ def refit_seconds(
         config: how to refit.
         processes: of the run.
         rows: seconds of a row by its size.
+        refits: of one dense model, how many.
     """
-    # Moments are matrix products, as fast as those of a forward pass.
+    # Moments are matrix products, as fast as those of a forward pass; of the symmetric ones half is made.
     through = [(target, costs.positions.get(target.name, 0) * target.row_size) for target in targets]
     once = sum(entries * len(target.weight) for target, entries in through)
-    moments = sum(entries * (target.row_size + len(target.weight)) for target, entries in through) / max(once, 1)
-    examples = config.refit_examples / processes.world
-    seconds = examples * (costs.seconds + (2 + moments) * forward)
+    moments = sum(entries * (target.row_size / 2 + len(target.weight)) for target, entries in through) / max(once, 1)
+    seconds = config.refit_examples * (costs.seconds + refits * (2 + moments) * forward)
     steps = (0, 1) if METHODS[config.method].sequential else (1,)
     solving = sum(rows[target.row_size][step] * len(target.weight) for target in targets for step in steps)
-    return seconds + solving / processes.world
+    return (seconds + refits * solving) / processes.world
 
 
 def foresee(
@@ -213,7 +224,7 @@ def foresee(
     trials = Trials(lambda size: trial_seconds(config, size, device)) if trials is None else trials
     collecting: list[Foreseen] = []
     again: list[Foreseen] = []
-    eliminating, reconstructing, reading = [], [], 0.0
+    eliminating, reconstructing, further = [], [], []
     for number, targets in enumerate(plan.passes):
         own = [own_blocks(target, processes) for target in targets]
         shares = [(target, blocks.stop - blocks.start) for target, blocks in zip(targets, own, strict=True)]
@@ -222,16 +233,18 @@ def foresee(
         for found, second in ((collecting, False), (again, True)):
             seconds = pass_seconds(plan, number, costs, *sums, again=second) * config.num_grads / processes.world
             found.append(Foreseen("collecting", seconds + disk))
-        solving = [disk + sum(trials[target.block_size][step] * count for target, count in shares) for step in (0, 1)]
-        eliminating.append(solving[0])
-        reconstructing.append(solving[1])
-        reading += disk
+        solving = [sum(trials[target.block_size][step] * count for target, count in shares) for step in range(3)]
+        eliminating.append(disk + solving[0])
+        reconstructing.append(disk + solving[1])
+        further.append(solving[2])
     if not plan.recollects:
         most = together(plan, [target for each in plan.passes for target in each], processes, prunes, folder)
         counts = [min(most, prunes - first) for first in range(0, prunes, most)]
-        # What is on the disk is read once for all that are solved for together.
-        own = sum(reconstructing) - reading
-        prune = [Foreseen("reconstructing", own + reading / count) for count in counts for _ in range(count)]
+        # What is on the disk is read, and blocks are factorised, once for all that are solved for together.
+        once, more = sum(reconstructing), sum(further)
+        prune = [
+            Foreseen("reconstructing", (once + more * (count - 1)) / count) for count in counts for _ in range(count)
+        ]
         return [*collecting, Foreseen("eliminating", sum(eliminating)), *prune]
     phases = []
     for each, solving in zip(collecting, eliminating, strict=True):
@@ -239,12 +252,15 @@ def foresee(
     for number in reversed(range(len(collecting))):
         # The second time begins with the pass that the first has ended with.
         phases += [again[number]] if number < len(again) - 1 else []
-        phases.append(Foreseen("reconstructing", reconstructing[number] * prunes))
+        phases.append(Foreseen("reconstructing", reconstructing[number] + further[number] * (prunes - 1)))
     return phases
 
 
-def trial_seconds(config: CAPConfig, size: int, device: torch.device) -> tuple[float, float]:
-    """Return the seconds that a block's elimination takes, and its reconstruction with half of the weights kept."""
+def trial_seconds(config: CAPConfig, size: int, device: torch.device) -> tuple[float, float, float]:
+    """Return the seconds of a block's elimination, of its reconstruction, and of each one more that comes with it.
+
+    Half of the weights are kept in all of them.
+    """
     method, pattern = METHODS[config.method], config.structure
     side = min(size, TRIAL_SIZE)
     if pattern is not None:
@@ -254,11 +270,18 @@ def trial_seconds(config: CAPConfig, size: int, device: torch.device) -> tuple[f
     generator = torch.Generator().manual_seed(0)
     weights = torch.randn(count, side, dtype=torch.float64, generator=generator).to(device)
     fisher = torch.eye(side, dtype=torch.float64).add_(0.5 / side).to(device).expand(count, -1, -1)
-    keep = torch.arange(side, device=device).expand(count, -1) % 2 == 0
+    # Every other weight stays.
+    turns = torch.arange(side, device=device).expand(count, -1) % 2
+    times = torch.ones(TOGETHER, count, dtype=torch.int64, device=device)
+
+    def reconstruct(counts: torch.Tensor) -> None:
+        method.reconstruct(weights, fisher.contiguous(), turns, counts, config.weight_update)
+
     seconds = []
     for work in (
         lambda: method.eliminate(weights, fisher.contiguous(), pattern),
-        lambda: method.reconstruct(weights, fisher.contiguous(), keep, config.weight_update),
+        lambda: reconstruct(times[:1]),
+        lambda: reconstruct(times),
     ):
         taken = []
         for _ in range(3):  # the first compiles kernels
@@ -268,4 +291,6 @@ def trial_seconds(config: CAPConfig, size: int, device: torch.device) -> tuple[f
             synchronize(device)
             taken.append(time.perf_counter() - start)
         seconds.append(min(taken) / count * (size / side) ** 3)
-    return seconds[0], seconds[1]
+    eliminated, one, several = seconds
+    # Never less than nothing, which noise could make of it.
+    return eliminated, one, max(several - one, 0.0) / (TOGETHER - 1)

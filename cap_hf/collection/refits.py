@@ -36,7 +36,7 @@ def refit_pruned(compressor: Pruned, paths: RemovalPaths, dataloader: Batches) -
 
     Args:
         compressor: whose model was pruned.
-        paths: of the model, which know its dense layers.
+        paths: of the model, which know its dense layers, and what earlier refits have found out about it.
         dataloader: as `CAPCompressor.collect` takes it, without labels.
 
     Returns:
@@ -51,6 +51,7 @@ def refit_pruned(compressor: Pruned, paths: RemovalPaths, dataloader: Batches) -
     batches = first_examples(dataloader, config.refit_examples, config, processes, model)
     advance = compressor.progress.phase("refitting", "layer", sum(map(work_of, targets)))
     with unchanged_on_error(parameters_of(targets)):
-        done = refit(model, targets, paths.dense_layer, batches, config, processes, advance, compressor.resources)
+        how = (config, processes, advance, compressor.resources, paths.relevance)
+        done = refit(model, targets, paths.dense_layer, batches, *how)
         round_weights(model, compressor.dtype)
     return done

@@ -22,7 +22,7 @@ from cap_hf.collection.batches import joined
 from cap_hf.collection.fitting import fitting, num_examples
 from cap_hf.collection.layers import DenseLayer, as_dense, channel_dim, check_unmixed, layer_of, rows_of, write_layer
 from cap_hf.collection.precision import matmul_precision
-from cap_hf.collection.relevance import position_weights
+from cap_hf.collection.relevance import Relevance
 from cap_hf.collection.residuals import Residual, along, find_residuals, first_tensor
 from cap_hf.collection.resources import Resources
 from cap_hf.collection.room import available_bytes
@@ -32,7 +32,7 @@ from cap_hf.config import CAPConfig
 from cap_hf.distributed.processes import Processes
 from cap_hf.errors import CAPError
 from cap_hf.masks import zero_units
-from cap_hf.method.allocation import allocate, path_losses, removed_mask
+from cap_hf.method.allocation import allocate, path_losses, removal_turns
 from cap_hf.method.inverses import NotInvertibleError
 from cap_hf.method.methods import METHODS
 from cap_hf.method.panels import LostPivotError, num_steps
@@ -58,6 +58,7 @@ def refit(
     processes: Processes,
     on_layer: Callable[[int, float], None] = lambda count, work: None,
     resources: Resources | None = None,
+    relevance: Relevance | None = None,
 ) -> RefitReport:
     """Refit the weights that are left in some targets, and biases, to what the dense model's layers make, in place.
 
@@ -74,6 +75,7 @@ def refit(
         processes: of the run; every process has an example at least.
         on_layer: told after each target that is refitted: 1, and how much work it was (`work_of`).
         resources: memory that may be taken; fewer examples are refitted to where all of them would take more.
+        relevance: of the dense model, which further refits take too; None for one of this refit alone.
 
     Returns:
         What was done.
@@ -102,7 +104,8 @@ def refit(
         layers = [target for target in targets if target.name in chosen]
         residuals = find_residuals(model, layers, inputs, processes)
         with as_dense(targets, dense):
-            weights = position_weights(model, layers, inputs, torch.tensor(places), config, processes)
+            of_positions = (relevance or Relevance()).position_weights
+            weights = of_positions(model, layers, inputs, torch.tensor(places), config, processes)
         walk = _Walk(targets, weights, residuals, dense, len(places), config, processes, on_layer)
         with walk.listening():
             see(model, {name: torch.cat([value, value]) for name, value in inputs.items()})
@@ -269,7 +272,7 @@ class _Walk:
         if config.nm is None:
             path = path_losses(losses, zero_units(dense[own], unit).sum(dim=1), config.selection)
             ((counts,),) = allocate([[path]], [zeros], self.processes)
-        return ~removed_mask(order, counts, size, unit) & alive
+        return (removal_turns(order, size, unit) >= counts[:, None]) & alive
 
     def _problem(self, target: Target, module: nn.Module, inputs: torch.Tensor, outputs: torch.Tensor) -> LeastSquares:
         """Return a layer's problem over the positions of all processes' examples."""

@@ -1,8 +1,9 @@
 """How much a refit minds the error of each position of a layer's output: as much as the model's loss does."""
 
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import torch
 from torch import nn
@@ -14,6 +15,7 @@ from cap_hf.config import CAPConfig
 from cap_hf.distributed.processes import Processes
 from cap_hf.method.losses import FeatureLoss, FisherLoss
 from cap_hf.targets import Target
+from cap_hf.towers import tower_of
 
 # Examples that go through the model together: their graph is in memory at once.
 MICROBATCH = 4
@@ -22,6 +24,54 @@ MICROBATCH = 4
 SAID = 0.9
 # A position counts at most so many times as much as the mean of its example: a few would else be all there is.
 MOST = 20.0
+# Settings of a config that say what goes, which positions' weights do not depend on.
+ALLOCATING = ("allocation", "selection")
+
+
+class Relevance:
+    """The position weights of one dense model: made once for the same examples, however often they are asked for."""
+
+    def __init__(self) -> None:
+        self._known, self._weights = "", dict[str, torch.Tensor]()
+
+    def position_weights(
+        self,
+        model: nn.Module,
+        targets: Sequence[Target],
+        inputs: Batch,
+        places: torch.Tensor,
+        config: CAPConfig,
+        processes: Processes,
+    ) -> dict[str, torch.Tensor]:
+        """Return what `position_weights` does, in the dtype that sums over the positions have.
+
+        It is made anew where anything that it depends on has changed since it was asked for last, but for the targets'
+        own weights and biases: these are always those of the same dense model.
+        """
+        known = fingerprint(model, targets, inputs, places, config)
+        # All processes make it together, or none.
+        if not all(same for (same,) in processes.gather_ints(int(known == self._known))):
+            dtype = torch.promote_types(inputs["pixel_values"].dtype, torch.float32)
+            # What was known takes no memory while there is something new.
+            self._known, self._weights = "", {}
+            found = position_weights(model, targets, inputs, places, config, processes)
+            self._known, self._weights = known, {name: each.to(dtype) for name, each in found.items()}
+        return self._weights
+
+
+def fingerprint(
+    model: nn.Module, targets: Sequence[Target], inputs: Batch, places: torch.Tensor, config: CAPConfig
+) -> str:
+    """Return what tells apart all that position weights depend on, but for the targets' own weights and biases."""
+    own = {id(tensor) for target in targets for tensor in (target.weight, target.module.bias)}
+    tower = tower_of(model)
+    rest = [(name, each) for name, each in tower.named_parameters() if id(each) not in own]
+    settings = {name: value for name, value in asdict(config).items() if name not in ALLOCATING}
+    digest = hashlib.sha256(repr((sorted(settings.items()), [target.name for target in targets])).encode())
+    for name, tensor in [*sorted(inputs.items()), ("places", places), *rest, *tower.named_buffers()]:
+        digest.update(repr((name, tensor.dtype, tensor.shape)).encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def position_weights(

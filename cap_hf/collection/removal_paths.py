@@ -7,6 +7,7 @@ import torch
 
 from cap_hf.collection.precision import matmul_precision
 from cap_hf.collection.recollection import Recollection
+from cap_hf.collection.relevance import Relevance
 from cap_hf.collection.running import Remembered
 from cap_hf.collection.shares import block_shares, own_blocks
 from cap_hf.collection.solver import Solver, order_dtype, work_of
@@ -40,6 +41,7 @@ class RemovalPaths:
 
     Attributes:
         beside: those statistics and biases, as they were at the beginning.
+        relevance: of the model as it was then, which all refits share.
         weights: for each target's name those of this process's blocks, `(n, B)`, as they were at the beginning.
         orders, losses: for each target's name those of its removals, `(n, steps)`; complete only after `eliminate`.
     """
@@ -62,6 +64,7 @@ class RemovalPaths:
             self.weights[target.name] = target.to_blocks(target.weight.detach())[own].clone()
         biases = [target.module.bias for target in self.targets if target.module.bias is not None]
         self.beside = Remembered([*biases, *statistics])
+        self.relevance = Relevance()
         self.orders: Tensors = {}
         self.losses: Tensors = {}
         self._pattern: Pattern | None = None

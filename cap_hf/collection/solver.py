@@ -7,7 +7,7 @@ import torch
 
 from cap_hf.config import CAPConfig
 from cap_hf.errors import CAPError
-from cap_hf.method.allocation import removed_mask
+from cap_hf.method.allocation import removal_turns
 from cap_hf.method.fisher import BlockFisher
 from cap_hf.method.inverses import NotInvertibleError
 from cap_hf.method.methods import METHODS
@@ -78,8 +78,8 @@ class Solver:
     ) -> list[tuple[torch.Tensor, float]]:
         """Return the new weights of some blocks, `(n, B)`, and what the quadratic model says that the change costs.
 
-        Each batch of Fishers is made once, however many times there are; what comes out for one of them does not depend
-        on the others.
+        Each batch of Fishers is made and factorised once, however many times there are; the weights of one time do not
+        depend on the others (see `reconstruct_each`).
 
         Args:
             target: whose blocks they are.
@@ -97,22 +97,23 @@ class Solver:
         """
         pruned, losses = [torch.empty_like(weights) for _ in counts], [0.0] * len(counts)
         damp = 0.0 if self.fisher is None else self.fisher.damps[target.name]
+        each = torch.stack(list(counts))
         # Blocks with about as many survivors are solved together, whatever the counts: those with alike losses.
         alike = paths.losses[:, paths.losses.shape[1] // 2].argsort(stable=True)
         for batch in self._batches(target, len(weights)):
             blocks = alike[batch]
             old, order = weights[blocks].double(), paths.order[blocks].long()
             fisher = self._damped(target, blocks)
-            for time, each in enumerate(counts):
-                removed = removed_mask(order, each[blocks], target.block_size, unit_of(pattern))
-                keep = ~removed & (old != 0)
-                with self._explained(target, blocks):
-                    new = self.method.reconstruct(old, fisher, keep, self.config.weight_update)
-                pruned[time][blocks] = new.to(weights.dtype)
-                if fisher is not None:
-                    change = new - old
-                    losses[time] += float((change * products(fisher, change)).sum() - damp * change.square().sum()) / 2
-                advance(len(blocks), work_of(target, len(blocks)))
+            turns = removal_turns(order, target.block_size, unit_of(pattern)).masked_fill_(old == 0, -1)
+            with self._explained(target, blocks):
+                new = self.method.reconstruct(old, fisher, turns, each[:, blocks], self.config.weight_update)
+            for whole, part in zip(pruned, new, strict=True):
+                whole[blocks] = part.to(weights.dtype)
+            if fisher is not None:
+                changes = (new - old).transpose(0, 1)
+                costs = (changes * products(fisher, changes)).sum((0, 2)) - damp * changes.square().sum((0, 2))
+                losses = [loss + cost / 2 for loss, cost in zip(losses, costs.tolist(), strict=True)]
+            advance(len(blocks) * len(counts), work_of(target, len(blocks) * len(counts)))
         self._release()
         return list(zip(pruned, losses, strict=True))
 
@@ -158,10 +159,10 @@ class Solver:
 
 
 def products(matrices: torch.Tensor, vectors: torch.Tensor) -> torch.Tensor:
-    """Return each of the symmetric matrices `(n, B, B)` times its vector of `(n, B)`."""
+    """Return each of the symmetric matrices `(n, B, B)` times its vectors, of `(n, times, B)`."""
     if matrices.stride(0) == 0:  # one matrix, expanded
         return vectors @ matrices[0]
-    return matrices.bmm(vectors[..., None])[..., 0]
+    return vectors.bmm(matrices)
 
 
 def place_of(blocks: slice | torch.Tensor, index: int) -> int:

@@ -141,7 +141,7 @@ def print_plan(
     hardware, worlds = (None, WORLDS) if plan_for is None else parse_hardware(plan_for)
     forecasts = compressor.forecast(loader, worlds, hardware)
     forecasts = [repeated(each, counts.collections) for each in forecasts]
-    forecasts = [repeated(each, max(1, counts.trials), ("reconstructing", "refitting")) for each in forecasts]
+    forecasts = [repeated(each, max(1, counts.trials), ("reconstructing",)) for each in forecasts]
     prunes, device = counts.sparsities, compressor.accelerator.device
     clock = Clock(device) if hardware is None else PaperClock(hardware)
     model, batch = compressor.model.to(device), {name: value.to(device) for name, value in next(iter(loader)).items()}

@@ -157,15 +157,15 @@ def uniform_quotas(zeros: Sequence[int], sizes: Sequence[int], total: int) -> li
     return quotas
 
 
-def removed_mask(order: torch.Tensor, counts: torch.Tensor, size: int, unit: int = 1) -> torch.Tensor:
-    """Return `(n, size)` bool, True where one of the first `counts[i]` removals of `order[i]` `(n, steps)` lies.
+def removal_turns(order: torch.Tensor, size: int, unit: int = 1) -> torch.Tensor:
+    """Return `(n, size)` int64, which removal of `order[i]` `(n, steps)` a weight goes with, `steps` if with none.
 
     Args:
         order: which units of so many weights go, one after the other.
-        counts: `(n,)`.
         size: weights of a block.
         unit: weights that go together.
     """
-    first = torch.arange(order.shape[1], device=order.device) < counts[:, None]
-    units = torch.zeros(len(order), size // unit, dtype=torch.bool, device=order.device).scatter_(1, order, first)
-    return units.repeat_interleave(unit, dim=1)
+    count, steps = order.shape
+    turns = order.new_full((count, size // unit), steps)
+    turns.scatter_(1, order, torch.arange(steps, device=order.device).expand(count, -1))
+    return turns.repeat_interleave(unit, dim=1)

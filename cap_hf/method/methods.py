@@ -9,7 +9,7 @@ from cap_hf.method.baselines import input_scores, rank_scores, saliencies, unit_
 from cap_hf.method.elimination import decouple, eliminate_fisher
 from cap_hf.method.inverses import invert
 from cap_hf.method.panels import Elimination
-from cap_hf.method.reconstruction import independent_update, reconstruct
+from cap_hf.method.reconstruction import independent_update, reconstruct_each
 from cap_hf.patterns import Pattern, unit_of
 
 
@@ -70,24 +70,31 @@ class Method:
         return eliminate_fisher(weights, decouple(required(fisher), weights == 0), pattern)
 
     def reconstruct(
-        self, weights: torch.Tensor, fisher: torch.Tensor | None, keep: torch.Tensor, update: str
+        self,
+        weights: torch.Tensor,
+        fisher: torch.Tensor | None,
+        turns: torch.Tensor,
+        counts: torch.Tensor,
+        update: str,
     ) -> torch.Tensor:
-        """Return the new weights of blocks, `(n, B)`, 0 outside `keep`.
+        """Return the new weights of blocks for several numbers of removals, `(times, n, B)`, 0 but for survivors.
 
         Args:
             weights: `(n, B)` before pruning, in float64.
             fisher: `(n, B, B)` damped; None where nothing is summed.
-            keep: `(n, B)` bool, False at least where a weight is 0 already.
-            update: how the kept weights move, as `CAPConfig.weight_update` has it.
+            turns, counts: as of `reconstruct_each`; a weight that is 0 already survives no time.
+            update: how the survivors move, as `CAPConfig.weight_update` has it.
 
         Raises:
             NotInvertibleError: a Fisher is not positive definite.
         """
         if update == "joint":
-            return reconstruct(weights, required(fisher), keep)
+            return reconstruct_each(weights, required(fisher), turns, counts)
+        keep = turns >= counts[..., None]
         if update == "independent":
-            return independent_update(weights, invert(decouple(required(fisher), weights == 0)), keep)
-        return weights.masked_fill(~keep, 0.0)
+            inverse = invert(decouple(required(fisher), weights == 0))
+            return torch.stack([independent_update(weights, inverse, each) for each in keep])
+        return torch.where(keep, weights, 0.0)
 
 
 class OBS(Method):
@@ -106,10 +113,15 @@ class Magnitude(Method):
         return rank_scores(unit_scores(weights.square(), pattern), pattern)
 
     def reconstruct(
-        self, weights: torch.Tensor, fisher: torch.Tensor | None, keep: torch.Tensor, update: str
+        self,
+        weights: torch.Tensor,
+        fisher: torch.Tensor | None,
+        turns: torch.Tensor,
+        counts: torch.Tensor,
+        update: str,
     ) -> torch.Tensor:
-        """Return the weights that are kept as they are."""
-        return weights.masked_fill(~keep, 0.0)
+        """Return the survivors as they are."""
+        return super().reconstruct(weights, None, turns, counts, "none")
 
 
 class Wanda(Magnitude):

@@ -23,6 +23,9 @@ from cap_hf.method.inverses import check_factors
 from cap_hf.method.reconstruction import reconstruct
 from cap_hf.targets import Target
 
+# Rows of second moments that are made at a time, up to the diagonal: what is beyond it mirrors them.
+PANEL = 128
+
 
 class LayerPairs:
     """What goes into a layer beside what is to come out of it, position by position, so many at a time as fit a cache.
@@ -68,13 +71,17 @@ class LayerPairs:
             yield inputs[None, part], outputs[None, part], weights[part]
 
     def sums(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Return, in float64, the sum of the weights `()`, and the weighted sums of inputs and outputs, by group."""
+        """Return the sum of the weights `()`, and the weighted sums of inputs and outputs, by group.
+
+        They are in float64; those of the positions that lie in a cache together are summed in the layer's dtype.
+        """
         zeros = partial(torch.zeros, dtype=torch.float64, device=self.inputs.device)
         count, inputs = zeros(()), zeros(self.groups, self.target.row_size)
         outputs = zeros(self.groups, len(self.target.weight) // self.groups)
         for x, y, v in self:
-            inputs += (v * x).sum(1, dtype=torch.float64)
-            outputs += (v * y).sum(1, dtype=torch.float64)
+            # As matrix products, which read x and y once and write nothing of their size.
+            inputs += (v.mT @ x)[:, 0]
+            outputs += (v.mT @ y)[:, 0]
             count += v.sum(dtype=torch.float64)
         return count, inputs, outputs
 
@@ -88,13 +95,21 @@ class LayerPairs:
         Returns:
             `(groups, row, row)` and `(groups, out / groups, row)`.
         """
-        squares = inputs.new_zeros(self.groups, inputs.shape[1], inputs.shape[1])
-        products = inputs.new_zeros(self.groups, outputs.shape[1], inputs.shape[1])
+        size = inputs.shape[1]
+        panels = [slice(start, min(start + PANEL, size)) for start in range(0, size, PANEL)]
+        squares = inputs.new_zeros(self.groups, size, size)
+        products = inputs.new_zeros(self.groups, outputs.shape[1], size)
         for x, y, v in self:
             x, y = x - inputs[:, None].to(x.dtype), y - outputs[:, None].to(y.dtype)
-            x, y = v.sqrt() * x, v.sqrt() * y
-            squares += x.mT @ x
-            products += y.mT @ x
+            weighted = v * x
+            products += y.mT @ weighted
+            for panel in panels:
+                squares[:, panel, : panel.stop] += weighted[..., panel].mT @ x[..., : panel.stop]
+        for panel in panels:
+            squares[:, : panel.start, panel] = squares[:, panel, : panel.start].mT
+            # Made whole, and rounded otherwise on either side of the diagonal.
+            corner = squares[:, panel, panel].tril()
+            squares[:, panel, panel] = corner + corner.tril(-1).mT
         return squares, products
 
 

@@ -123,7 +123,7 @@ def test_a_collection_lets_go_of_its_examples():
 
 def test_blocks_are_tried_once_for_all_numbers_of_processes(monkeypatch):
     tried = []
-    monkeypatch.setattr(clock, "trial_seconds", lambda config, size, device: tried.append(size) or (1.0, 0.1))
+    monkeypatch.setattr(clock, "trial_seconds", lambda config, size, device: tried.append(size) or (1.0, 0.1, 0.01))
     model = build("ViT")
     found = CAPCompressor(model, CAPConfig(num_grads=8)).forecast(random_batches(model, 8), (1, 1, 1))
     assert len(tried) == len(set(tried))

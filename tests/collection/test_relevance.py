@@ -12,7 +12,7 @@ from transformers.modeling_outputs import ImageClassifierOutput
 
 import cap_hf.collection.relevance as relevance
 from cap_hf import CAPConfig, find_targets
-from cap_hf.collection.relevance import label_free_loss, position_weights, weights_of
+from cap_hf.collection.relevance import Relevance, label_free_loss, position_weights, weights_of
 from cap_hf.collection.running import frozen
 from cap_hf.distributed.processes import Processes
 from cap_hf.errors import CAPError
@@ -169,3 +169,51 @@ def test_features_that_are_not_finite_are_told():
     inputs = {"pixel_values": torch.full((7, 3, 8, 8), torch.inf)}
     with pytest.raises(CAPError, match=r"the model's .* features are NaN or infinite"):
         weights(model, inputs)
+
+
+class OtherHasChanged(Processes):
+    """This process beside one whose examples have changed."""
+
+    def gather_ints(self, *values):
+        return [list(values), [0] * len(values)]
+
+
+def test_they_are_made_once_for_the_same_and_anew_where_anything_has_changed(monkeypatch):
+    """The targets' own weights and biases apart: a refit asks for those of the dense model, whatever they are now."""
+    made, make = [], position_weights
+    monkeypatch.setattr(relevance, "position_weights", lambda *args: made.append(1) or make(*args))
+    model, inputs = case("ViT")
+    known, targets = Relevance(), find_targets(model)
+
+    def ask(**changes):
+        asked = {"targets": targets, "inputs": inputs, "places": torch.tensor(PLACES), "config": CAPConfig()} | changes
+        asked = {"model": model, "processes": Processes()} | asked
+        with frozen(model), torch.no_grad():
+            return known.position_weights(**asked)
+
+    first = ask()
+    with frozen(model), torch.no_grad():
+        expected = make(model, targets, inputs, torch.tensor(PLACES), CAPConfig(), Processes())
+    assert all(torch.equal(each, expected[name]) for name, each in first.items())
+    for target in targets:
+        target.weight.data.mul_(0.5)
+        target.module.bias.data.add_(1)
+    assert ask() is first
+    assert ask(config=CAPConfig(allocation="uniform", selection="cumulative")) is first
+    assert len(made) == 1
+    pixels = inputs["pixel_values"].clone()
+    pixels[6, 0, 0, 0] += 1
+    changes = {"inputs": {"pixel_values": pixels}, "places": torch.arange(7), "config": CAPConfig(seed=3)}
+    for name, value in {**changes, "targets": targets[1:]}.items():
+        before, found = len(made), ask(**{name: value})
+        assert ask(**{name: value}) is found
+        assert len(made) == before + 1, name
+    for tensor in (model.classifier.bias, model.vit.layernorm.weight):
+        ask()
+        before = len(made)
+        tensor.data.add_(1)
+        ask()
+        assert len(made) == before + 1
+    before = len(made)
+    ask(processes=OtherHasChanged())
+    assert len(made) == before + 1

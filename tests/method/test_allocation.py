@@ -6,7 +6,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from cap_hf.method.allocation import allocate_global, allocate_uniform, path_losses, removed_mask
+from cap_hf.method.allocation import allocate_global, allocate_uniform, path_losses, removal_turns
 
 shapes = st.lists(st.tuples(st.integers(1, 6), st.integers(1, 9)), min_size=1, max_size=4)
 
@@ -73,7 +73,7 @@ def test_paths_survive_extreme_losses():
     assert path[0, 0] < path[0, 1]
 
 
-def test_removed_mask():
+def test_a_weight_goes_in_its_unit_s_turn_or_after_all_others():
     order = torch.tensor([[2, 0, 1], [1, 2, 0]])
-    mask = removed_mask(order, torch.tensor([2, 0]), 4)
-    assert mask.tolist() == [[True, False, True, False], [False] * 4]
+    assert removal_turns(order, 4).tolist() == [[1, 2, 0, 3], [2, 0, 1, 3]]
+    assert removal_turns(order, 8, 2).tolist() == [[1, 1, 2, 2, 0, 0, 3, 3], [2, 2, 0, 0, 1, 1, 3, 3]]

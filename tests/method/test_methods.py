@@ -10,7 +10,7 @@ from cap_hf.method.baselines import rank_scores, saliencies
 from cap_hf.method.elimination import eliminate
 from cap_hf.method.methods import METHODS
 from cap_hf.method.panels import Elimination
-from cap_hf.method.reconstruction import independent_update, reconstruct
+from cap_hf.method.reconstruction import independent_update, reconstruct_each
 from cap_hf.patterns import NMPattern
 
 
@@ -79,18 +79,25 @@ def test_each_method_has_its_own_order(problem, pattern):
 
 
 def test_what_is_kept_moves_as_the_config_says(problem):
+    """Each time as it does alone; a weight that is 0 survives none."""
     weights, fisher = problem
-    keep = (torch.arange(8) % 3 > 0) & (weights != 0)
+    turns = (torch.arange(8) * 3 % 8).expand(len(weights), -1).masked_fill(weights == 0, -1)
+    counts = torch.tensor([0, 2, 6])[:, None].expand(3, len(weights))
+    keep = turns >= counts[..., None]
     for name, method in METHODS.items():
         for update in ("joint", "independent", "none"):
-            found = method.reconstruct(weights, None if name == "magnitude" else fisher.clone(), keep, update)
+            given = None if name == "magnitude" else fisher.clone()
+            found = method.reconstruct(weights, given, turns, counts, update)
             assert (found[~keep] == 0).all()
-            moved = not torch.equal(found[keep], weights[keep])
+            moved = not torch.equal(found[1:][keep[1:]], weights.expand(3, -1, -1)[1:][keep[1:]])
             assert moved == (name not in ("wanda", "magnitude") and update != "none"), (name, update)
-    joint = METHODS["cap"].reconstruct(weights, fisher, keep, "joint")
-    assert torch.equal(joint, reconstruct(weights, fisher, keep))
+            for time in range(3):
+                alone = method.reconstruct(weights, given, turns, counts[time : time + 1], update)
+                torch.testing.assert_close(found[time], alone[0])
+    joint = METHODS["cap"].reconstruct(weights, fisher, turns, counts, "joint")
+    assert torch.equal(joint, reconstruct_each(weights, fisher, turns, counts))
     alone = fisher.clone()
     alone[:, 2, :] = alone[:, :, 2] = 0
     alone[:, 2, 2] = 1
-    single = METHODS["cap"].reconstruct(weights, fisher, keep, "independent")
-    torch.testing.assert_close(single, independent_update(weights, inverse_of(alone), keep))
+    single = METHODS["cap"].reconstruct(weights, fisher, turns, counts, "independent")
+    torch.testing.assert_close(single[1], independent_update(weights, inverse_of(alone), keep[1]))

@@ -38,6 +38,7 @@ def test_each_row_is_the_least_squares_of_its_survivors(kind, small, monkeypatch
     The inputs are windows of one example, whose weights lie side by side.
     """
     monkeypatch.setattr(refit_module, "PATCH_BYTES", 500 if small else 2**20)
+    monkeypatch.setattr(refit_module, "PANEL", 5 if small else 128)
     monkeypatch.setattr("cap_hf.method.gradients.PATCH_BYTES", 500 if small else 2**20)
     make, shape = LAYERS[kind]
     torch.manual_seed(0)
@@ -59,6 +60,21 @@ def test_each_row_is_the_least_squares_of_its_survivors(kind, small, monkeypatch
     assert torch.equal(rows != 0, keep)
     if module.bias is not None:
         torch.testing.assert_close(problem.biases(rows), bias, rtol=1e-8, atol=1e-10)
+
+
+def test_second_moments_are_made_panel_by_panel_and_are_symmetric(monkeypatch):
+    monkeypatch.setattr(refit_module, "PANEL", 4)
+    module = nn.Linear(11, 5)
+    inputs, outputs = torch.randn(3, 50, 11) + 2, torch.randn(3, 50, 5)
+    weights = torch.rand(3, 50)
+    _, problem = problem_of(module, inputs, outputs, weights)
+    x, y, shares = inputs.flatten(0, 1).double(), outputs.flatten(0, 1).double(), weights.flatten().double()
+    shares = shares / shares.sum()
+    x, y = x - shares @ x, y - shares @ y
+    assert problem.squares.dtype == torch.float64
+    assert torch.equal(problem.squares, problem.squares.mT)
+    torch.testing.assert_close(problem.squares[0], x.T * shares @ x, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(problem.products[0], y.T * shares @ x, rtol=1e-5, atol=1e-6)
 
 
 def test_without_a_kernel_it_is_the_same(monkeypatch):

@@ -9,6 +9,7 @@
 #include "assemble.h"
 #include "eliminate.h"
 #include "invert.h"
+#include "reconstruct.h"
 #include "stable.h"
 
 namespace {
@@ -211,51 +212,32 @@ std::tuple<Tensor, Tensor> invert_quickly(const Tensor& matrices, const Tensor& 
   return {inverse, error};
 }
 
-// Does what cap_hf/method/reconstruction.py does; info (n) is LAPACK's of each block's factorisation.
-std::tuple<Tensor, Tensor> reconstruct(const Tensor& weights, const Tensor& fisher, const Tensor& keep) {
+// Returns the weights (times, n, B) that are left where the first `counts` (times, n) of `index` (n, B), all places of a
+// block, survive, and LAPACK's info (n) of each block's factorisation; see cap_hf/method/reconstruction.py.
+std::tuple<Tensor, Tensor> reconstruct(const Tensor& weights, const Tensor& fisher, const Tensor& index,
+                                       const Tensor& counts) {
   check(weights.scalar_type() == ScalarType::Double && fisher.scalar_type() == ScalarType::Double &&
-            keep.scalar_type() == ScalarType::Bool, "float64 and a bool mask are needed");
-  check(weights.dim() == 2 && fisher.dim() == 3 && keep.dim() == 2 && keep.size(0) == weights.size(0) &&
-            keep.size(1) == weights.size(1) && fisher.size(0) == weights.size(0) && fisher.size(1) == weights.size(1) &&
-            fisher.size(2) == weights.size(1), "weights and keep (n, B) and fisher (n, B, B) are needed");
-  const Tensor old = without_gaps(weights), mask = without_gaps(keep);
+            index.scalar_type() == ScalarType::Long && counts.scalar_type() == ScalarType::Long,
+        "float64, and whole numbers for what survives, are needed");
+  check(weights.dim() == 2 && fisher.dim() == 3 && index.dim() == 2 && counts.dim() == 2 &&
+            index.size(0) == weights.size(0) && index.size(1) == weights.size(1) && fisher.size(0) == weights.size(0) &&
+            fisher.size(1) == weights.size(1) && fisher.size(2) == weights.size(1) &&
+            counts.size(1) == weights.size(0),
+        "weights and index (n, B), fisher (n, B, B) and counts (times, n) are needed");
+  const Tensor old = without_gaps(weights), places = without_gaps(index), kept = without_gaps(counts);
   const Tensor f = fisher.stride(2) == 1 && fisher.stride(1) == fisher.size(2) ? fisher : without_gaps(fisher);
-  const int64_t n = old.size(0), size = old.size(1), block_stride = f.stride(0);
-  const Tensor result = make(old, {n, size}), info = make(old, {n}, ScalarType::Int);
-  double* result_data = result.mutable_data_ptr<double>();
+  const int64_t n = old.size(0), size = old.size(1), times = kept.size(0), block_stride = f.stride(0);
+  check(are_below(places, size) && are_below(kept, size + 1), "places or numbers that a block does not have");
+  const Tensor result = make(old, {times, n, size}), info = make(old, {n}, ScalarType::Int);
+  const double *w = old.const_data_ptr<double>(), *matrices = f.const_data_ptr<double>();
+  const int64_t *place = places.const_data_ptr<int64_t>(), *count = kept.const_data_ptr<int64_t>();
+  double* out = result.mutable_data_ptr<double>();
   int32_t* info_data = info.mutable_data_ptr<int32_t>();
-  std::fill_n(result_data, n * size, 0.0);
-  std::fill_n(info_data, n, 0);
-  parallel_for(0, n, 1, [&](int64_t begin, int64_t end) {
-    std::vector<int64_t> kept(size);
-    for (int64_t b = begin; b < end; ++b) {
-      const double* w = old.const_data_ptr<double>() + b * size;
-      const double* matrix = f.const_data_ptr<double>() + b * block_stride;
-      const bool* keeps = mask.const_data_ptr<bool>() + b * size;
-      int64_t count = 0;
-      for (int64_t i = 0; i < size; ++i) {
-        if (keeps[i]) kept[count++] = i;
-      }
-      if (count == 0) continue;
-      const Tensor system = make(old, {count, count}), pull = make(old, {count, 1});
-      double* system_data = system.mutable_data_ptr<double>();
-      double* pull_data = pull.mutable_data_ptr<double>();
-      std::fill_n(pull_data, count, 0.0);
-      for (int64_t i = 0; i < count; ++i) {
-        const double* row = matrix + kept[i] * size;
-        for (int64_t j = 0; j < count; ++j) system_data[i * count + j] = row[kept[j]];
-        for (int64_t j = 0; j < size; ++j) {
-          if (!keeps[j]) pull_data[i] += row[j] * w[j];
-        }
-      }
-      const Tensor factor = factorize(system, info_data + b);
-      std::array<StableIValue, 3> stack{torch::stable::detail::from(pull), torch::stable::detail::from(factor),
-                                        torch::stable::detail::from(false)};
-      cap_hf::call("aten::cholesky_solve", "", stack);
-      const Tensor moves = without_gaps(torch::stable::detail::to<Tensor>(stack[0]));
-      const double* moves_data = moves.const_data_ptr<double>();  // one column
-      double* out = result_data + b * size;
-      for (int64_t i = 0; i < count; ++i) out[kept[i]] = w[kept[i]] + moves_data[i];
+  each_block(n, [&](auto&& next) {
+    cap_hf::Reconstructor reconstructor(size);
+    for (int64_t b = next(); b < n; b = next()) {
+      info_data[b] = reconstructor.run(w + b * size, matrices + b * block_stride, place + b * size, count + b, times, n,
+                                       out + b * size, n * size);
     }
   });
   return {result, info};
@@ -270,7 +252,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(cap_hf, library) {
               " Tensor places, float damp) -> Tensor");
   library.def("invert(Tensor matrices) -> (Tensor, Tensor)");
   library.def("invert_quickly(Tensor matrices, Tensor scales) -> (Tensor, Tensor)");
-  library.def("reconstruct(Tensor weights, Tensor fisher, Tensor keep) -> (Tensor, Tensor)");
+  library.def("reconstruct(Tensor weights, Tensor fisher, Tensor index, Tensor counts) -> (Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(cap_hf, CPU, library) {

@@ -137,29 +137,15 @@ class Inverter {
   double error(const double* matrix, double scale, const float* inverse) {
     const auto sign = [](int64_t i) { return i % 2 ? 1.0 : -1.0; };
     for (int64_t i = 0; i < size_; ++i) {
-      solved_[i] = dot(inverse + i * size_, [&](int64_t j) { return sign(j); });
+      solved_[i] = dot(inverse + i * size_, size_, [&](int64_t j) { return sign(j); });
     }
     double largest = 0;
     for (int64_t i = 0; i < size_; ++i) {
-      const double made = scale * dot(matrix + i * size_, [&](int64_t j) { return solved_[j]; });
+      const double made = scale * dot(matrix + i * size_, size_, [&](int64_t j) { return solved_[j]; });
       if (!std::isfinite(made)) return std::numeric_limits<double>::infinity();
       largest = std::max(largest, std::abs(made - sign(i)));
     }
     return largest / std::sqrt(std::max<double>(1, size_));
-  }
-
-  // Sums a row times a vector in double; eight sums side by side, so that they need not wait for each other.
-  template <typename Scalar, typename Other>
-  double dot(const Scalar* row, Other other) const {
-    double sums[8] = {};
-    int64_t j = 0;
-    for (; j + 8 <= size_; j += 8) {
-      for (int lane = 0; lane < 8; ++lane) sums[lane] += row[j + lane] * other(j + lane);
-    }
-    double total = 0;
-    for (; j < size_; ++j) total += row[j] * other(j);
-    for (double sum : sums) total += sum;
-    return total;
   }
 
   int64_t size_, stride_;

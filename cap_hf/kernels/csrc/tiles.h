@@ -1,4 +1,4 @@
-// What the elimination and the inversion of a block have in common: vectors, and matrix products tile by tile.
+// What the solvers of a block have in common: vectors, sums of products, and matrix products tile by tile.
 #pragma once
 
 #include <cstdint>
@@ -61,6 +61,20 @@ inline void subtract_products(Vector<Scalar> (&sum)[kHeight][kColumns], const Sc
       for (int c = 0; c < kColumns; ++c) sum[r][c] -= column[i + r] * right[c];
     }
   }
+}
+
+// Sums a row times `other` of each place in double; eight sums side by side, so that they need not wait for each other.
+template <typename Scalar, typename Other>
+inline double dot(const Scalar* row, int64_t size, Other other) {
+  double sums[8] = {};
+  int64_t j = 0;
+  for (; j + 8 <= size; j += 8) {
+    for (int lane = 0; lane < 8; ++lane) sums[lane] += row[j + lane] * other(j + lane);
+  }
+  double total = 0;
+  for (; j < size; ++j) total += row[j] * other(j);
+  for (double sum : sums) total += sum;
+  return total;
 }
 
 }  // namespace cap_hf
