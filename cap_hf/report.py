@@ -249,8 +249,8 @@ def peak_memory() -> dict[str, int]:
 
 
 def now() -> str:
-    """Return the time in UTC, to the second, as ISO 8601 has it: as texts, later times come after earlier ones."""
-    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+    """Return the time in UTC, to the millisecond, as ISO 8601 has it: as texts, later times come after earlier ones."""
+    return datetime.now(timezone.utc).isoformat(timespec="milliseconds")
 
 
 def versions() -> dict[str, str]:

@@ -226,11 +226,11 @@ def replaced(typed: Sequence[str]) -> set[str]:
 class DecimalLoader(yaml.SafeLoader):
     """YAML without numbers to the base of 60, of which the pattern 2:4 would be one: 124."""
 
-    def construct_yaml_int(self, node: yaml.ScalarNode) -> int | str:
-        return str(node.value) if ":" in node.value else super().construct_yaml_int(node)
+    def integer(self, node: yaml.ScalarNode) -> int | str:
+        return str(node.value) if ":" in node.value else self.construct_yaml_int(node)
 
 
-DecimalLoader.add_constructor("tag:yaml.org,2002:int", DecimalLoader.construct_yaml_int)
+DecimalLoader.add_constructor("tag:yaml.org,2002:int", DecimalLoader.integer)
 
 
 def arguments_from_file(path: str, kinds: Sequence[type], left_out: Collection[str] = ()) -> list[str]:

@@ -7,7 +7,7 @@ them, and what was measured of it does too.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import PurePath
-from typing import Any
+from typing import Any, cast
 
 from cap_hf.checkpoints.metrics import measured_in
 from cap_hf.hub.origin import RECOVERED, kind_of
@@ -62,7 +62,7 @@ def origin_of(facts: Facts, measured: Mapping[str, Any]) -> Origin:
         data=data.get("dataset_name"),
         subset=data.get("dataset_config_name"),
         split=data.get("eval_split_name"),
-        images=dense.get("num_examples") or measured.get("num_examples"),
+        images=cast("int | None", dense.get("num_examples") or measured.get("num_examples")),
         sparsity=facts.get("sparsity_dense") if dense else None,
         dense=dense,
         parent=name if recovers else None,
@@ -178,7 +178,7 @@ def _short(names: Sequence[str | None]) -> list[str | None]:
     parts = [None if name is None else PurePath(name.rstrip("/")).parts for name in names]
     longest = max((len(each) for each in parts if each), default=1)
     for count in range(1, longest + 1):
-        short = [each and "/".join(each[-count:]).replace("//", "/") for each in parts]
+        short = [None if each is None else "/".join(each[-count:]).replace("//", "/") for each in parts]
         if len(set(short)) == len({name for name in names if name is not None} | {None} & set(names)):
             return short
     return list(names)
