@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
+from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import ModuleType
@@ -245,6 +246,11 @@ def peak_memory() -> dict[str, int]:
     if memory is not None and accelerator is not None:
         peaks[accelerator.type] = memory.max_memory_allocated()
     return peaks
+
+
+def now() -> str:
+    """Return the time in UTC, to the millisecond, as ISO 8601 has it: as texts, later times come after earlier ones."""
+    return datetime.now(timezone.utc).isoformat(timespec="milliseconds")
 
 
 def versions() -> dict[str, str]:

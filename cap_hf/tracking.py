@@ -12,6 +12,13 @@ from cap_hf.report import PruneReport
 from cap_hf.targets import Target
 
 PROJECT = "cap_hf"
+# wandb's own step only goes up, and what has a lower one is dropped: there the step is a figure of these names, by
+# which the others are drawn.
+SPARSITY, PHASE = "sparsity in thousandths", "phase"
+AXES = {
+    SPARSITY: ("sparsity", "loss", "sparsity/*", "loss/*", "measured/*", "mask/*"),
+    PHASE: ("seconds/*", "peak_bytes/*"),
+}
 # Pixels of the longer side of a mask's picture.
 SIDE = 128
 
@@ -33,6 +40,11 @@ class Tracker:
         if self.on:
             names = {"trackio": {"name": name}, "wandb": {"name": name}}
             accelerator.init_trackers(PROJECT, flat(settings), names)
+            for tracker in accelerator.trackers if accelerator.is_main_process else ():
+                if tracker.name == "wandb":
+                    for axis, figures in AXES.items():
+                        for figure in figures:
+                            tracker.tracker.define_metric(figure, step_metric=axis)
 
     def measured(self, sparsity: float, metrics: Mapping[str, float] | None) -> None:
         """Log what was measured of a model, such as its accuracy; also of the dense one, at its own sparsity."""
@@ -56,14 +68,20 @@ class Tracker:
             values |= {
                 f"peak_bytes/{kind}/{record['phase']}": size for kind, size in record["peak_memory_bytes"].items()
             }
-            if self.on:
-                self.accelerator.log(values, step=place)
+            self._tell(values, PHASE, place)
         self.phases = len(phases)
 
     def _log(self, values: Mapping[str, Any], sparsity: float) -> None:
         known = {name: value for name, value in values.items() if isinstance(value, (int, float))}
-        if self.on and known:
-            self.accelerator.log(known, step=step_of(sparsity))
+        if known:
+            self._tell(known, SPARSITY, step_of(sparsity))
+
+    def _tell(self, values: Mapping[str, float], axis: str, step: int) -> None:
+        for tracker in self.accelerator.trackers if self.on else ():
+            if tracker.name == "wandb":
+                tracker.log({**values, axis: step})
+            else:
+                tracker.log(dict(values), step=step)
 
     def _log_masks(self, targets: Iterable[Target], step: int) -> None:
         takers = [tracker for tracker in self.accelerator.trackers if hasattr(tracker, "log_images")]
@@ -72,8 +90,10 @@ class Tracker:
         for target in targets:
             picture = density(target.weight.detach())[None, :, :, None].repeat(3, axis=3)
             for tracker in takers:
-                how = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-                tracker.log_images({f"mask/{target.name}": picture}, step=step, **how)
+                # With wandb the figure of the step, which was told before, goes with it.
+                how: dict[str, Any] = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+                how |= {} if tracker.name == "wandb" else {"step": step}
+                tracker.log_images({f"mask/{target.name}": picture}, **how)
 
 
 def step_of(sparsity: float) -> int:

@@ -1,7 +1,9 @@
-"""What trackers are told, read back from what TensorBoard and trackio have kept on the disk."""
+"""What trackers are told, read back from what TensorBoard, trackio and wandb have kept on the disk."""
 
 import importlib.util
+import json
 import os
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -9,12 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from support.models import build, random_batches
 from torch import nn
 
 from cap_hf import CAPCompressor, CAPConfig
 from cap_hf.distributed.accelerator import make_accelerator
-from cap_hf.tracking import Tracker, density, flat, step_of
+from cap_hf.tracking import PHASE, SPARSITY, Tracker, density, flat, step_of
 
 PHASES = [{"phase": "load", "seconds": 1.5, "peak_memory_bytes": {"cpu": 1000}}]
 PHASES_LATER = [*PHASES, {"phase": "collect", "seconds": 2.5, "peak_memory_bytes": {"cpu": 2000, "cuda": 3000}}]
@@ -89,6 +92,57 @@ def test_trackio_has_figures(tmp_path):
         env=environment,
     )
     assert done.returncode == 0, done.stderr
+
+
+def wandb_history(folder: Path) -> list[dict]:
+    """The rows that wandb has kept for later: records in blocks of 32 KiB, as LevelDB has them."""
+    from wandb.proto import wandb_internal_pb2
+
+    (file,) = folder.glob("wandb/offline-run-*/*.wandb")
+    data, place, whole, rows = file.read_bytes(), 7, b"", []
+    while place + 7 <= len(data):
+        left = 32768 - place % 32768
+        if left < 7:
+            place += left
+            continue
+        size, kind = struct.unpack("<HB", data[place + 4 : place + 7])
+        whole += data[place + 7 : place + 7 + size]
+        place += 7 + size
+        if kind in (1, 4):  # whole, or the last part
+            record = wandb_internal_pb2.Record()
+            record.ParseFromString(whole)
+            whole = b""
+            if record.WhichOneof("record_type") == "history":
+                found = {
+                    item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in record.history.item
+                }
+                rows.append(found)
+    return rows
+
+
+@pytest.mark.skipif(importlib.util.find_spec("wandb") is None, reason="needs wandb: pip install 'cap_hf[wandb]'")
+def test_wandb_has_figures_of_every_step_and_masks(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    compressor = track(["wandb"], tmp_path)
+    rows = wandb_history(tmp_path)
+
+    def values(name: str, axis: str = SPARSITY) -> list[tuple[int, float]]:
+        return [(row[axis], row[name]) for row in rows if name in row]
+
+    total = compressor.report.sparsity
+    assert values("sparsity") == [(500, pytest.approx(0.5, abs=1e-3)), (750, pytest.approx(total))]
+    assert values("measured/top1") == [(0, pytest.approx(0.9)), (500, pytest.approx(0.85)), (750, pytest.approx(0.825))]
+    # Phases are numbered from 0 again, which wandb would drop as steps of its own.
+    assert values("seconds/load", PHASE) == [(0, 1.5)]
+    assert values("seconds/collect", PHASE) == [(1, 2.5)]
+    assert values("peak_bytes/cuda/collect", PHASE) == [(1, 3000)]
+    for layer in compressor.report.layers:
+        assert values(f"loss/{layer.name}")[-1] == (750, pytest.approx(layer.loss))
+        pictures = list(tmp_path.glob(f"wandb/offline-run-*/files/media/images/mask/{layer.name}_*.png"))
+        assert len(pictures) == 2
+        assert all(Image.open(picture).size == layer.shape[::-1] for picture in pictures)
 
 
 def test_without_trackers_nothing_is_told():

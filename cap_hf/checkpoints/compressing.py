@@ -149,6 +149,12 @@ def write_compressed(
         weight_map.update(dict.fromkeys(tensors, file_name))
         total += count_bytes(tensors)
     if int8 is not None and not any(stored.endswith(f".{SCALES}") for stored in weight_map):
+        if int8 and not any(each in int8 for names, _ in shards for each in names):
+            raise CAPError(
+                f"{name} has nothing to store in int8 that is known to be a Linear layer's: its weights have other "
+                f"names than those of the class that {MODEL_CONFIG_NAME} names; name there, in architectures, the "
+                "class that saved them"
+            )
         raise CAPError(
             f"{name} has nothing to store in int8: no Linear layer is {100 * LEAST_PRUNED:.0f} % zeros and large "
             "enough to gain; prune it first"

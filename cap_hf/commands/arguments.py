@@ -7,11 +7,12 @@ are from import neither torch nor transformers, so that help and a wrong argumen
 import contextlib
 import importlib.util
 import io
+import itertools
 import json
 import os
 import sys
 from argparse import ArgumentParser, Namespace
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,6 +29,19 @@ DEFAULT_OUTPUT_DIR = "cap_hf_output"
 # How a file of arguments is called, and where what is said beside it belongs.
 FILE_ENDINGS = (".yaml", ".yml", ".json")
 FIRST = "a file of arguments stands before all others, as in run.yaml --output_dir O"
+# A pattern such as 2:4 is an allocation, and says how sparse as well.
+PATTERN = "N:M"
+# Each of these holds ways to say the same thing, and what goes with that way alone. A run follows one of them, so one
+# that is typed takes the place of those in a file; what contradicts each other in one place is left for the checks.
+WAYS: tuple[dict[str, tuple[str, ...]], ...] = (
+    {
+        "sparsity": ("num_recomputations",),
+        "budget": (),
+        "max_accuracy_drop": ("max_drop_metric", "sparsity_step", "max_evaluations", "max_search_samples"),
+        PATTERN: (),
+    },
+    {"num_train_epochs": (), "max_steps": ()},
+)
 
 
 @dataclass
@@ -104,7 +118,8 @@ def parse(
     """Return dataclasses of the given kinds from arguments; a YAML or JSON file of them may stand before the others.
 
     Args:
-        argv: the command line, without the name of the command. What stands beside a file goes before what is in it.
+        argv: the command line, without the name of the command. What stands beside a file goes before what is in it,
+            and what is one of `WAYS` before its other ways there.
         program: the name of the command.
         description: of it, for its help.
         kinds: the dataclasses.
@@ -118,7 +133,7 @@ def parse(
         if argv and not argv[0].startswith("-"):
             check_file(argv)
             # Of an argument that is given twice the last one counts.
-            argv = arguments_from_file(argv[0], kinds) + argv[1:]
+            argv = arguments_from_file(argv[0], kinds, replaced(argv[1:])) + argv[1:]
         check_whole_names(parser, argv)
         # argparse would print its usage, a screen long, before the one line that matters.
         with contextlib.redirect_stderr(io.StringIO()) as errors:
@@ -194,18 +209,43 @@ def check_file_names(path: str, values: dict, kinds: Sequence[type]) -> None:
             )
 
 
-def arguments_from_file(path: str, kinds: Sequence[type]) -> list[str]:
+def replaced(typed: Sequence[str]) -> set[str]:
+    """Return the names of the arguments that do not count in a file, since another one of `WAYS` was typed."""
+    names = {word[2:].partition("=")[0].replace("-", "_") for word in typed if word.startswith("--")}
+    words = [part for word in typed for part in word.split("=", 1)]
+    if any(name == "--allocation" and ":" in value for name, value in itertools.pairwise(words)):
+        names.add(PATTERN)
+    left_out: set[str] = set()
+    for ways in WAYS:
+        chosen = {way for way in ways if way in names}
+        others = [way for way in ways if chosen and way not in chosen]
+        left_out |= {name for way in others for name in (way, *ways[way])}
+    return left_out
+
+
+class DecimalLoader(yaml.SafeLoader):
+    """YAML without numbers to the base of 60, of which the pattern 2:4 would be one: 124."""
+
+    def integer(self, node: yaml.ScalarNode) -> int | str:
+        return str(node.value) if ":" in node.value else self.construct_yaml_int(node)
+
+
+DecimalLoader.add_constructor("tag:yaml.org,2002:int", DecimalLoader.integer)
+
+
+def arguments_from_file(path: str, kinds: Sequence[type], left_out: Collection[str] = ()) -> list[str]:
     """Return the command line that a YAML or JSON file of the same names stands for: one way of checking serves both.
 
     Args:
         path: of the file.
         kinds: the dataclasses whose names it may hold.
+        left_out: names whose values there do not count.
 
     Raises:
         CAPError: the file cannot be read or holds something else than names and values.
     """
     try:
-        values = yaml.safe_load(Path(path).read_text())  # JSON is YAML
+        values = yaml.load(Path(path).read_text(), DecimalLoader)  # a safe one; JSON is YAML
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise CAPError(f"{path} cannot be read: {reason(error)}") from error
     if not isinstance(values, dict):
@@ -213,6 +253,8 @@ def arguments_from_file(path: str, kinds: Sequence[type]) -> list[str]:
     check_file_names(path, values, kinds)
     arguments = []
     for name, value in values.items():
+        if str(name).replace("-", "_") in left_out:
+            continue
         if isinstance(value, list):
             arguments += [f"--{name}", *map(str, value)]
         elif isinstance(value, dict):

@@ -36,7 +36,7 @@ from cap_hf.recovery.metrics import check_metric, compute_metrics, first_logits
 from cap_hf.recovery.resume import checkpoint_folders, choose_checkpoint, remove_checkpoints
 from cap_hf.recovery.trainer import SparseTrainer
 from cap_hf.recovery.training_arguments import SparseTrainingArguments
-from cap_hf.report import Phases, versions
+from cap_hf.report import Phases, now, versions
 from cap_hf.targets import find_targets
 from cap_hf.towers import is_classifier
 
@@ -72,7 +72,7 @@ def finetune(
         resume: the Trainer's checkpoint to go on from.
         repo_id: where to push to.
     """
-    phases = Phases()
+    phases, started = Phases(), now()
     with phases("load"):
         needed = ["train", "eval"] if training_args.do_eval else ["train"]
         bank_size = probe_args.knn_bank_size if training_args.do_eval else 0
@@ -154,6 +154,7 @@ def finetune(
     recovered = evaluate("evaluate recovered", model)
     recorder.measured("recovered", evaluation, model)
     report = {
+        "started": started,
         "model_name_or_path": model_args.model_name_or_path,
         "model_revision": model_args.model_revision,
         "teacher_model_name_or_path": args.teacher_model_name_or_path,

@@ -72,11 +72,11 @@ def prune(asked: Asked) -> None:
     from cap_hf.distributed.accelerator import make_accelerator
     from cap_hf.inference.example import size_of
     from cap_hf.masks import target_sparsity
-    from cap_hf.report import Phases
+    from cap_hf.report import Phases, now
     from cap_hf.targets import left_alone
     from cap_hf.tracking import Tracker
 
-    args = asked.prune
+    args, started = asked.prune, now()
     if args.disable_tqdm:
         hide_bars()
     output = real_path(args.output_dir)
@@ -98,7 +98,7 @@ def prune(asked: Asked) -> None:
         with phases("evaluate dense"):
             dense = evaluation.measure_dense(model)
     watch.measured_dense(sparsity_dense, evaluation, dense)
-    facts: dict[str, object] = {"dense": dense, "sparsity_dense": sparsity_dense}
+    facts: dict[str, object] = {"started": started, "dense": dense, "sparsity_dense": sparsity_dense}
     facts |= {"left_alone": left_alone(model, compressor.targets)}
     facts["image_size"] = size_of(model, collate([run.calibration[0]]))
     results = []

@@ -40,15 +40,27 @@ class Recorder:
         self.wanted, self.main = wanted, accelerator.is_main_process
         self.count = min(SHOWN, max(1, SHOWN_IN_ALL // models))
         self.dense: Tensor | None = None
-        self.found: dict[str, Any] = {"command": command, "curve": None, "spectra": [], "changed": {}}
+        self.found: dict[str, Any] = {"command": command, "curve": None, "spectra": [], "changed": {}, "absent": []}
+        self.noted = False
 
     def eliminated(self, compressor: CAPCompressor) -> None:
         """Note what removals cost, and eigenvalues, once; every process calls it, after the first prune."""
-        paths = compressor.paths
-        if self.wanted and paths is not None and self.found["curve"] is None:
-            self.found["curve"] = removal_curve(paths, compressor.config)
-            if self.main:
-                self.found["spectra"] = spectra(paths)
+        paths, config = compressor.paths, compressor.config
+        if not self.wanted or paths is None or self.noted:
+            return
+        self.noted = True
+        self.found["curve"] = removal_curve(paths, config)
+        if self.main:
+            self.found["spectra"] = spectra(paths)
+        if self.found["curve"] is None:
+            self.found["absent"].append(f"Elimination is not here: {config.nm} compares nothing between blocks.")
+        if compressor.fisher is None:
+            self.found["absent"].append(f"Fisher is not here: method {config.method} sums nothing.")
+        elif paths.recollection is not None:
+            self.found["absent"].append(
+                "Fisher is not here: its sums did not fit into memory, were collected in several passes and not kept. "
+                "More --max_memory, or a disk for --spill_dir, keeps them."
+            )
 
     def measured_dense(self, evaluation: Evaluation | None) -> None:
         """Keep what the dense model predicts, right after it was measured."""
@@ -63,9 +75,22 @@ class Recorder:
             model: that was measured.
         """
         sparse = predicted(evaluation)
-        if self.wanted and self.main and evaluation is not None and self.dense is not None and sparse is not None:
+        if not self.wanted or not self.main:
+            return
+        if evaluation is None:
+            self._lacks_changes("nothing was measured (--do_eval false).")
+        elif sparse is None:
+            self._lacks_changes("the model has no head, or the images no labels, so it predicts no classes.")
+        elif self.dense is None:
+            self._lacks_changes("there was no dense model to compare with: name it with --teacher_model_name_or_path.")
+        else:
             names = label_names(model.config)
             self.found["changed"][name] = changed_predictions(evaluation.dataset, names, self.dense, sparse, self.count)
+
+    def _lacks_changes(self, reason: str) -> None:
+        line = f"Changed predictions are not here: {reason}"
+        if line not in self.found["absent"]:
+            self.found["absent"].append(line)
 
     def write(self, output: Path) -> None:
         """Write what was noted, and the page; the main process calls it once report.json is there."""

@@ -3,8 +3,10 @@
 from typing import Any
 
 from cap_hf.checkpoints.metrics import Metric, measured_in
+from cap_hf.hub.origin import RECOVERED
 from cap_hf.pages.chart import MARK, PERCENT, QUIET, Chart, Spec, axis, colour, tip
-from cap_hf.pages.runs import Found, Model
+from cap_hf.pages.runs import Found
+from cap_hf.pages.series import Model
 
 # Standard errors on either side that hold 95 % of a normal distribution.
 WIDE = 1.96
@@ -12,9 +14,14 @@ WIDE = 1.96
 SEARCHED = {"top1": "top1", "knn": "knn_top1", "cosine": "cosine"}
 
 
+def all_metrics(found: Found) -> list[Metric]:
+    """Return what was measured of any model."""
+    return measured_in([*(origin.dense for origin in found.origins), *(model.metrics for model in found.models)])
+
+
 def main_metric(found: Found) -> Metric | None:
     """Return what models are compared by: the first of the metrics whose drop matters, or else the first."""
-    metrics = measured_in([found.dense, *(model.metrics for model in found.models)])
+    metrics = all_metrics(found)
     return next((metric for metric in metrics if metric.drop), metrics[0] if metrics else None)
 
 
@@ -24,16 +31,15 @@ def accuracy_chart(found: Found) -> Chart | None:
     models = [model for model in found.models if metric and isinstance(model.metrics.get(metric.key), (int, float))]
     if metric is None or not models:
         return None
-    scale, dense = 100 if metric.share else 1, found.dense.get(metric.key)
-    unit = " %" if metric.share else ""
-    values = [
-        _point(model, metric, scale, model.dense.get(metric.key))
-        for model in sorted(models, key=lambda model: model.sparsity)
-    ]
-    for value in [*values]:
+    scale, unit = (100, " %") if metric.share else (1, "")
+    measured = [origin for origin in found.origins if metric.key in origin.dense]
+    values = []
+    for model in sorted(models, key=lambda model: model.sparsity):
+        values.append(_point(model, metric, scale, model.dense.get(metric.key)))
         # A line begins at the dense model where that was measured.
-        if dense is not None and found.agreed and found.sparsity_dense == 0 and value["series"] != "recovered":
-            start = _point(Model("dense", value["series"], 0.0, found.dense), metric, scale, dense)
+        if any(model.origin is origin and not origin.sparsity for origin in measured) and model.made_by != RECOVERED:
+            dense = model.origin.dense
+            start = _point(Model("dense", model.series, 0.0, dense), metric, scale, dense[metric.key])
             values += [start] if start not in values else []
     x = axis("sparsity", "weights that are 0", scale={"zero": False, "nice": True}, axis=PERCENT)
     y = axis(
@@ -71,28 +77,29 @@ def accuracy_chart(found: Found) -> Chart | None:
             },
         },
     ]
-    if dense is not None and found.agreed:  # else there is no one height of it
-        layers += _level("dense", scale * dense, QUIET)
-        budget = budget_of(found, metric)
-        if budget is not None:
-            layers += _level(f"allowed: {scale * budget:.3g} less", scale * (dense - budget), MARK)
+    for origin in measured:
+        layers += _level(", ".join(filter(None, ("dense", origin.label))), scale * origin.dense[metric.key], QUIET)
+    budget = budget_of(found, metric)
+    if budget is not None and len(measured) == 1:
+        layers += _level(f"allowed: {scale * budget:.3g} less", scale * (measured[0].dense[metric.key] - budget), MARK)
     text = (
         "Bands are 95 % confidence intervals of a model's own figure; the drop against the dense model is known better."
     )
     rows = [
         [model.name, model.series, f"{100 * model.sparsity:.2f}", metric.show(model.metrics)]
-        + ([metric.show_drop(model.metrics, model.dense)] if dense is not None else [])
+        + ([metric.show_drop(model.metrics, model.dense)] if measured else [])
         for model in models
     ]
-    header = ["checkpoint", "made by", "sparsity %", metric.heading] + (["drop"] if dense is not None else [])
+    header = ["checkpoint", "made by", "sparsity %", metric.heading] + (["drop"] if measured else [])
     title = f"{metric.name.removesuffix(' %').capitalize()} against sparsity"
     return Chart("accuracy", title, text, {"data": {"values": values}, "layer": layers, "height": 360}, header, rows)
 
 
 def budget_of(found: Found, metric: Metric) -> float | None:
-    """Return how far a metric was allowed to fall in the first search that went by it."""
+    """Return how far a metric was allowed to fall in the searches that went by it; None where they differ."""
     own = [each for each in found.searches.values() if SEARCHED.get(each.get("metric", "")) == metric.key]
-    return own[0].get("max_drop") if own else None
+    allowed = {each.get("max_drop") for each in own}
+    return allowed.pop() if len(allowed) == 1 else None
 
 
 def search_chart(found: Found) -> Chart | None:
@@ -124,6 +131,7 @@ def search_chart(found: Found) -> Chart | None:
         ("drop", "drop", ".4f"),
         ("error", "standard error", ".4f"),
     )
+    limits = dict.fromkeys(search.get("max_drop", 0.0) for _, search in searches)
     spec: Spec = {
         "data": {"values": values},
         "layer": [
@@ -133,7 +141,7 @@ def search_chart(found: Found) -> Chart | None:
                 "encoding": {"x": x, "y": {**y, "field": "low"}, "y2": {"field": "high"}, "color": by},
             },
             {"mark": {"type": "point", "size": 80}, "encoding": {"x": x, "y": y, "color": by, "tooltip": tips}},
-            *_level("allowed", searches[0][1].get("max_drop", 0.0), MARK),
+            *(level for allowed in limits for level in _level("allowed", allowed, MARK)),
         ],
         "height": 260,
     }

@@ -69,6 +69,7 @@ class Facts(Report, total=False):
     sparsity: float | None
     sparsity_dense: float | None
     sparsity_before: float | None
+    started: str | None
 
 
 class Benchmark(TypedDict, total=False):
@@ -96,3 +97,4 @@ class Record(TypedDict, total=False):
     curve: Curve | None
     spectra: list[dict]
     changed: dict[str, dict]
+    absent: list[str]

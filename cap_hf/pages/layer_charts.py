@@ -6,7 +6,8 @@ from typing import Any
 from cap_hf.pages.chart import CATEGORY, PERCENT, QUIET, Chart, Spec, axis, colour, tip
 from cap_hf.pages.facts import Curve, Layer
 from cap_hf.pages.names import kinds_in_order, places_of
-from cap_hf.pages.runs import Found, Model
+from cap_hf.pages.runs import Found
+from cap_hf.pages.series import Model
 
 
 def map_charts(found: Found) -> list[Chart]:

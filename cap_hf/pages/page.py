@@ -10,16 +10,17 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from cap_hf.checkpoints.atomic import atomic_file
-from cap_hf.checkpoints.metrics import measured_in
+from cap_hf.checkpoints.metrics import Metric
 from cap_hf.checkpoints.places import writing
 from cap_hf.checkpoints.replacing import CHARTS, PAGE, PAGE_FOLDER
 from cap_hf.errors import CAPError
 from cap_hf.extras import need
-from cap_hf.pages.accuracy_chart import accuracy_chart, main_metric, search_chart
+from cap_hf.pages.accuracy_chart import accuracy_chart, all_metrics, main_metric, search_chart
 from cap_hf.pages.chart import VERSION, Chart, on_paper
 from cap_hf.pages.layer_charts import curve_charts, map_charts
 from cap_hf.pages.run_charts import seconds_chart, spectrum_chart, speed_charts, training_charts
-from cap_hf.pages.runs import Found, Model, find_runs
+from cap_hf.pages.runs import Found, find_runs
+from cap_hf.pages.series import Model
 
 # How a data URI of an image begins; anything else is not shown.
 PNG = "data:image/png;base64,"
@@ -79,7 +80,7 @@ def sections_of(found: Found) -> list[Section]:
     # Charts of one name: those of the first run that has them.
     curve = next(((name, each["curve"]) for name, each in found.records.items() if each.get("curve")), None)
     if curve is not None:
-        own = [model for model in found.models if model.name.rpartition("/")[0] == curve[0]]
+        own = [model for model in found.models if model.run == curve[0] and not model.when]
         sections.append(Section("curve-section", "Elimination", curve_charts(curve[1], own)))
     spectra = next((each["spectra"] for each in found.records.values() if each.get("spectra")), [])
     chart = spectrum_chart(spectra)
@@ -121,8 +122,8 @@ def render(found: Found, sections: list[Section], bundle: str) -> str:
 
 
 def title_of(found: Found) -> str:
-    """Return what the page is about: the last part of the model's name, or the folder's."""
-    name = str(found.about.get("model") or "").rstrip("/").rpartition("/")[2]
+    """Return what the page is about: the last part of the model's name, or the folder's where there are several."""
+    name = str(found.about.get("model") or "").rstrip("/").rpartition("/")[2] if len(found.origins) == 1 else ""
     return name or found.folder.resolve().name
 
 
@@ -132,23 +133,29 @@ def tiles_of(found: Found) -> list[tuple[str, str, str]]:
     if metric is None:
         return []
     tiles = []
-    if metric.key in found.dense and found.agreed:
-        tiles.append((f"dense {metric.heading}", metric.show(found.dense), "before pruning"))
+    for origin in found.origins:
+        if metric.key in origin.dense:
+            tiles.append((f"dense {metric.heading}", metric.show(origin.dense), origin.label or "before pruning"))
     for model in _best(found)[:3]:
         drop = metric.show_drop(model.metrics, model.dense)
-        note = f"{drop} less than dense" if drop != "-" else model.series
+        note = f"{drop} less than dense {model.origin.label}".strip() if drop != "-" else model.series
         tiles.append((f"{metric.heading} at {100 * model.sparsity:.4g} %", metric.show(model.metrics), note))
     return tiles
 
 
 def _best(found: Found) -> list[Model]:
-    """Return for each sparsity the model that keeps most, the sparsest one first."""
+    """Return for each sparsity the model that keeps most, the sparsest one first; none that another run has left."""
     metric = main_metric(found)
     best: dict[float, Model] = {}
     for model in found.models if metric else []:
         value = model.metrics.get(metric.key) if metric else None
         place = round(model.sparsity, 4)
-        if value is not None and metric and (place not in best or value > best[place].metrics[metric.key]):
+        if (
+            value is not None
+            and metric
+            and not model.when
+            and (place not in best or value > best[place].metrics[metric.key])
+        ):
             best[place] = model
     return [best[place] for place in sorted(best, reverse=True)]
 
@@ -156,24 +163,29 @@ def _best(found: Found) -> list[Model]:
 def columns_of(found: Found) -> list[str]:
     """Return the headings of the table of models."""
     columns = ["checkpoint", "made by", "sparsity %"]
-    for metric in measured_in([found.dense, *(model.metrics for model in found.models)]):
-        columns += [metric.heading, "drop"] if metric.drop and found.dense else [metric.heading]
+    for metric in all_metrics(found):
+        columns += [metric.heading, "drop"] if _has_drop(found, metric) else [metric.heading]
     return columns
 
 
+def _has_drop(found: Found, metric: Metric) -> bool:
+    return metric.drop and any(origin.dense for origin in found.origins)
+
+
 def lines_of(found: Found) -> list[list[str]]:
-    """Return the lines of the table of models, the dense one first."""
-    metrics = measured_in([found.dense, *(model.metrics for model in found.models)])
-    every = [("dense", "", found.sparsity_dense, found.dense, found.dense)] if found.dense else []
-    if not found.agreed:
-        every = [(f"dense of {run or '.'}", "", zeros, each, each) for run, (each, zeros) in found.denses.items()]
+    """Return the lines of the table of models, the dense ones first."""
+    every: list[tuple[str, str, float, dict, dict]] = [
+        ("dense", origin.label, origin.sparsity or 0.0, origin.dense, origin.dense)
+        for origin in found.origins
+        if origin.dense
+    ]
     every += [(model.name, model.series, model.sparsity, model.metrics, model.dense) for model in found.models]
     lines = []
     for name, series, sparsity, measured, dense in every:
         line = [name, series, f"{100 * sparsity:.2f}"]
-        for metric in metrics:
+        for metric in all_metrics(found):
             line.append(metric.show(measured, error=metric.drop))
-            if metric.drop and found.dense:
+            if _has_drop(found, metric):
                 line.append(metric.show_drop(measured, dense))
         lines.append(line)
     return lines
@@ -214,6 +226,9 @@ def missing_from(found: Found) -> list[str]:
             "A run with --report true also notes down what removals cost, the spectrum of the Fisher, changed "
             "predictions and its command as typed."
         )
+    for run, record in found.records.items():
+        named = f"{run}: " if len(found.records) > 1 and run else ""
+        notes += [f"{named}{line}" for line in record.get("absent", [])]
     several = [run or "this folder" for run, record in found.records.items() if record.get("curve")]
     if len(several) > 1:
         notes.append(f"Elimination and Fisher are those of {several[0]}; {', '.join(several[1:])}: a page of its own.")

@@ -13,8 +13,11 @@ from typing import Any, cast
 from cap_hf.checkpoints.folder import REPORT_NAME, Report, check_types, read_json
 from cap_hf.checkpoints.replacing import PAGE_FOLDER, RECORD
 from cap_hf.errors import CAPError
-from cap_hf.hub.origin import GRADUAL, PRUNED, command_line, kind_of, run_of, steps_of
+from cap_hf.hub.origin import PRUNED, command_line, kind_of, run_of
+from cap_hf.pages.belonging import Run, sort_out
 from cap_hf.pages.facts import Benchmark, Facts, Layer, Phase, Pruning, Record, Result, Search
+from cap_hf.pages.origins import Origin, group, origin_of, same_place
+from cap_hf.pages.series import Model, series_of, settings_of, tell_apart
 
 RECORD_FOLDER, RECORD_NAME = PAGE_FOLDER, RECORD
 BENCHMARK_NAME, STATE_NAME = "benchmark.json", "trainer_state.json"
@@ -23,36 +26,13 @@ DEPTH, MOST_FILES = 4, 1000
 
 
 @dataclass
-class Model:
-    """A model that was made.
-
-    Attributes:
-        name: of its folder, as seen from the page's.
-        series: how it was made, such as "cap" or "recovered".
-        sparsity: share of the target weights that are 0.
-        metrics: what was measured of it; empty if nothing was.
-        layers: of it, as its report has them.
-        dense: what its own run measured of the dense model.
-    """
-
-    name: str
-    series: str
-    sparsity: float
-    metrics: dict[str, Any] = field(default_factory=dict)
-    layers: list[Layer] = field(default_factory=list)
-    dense: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass
 class Found:
     """All that was run into a folder, in the order of the names of what holds it.
 
     Attributes:
         models: that were made.
-        dense: what was measured of the dense model, by the first report that says so.
-        sparsity_dense: share of its target weights that are 0.
-        about: the model, data, device and versions of the first report.
-        denses: what each run measured of its dense model and how sparse that was, by the name of its folder.
+        origins: what they were made from; several are not to be compared with each other.
+        about: the models, data, devices and versions of the reports.
         phases, histories, benchmarks, records, searches: of each run, by the name of its folder.
         commands: the folder of a run, the command, and whether it is as it was typed.
         notes: what is there and was not used, and why.
@@ -60,10 +40,8 @@ class Found:
 
     folder: Path
     models: list[Model] = field(default_factory=list)
-    dense: dict[str, Any] = field(default_factory=dict)
-    sparsity_dense: float = 0.0
+    origins: list[Origin] = field(default_factory=list)
     about: dict[str, Any] = field(default_factory=dict)
-    denses: dict[str, tuple[dict[str, Any], float]] = field(default_factory=dict)
     phases: dict[str, list[Phase]] = field(default_factory=dict)
     histories: dict[str, list[dict]] = field(default_factory=dict)
     benchmarks: dict[str, Benchmark] = field(default_factory=dict)
@@ -71,11 +49,6 @@ class Found:
     searches: dict[str, Search] = field(default_factory=dict)
     commands: list[tuple[str, str, bool]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-
-    @property
-    def agreed(self) -> bool:
-        """Return whether the dense models of all runs are the same as far as figures are shown."""
-        return len({str(_rounded(each)) for each in self.denses.values()}) < 2
 
 
 def find_runs(folder: str | Path) -> Found:
@@ -87,11 +60,11 @@ def find_runs(folder: str | Path) -> Found:
     folder = Path(folder)
     if not folder.is_dir():
         raise CAPError(f"{folder} is no folder: name the --output_dir of a run")
-    found, told = Found(folder), set[Path]()
+    found, runs = Found(folder), []
     for path in list(files_of(folder)):
         name = "" if path.parent == folder else path.parent.relative_to(folder).as_posix()
-        if path.name == REPORT_NAME and path.parent not in told:
-            told |= _read_report(found, path, name)
+        if path.name == REPORT_NAME:
+            runs.append(_read_report(path, name))
         elif path.name == BENCHMARK_NAME:
             content = read_json(path)
             check_types(content, Benchmark, path)
@@ -101,18 +74,15 @@ def find_runs(folder: str | Path) -> Found:
             content = read_json(path)
             check_types(content, Facts, path)
             found.histories[name] = content.get("log_history") or []
+    kept, found.notes = sort_out(runs)
+    for run in kept:
+        _add(found, run)
     if not (found.models or found.benchmarks or found.histories):
         raise CAPError(
             f"{folder} holds no {REPORT_NAME}, {BENCHMARK_NAME} or {STATE_NAME} of a run: name the --output_dir of one"
         )
-    _tell_apart(found.models)
-    if not found.agreed:
-        found.notes.append("The runs measured different figures of their dense models: each drop is against its own.")
+    _compare(found, kept)
     return found
-
-
-def _rounded(dense: tuple[dict[str, Any], float]) -> list[tuple[str, float]]:
-    return sorted((key, round(value, 4)) for key, value in dense[0].items() if isinstance(value, (int, float)))
 
 
 def files_of(folder: Path) -> Iterator[Path]:
@@ -130,86 +100,99 @@ def files_of(folder: Path) -> Iterator[Path]:
                 yield Path(root) / name
 
 
-def _read_report(found: Found, path: Path, name: str) -> set[Path]:
-    """Add what a report says; return the folders of checkpoints that it tells of as well."""
+def _read_report(path: Path, name: str) -> Run:
+    """Return what a report says."""
     content = read_json(path)
     check_types(content, Facts, path)
-    facts, told = cast(Facts, content), set()
-    results = content.get("results")
+    facts, results = cast(Facts, content), content.get("results")
+    listed = results is not None
     if results is None:
         results = [{**content, "checkpoint": ""}]
     elif isinstance(results, dict):  # of the demo, by method and sparsity
         results = [{**each, "checkpoint": key} for key, each in results.items() if isinstance(each, dict)]
     check_types(results, list[Result], f"{path}: results")
-    kind = kind_of(facts)
-    for result in cast(list[Result], results):
-        told.add(path.parent / result.get("checkpoint", ""))
+    return Run(name, path, facts, cast(list[Result], results), listed)
+
+
+def _add(found: Found, run: Run) -> None:
+    """Add what a run has made and noted down."""
+    facts, name, kind = run.facts, run.name, kind_of(run.facts)
+    for result in run.results:
         pruning = result.get("pruning") or cast(Pruning, {})
         layers = pruning.get("layers") or facts.get("layers") or []
-        check_types(layers, list[Layer], f"{path}: layers")
+        check_types(layers, list[Layer], f"{run.path}: layers")
         sparsity = pruning.get("sparsity") if kind == PRUNED else facts.get("sparsity")
         if sparsity is None:
             continue
         metrics = (result.get("sparse") if kind == PRUNED else None) or result.get("recovered") or {}
         label = "/".join(each for each in (name, result.get("checkpoint", "")) if each) or found.folder.name
-        model = Model(label, _series(kind, result), sparsity, dict(metrics), cast(list[Layer], layers))
-        model.dense = dict(facts.get("dense") or {})
+        model = Model(label, series_of(facts, result), sparsity, dict(metrics), cast(list[Layer], layers))
+        model.dense, model.settings, model.when = dict(facts.get("dense") or {}), settings_of(facts, result), run.when
+        model.run, model.made_by = run.name, kind
         found.models.append(model)
-    if facts.get("dense"):
-        found.denses[name] = dict(facts["dense"] or {}), facts.get("sparsity_dense") or 0.0
-    found.dense = found.dense or dict(facts.get("dense") or {})
-    found.sparsity_dense = found.sparsity_dense or facts.get("sparsity_dense") or 0.0
-    found.about = found.about or _about(facts)
     search = facts.get("search")
     if search:
-        found.searches[name] = search
+        found.searches[run.title] = search
     if facts.get("phases"):
         found.phases[name] = facts["phases"] or []
     if facts.get("log_history"):
         found.histories[name] = facts["log_history"] or []
-    record = _read_record(found, path, name)
-    _note_command(found, name, facts, results, record)
-    return told - {path.parent}
+    record = _read_record(found, run.path, name)
+    _note_command(found, run, record)
 
 
-def _series(kind: str, result: Result) -> str:
-    """Return in a few words how a model was made."""
-    if kind != PRUNED:
-        return "pruned while training" if kind == GRADUAL else "recovered"
-    pruning = result.get("pruning") or cast(Pruning, {})
-    words = [pruning.get("method", "pruned"), pruning.get("pattern") or ""]
-    words.append(pruning["allocation"] if pruning.get("allocation", "global") != "global" else "")
-    steps = len(steps_of({"steps": result.get("steps")}))
-    words.append(f"in {steps} steps" if steps else "")
-    series = " ".join(word for word in words if word)
-    return f"{series}, healed" if result.get("healing") else series
+def _compare(found: Found, runs: list[Run]) -> None:
+    """Find out which models began with the same, and name what does not belong together."""
+    measured = [
+        next((each.metrics for each in found.models if each.run == run.name and each.metrics), {}) for run in runs
+    ]
+    origins = [origin_of(run.facts, figures) for run, figures in zip(runs, measured, strict=True)]
+    parents = [_parent(found, runs, origin.parent) for origin in origins]
+    found.origins, places = group(origins, parents)
+    of_run = {run.name: found.origins[place] for run, place in zip(runs, places, strict=True)}
+    for model in found.models:
+        model.origin = of_run[model.run]
+    tell_apart(found.models)
+    found.about = _about(runs, found.origins)
+    if len(found.origins) > 1:
+        labels = "; ".join(origin.label for origin in found.origins)
+        found.notes.append(
+            f"The runs began with different models, or measured them on different data ({labels}): each drop is against"
+            " the dense model of its own run, and lines of different ones are not to be compared."
+        )
 
 
-def _tell_apart(models: list[Model]) -> None:
-    """Name the folder in the series of models where others of the same sparsity were made in the same way."""
-    alike: dict[tuple[str, float], list[str]] = {}
-    for model in models:
-        alike.setdefault((model.series, round(model.sparsity, 6)), []).append(model.name)
-    twice = {series: names for (series, _), names in alike.items() if len(names) > 1}
-    for model in models:
-        names = twice.get(model.series, [])
-        parents = {name.rpartition("/")[0] for name in names}
-        if names:
-            model.series += f" ({(model.name.rpartition('/')[0] or '.') if len(parents) > 1 else model.name})"
+def _parent(found: Found, runs: list[Run], name: str | None) -> int | None:
+    """Return the number of the run whose model a recovery began with, if it is on the page and no other fits."""
+    if name is None:
+        return None
+    made = {model.run for model in found.models if model.name and same_place(name, model.name)}
+    numbers = [number for number, run in enumerate(runs) if run.name in made and run.facts.get("model_name_or_path")]
+    return numbers[0] if len(numbers) == 1 else None
 
 
-def _about(facts: Facts) -> dict[str, Any]:
-    data = facts.get("data") or {}
-    about = {
-        "model": facts.get("teacher_model_name_or_path") or facts.get("model_name_or_path"),
-        "data": data.get("dataset_name"),
-        "split": data.get("eval_split_name"),
-        "processes": facts.get("num_processes"),
-        "device": cast(dict, facts).get("device"),
-        "seed": facts.get("seed"),
-        "versions": facts.get("versions"),
+def _about(runs: list[Run], origins: list[Origin]) -> dict[str, Any]:
+    """Return what the head of the page says: where runs differ, all that they say."""
+    said: dict[str, list] = {
+        "model": [origin.model for origin in origins],
+        "data": [origin.data for origin in origins],
+        "split": [origin.split for origin in origins],
+        "processes": [run.facts.get("num_processes") for run in runs],
+        "device": [cast(dict, run.facts).get("device") for run in runs],
+        "seed": [run.facts.get("seed") for run in runs],
     }
-    return {key: value for key, value in about.items() if value is not None}
+    about: dict[str, Any] = {}
+    for key, values in said.items():
+        each = list(dict.fromkeys(str(value) for value in values if value is not None))
+        if each:
+            about[key] = ", ".join(each)
+    versions: dict[str, list[str]] = {}
+    for run in runs:
+        for package, version in (run.facts.get("versions") or {}).items():
+            versions.setdefault(package, []).append(version)
+    if versions:
+        about["versions"] = {package: ", ".join(dict.fromkeys(each)) for package, each in versions.items()}
+    return about
 
 
 def _read_record(found: Found, path: Path, name: str) -> Record:
@@ -226,13 +209,13 @@ def _read_record(found: Found, path: Path, name: str) -> Record:
     return found.records[name]
 
 
-def _note_command(found: Found, name: str, facts: Facts, results: list, record: Record) -> None:
-    typed = record.get("command")
+def _note_command(found: Found, run: Run, record: Record) -> None:
+    typed, facts = record.get("command"), run.facts
     if typed:
-        found.commands.append((name, typed, True))
+        found.commands.append((run.title, typed, True))
         return
     config = facts.get("config") or {}
-    for result in cast(list[Result], results):
+    for result in run.results:
         pruning = result.get("pruning")
         whole = cast(Report, {**facts, **({"pruning": pruning, "steps": result.get("steps")} if pruning else {})})
         if result.get("healing"):
@@ -241,4 +224,4 @@ def _note_command(found: Found, name: str, facts: Facts, results: list, record: 
         sparsity = facts.get("sparsity") or 0.0 if asked is None else asked
         command = command_line(kind_of(facts), run_of(whole), config, sparsity)
         if command:
-            found.commands.append(("/".join(filter(None, (name, result.get("checkpoint", "")))), command, False))
+            found.commands.append(("/".join(filter(None, (run.title, result.get("checkpoint", "")))), command, False))

@@ -58,14 +58,34 @@ def main() -> None:
     parser.add_argument("--json", type=Path, required=True, help="file to write")
     parser.add_argument("--plot", type=Path, required=True, help="PNG file to write")
     args = parser.parse_args()
-    need("matplotlib", "plots")  # asked for before minutes of measuring
-    families = dict(each.split("=", 1) for each in args.pruned)
-    paths = [(family, path) for family, each in families.items() for path in each.split()]
-    torch.set_num_threads(args.threads)
-    with Results(args, len(args.image_sizes) * (1 + len(paths)), KEYS) as results:
-        for size in args.image_sizes:
-            measure(args, size, paths, results)
+    try:
+        need("matplotlib", "plots")  # asked for before minutes of measuring
+        paths = checked(args)
+        torch.set_num_threads(args.threads)
+        with Results(args, len(args.image_sizes) * (1 + len(paths)), KEYS) as results:
+            for size in args.image_sizes:
+                measure(args, size, paths, results)
+    except CAPError as error:
+        raise SystemExit(f"tradeoff.py: {error}") from error
     draw(results.content["results"], args.batch_sizes[-1], args.plot)
+
+
+def checked(args: argparse.Namespace) -> list[tuple[str, str]]:
+    """Return the family and the path of each pruned checkpoint.
+
+    Raises:
+        CAPError: an argument is not as it has to be.
+    """
+    for name in ("image_sizes", "batch_sizes", "max_eval_samples", "threads", "runs"):
+        values = getattr(args, name)
+        if min(values if isinstance(values, list) else [values]) < 1:
+            raise CAPError(f"--{name} {values} must be at least 1")
+    for each in args.pruned:
+        family, _, paths = each.partition("=")
+        if not (family and paths.strip()):
+            raise CAPError(f"--pruned {each!r} is no family with its checkpoints: write --pruned 'healed=A B'")
+    families = dict(each.split("=", 1) for each in args.pruned)
+    return [(family, path) for family, each in families.items() for path in each.split()]
 
 
 def measure(args: argparse.Namespace, size: int, paths: list[tuple[str, str]], results: Results) -> None:

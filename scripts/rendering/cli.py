@@ -17,9 +17,11 @@ HEAD = """# Command line
 Every command of `cap-hf`, with all its arguments and their defaults. `cap-hf <command> --help` prints the same.
 
 Arguments can also stand in one YAML or JSON file of the same names, `cap-hf prune run.yaml`; what stands after the
-file goes before what is in it, `cap-hf prune run.yaml --sparsity 0.9`. `scripts/recipes/` holds files for the runs of
-the paper. A list takes several values, `--sparsity 0.5 0.75`; a yes-or-no argument takes `true` or `false`. A command
-ends with exit code 0 only when its work is done; a mistake is one line that says what to change, and exit code 1.
+file goes before what is in it, `cap-hf prune run.yaml --sparsity 0.9`, and before another way of saying the same:
+`--budget`, `--sparsity`, `--max_accuracy_drop` and an N:M `--allocation` take each other's place, and so do
+`--num_train_epochs` and `--max_steps`. `scripts/recipes/` holds files for the runs of the paper. A list takes several
+values, `--sparsity 0.5 0.75`; a yes-or-no argument takes `true` or `false`. A command ends with exit code 0 only when
+its work is done; a mistake is one line that says what to change, and exit code 1.
 
 This page is written by `.venv/bin/python scripts/docs.py`.
 """

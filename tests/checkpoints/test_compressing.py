@@ -153,6 +153,10 @@ def test_what_cannot_be_int8_is_one_line(tmp_path):
     config = json.loads((tmp_path / "foreign" / "config.json").read_text()) | {"model_type": "unheard_of"}
     (tmp_path / "foreign" / "config.json").write_text(json.dumps(config))
     cases["foreign"] = (tmp_path / "foreign", "is a 'unheard_of', which this version of transformers does not know")
+    make_checkpoint(tmp_path / "inner", pattern="1x4")
+    config = json.loads((tmp_path / "inner" / "config.json").read_text()) | {"architectures": ["ViTModel"]}
+    (tmp_path / "inner" / "config.json").write_text(json.dumps(config))
+    cases["inner"] = (tmp_path / "inner", "its weights have other names than those of the class that config.json names")
     for case, (folder, line) in cases.items():
         with pytest.raises(CAPError, match=line) as error:
             compress_checkpoint(folder, tmp_path / "out", int8=True)

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from support.models import build, random_batches
+from support.warm import run_forked
 
 import cap_hf.collection.planning as planning_module
 import cap_hf.collection.solver as solver_module
@@ -117,10 +118,7 @@ def restore(monkeypatch):
 )
 def test_a_killed_run_goes_on_to_the_same_weights(tmp_path, monkeypatch, restore, moment, kind):
     folder = tmp_path / "state"
-    command = [sys.executable, __file__, str(folder), moment, kind]
-    root = Path(__file__).parents[2]
-    environment = {**os.environ, "PYTHONPATH": f"{root}:{root / 'tests'}", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120, env=environment)
+    done = run_forked(Path(__file__), [str(folder), moment, kind], os.environ, timeout=120)
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert folder.is_dir()
     squeeze(kind)

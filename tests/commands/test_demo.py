@@ -8,7 +8,9 @@ from cap_hf.commands.main import main
 
 def test_demo_small(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(demo, "METHODS", {"CAP": "cap", "magnitude, global": "magnitude"})
+    monkeypatch.setattr(demo, "SPARSITIES", (0.5, demo.SAVED, 0.98))
     arguments = ["demo", "--output_dir", str(tmp_path), "--num_train_epochs", "1", "--num_grads", "32"]
+    arguments += ["--num_recovery_epochs", "1"]
     assert main(arguments) == 0
     first = capsys.readouterr().out
     assert "predict the same" in first

@@ -1,14 +1,11 @@
 """`cap-hf finetune` end to end on classifiers, alone and with two processes; backbones have a file of their own."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from support.finetuning import NAMES, QUICK, finetune, load, unlabelled_folder
+from support.launching import ROOT, launch
 from support.recovery import image_processor, tiny_vit, zeros
 from transformers import AutoImageProcessor, ResNetConfig, ResNetForImageClassification
 
@@ -226,14 +223,8 @@ def test_two_processes_are_one_with_twice_the_batch(tmp_path, folders):
     arguments = ["--sparsity_schedule", "0.65,0.8,2,linear", "--num_grads", "64", "--ema_decay", "0.5"]
     arguments += ["--teacher_model_name_or_path", str(teacher), "--optim", "sgd"]
     assert finetune(student, tmp_path / "one", *arguments, "--gradient_accumulation_steps", "2") == 0
-    root = Path(__file__).parents[2]
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
-    command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-    command += ["--main_process_port", "0", str(root / "scripts" / "finetune.py")]
-    command += ["--model_name_or_path", str(student), "--output_dir", str(tmp_path / "two"), *QUICK, *arguments]
-    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
-    process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert process.returncode == 0, process.stderr[-3000:]
+    names = ["--model_name_or_path", str(student), "--output_dir", str(tmp_path / "two"), *QUICK, *arguments]
+    launch(2, *names, script=ROOT / "scripts" / "finetune.py")
     assert json.loads((tmp_path / "two" / "report.json").read_text())["num_processes"] == 2
     one, two = load(tmp_path / "one"), load(tmp_path / "two")
     for name, zero in zeros(load(student)).items():

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from support.backbones import backbone_checkpoint
-from support.launching import dense_checkpoint, launch
+from support.launching import dense_checkpoint, launch, launch_with_accelerate
 
 import cap_hf.commands.evaluate as evaluate
 from cap_hf.commands.main import main
@@ -97,12 +97,12 @@ def test_one_launched_process_works(checkpoint, tmp_path):
         "16",
         "--no_do_eval",
     ]
-    launch(1, *arguments, "--output_dir", str(tmp_path / "out"))
+    launch_with_accelerate(1, *arguments, "--output_dir", str(tmp_path / "out"))
     assert (tmp_path / "out" / "sparsity-0.5" / "model.safetensors").exists()
 
 
 def test_a_mistake_ends_all_processes(checkpoint, tmp_path):
-    done = launch(
+    done = launch_with_accelerate(
         2,
         "--model_name_or_path",
         checkpoint,

@@ -1,16 +1,23 @@
 """`cap-hf report` and `--report true` as a user meets them: a page of what was run, and nothing else is touched."""
 
+import html
 import json
 from pathlib import Path
 
 import pytest
 import torch
+from support.backbones import backbone_checkpoint
 from support.commands import prune
 from support.finetuning import finetune
+from support.launching import dense_checkpoint
 from support.runs import benchmark, report, write, write_run
 from transformers import AutoModelForImageClassification
 
+import cap_hf.collection.planning as planning
+import cap_hf.collection.solver as solver
 from cap_hf.commands.main import main
+from cap_hf.pages.accuracy_chart import accuracy_chart
+from cap_hf.pages.runs import find_runs
 
 
 @pytest.fixture
@@ -89,15 +96,75 @@ def test_changed_predictions_are_those_of_the_saved_models(lively, tmp_path):
         assert shown["label"] == sparse.config.id2label[int(dataset[shown["example"]]["labels"])]
 
 
-def test_a_page_is_of_the_last_run(tiny_checkpoint, tmp_path):
+def text_of(output: Path) -> str:
+    """What a page says, without marks of HTML."""
+    return html.unescape((output / "report.html").read_text())
+
+
+def test_a_page_tells_the_last_run_from_what_an_earlier_one_has_left(tiny_checkpoint, tmp_path):
     output = tmp_path / "out"
-    assert prune(tiny_checkpoint, output, "--sparsity", "0.5", "--report", "true", "--do_eval", "false") == 0
-    again = ("--sparsity", "0.5", "--overwrite_output_dir", "--method", "magnitude")
+    assert prune(tiny_checkpoint, output, "--sparsity", "0.5", "0.7", "--report", "true") == 0
+    again = ("--sparsity", "0.5", "--overwrite_output_dir", "--method", "magnitude", "--max_eval_samples", "40")
     assert prune(tiny_checkpoint, output, *again) == 0
     assert main(["report", "--output_dir", str(output)]) == 0
-    text = (output / "report.html").read_text()
+    text = text_of(output)
     assert "is of another run than report.json and was left out" in text
     assert 'id="next-removal"' not in text
+    assert "sparsity-0.7 is of an earlier run into the same folder, which report.json there does not tell of." in text
+    assert "sparsity-0.7 (an earlier run)" in text
+    # Measured on other images, and compared with the dense model as it was measured on these.
+    found = find_runs(output)
+    old, new = (next(each for each in found.models if each.name == f"sparsity-{part}") for part in ("0.7", "0.5"))
+    assert (old.series, old.dense["num_examples"]) == ("cap, 50 images, an earlier run", 50)
+    assert (new.series, new.dense["num_examples"]) == ("magnitude, 40 images", 40)
+    chart = accuracy_chart(found)
+    drops = {each["model"]: each["drop"] for each in chart.spec["data"]["values"] if each["model"] != "dense"}
+    for model in (old, new):
+        assert drops[model.name] == pytest.approx(100 * (model.dense["top1"] - model.metrics["top1"]))
+
+
+def test_runs_of_two_models_are_told_apart(tiny_checkpoint, tmp_path):
+    """Two seeds of one ViT: on a few images both may well be right as often."""
+    other = tmp_path / "other"
+    torch.manual_seed(1)
+    model = AutoModelForImageClassification.from_pretrained(tiny_checkpoint)
+    model.classifier.weight.data.normal_()
+    model.save_pretrained(other)
+    for file in tiny_checkpoint.glob("preprocessor_config.json"):
+        (other / file.name).write_bytes(file.read_bytes())
+    for dense, name in ((tiny_checkpoint, "a"), (other, "b")):
+        assert prune(dense, tmp_path / "out" / name, "--sparsity", "0.5", "--method", "magnitude") == 0
+    found = find_runs(tmp_path / "out")
+    assert [model.series for model in found.models] == ["magnitude, dense", "magnitude, other"]
+    assert main(["report", "--output_dir", str(tmp_path / "out")]) == 0
+    assert "(dense; other)" in text_of(tmp_path / "out")
+
+
+def test_of_a_backbone_in_a_pattern_it_is_said_what_there_cannot_be(tmp_path):
+    dense, output = backbone_checkpoint(tmp_path / "dense"), tmp_path / "out"
+    arguments = ("--allocation", "2:4", "--report", "true", "--knn_bank_size", "60")
+    assert prune(dense, output, *arguments) == 0
+    text = text_of(output)
+    assert "Elimination is not here: 2:4 compares nothing between blocks." in text
+    assert "Changed predictions are not here: the model has no head" in text
+    assert all(f'id="{chart}"' in text for chart in ("accuracy", "sparsity-map", "spectrum"))
+    assert "k-NN %" in text
+    assert 'id="next-removal"' not in text
+
+
+@pytest.mark.parametrize("place", ["disk", "nowhere"])
+def test_sums_of_several_passes_have_a_spectrum_where_they_are_kept(tmp_path, monkeypatch, place):
+    monkeypatch.setattr(solver, "BATCH_BYTES", 2**13)
+    monkeypatch.setattr(planning, "available_bytes", lambda *_: 320_000)
+    monkeypatch.setattr(planning, "extra_seconds", lambda plan, *_: float(plan.recollects != (place == "nowhere")))
+    arguments = ["--spill_dir", str(tmp_path / "spill") if place == "disk" else "none", "--report", "true"]
+    arguments += ["--per_device_batch_size", "4", "--refit", "false", "--do_eval", "false", "--sparsity", "0.5"]
+    assert prune(dense_checkpoint(tmp_path / "vit"), tmp_path / "out", *arguments) == 0
+    text = text_of(tmp_path / "out")
+    assert ('id="spectrum"' in text) == (place == "disk")
+    assert ("collected in several passes and not kept" in text) == (place == "nowhere")
+    assert "Changed predictions are not here: nothing was measured" in text
+    assert 'id="next-removal"' in text
 
 
 def test_what_sums_nothing_has_a_page_too(tiny_checkpoint, tmp_path):
@@ -107,6 +174,7 @@ def test_what_sums_nothing_has_a_page_too(tiny_checkpoint, tmp_path):
     noted = json.loads((output / "report" / "recorded.json").read_text())
     assert noted["spectra"] == []
     assert noted["curve"]["sparsity"]
+    assert "Fisher is not here: method magnitude sums nothing." in text_of(output)
 
 
 def test_a_recovery_ends_with_its_page(folders, tmp_path, capsys):

@@ -11,7 +11,7 @@ import pytest
 from support.checkpoints import PYTHON, clean_environment
 from support.dataset_hub import DatasetHub
 from support.image_files import write_parquet
-from support.launching import launch
+from support.launching import launch_with_accelerate
 
 from cap_hf.data.arguments import DataArguments
 from cap_hf.data.keeping import kept_split
@@ -147,7 +147,8 @@ def test_each_process_has_the_same_examples_and_one_fetches_them(tmp_path):
             if processes == 1:
                 subprocess.run([PYTHON, str(script), str(tmp_path)], env=environment, check=True, timeout=120)
             else:
-                launch(processes, str(tmp_path), script=script, **environment)
+                # Where a hub is, and where its files are kept, is read when huggingface_hub is imported.
+                launch_with_accelerate(processes, str(tmp_path), script=script, **environment)
             sent[processes] = hub.settled()
     alone, first, second = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("1-0", "2-0", "2-1"))
     assert alone == first == second

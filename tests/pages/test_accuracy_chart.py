@@ -85,13 +85,28 @@ def test_each_drop_is_against_the_dense_model_of_its_own_run(tmp_path):
     write_run(tmp_path / "b", report("magnitude", dense={"top1": 0.86}))
     found = find_runs(tmp_path)
     chart = accuracy_chart(found)
-    drops = {each["model"]: each["drop"] for each in chart.spec["data"]["values"]}
+    values = chart.spec["data"]["values"]
+    drops = {each["model"]: each["drop"] for each in values if each["model"] != "dense"}
     assert drops["a/sparsity-0.9"] == pytest.approx(11)
     assert drops["b/sparsity-0.9"] == pytest.approx(5)
-    assert "dense" not in drops
-    assert texts(chart) == []
+    # Each line begins at its own dense model, which is a level of its own.
+    starts = {each["series"]: each["value"] for each in values if each["model"] == "dense"}
+    assert starts == {"cap, from 92.00 %": pytest.approx(92), "magnitude, from 86.00 %": pytest.approx(86)}
+    assert texts(chart) == ["dense, from 92.00 %", "dense, from 86.00 %"]
     assert chart.rows[-1][-1] == "5.00 ± 0.50"
     lines = lines_of(found)
-    assert [line[0] for line in lines[:2]] == ["dense of a", "dense of b"]
+    assert [line[:2] for line in lines[:2]] == [["dense", "from 92.00 %"], ["dense", "from 86.00 %"]]
     assert "5.00 ± 0.50" in lines[-1]
-    assert found.notes == ["The runs measured different figures of their dense models: each drop is against its own."]
+    assert "each drop is against the dense model of its own run" in found.notes[0]
+    compiled(chart)
+
+
+def test_what_was_allowed_is_a_line_only_where_it_is_the_same(tmp_path):
+    write_run(tmp_path / "a", report(search=search(0.02)))
+    write_run(tmp_path / "b", report("magnitude", search=search(0.05)))
+    found = find_runs(tmp_path)
+    assert texts(accuracy_chart(found)) == ["dense"]
+    searched = search_chart(found)
+    levels = [layer["encoding"]["y"].get("datum") for layer in searched.spec["layer"] if "encoding" in layer]
+    assert [level for level in levels if level is not None] == [0.02, 0.02, 0.05, 0.05]
+    compiled(searched)

@@ -17,8 +17,10 @@ def test_models_of_one_run(tmp_path):
     assert [(model.name, model.series) for model in found.models] == [("sparsity-0.5", "cap"), ("sparsity-0.9", "cap")]
     assert found.models[1].metrics == measured(0.81)
     assert found.models[1].layers == report()["results"][1]["pruning"]["layers"]
-    assert found.dense == measured(0.92, drop=False)
-    assert (found.about["model"], found.about["data"], found.about["seed"]) == ("user/vit-tiny", "digits", 42)
+    (origin,) = found.origins
+    assert origin.dense == measured(0.92, drop=False)
+    assert all(model.origin is origin for model in found.models)
+    assert (found.about["model"], found.about["data"], found.about["seed"]) == ("user/vit-tiny", "digits", "42")
     assert found.phases == {"": report()["phases"]}
     commands = [(name, typed) for name, _, typed in found.commands]
     assert commands == [("sparsity-0.5", False), ("sparsity-0.9", False)]
@@ -26,12 +28,39 @@ def test_models_of_one_run(tmp_path):
     assert found.commands[1][1] == expected
 
 
-def test_a_checkpoint_that_its_run_does_not_tell_of_is_there_too(tmp_path):
-    write_run(tmp_path)
-    old = report(results=None) | report(sparsities=(0.7,))["results"][0]
+def test_what_an_earlier_run_has_left_is_a_run_of_its_own(tmp_path):
+    write_run(tmp_path, report(started="2026-01-02T00:00:00+00:00"))
+    earlier = report(sparsities=(0.7,), dense=measured(0.8, drop=False), started="2026-01-01T00:00:00+00:00")
+    old = earlier | {"results": None} | earlier["results"][0]
     write(tmp_path / "sparsity-0.7" / "report.json", old)
     found = find_runs(tmp_path)
-    assert sorted(model.name for model in found.models) == ["sparsity-0.5", "sparsity-0.7", "sparsity-0.9"]
+    assert {model.name: (model.series, model.when) for model in found.models} == {
+        "sparsity-0.5": ("cap, from 92.00 %", ""),
+        "sparsity-0.7": ("cap, from 80.00 %, an earlier run", "an earlier run"),
+        "sparsity-0.9": ("cap, from 92.00 %", ""),
+    }
+    assert next(model for model in found.models if model.when).dense["top1"] == 0.8
+    assert found.commands[-1][0] == "sparsity-0.7 (an earlier run)"
+    assert found.commands[-1][1].endswith("--sparsity 0.7")
+    assert found.notes[0].startswith("sparsity-0.7 is of an earlier run into the same folder")
+
+
+def test_runs_of_different_models_with_the_same_figures_are_told_apart(tmp_path):
+    write_run(tmp_path / "a")
+    write_run(tmp_path / "b", report(model_name_or_path="user/deit-tiny", seed=7, versions={"torch": "2.14.0"}))
+    alone = recovered() | {"teacher_model_name_or_path": None, "model_name_or_path": "out/b/sparsity-0.9"}
+    write(tmp_path / "c" / "report.json", alone | {"dense": None})
+    found = find_runs(tmp_path)
+    assert [origin.label for origin in found.origins] == ["vit-tiny", "deit-tiny"]
+    assert {model.name.split("/")[0]: model.series for model in found.models} == {
+        "a": "cap, vit-tiny",
+        "b": "cap, deit-tiny",
+        "c": "recovered, deit-tiny",
+    }
+    assert found.about["model"] == "user/vit-tiny, user/deit-tiny"
+    assert found.about["seed"] == "42, 7"
+    assert found.about["versions"] == {"python": "3.11", "torch": "2.13.0, 2.14.0"}
+    assert "(vit-tiny; deit-tiny)" in found.notes[0]
 
 
 def test_ways_of_making_a_model_are_told_apart(tmp_path):

@@ -3,13 +3,12 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from support.recovery import GRADUAL, assert_same_zeros, make_trainer, sparse_vit, tiny_vit, zeros
+from support.warm import run_forked
 
 from cap_hf.errors import CAPError
 from cap_hf.recovery.mask_holder import model_sparsity
@@ -30,15 +29,8 @@ def assert_equal(model, other):
 
 
 def run_until_killed(folder, moment, step):
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), *sys.path])}
     script = Path(__file__).parents[1] / "support" / "recovery.py"
-    process = subprocess.run(
-        [sys.executable, str(script), str(folder), moment, str(step), json.dumps(GRADUAL)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    process = run_forked(script, [str(folder), moment, str(step), json.dumps(GRADUAL)], os.environ)
     assert process.returncode == -signal.SIGKILL, process.stderr[-2000:]
 
 

@@ -29,3 +29,22 @@ def test_every_form_has_a_row_with_its_difference_and_time(tmp_path, monkeypatch
         assert row["top1"] - rows[0]["top1"] == pytest.approx(row["difference"], abs=1e-6)
         assert all(row["milliseconds"][size] > 0 for size in ("1", "2"))
     assert (tmp_path / "tradeoff.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--pruned", "out/sparsity-0.5"], "--pruned 'out/sparsity-0.5' is no family with its checkpoints"),
+        (["--pruned", "healed="], "--pruned 'healed=' is no family"),
+        (["--batch_sizes", "1", "0"], r"--batch_sizes \[1, 0\] must be at least 1"),
+        (["--runs", "0"], "--runs 0 must be at least 1"),
+        ([], "nowhere"),
+    ],
+)
+def test_a_mistake_is_one_line(tmp_path, monkeypatch, arguments, message):
+    common = ["--model_name_or_path", tmp_path / "nowhere", "--dataset_name", "digits", "--image_sizes", 8]
+    files = ["--json", tmp_path / "tradeoff.json", "--plot", tmp_path / "tradeoff.png"]
+    with pytest.raises(SystemExit, match=message) as caught:
+        run_script("benchmarks/tradeoff.py", *common, *files, *arguments, monkeypatch=monkeypatch)
+    assert str(caught.value).startswith("tradeoff.py: ")
+    assert "\n" not in str(caught.value)
