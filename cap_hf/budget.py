@@ -136,8 +136,8 @@ def corrected(curves: Sequence[CostCurve], empty: float) -> list[CostCurve]:
     """Return seconds of layers that add up to what was measured with nothing left in them.
 
     What is measured beside the prediction comes to each layer by its dense seconds, once it is not as it is dense: a
-    sparse layer also saves some of what the model does beside it, such as a GELU that it ends with, and may so take less
-    than nothing.
+    sparse layer also saves some of what the model does beside it, such as a GELU that it ends with, and may so take
+    less than nothing.
 
     Args:
         curves: as they were predicted.

@@ -18,14 +18,14 @@ def test_budgets_of_several_kinds_have_rows_and_a_sparsity_beside_them(tmp_path,
     processor = ViTImageProcessorPil(size=sides, image_mean=[0.5], image_std=[0.5], do_convert_rgb=False)
     processor.save_pretrained(dense)
     said(monkeypatch.setattr)
-    arguments = ["--model_name_or_path", dense, "--dataset_name", "digits", "--json", file, "--seeds", 3, 4]
+    arguments = ["--model_name_or_path", dense, "--dataset_name", "digits", "--json", file, "--seeds", 3]
     arguments += ["--budget", "flops=0.3", "bytes=0.5", "latency=0.6"]
     fast = ["--num_grads", 16, "--max_eval_samples", 30, "--disable_tqdm", "true", "--fisher_loss", "labels"]
     run_script("benchmarks/budgets.py", *arguments, *fast, monkeypatch=monkeypatch)
     content = json.loads(file.read_text())
     rows = content["results"]
     assert [(row["budget"], row["seed"]) for row in rows] == [
-        (budget, seed) for seed in (3, 4) for budget in ("flops=0.3", "bytes=0.5", "latency=0.6")
+        (budget, 3) for budget in ("flops=0.3", "bytes=0.5", "latency=0.6")
     ]
     for row in rows:
         assert row["achieved"] == pytest.approx(row["asked"], rel=0.01)
@@ -40,7 +40,7 @@ def test_budgets_of_several_kinds_have_rows_and_a_sparsity_beside_them(tmp_path,
             assert 0.295 < row["plain_flops"] <= 0.3
     printed = capsys.readouterr().out
     assert "| flops=0.3 | 0.3000 | - |" in printed
-    assert " ± 0.0001, 0.6" in printed
+    assert "| latency=0.6 | 0.59" in printed
 
 
 def test_gains_of_the_table_are_means_with_errors_over_seeds_and_images():

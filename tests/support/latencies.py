@@ -3,10 +3,15 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
+from accelerate import Accelerator
 from torch import nn
+from torch.utils.data import DataLoader
 
+from cap_hf import Budget, CAPCompressor, CAPConfig
 from cap_hf.collection import budgets
 from cap_hf.targets import Target, find_targets
+from support.models import build, random_batches
 
 
 def predicted_points(
@@ -32,3 +37,18 @@ def said(replace: Callable[[Any, str, Any], object]) -> None:
     """Have budgets go by these seconds; `replace` sets an attribute, such as `setattr`."""
     replace(budgets, "latency_points", predicted_points)
     replace(budgets, "measure_share", lambda model, pruned, *args: (true_share(pruned), 1e-4))
+
+
+def spend_budgets(accelerator: Accelerator | None = None) -> dict[str, torch.Tensor]:
+    """Return what is 0 in a tiny ViT pruned to a budget of each kind, and the shares that came out."""
+    model = build("ViT")
+    (batch,) = random_batches(model, 8, sizes=(32,))
+    examples = [{name: value[i] for name, value in batch.items()} for i in range(32)]
+    compressor = CAPCompressor(model, CAPConfig(num_grads=32), accelerator, disable_tqdm=True)
+    compressor.collect(DataLoader(examples, batch_size=4))
+    found = {}
+    for budget in (Budget("flops", 0.4), Budget("bytes", 0.6), Budget("latency", 0.5)):
+        report = compressor.prune(budget)
+        found[f"{budget}"] = torch.tensor(report.budget.achieved, dtype=torch.float64)
+        found |= {f"{budget} {target.name}": (target.weight == 0).contiguous() for target in compressor.targets}
+    return found
