@@ -199,7 +199,8 @@ class Budgets:
 
     def report(self, budget: Budget, config: CAPConfig, targets: Sequence[Target]) -> BudgetReport:
         """Return what came out of a budget, of a model that has been pruned to it; of a latency it is also measured."""
-        costs, about = self.costs(budget, targets, unit_of(config.structure)), {}
+        costs = self.costs(budget, targets, unit_of(config.structure))
+        predicted, error, threads = None, None, None
         if budget.kind == "flops":
             kept = float(sum(self._positions[each.name] * int(each.weight.count_nonzero()) for each in targets))
         elif budget.kind == "bytes":
@@ -207,8 +208,7 @@ class Budgets:
         else:
             # Once more: of several tries the one that comes nearest may do so by chance.
             share, error = self._measure(budget, targets, {})
-            kept, predicted = share * costs.dense, self._predicted[budget]
-            about = {"predicted": predicted, "error": error, "threads": torch.get_num_threads()}
+            kept, predicted, threads = share * costs.dense, self._predicted[budget], torch.get_num_threads()
             self.progress.say(
                 f"{budget}: asked {budget.share:.4f} of the dense latency, predicted {predicted:.4f}, measured "
                 f"{share:.4f} ± {error:.4f}"
@@ -220,7 +220,9 @@ class Budgets:
             kept=kept,
             dense=costs.dense,
             counted_in=COUNTED_IN[budget.kind],
-            **about,
+            predicted=predicted,
+            error=error,
+            threads=threads,
         )
 
     def _measure(self, budget: Budget, targets: Sequence[Target], weights: Mapping[str, torch.Tensor]) -> Measured:

@@ -46,11 +46,12 @@ def close_in(
         wanted: what is to be measured.
         known: of some things what is predicted and what is measured; one of them takes as much as is wanted, or more.
     """
-    points, tries, in_a_row = list(known), [], 0
+    points, in_a_row = list(known), 0
+    tries: list[Try[Found]] = []
     for _ in range(MOST_TRIES):
         each = attempt(next_prediction(points, wanted, in_a_row))
         again = any(earlier.predicted == each.predicted for earlier in tries)
-        same_side = tries and (each.measured >= wanted) == (tries[-1].measured >= wanted)
+        same_side = bool(tries) and (each.measured >= wanted) == (tries[-1].measured >= wanted)
         in_a_row = in_a_row + 1 if same_side else 1
         tries.append(each)
         if each.meets(wanted) or again:

@@ -79,10 +79,11 @@ def examine(
     for layer, target in zip(layers, targets, strict=True):
         pattern = find_pattern(target, masks[target.name], rounded=int8)
         layer |= {"block_size": target.block_size, "pattern": str(pattern) if pattern else None}
-    example, uncounted = None, None
+    image_size, uncounted = None, None
     try:
         example = make_example(model)
         positions = count_positions(model, targets, example)
+        image_size = size_of(model, example)
         for layer in layers:
             layer["multiply_adds"] = positions[layer["name"]] * layer["num_weights"]
             layer["kept_multiply_adds"] = positions[layer["name"]] * (layer["num_weights"] - layer["num_zeros"])
@@ -97,7 +98,7 @@ def examine(
         "num_weights": weights,
         "num_zeros": zeros,
         "sparsity": zeros / weights,
-        "image_size": None if uncounted else size_of(model, example),
+        "image_size": image_size,
         "multiply_adds": None if uncounted else sum(layer["multiply_adds"] for layer in layers),
         "kept_multiply_adds": None if uncounted else sum(layer["kept_multiply_adds"] for layer in layers),
         "multiply_adds_uncounted": uncounted,
