@@ -73,7 +73,8 @@ class BudgetReport:
         kept: what the pruned model costs.
         dense: what the dense one does.
         counted_in: multiply-adds of one image, bytes, or seconds of one image.
-        predicted: of a latency, the share that the times of the layers alone let expect; None of what is counted.
+        predicted: of a latency, the share that the times of layers alone, and of the model with none, let expect; None
+            of what is counted.
         error: the standard error of a share that was measured.
         threads: of PyTorch, with which it was.
     """
