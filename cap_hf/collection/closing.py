@@ -36,10 +36,10 @@ def close_in(
 ) -> list[Try[Found]]:
     """Return the tries until one of them meets what is wanted, the last one; or all that are worth making.
 
-    The next prediction is read from the straight line between the two points measured next to what is wanted, below and
-    above: its slope is a factor for what is predicted, and its height a constant beside it. While all tries end on one
-    side of what is wanted, the point on the other side is taken to be ever nearer (the Illinois method: Dowell and
-    Jarratt, BIT 11, 1971).
+    The next prediction is read from the straight line between two points: the least prediction that was measured to
+    take as much as is wanted or more, and the next one below that takes less. Its slope is a factor for what is predicted,
+    and its height a constant beside it. While all tries end on one side of what is wanted, the point on the other side
+    is taken to be ever nearer (the Illinois method: Dowell and Jarratt, BIT 11, 1971).
 
     Args:
         attempt: makes something that is predicted to take no more than a number, and measures it.
@@ -68,8 +68,9 @@ def next_prediction(points: Sequence[tuple[float, float]], wanted: float, in_a_r
         wanted: what is to be measured.
         in_a_row: how many points at the end lie on the same side of it.
     """
-    above = min((point for point in points if point[1] >= wanted), key=lambda point: point[1])
-    below = max((point for point in points if point[1] < wanted), key=lambda point: point[1], default=None)
+    # By what was predicted: what is predicted to take less may be measured to take more, than the dense model even.
+    above = min(point for point in points if point[1] >= wanted)
+    below = max((point for point in points if point[1] < wanted and point[0] < above[0]), default=None)
     if below is None:
         return min(predicted for predicted, _ in points)
     low, high = wanted - below[1], above[1] - wanted

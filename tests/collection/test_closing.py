@@ -41,6 +41,14 @@ def test_over_a_jump_both_of_its_edges_are_found_and_the_nearer_one_is_taken():
     assert abs(best.measured - 0.6) == min(abs(each.measured - 0.6) for each in tries)
 
 
+def test_what_is_measured_slower_than_dense_is_not_tried_again():
+    # Sparse layers that gain nothing until far more is gone, as those of small models.
+    tries, asked = tries_of(lambda share: 1.0 if share == 1 else 1.02 if share > 0.4 else 0.3 + 1.2 * share, 0.7)
+    assert tries[0].measured > 1
+    assert len(set(asked)) == len(asked)
+    assert abs(nearest(tries, 0.7).measured - 0.7) <= TOLERANCE * 0.7
+
+
 def test_noise_ends_the_tries_where_it_is_larger_than_what_is_missing():
     tries, _ = tries_of(lambda share: share**2, 0.5, error=0.21)
     assert len(tries) == 1
