@@ -106,7 +106,7 @@ class CostCurve:
 
     Attributes:
         removals: rising whole numbers of units, from 0 to all that the target has.
-        costs: of each, non-negative, in whatever a budget is counted in.
+        costs: of each, in whatever a budget is counted in.
     """
 
     removals: tuple[int, ...]
@@ -130,3 +130,28 @@ class CostCurve:
         return [
             Piece(first, last, (before - after) / (last - first)) for (first, before), (last, after) in pairwise(points)
         ]
+
+
+def corrected(curves: Sequence[CostCurve], empty: float) -> list[CostCurve]:
+    """Return seconds of layers that add up to what was measured with nothing left in them.
+
+    What is measured beside the prediction comes to each layer by its dense seconds, once it is not as it is dense: a
+    sparse layer also saves some of what the model does beside it, such as a GELU that it ends with, and may so take
+    less than nothing.
+
+    Args:
+        curves: as they were predicted.
+        empty: what all layers together were measured to take without any weight.
+    """
+    changed = sum(curve.costs[0] for curve in curves if curve.costs[-1] < curve.costs[0])
+    share = (empty - sum(curve.costs[-1] for curve in curves)) / changed if changed else 0.0
+    return [
+        CostCurve(
+            curve.removals,
+            tuple(
+                cost if cost == curve.costs[0] else min(curve.costs[0], cost + share * curve.costs[0])
+                for cost in curve.costs
+            ),
+        )
+        for curve in curves
+    ]

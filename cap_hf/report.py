@@ -70,12 +70,14 @@ class BudgetReport:
     Attributes:
         kind: of the budget: flops, bytes, latency or latency-int8.
         requested: share of what the dense model costs.
-        achieved: the share that it is: counted, and of a latency predicted from the times of the layers.
+        achieved: the share that it is: counted, or measured.
         kept: what the pruned model costs.
         dense: what the dense one does.
         counted_in: multiply-adds of one image, bytes, or seconds of one image.
-        measured: of a latency, the share that the pruned model was measured to take; None of what is counted.
-        threads: with which it was measured.
+        predicted: of a latency, the share that the times of layers alone, and of the model with none, let expect; None
+            of what is counted.
+        error: the standard error of a share that was measured.
+        threads: of PyTorch, with which it was.
     """
 
     kind: str
@@ -84,7 +86,8 @@ class BudgetReport:
     kept: float
     dense: float
     counted_in: str
-    measured: float | None = None
+    predicted: float | None = None
+    error: float | None = None
     threads: int | None = None
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from cap_hf.budget import Budget, CostCurve, parse_budgets
+from cap_hf.budget import Budget, CostCurve, corrected, parse_budgets
 from cap_hf.errors import CAPError
 
 
@@ -59,3 +59,21 @@ def test_a_curve_is_linear_between_its_points():
 def test_whole_costs_stay_whole():
     curve = CostCurve((0, 999_999), (999_999.0 * 3_137, 0.0))
     assert curve.at(333_333) == 666_666 * 3_137
+
+
+def test_what_layers_are_predicted_to_take_adds_up_to_what_is_measured_without_any_weight():
+    curves = [CostCurve((0, 1, 10), (4.0, 3.6, 1.0)), CostCurve((0, 2, 3, 10), (6.0, 6.0, 5.0, 1.5))]
+    curves.append(CostCurve((0, 5), (0.0, 0.0)))
+    for empty in (0.5, -1.0, 3.5):
+        found = corrected(curves, empty)
+        assert sum(curve.costs[-1] for curve in found) == pytest.approx(empty)
+        # What stays dense takes what it did, and each of the others as much more or less for what it took.
+        assert [curve.at(0) for curve in found] == [4.0, 6.0, 0.0]
+        assert found[1].at(2) == 6.0
+        moved = [
+            (curve.costs[-1] - before.costs[-1]) / before.costs[0]
+            for curve, before in zip(found[:2], curves[:2], strict=True)
+        ]
+        assert moved[0] == pytest.approx(moved[1])
+    # Nothing takes longer than it does dense, whatever is measured.
+    assert corrected(curves, 9.0)[0].costs == (4.0, 4.0, 3.6)

@@ -1,23 +1,23 @@
 """What budgets are counted in: multiply-adds, bytes and seconds of a model, by target; spent, checked and reported."""
 
-import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
 
 import torch
 from torch import nn
 
-from cap_hf.budget import KINDS, Budget, CostCurve
+from cap_hf.budget import KINDS, Budget, CostCurve, corrected
 from cap_hf.checkpoints.sizes import compressed_points, measure_model, saved_tensors
+from cap_hf.collection.closing import TOLERANCE, Try, close_in, nearest
 from cap_hf.collection.progress import Progress
 from cap_hf.collection.removal_paths import RemovalPaths
 from cap_hf.config import CAPConfig
 from cap_hf.distributed.processes import Processes
 from cap_hf.errors import CAPError
 from cap_hf.inference.example import Inputs, make_example
-from cap_hf.inference.latency import latency_points, measure_random, measure_share
+from cap_hf.inference.latency import Measured, latency_points, measure_share, on_cpu, sparse_layers
 from cap_hf.inference.positions import count_positions
 from cap_hf.masks import zero_units
 from cap_hf.method.allocation import allocate
@@ -26,10 +26,10 @@ from cap_hf.patterns import unit_of
 from cap_hf.report import BudgetReport
 from cap_hf.targets import Target
 
+logger = logging.getLogger(__name__)
+
 # What costs are counted in.
 COUNTED_IN = {"flops": "multiply-adds", "bytes": "bytes", "latency": "seconds", "latency-int8": "seconds"}
-# How often seconds are predicted anew by what is measured at an even sparsity; how sparse that is, and how exact.
-CALIBRATIONS, LEAST_EVEN, MOST_EVEN, EVEN_STEP = 2, 0.02, 0.97, 1e-3
 # A budget is met by a model that costs no more than this share beyond it: sums of seconds are rounded.
 ROUNDING = 1e-9
 # A unit costs what its weights would if none were 0. Of all weights this share may be zeros in units with others, such
@@ -45,11 +45,15 @@ class Costs:
         curves: of each target, by removals of units.
         fixed: of all else, which no removal changes.
         dense: of the model with no zeros at all.
+        empty: of seconds, which share of them was measured with every target 0; None of what is counted.
+        known: of seconds, shares that were predicted and measured, of which every latency that is spent adds some.
     """
 
     curves: list[CostCurve]
     fixed: float
     dense: float
+    empty: Measured | None = None
+    known: list[tuple[float, float]] = field(default_factory=list)
 
     def of(self, removals: Sequence[int]) -> float:
         """Return what the model costs with so many units of each target removed."""
@@ -70,8 +74,9 @@ class Budgets:
         self, model: nn.Module, processes: Processes, progress: Progress, dtype: torch.dtype | None = None
     ) -> None:
         self.model, self.processes, self.progress, self.dtype = model, processes, progress, dtype
-        # By kind and unit, and for latencies, which are measured near it, by share.
-        self._costs: dict[tuple[str, int, float | None], Costs] = {}
+        self._costs: dict[tuple[str, int], Costs] = {}
+        # Of each latency, what was predicted of the model that it was spent on.
+        self._predicted: dict[Budget, float] = {}
         self._positions: dict[str, int] = {}
         self._example: Inputs | None = None
 
@@ -112,26 +117,70 @@ class Budgets:
                 "lie in blocks with others: prune the dense model, or leave the pattern out"
             )
         costs = self.costs(budget, targets, unit)
-        least, wanted = costs.of(counts_of(targets, unit)), budget.share * costs.dense
-        if least > wanted:
+        least, error = costs.empty or (costs.of(counts_of(targets, unit)) / costs.dense, 0.0)
+        # In doubt it is tried.
+        if least - error > budget.share:
             raise CAPError(
-                f"{budget} cannot be met: with every target 0, {least / costs.dense:.1%} of {KINDS[budget.kind]} would "
-                "be left"
+                f"{budget} cannot be met: with every target 0, {least:.1%} of {KINDS[budget.kind]} would be left"
             )
-        # What a layer that stays dense takes is not known from those that do not.
-        now = math.inf if budget.is_latency else self.costs(budget, targets, 1).of(entries)
-        if now < wanted * (1 - ROUNDING):
-            raise CAPError(
-                f"the model takes {now / costs.dense:.4%} of {KINDS[budget.kind]} already: {budget} would be more"
-            )
+        # What a sparse model takes is measured when the budget is spent.
+        if not budget.is_latency:
+            now = self.costs(budget, targets, 1).of(entries) / costs.dense
+            if now < budget.share * (1 - ROUNDING):
+                raise CAPError(taken_already(budget, now))
         return budget
 
     def spend(self, budget: Budget, config: CAPConfig, paths: RemovalPaths) -> list[torch.Tensor]:
-        """Return how many units each of this process's blocks gives up for a budget, `(n,)` int64 for each target."""
-        compared = paths.compared(config)
-        costs = self.costs(budget, paths.targets, unit_of(config.structure))
-        quotas = spend(compared, costs.curves, budget.share * costs.dense - costs.fixed, self.processes)
-        return [counts for (counts,) in allocate([[path] for path in compared], quotas, self.processes)]
+        """Return how many units each of this process's blocks gives up for a budget, `(n,)` int64 for each target.
+
+        A latency is spent on a model of these zeros, which is measured, and again, until what is measured is what was
+        asked for; a line says of each try what was predicted and measured.
+
+        Raises:
+            CAPError: the model is faster than a latency already.
+        """
+        compared, unit = paths.compared(config), unit_of(config.structure)
+        costs = self.costs(budget, paths.targets, unit)
+
+        def within(cost: float) -> list[int]:
+            return spend(compared, costs.curves, cost - costs.fixed, self.processes)
+
+        def blocks(quotas: Sequence[int]) -> list[torch.Tensor]:
+            return [counts for (counts,) in allocate([[path] for path in compared], quotas, self.processes)]
+
+        if costs.empty is None:
+            return blocks(within(budget.share * costs.dense))
+        zeros, number = paths.count_zeros(unit), 0
+        # Not below what all removals leave, where sums are rounded.
+        least = costs.of(counts_of(paths.targets, unit)) * (1 + ROUNDING)
+
+        def attempt(share: float) -> Try[list[torch.Tensor]]:
+            nonlocal number
+            number += 1
+            quotas = within(max(share * costs.dense, least))
+            found, predicted = blocks(quotas), costs.of(quotas) / costs.dense
+            measured, error = self._measure(budget, paths.targets, dict(paths.removed(sparse, found, unit)))
+            self.progress.say(
+                f"{budget}, try {number}: predicted {predicted:.4f} of the dense latency, measured {measured:.4f} "
+                f"± {error:.4f}"
+            )
+            if quotas == zeros and measured + error < budget.share * (1 - TOLERANCE):
+                raise CAPError(taken_already(budget, measured))
+            return Try(found, predicted, measured, error)
+
+        sparse = sparse_layers(paths.targets, budget.kind.endswith("int8"))
+        tries = close_in(attempt, budget.share, costs.known)
+        costs.known.extend((each.predicted, each.measured) for each in tries)
+        best = nearest(tries, budget.share)
+        if not best.meets(budget.share):
+            logger.warning(
+                "%s is met no closer than by %.4f ± %.4f: layers become faster in jumps, or the machine is busy",
+                budget,
+                best.measured,
+                best.error,
+            )
+        self._predicted[budget] = best.predicted
+        return best.found
 
     def costs(self, budget: Budget, targets: Sequence[Target], unit: int) -> Costs:
         """Return what a model costs in the measure of a budget; its zeros make no difference.
@@ -141,28 +190,29 @@ class Budgets:
             targets: of the model.
             unit: weights that are removed together.
         """
-        share = budget.share if budget.is_latency else None
-        if (budget.kind, unit, share) not in self._costs:
+        if (budget.kind, unit) not in self._costs:
             find = {"flops": self._flops, "bytes": self._bytes}.get(budget.kind, partial(self._seconds, budget))
             if budget.kind != "bytes":
                 self._example = dict(budget.example_inputs or make_example(self.model))
-            self._costs[budget.kind, unit, share] = find(targets, unit)
-        return self._costs[budget.kind, unit, share]
+            self._costs[budget.kind, unit] = find(targets, unit)
+        return self._costs[budget.kind, unit]
 
     def report(self, budget: Budget, config: CAPConfig, targets: Sequence[Target]) -> BudgetReport:
         """Return what came out of a budget, of a model that has been pruned to it; of a latency it is also measured."""
-        unit = unit_of(config.structure)
-        costs, measured, threads = self.costs(budget, targets, unit), None, None
+        costs = self.costs(budget, targets, unit_of(config.structure))
+        predicted, error, threads = None, None, None
         if budget.kind == "flops":
             kept = float(sum(self._positions[each.name] * int(each.weight.count_nonzero()) for each in targets))
         elif budget.kind == "bytes":
             kept = float(measure_model(self.model, self.dtype)[1])
         else:
-            kept = costs.of(zeros_of(targets, unit))
-            threads, example = torch.get_num_threads(), self._example
-            assert example is not None
-            work = partial(measure_share, self.model, example, budget.kind.endswith("int8"))
-            measured = on_first(self.processes, work)
+            # Once more: of several tries the one that comes nearest may do so by chance.
+            share, error = self._measure(budget, targets, {})
+            kept, predicted, threads = share * costs.dense, self._predicted[budget], torch.get_num_threads()
+            self.progress.say(
+                f"{budget}: asked {budget.share:.4f} of the dense latency, predicted {predicted:.4f}, measured "
+                f"{share:.4f} ± {error:.4f}"
+            )
         return BudgetReport(
             kind=budget.kind,
             requested=budget.share,
@@ -170,9 +220,23 @@ class Budgets:
             kept=kept,
             dense=costs.dense,
             counted_in=COUNTED_IN[budget.kind],
-            measured=measured,
+            predicted=predicted,
+            error=error,
             threads=threads,
         )
+
+    def _measure(self, budget: Budget, targets: Sequence[Target], weights: Mapping[str, torch.Tensor]) -> Measured:
+        """Return what share of its dense latency the model takes with some targets' weights in the place of its own."""
+
+        def work() -> Measured:
+            assert self._example is not None
+            pruned = on_cpu(self.model)
+            with torch.no_grad():
+                for name, weight in weights.items():
+                    pruned.get_parameter(f"{name}.weight").copy_(weight)
+            return measure_share(self.model, pruned, self._example, budget.kind.endswith("int8"))
+
+        return Measured(*self.processes.on_first(work))
 
     def _flops(self, targets: Sequence[Target], unit: int) -> Costs:
         assert self._example is not None
@@ -195,70 +259,22 @@ class Budgets:
 
     def _seconds(self, budget: Budget, targets: Sequence[Target], unit: int) -> Costs:
         assert self._example is not None
-        advance = self.progress.phase("measuring", "layer", len(targets) * (1 + CALIBRATIONS))
-        how = (self.model, targets, self._example, budget.kind.endswith("int8"), unit)
-        points, fixed, dense = on_first(self.processes, partial(latency_points, *how, advance))
-        costs = Costs([curve_of(each) for each in points], fixed, dense)
-        sizes = counts_of(targets, unit)
-        for _ in range(CALIBRATIONS):
-            sparsity, predicted = even_sparsity(costs, sizes, budget.share * dense)
-            measured = dense * on_first(self.processes, partial(measure_random, *how, sparsity))
-            costs = corrected(costs, [round(sparsity * size) for size in sizes], measured - predicted)
-            advance(len(targets))
+        int8, advance = budget.kind.endswith("int8"), self.progress.phase("measuring", "layer", len(targets))
+        work = partial(latency_points, self.model, targets, self._example, int8, unit, advance)
+        points, fixed, dense = self.processes.on_first(work)
+        named = {target.name: target.weight for target in targets}
+        zeros = {name: torch.zeros_like(named[name]) for name in sparse_layers(targets, int8)}
+        empty = self._measure(budget, targets, zeros)
         self.progress.end_phase()
+        curves = corrected([curve_of(each) for each in points], dense * empty.share - fixed)
+        costs = Costs(curves, fixed, dense, empty, [(1.0, 1.0)])
+        costs.known.append((costs.of(counts_of(targets, unit)) / dense, empty.share))
         return costs
 
 
-def even_sparsity(costs: Costs, sizes: Sequence[int], wanted: float) -> tuple[float, float]:
-    """Return the sparsity of all targets alike at which a model costs so much, and what it costs; neither 0 nor 1.
-
-    Args:
-        costs: of the model.
-        sizes: units of each target.
-        wanted: what it is to cost.
-    """
-
-    def cost(sparsity: float) -> float:
-        return costs.of([round(sparsity * size) for size in sizes])
-
-    low, high = LEAST_EVEN, MOST_EVEN
-    while high - low > EVEN_STEP:
-        middle = (low + high) / 2
-        low, high = (low, middle) if cost(middle) <= wanted else (middle, high)
-    return high, cost(high)
-
-
-def corrected(costs: Costs, removals: Sequence[int], missing: float) -> Costs:
-    """Return costs that add up to what was measured: of each layer that no longer runs as it is dense others.
-
-    Args:
-        costs: as they were predicted.
-        removals: of each target, at which it was measured.
-        missing: what was measured beyond the prediction; negative where that was too much.
-    """
-    pairs = list(zip(costs.curves, removals, strict=True))
-    changed = sum(curve.costs[0] for curve, count in pairs if curve.at(count) < curve.costs[0])
-    share = missing / changed if changed else 0.0
-
-    def correct(curve: CostCurve) -> CostCurve:
-        dense = curve.costs[0]
-        moved = [cost if cost == dense else min(dense, max(0.0, cost + share * dense)) for cost in curve.costs]
-        return CostCurve(curve.removals, tuple(moved))
-
-    return replace(costs, curves=[correct(curve) for curve in costs.curves])
-
-
-def on_first(processes: Processes, work: Callable[[], Any]) -> Any:
-    """Return what the first process finds, as JSON has it, on every process; its CAPError is raised on all of them."""
-    found, wrong = None, ""
-    if processes.rank == 0:
-        try:
-            found = work()
-        except CAPError as error:
-            wrong = str(error)
-    if wrong := processes.share_object(wrong):
-        raise CAPError(wrong)
-    return processes.share_object(found)
+def taken_already(budget: Budget, share: float) -> str:
+    """Return what is said of a budget that is more than a model takes."""
+    return f"the model takes {share:.4%} of {KINDS[budget.kind]} already: {budget} would be more"
 
 
 def curve_of(points: Sequence[tuple[int, float]]) -> CostCurve:

@@ -1,6 +1,6 @@
 """What each block would give up, in which order and at what loss; how many it does; what becomes of the others."""
 
-from collections.abc import Callable, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -15,7 +15,7 @@ from cap_hf.config import CAPConfig
 from cap_hf.distributed.processes import Processes
 from cap_hf.errors import CAPError
 from cap_hf.masks import zero_units
-from cap_hf.method.allocation import allocate_global, allocate_uniform, path_losses
+from cap_hf.method.allocation import allocate_global, allocate_uniform, path_losses, removed_mask
 from cap_hf.method.panels import Elimination
 from cap_hf.patterns import NMPattern, Pattern, unit_of
 from cap_hf.targets import Target, fit_block_size
@@ -209,6 +209,24 @@ class RemovalPaths:
         if self.recollection is not None:
             self.recollection.clear()
         return list(zip(made, self.processes.sum(losses), strict=True))
+
+    def removed(
+        self, names: Sequence[str], counts: Sequence[torch.Tensor], unit: int
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield some targets' names and weights: what they give up is 0, and all else is as at the beginning.
+
+        Every process gets those of all.
+
+        Args:
+            names: of the targets.
+            counts: for each of all targets, `(n,)` how many units each of this process's blocks gives up.
+            unit: weights that are removed together.
+        """
+        for target, each in zip(self.targets, counts, strict=True):
+            if target.name in names:
+                order = self.orders[target.name].long()
+                gone = removed_mask(order, each.to(order.device), target.block_size, unit)
+                yield target.name, self._assembled(target, self.weights[target.name].masked_fill(gone, 0))
 
     def write(self, pruned: Tensors) -> None:
         """Make the new blocks of all processes the targets' weights; all else is as at the beginning.

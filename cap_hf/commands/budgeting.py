@@ -60,10 +60,7 @@ def budget_columns(prunings: Sequence[Mapping[str, Any] | None]) -> dict[str, li
     kind = next((budget["kind"] for budget in budgets if budget), None)
     if kind is None:
         return {}
-    columns = {
-        "asked %": [budget["requested"] if budget else None for budget in budgets],
-        f"{kind} %": [budget["achieved"] if budget else None for budget in budgets],
-    }
+    shares = {"asked %": "requested", f"{kind} %": "achieved"}
     if kind.startswith("latency"):
-        columns["measured %"] = [budget["measured"] if budget else None for budget in budgets]
-    return columns
+        shares = {"asked %": "requested", "predicted %": "predicted", f"{kind} %": "achieved", "±": "error"}
+    return {heading: [budget[key] if budget else None for budget in budgets] for heading, key in shares.items()}

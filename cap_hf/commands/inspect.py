@@ -61,6 +61,9 @@ def examine(
     from cap_hf.checkpoints.loading import check_folder, load_checkpoint
     from cap_hf.checkpoints.quantized import dequantize
     from cap_hf.checkpoints.weights import measure
+    from cap_hf.errors import CAPError, reason
+    from cap_hf.inference.example import make_example, size_of
+    from cap_hf.inference.positions import count_positions
     from cap_hf.masks import describe_masks, differing_layers, find_pattern, take_masks
     from cap_hf.targets import find_targets, left_alone
 
@@ -76,6 +79,16 @@ def examine(
     for layer, target in zip(layers, targets, strict=True):
         pattern = find_pattern(target, masks[target.name], rounded=int8)
         layer |= {"block_size": target.block_size, "pattern": str(pattern) if pattern else None}
+    image_size, uncounted = None, None
+    try:
+        example = make_example(model)
+        positions = count_positions(model, targets, example)
+        image_size = size_of(model, example)
+        for layer in layers:
+            layer["multiply_adds"] = positions[layer["name"]] * layer["num_weights"]
+            layer["kept_multiply_adds"] = positions[layer["name"]] * (layer["num_weights"] - layer["num_zeros"])
+    except CAPError as error:  # what the weights are can be told without running the model
+        uncounted = reason(error)
     weights, zeros = (sum(layer[key] for layer in layers) for key in ("num_weights", "num_zeros"))
     parameters = sum(parameter.numel() for parameter in model.parameters())
     differing = differing_layers(find_targets(model), stated, rounded=int8)
@@ -85,6 +98,10 @@ def examine(
         "num_weights": weights,
         "num_zeros": zeros,
         "sparsity": zeros / weights,
+        "image_size": image_size,
+        "multiply_adds": None if uncounted else sum(layer["multiply_adds"] for layer in layers),
+        "kept_multiply_adds": None if uncounted else sum(layer["kept_multiply_adds"] for layer in layers),
+        "multiply_adds_uncounted": uncounted,
         "quantization": quantization,
         "compressed": files.compressed,
         "int8": int8,
@@ -120,6 +137,14 @@ def show(report: dict) -> None:
         f"\n{report['architecture']}: {len(layers)} targets with {report['num_weights']:,} of "
         f"{report['num_parameters']:,} parameters, {percent(report['sparsity'])} % of them 0"
     )
+    if report["multiply_adds_uncounted"]:
+        print(f"Their multiply-adds were not counted: {report['multiply_adds_uncounted']}")
+    else:
+        print(
+            f"Of an image of {'x'.join(map(str, report['image_size']))} they take {report['kept_multiply_adds']:,} "
+            f"multiply-adds, {percent(report['kept_multiply_adds'] / report['multiply_adds'])} % of the "
+            f"{report['multiply_adds']:,} of dense ones"
+        )
     for reason in dict.fromkeys(left.values()):
         print(f"Left alone: {summarize([name for name in left if left[name] == reason], 3)} ({reason})")
     if report["quantization"]:

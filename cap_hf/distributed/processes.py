@@ -105,6 +105,22 @@ class Processes:
         there = [bool(each) for (each,) in self.gather_ints(bool(value))]
         return self.share_object(value, there.index(True) if any(there) else 0)
 
+    def on_first(self, work: Callable[[], Any]) -> Any:
+        """Return what a function returns on the first process, on every process, as `share_object`.
+
+        Raises:
+            CAPError: the function raised it, on the first process; it is raised on every process.
+        """
+        found, wrong = None, ""
+        if self.rank == 0:
+            try:
+                found = work()
+            except CAPError as error:
+                wrong = str(error)
+        if wrong := self.share_object(wrong):
+            raise CAPError(wrong)
+        return self.share_object(found)
+
     def exchange(
         self, sent: torch.Tensor, parts: Sequence[int], received: torch.Tensor, sizes: Sequence[int]
     ) -> Callable[[], list[torch.Tensor]]:

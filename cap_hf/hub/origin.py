@@ -119,8 +119,8 @@ def budget_of(run: dict[str, Any]) -> dict[str, Any] | None:
     budget = run.get("budget")
     if not isinstance(budget, dict) or budget.get("kind") not in KINDS:
         return None
-    shares = {name: budget.get(name) for name in ("requested", "achieved", "measured")}
-    if not all(is_number(share) or (name == "measured" and share is None) for name, share in shares.items()):
+    shares = {name: budget.get(name) for name in ("requested", "achieved", "error")}
+    if not all(is_number(share) or (name == "error" and share is None) for name, share in shares.items()):
         return None
     return {"kind": budget["kind"], "of": KINDS[budget["kind"]]} | shares
 

@@ -149,7 +149,6 @@ def time_in_turns(
     runs: int,
     seconds: float = float("inf"),
     pause: float = 0.0,
-    clock: Callable[[], float] = time.perf_counter,
 ) -> list[list[float]]:
     """Return the seconds of every run of every call; they take turns, so that what slows the machine slows all.
 
@@ -158,7 +157,6 @@ def time_in_turns(
         runs: turns that each call takes.
         seconds: end after this long, but not before three turns.
         pause: seconds to wait before each run.
-        clock: that runs are timed with.
     """
     times: list[list[float]] = [[] for _ in calls]
     for call in calls:
@@ -169,7 +167,7 @@ def time_in_turns(
             break
         for call, taken in zip(calls, times, strict=True):
             time.sleep(pause)
-            start = clock()
+            start = time.perf_counter()
             call()
-            taken.append(clock() - start)
+            taken.append(time.perf_counter() - start)
     return times

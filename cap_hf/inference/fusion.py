@@ -33,8 +33,8 @@ class GELULinear(nn.Module):
         self.linear = linear
         self.eval()
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return functional.gelu(functional.linear(x, self.linear.weight, self.linear.bias))
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return functional.gelu(functional.linear(input, self.linear.weight, self.linear.bias))
 
 
 def is_gelu(module: nn.Module) -> bool:

@@ -2,12 +2,11 @@
 
 A layer is timed alone, dense and at several sparsities, in the form that `optimize_for_inference` would choose for it;
 how much faster than dense it is there is taken to be how much faster it is in the model. A layer becomes faster only
-beyond some sparsity, and not in proportion to it. What else the model computes takes what is left of its dense time at
-first; then a copy with zeros at random is optimised and measured, which shows what becomes of the rest: a GELU that a
-layer ends with, attention in int8, caches.
+beyond some sparsity, and not in proportion to it. What else the model computes takes what is left of its dense time.
+What this leaves out, such as a GELU that a layer ends with, attention in int8 and caches, shows where the pruned model
+itself is measured.
 
-Seconds are those in which the calling thread runs: it does its part of every product, and what the machine does beside
-for others does not count.
+Seconds are those of a clock on the wall, and models take turns with pauses between, as in `cap-hf benchmark`.
 """
 
 import copy
@@ -16,17 +15,19 @@ import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from time import thread_time as clock
-from typing import Any
+from time import perf_counter as clock
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
-from cap_hf.checkpoints.int8 import LEAST_PRUNED
+from cap_hf.checkpoints.int8 import LEAST_PRUNED, is_pruned
+from cap_hf.inference.benchmark import PAUSE
 from cap_hf.inference.choice import LEAST_SPARSITY, MARGIN, STEP, Kind, random_linear, time_in_turns
 from cap_hf.inference.int8_linear import DenseInt8Linear, has_dense_int8
 from cap_hf.inference.int8_packing import WORD, is_quantizable
-from cap_hf.inference.optimize import choose_kind, int8_kind, optimize_for_inference
+from cap_hf.inference.linear import stored_weight
+from cap_hf.inference.optimize import choose_kind, find_sparse_linears, int8_kind, optimize_for_inference
 from cap_hf.models import uncompiled
 from cap_hf.targets import Target
 from cap_hf.towers import see
@@ -38,6 +39,16 @@ NEAR = 1e-4
 # How long layers of one shape take turns, and whole models, unless so many turns take less: long enough that what else
 # the machine does for a moment is no large part of it.
 LAYER_SECONDS, MODEL_SECONDS, RUNS = 1.5, 4.0, 1000
+# Whole models take turns for so long again, up to so many times, until the standard error is this part of the share.
+BOUTS, PRECISION = 4, 0.003
+
+
+class Measured(NamedTuple):
+    """What share of its dense latency a model takes, and the standard error of that."""
+
+    share: float
+    error: float
+
 
 # Sparsities, rising from 0 to 1, and of each the share of the dense time that a layer takes.
 Curve = tuple[tuple[float, float], ...]
@@ -82,8 +93,8 @@ def relative_times(rows: int, cols: int, tokens: int, bias: bool, int8: bool, un
             layers[DenseInt8Linear, 0] = DenseInt8Linear(dense)
     x = torch.randn(1, tokens, cols, generator=torch.Generator().manual_seed(1))
     with torch.inference_mode():
-        taken = time_in_turns([partial(layer, x) for layer in layers.values()], RUNS, LAYER_SECONDS, clock=clock)
-    ratios = {key: undisturbed(own) / undisturbed(taken[0]) for key, own in zip(layers, taken, strict=True)}
+        taken = time_in_turns([partial(layer, x) for layer in layers.values()], RUNS, LAYER_SECONDS)
+    ratios = {key: statistics.median(own) / statistics.median(taken[0]) for key, own in zip(layers, taken, strict=True)}
     dense_int8 = ratios.get((DenseInt8Linear, 0), 1.0)
 
     def chosen(steps: int) -> float:
@@ -103,15 +114,6 @@ def relative_times(rows: int, cols: int, tokens: int, bias: bool, int8: bool, un
         # More zeros make no layer slower: what says so is noise.
         curve[sparsity] = least = min(ratio, least)
     return tuple(curve.items())
-
-
-def undisturbed(seconds: Sequence[float]) -> float:
-    """Return what a call takes where nothing else takes the processor meanwhile: the lowest tenth of some turns.
-
-    Other work makes a turn longer, never shorter, and a long call's more often than a short one's: on a machine that
-    does more than its cores can, medians say more of the other work than of the two calls.
-    """
-    return statistics.quantiles(seconds, n=10, method="inclusive")[0]
 
 
 class Watch:
@@ -188,10 +190,10 @@ def latency_points(
         totals.append(clock() - start)
 
     with uncompiled(dense), torch.inference_mode(), watch:
-        time_in_turns([run], RUNS, MODEL_SECONDS)
+        time_in_turns([run], RUNS, MODEL_SECONDS, pause=PAUSE)
     # The first run is slower than all that follow.
-    total, passes = undisturbed(totals[1:]), watch.passes[1:]
-    seconds = {name: undisturbed([each[name] for each in passes]) for name in watch.tokens}
+    total, passes = statistics.median(totals[1:]), watch.passes[1:]
+    seconds = {name: statistics.median([each[name] for each in passes]) for name in watch.tokens}
     points = []
     for target in targets:
         units = target.weight.numel() // unit
@@ -208,57 +210,53 @@ def latency_points(
     return points, max(0.0, total - sum(seconds.values())), max(total, sum(seconds.values()))
 
 
-def measure_share(model: nn.Module, example_inputs: Mapping[str, torch.Tensor], int8: bool) -> float:
-    """Return what share of its time in plain PyTorch a pruned model takes for an example once it is optimised.
+def measure_share(
+    model: nn.Module, pruned: nn.Module, example_inputs: Mapping[str, torch.Tensor], int8: bool
+) -> Measured:
+    """Return what share of the time that a model takes for an example in plain PyTorch a pruned one does, optimised.
 
     Args:
-        model: on any device; copies of it are measured on the CPU.
-        example_inputs: what it is called with.
+        model: on any device; a copy of it is measured on the CPU. Its zeros make no difference.
+        pruned: a copy of it from `on_cpu`, with other zeros; it is optimised in place.
+        example_inputs: what both are called with.
         int8: whether layers may run in int8.
+
+    Returns:
+        The median of all turns of the one as shares of the other's beside them; exactly 1 where no layer has so many
+        zeros that it would be replaced.
 
     Raises:
         CAPError: as of `optimize_for_inference`.
     """
+    layers = find_sparse_linears(pruned).values()
+    if not any(not int8 or is_pruned(stored_weight(layer)) for layer in layers):
+        return Measured(1.0, 0.0)
     example = {name: value.cpu() for name, value in example_inputs.items()}
     dense = on_cpu(model)
-    sparse = optimize_for_inference(on_cpu(model), example_inputs=example, dtype="int8" if int8 else "float32")
+    sparse = optimize_for_inference(pruned, example_inputs=example, dtype="int8" if int8 else "float32")
+    shares: list[float] = []
     with uncompiled(dense), torch.inference_mode():
         calls: list[Callable[[], object]] = [partial(see, dense, example), partial(see, sparse, example)]
-        taken, optimised = time_in_turns(calls, RUNS, MODEL_SECONDS, clock=clock)
-    return undisturbed(optimised) / undisturbed(taken)
+        for _ in range(BOUTS):
+            turns = zip(*time_in_turns(calls, RUNS, MODEL_SECONDS, pause=PAUSE), strict=True)
+            shares += [optimised / taken for taken, optimised in turns]
+            found = median_with_error(shares)
+            if found.error <= PRECISION * found.share:
+                break
+    return found
 
 
-def measure_random(
-    model: nn.Module,
-    targets: Sequence[Target],
-    example_inputs: Mapping[str, torch.Tensor],
-    int8: bool,
-    unit: int,
-    sparsity: float,
-) -> float:
-    """Return what share of its dense latency a model takes with zeros at random, the same share of every sparse layer.
+def median_with_error(values: Sequence[float]) -> Measured:
+    """Return the median of some values and its standard error, whatever they are distributed as.
 
-    Args:
-        model: on any device, left as it is.
-        targets: of the model.
-        example_inputs: what it is called with.
-        int8: whether layers may run in int8.
-        unit: weights that are 0 together.
-        sparsity: share of these units that are 0 where `optimize_for_inference` could make a layer sparse.
-
-    Raises:
-        CAPError: as of `optimize_for_inference`.
+    How many of n values lie below the true median has a standard deviation of sqrt(n) / 2, so that the error is half
+    the distance of the values that stand so far below and above the middle (Conover, Practical Nonparametric
+    Statistics, 1999, section 3.2).
     """
-    copied, generator = on_cpu(model), torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for name in sparse_layers(targets, int8):
-            weight = copied.get_parameter(f"{name}.weight")
-            noise = torch.randn(weight.shape, generator=generator) * weight.std()
-            # What is 0 already would make it sparser.
-            dense = torch.where(weight == 0, noise, weight).view(-1, unit)
-            dense[torch.rand(len(dense), generator=generator) < sparsity] = 0
-            weight.copy_(dense.view_as(weight))
-    return measure_share(copied, example_inputs, int8)
+    count, step = len(values), 0.5 / len(values) ** 0.5
+    cuts = torch.tensor([max(0.0, 0.5 - step), 0.5, min(1.0, 0.5 + step)], dtype=torch.float64)
+    low, middle, high = torch.quantile(torch.tensor(values, dtype=torch.float64), cuts).tolist()
+    return Measured(middle, (high - low) / 2 if count > 1 else math.inf)
 
 
 def on_cpu(model: nn.Module) -> nn.Module:

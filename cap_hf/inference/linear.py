@@ -140,9 +140,9 @@ class SparseLinear(SparseWeightLinear):
     def dense_weight(self) -> torch.Tensor:
         return unpack(self.packed_weight())
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        self.check_device(x)
-        return sparse_linear(x, self.packed_weight(), self.bias, gelu=self.gelu)
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        self.check_device(input)
+        return sparse_linear(input, self.packed_weight(), self.bias, gelu=self.gelu)
 
 
 class CSRLinear(SparseWeightLinear):
@@ -167,13 +167,13 @@ class CSRLinear(SparseWeightLinear):
     def dense_weight(self) -> torch.Tensor:
         return self.csr_weight().to_dense()
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        self.check_device(x)
-        columns = x.reshape(-1, self.in_features).float().t()
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        self.check_device(input)
+        columns = input.reshape(-1, self.in_features).float().t()
         y = (self.csr_weight() @ columns).t()
         if self.bias is not None:
             y = y + self.bias
-        return y.reshape(*x.shape[:-1], self.out_features).to(x.dtype)
+        return y.reshape(*input.shape[:-1], self.out_features).to(input.dtype)
 
 
 class StoredInt8Linear(nn.Linear):
@@ -200,8 +200,8 @@ class StoredInt8Linear(nn.Linear):
     def weight(self) -> torch.Tensor:  # type: ignore[override]  # Linear's can be written
         return dequantize_rows(self.quantized, self.scales).to(self.dtype)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return functional.linear(x, self.weight, self.bias)
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return functional.linear(input, self.weight, self.bias)
 
     def to_linear(self) -> nn.Linear:
         """Return a dense Linear with the floats that the weight stands for."""

@@ -69,8 +69,9 @@ def optimize_for_inference(
             int8, sparse float32 and dense for each layer, and the faster attention, in int8 or as it is; 'kernel'
             takes sparse int8 for all layers; the others know no int8.
             Only layers of which at least 1 % is zeros are replaced: heads and embeddings, to which accuracy is most
-            sensitive and which are never pruned, stay float32. Sparse int8 gains from whole groups of four consecutive
-            inputs that are zero: prune in blocks of 1x4. The state_dict gives the weights as they were rounded.
+            sensitive and which cap_hf never prunes, stay float32, unless something else has pruned them. Sparse int8
+            gains from whole groups of four consecutive inputs that are zero: prune in blocks of 1x4. The state_dict
+            gives the weights as they were rounded.
 
     Returns:
         The model, in eval mode, without what wraps it.
@@ -228,12 +229,13 @@ def count_tokens(
     tokens: dict[str, int] = {}
 
     def watch(name: str) -> Any:
-        def hook(module: nn.Module, args: tuple) -> None:
-            tokens[name] = max(tokens.get(name, 0), args[0].numel() // args[0].shape[-1])
+        def hook(module: nn.Module, args: tuple, output: torch.Tensor) -> None:
+            # Of the output, as the input may have come by its name.
+            tokens[name] = max(tokens.get(name, 0), output.numel() // output.shape[-1])
 
         return hook
 
-    handles = [linear.register_forward_pre_hook(watch(name)) for name, linear in linears.items()]
+    handles = [linear.register_forward_hook(watch(name)) for name, linear in linears.items()]
     try:
         with uncompiled(model), torch.inference_mode():
             see(model, example_inputs)

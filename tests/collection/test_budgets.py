@@ -5,23 +5,29 @@ import dataclasses
 import pytest
 import torch
 from support.checkpoints import make_model
+from support.latencies import said, true_share
 from support.models import ARCHITECTURES, build, random_batches
 from torch.utils.flop_counter import FlopCounterMode
 
 from cap_hf import CAPCompressor, CAPConfig, CAPError
-from cap_hf.budget import Budget, CostCurve
+from cap_hf.budget import Budget
 from cap_hf.checkpoints.compressing import compress_checkpoint
 from cap_hf.checkpoints.sizes import measure_model
 from cap_hf.checkpoints.weights import measure
 from cap_hf.collection import budgets
-from cap_hf.collection.budgets import Costs, corrected, even_sparsity, on_first
-from cap_hf.distributed.processes import Processes
+from cap_hf.collection.closing import TOLERANCE
 from cap_hf.stepwise import prune_in_steps
 
 
 def compressor_of(model, side, **config) -> CAPCompressor:
     settings = CAPConfig(**{"num_grads": 16, **config})
     return CAPCompressor(model, settings, disable_tqdm=True).collect(random_batches(model, side, sizes=(8, 8)))
+
+
+@pytest.fixture
+def said_times(monkeypatch):
+    """What layers and models take is told, and not measured."""
+    said(monkeypatch.setattr)
 
 
 def multiply_adds(model, side, targets) -> tuple[int, int]:
@@ -122,45 +128,47 @@ def test_units_are_kept_or_removed_as_a_whole():
     assert 0.399 < report.budget.achieved <= 0.4
 
 
-@pytest.fixture
-def said_times(monkeypatch):
-    """Every layer takes 1 s dense, no less up to 60 % sparsity, and all else 2 s; what is measured is told."""
-    measured = [0.6, 0.6]
-
-    def points(model, targets, example, int8, unit, advance):
-        units = [target.weight.numel() // unit for target in targets]
-        return [[(0, 1.0), (round(0.6 * each), 1.0), (each, 0.1)] for each in units], 2.0, 2.0 + len(units)
-
-    monkeypatch.setattr(budgets, "latency_points", points)
-    monkeypatch.setattr(budgets, "measure_random", lambda *args: measured.pop(0))
-    monkeypatch.setattr(budgets, "measure_share", lambda *args: 0.61)
-    return measured
-
-
-def test_seconds_are_predicted_by_layers_corrected_and_told_beside_what_was_measured(said_times):
+def test_a_latency_is_measured_and_spent_again_until_it_is_what_was_asked_for(said_times):
     model = build("ViT")
     compressor = compressor_of(model, 8)
-    report = compressor.prune(Budget("latency", 0.6)).budget
-    assert said_times == []
-    assert 0.6 * 0.99 <= report.achieved <= 0.6
-    assert (report.measured, report.dense, report.counted_in) == (0.61, 14.0, "seconds")
-    assert report.threads == torch.get_num_threads()
-    # Layers where little is gained are left alone, the others go far beyond where they begin to gain.
-    sparsities = [layer.sparsity for layer in compressor.report.layers]
-    assert all(each == 0 or each > 0.6 for each in sparsities)
+    lines = []
+    compressor.progress.say = lines.append
+    for share in (0.6, 0.45):
+        report = compressor.prune(Budget("latency", share)).budget
+        assert report.achieved == pytest.approx(share, rel=TOLERANCE)
+        assert report.achieved == pytest.approx(true_share(model), abs=1e-12)
+        # The layers alone say something else.
+        assert abs(report.predicted - share) > TOLERANCE * share
+        assert (report.error, report.dense, report.counted_in) == (1e-4, 14.0, "seconds")
+        assert report.kept == pytest.approx(14.0 * report.achieved)
+        assert report.threads == torch.get_num_threads()
+        assert lines[-1].startswith(f"latency={share}: asked {share:.4f} of the dense latency, predicted ")
+        # Layers where little is gained are left alone, the others go far beyond where they begin to gain.
+        assert all(layer.sparsity == 0 or layer.sparsity > 0.6 for layer in compressor.report.layers)
+    assert sum("try 1:" in line for line in lines) == 2
 
 
-def test_a_prediction_that_was_wrong_is_made_right():
-    curves = [CostCurve((0, 1, 10), (4.0, 3.6, 1.0)), CostCurve((0, 2, 3, 10), (6.0, 6.0, 5.0, 1.5))]
-    costs = Costs(curves, 10.0, 20.0)
-    sparsity, predicted = even_sparsity(costs, [10, 10], 16.0)
-    assert predicted <= 16.0 < costs.of([3, 3])
-    removals = [round(10 * sparsity)] * 2
-    for missing in (-1.5, 0.5):
-        assert corrected(costs, removals, missing).of(removals) == pytest.approx(predicted + missing)
-        # What stays dense takes what it did.
-        assert corrected(costs, removals, missing).of([0, 0]) == costs.of([0, 0])
-        assert corrected(costs, removals, missing).of([0, 2]) == costs.of([0, 2])
+def test_a_latency_that_no_zeros_reach_says_what_was_measured(said_times):
+    compressor = CAPCompressor(build("ViT"), CAPConfig(method="magnitude"), disable_tqdm=True)
+    with pytest.raises(CAPError, match="latency=0.2 cannot be met: with every target 0, 24.3% of the dense latency"):
+        compressor.check_sparsity(Budget("latency", 0.2))
+
+
+def test_a_model_that_is_faster_already_is_not_pruned_to_a_larger_latency(said_times):
+    model = build("ViT")
+    CAPCompressor(model, CAPConfig(method="magnitude"), disable_tqdm=True).prune(0.9)
+    again = CAPCompressor(model, CAPConfig(method="magnitude"), disable_tqdm=True)
+    now = true_share(model)
+    with pytest.raises(CAPError, match=f"the model takes {now:.4%} of the dense latency here, .* latency=0.9 would be"):
+        again.prune(Budget("latency", 0.9))
+    assert again.prune(Budget("latency", 0.3)).budget.achieved == pytest.approx(0.3, rel=TOLERANCE)
+
+
+def test_what_comes_in_jumps_is_told(said_times, monkeypatch, caplog):
+    coarse = lambda model, pruned, *args: (round(2 * true_share(pruned)) / 2, 1e-4)  # noqa: E731
+    monkeypatch.setattr(budgets, "measure_share", coarse)
+    CAPCompressor(build("ViT"), CAPConfig(method="magnitude"), disable_tqdm=True).prune(Budget("latency", 0.7))
+    assert "latency=0.7 is met no closer than by 0.5000 ± 0.0001: layers become faster in jumps" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -242,12 +250,3 @@ def test_the_example_says_how_large_images_are():
     image = {"pixel_values": torch.randn(1, 3, 32, 32)}
     budget = dataclasses.replace(Budget("flops", 0.5), example_inputs=image)
     assert larger.costs(budget, compressor.targets, 1).dense == 4 * own.dense
-
-
-def test_what_the_first_process_finds_wrong_is_raised():
-    def fail():
-        raise CAPError("it is broken")
-
-    assert on_first(Processes(), lambda: [1, [2.5]]) == [1, [2.5]]
-    with pytest.raises(CAPError, match="^it is broken$"):
-        on_first(Processes(), fail)

@@ -4,6 +4,7 @@ import json
 
 import torch
 from safetensors.torch import load_file
+from support.latencies import said, spend_budgets
 from support.launching import dense_checkpoint, launch
 
 from cap_hf.commands.main import main
@@ -86,3 +87,35 @@ def test_they_spill_or_collect_anew_and_keep_their_state(tmp_path):
         assert all(torch.equal(value, found[name]) for name, value in expected.items())
         assert not output.with_name(f"{output.name}-collection").exists()
     assert not any((tmp_path / "spill").iterdir())
+
+
+# Seconds are told to the first process alone; another one that asks for them fails.
+BUDGETS = """
+import sys
+from accelerate import Accelerator
+from safetensors.torch import save_file
+from support.latencies import said, spend_budgets
+from cap_hf.collection import budgets
+
+def none(*args):
+    raise AssertionError("a process that is not the first measures")
+
+accelerator = Accelerator(cpu=True)
+said(setattr)
+if not accelerator.is_main_process:
+    budgets.latency_points = budgets.measure_share = none
+save_file(spend_budgets(accelerator), f"{sys.argv[1]}-{accelerator.process_index}.safetensors")
+accelerator.wait_for_everyone()
+accelerator.end_training()
+"""
+
+
+def test_budgets_are_spent_as_by_one_process_and_only_the_first_measures(tmp_path, monkeypatch):
+    (tmp_path / "budgets.py").write_text(BUDGETS)
+    launch(2, str(tmp_path / "rank"), script=tmp_path / "budgets.py")
+    said(monkeypatch.setattr)
+    expected = spend_budgets()
+    for rank in (0, 1):
+        found = load_file(tmp_path / f"rank-{rank}.safetensors")
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(value, found[name]) for name, value in expected.items())

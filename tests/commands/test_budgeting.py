@@ -24,7 +24,7 @@ def test_budgets_give_checkpoints_a_table_a_report_and_a_card(tmp_path, capsys):
     assert {record["phase"] for record in report["phases"]} >= {"prune flops=0.5", "evaluate flops=0.25"}
     for result, share, line in zip(report["results"], (0.5, 0.25), lines[3:5], strict=True):
         budget = result["pruning"]["budget"]
-        assert (budget["kind"], budget["requested"], budget["measured"]) == ("flops", share, None)
+        assert (budget["kind"], budget["requested"], budget["predicted"]) == ("flops", share, None)
         assert 0.99 * share < budget["achieved"] <= share
         assert line.split()[2:4] == [f"{100 * share:.2f}", f"{100 * budget['achieved']:.2f}"]
         assert result["pruning"]["requested_sparsity"] is None
@@ -62,8 +62,9 @@ def test_amounts_are_budgets_or_sparsities():
     assert [checkpoint_name(each) for each in found] == ["bytes-0.25", "bytes-0.2"]
 
 
-def test_a_latency_has_a_column_for_what_was_measured():
-    of_latency = {"budget": {"kind": "latency", "requested": 0.5, "achieved": 0.49, "measured": 0.53}}
-    columns = budget_columns([None, of_latency])
-    assert columns == {"asked %": [None, 0.5], "latency %": [None, 0.49], "measured %": [None, 0.53]}
+def test_a_latency_has_columns_for_what_was_predicted_and_how_exactly_it_was_measured():
+    shares = {"requested": 0.5, "predicted": 0.49, "achieved": 0.503, "error": 0.002}
+    columns = budget_columns([None, {"budget": {"kind": "latency"} | shares}])
+    assert list(columns) == ["asked %", "predicted %", "latency %", "±"]
+    assert list(columns.values()) == [[None, share] for share in shares.values()]
     assert budget_columns([None, {"budget": None}]) == {}

@@ -39,6 +39,13 @@ def test_one_process_alone():
     assert alone.share_object({"order": ("b", "a")}) == {"order": ["b", "a"]}
     assert alone.assemble(tensor, [slice(0, 2)]) is tensor
     assert alone.exchange(tensor, [6], tensor, [6])()[0] is tensor
+    assert alone.on_first(lambda: [1, (2.5,)]) == [1, [2.5]]
+    with pytest.raises(CAPError, match="^it is broken$"):
+        alone.on_first(fail)
+
+
+def fail():
+    raise CAPError("it is broken")
 
 
 # Both processes work out what they should be told. No tensor is contiguous.
@@ -46,6 +53,7 @@ TELLING = """
 import torch
 from accelerate import Accelerator
 from cap_hf.distributed.processes import Processes
+from cap_hf.errors import CAPError
 
 accelerator = Accelerator(cpu=True)
 everyone = Processes(accelerator)
@@ -54,6 +62,17 @@ tensors = [torch.arange(20 * (r + 1), dtype=torch.int64).view(4, 5 * (r + 1))[:,
 own = tensors[rank]
 assert everyone.gather_ints(rank, 7) == [[0, 7], [1, 7]]
 assert everyone.before(own).equal(torch.zeros(4, 5, dtype=torch.int64) if rank == 0 else tensors[0])
+assert everyone.on_first(lambda: rank) == 0
+
+def fail():
+    raise CAPError(f"broken on {rank}")
+
+try:
+    everyone.on_first(fail)
+except CAPError as error:
+    assert str(error) == "broken on 0"
+else:
+    raise AssertionError("nothing was raised")
 order = {"order": ["layer.1", "é" * rank], "count": rank}
 for source in range(2):
     assert everyone.share_object(order, source) == {"order": ["layer.1", "é" * source], "count": source}

@@ -57,7 +57,11 @@ NOT_RUN_WITH = {
     "--max_accuracy_drop": "needs more images than these datasets have; tests/commands run it",
 }
 # Scripts that hand what they do not know on to a command.
-HAND_ON = {"scripts/recipes/structured_then_cap.py": "prune", "scripts/benchmarks/accuracy.py": "prune"}
+HAND_ON = {
+    "scripts/recipes/structured_then_cap.py": "prune",
+    "scripts/benchmarks/accuracy.py": "prune",
+    "scripts/benchmarks/budgets.py": "prune",
+}
 # Arguments that make a command quick; the names of the page's own stay as they are.
 QUICK = {
     "benchmark": ["--backends", "dense", "sparse", "--runs", "3"],

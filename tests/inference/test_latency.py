@@ -1,6 +1,8 @@
 """Predicted seconds, with a clock that shows what every layer is said to take: no test goes by what a machine takes."""
 
 import functools
+import statistics
+from functools import partial
 
 import pytest
 import torch
@@ -8,9 +10,11 @@ from support.models import build, random_batches
 from torch import nn
 
 from cap_hf.inference import latency
+from cap_hf.inference.benchmark import PAUSE
 from cap_hf.inference.int8_linear import DenseInt8Linear, SparseInt8Linear
-from cap_hf.inference.latency import latency_points, measure_random, measure_share, relative_times, sparse_layers
+from cap_hf.inference.latency import latency_points, measure_share, median_with_error, relative_times, sparse_layers
 from cap_hf.inference.linear import SparseLinear
+from cap_hf.inference.optimize import optimize_for_inference
 from cap_hf.targets import find_targets
 
 
@@ -148,23 +152,51 @@ def test_convolutions_and_shared_weights_stay_dense():
     assert all(cost == 0 for each in points for _, cost in each)
 
 
-@pytest.mark.parametrize("unit", [1, 4])
-def test_what_is_measured_is_the_model_with_zeros_at_random_and_the_model_stays(monkeypatch, unit):
-    model = build("ViT")
+def test_a_pruned_model_is_measured_beside_the_dense_one_in_turns(monkeypatch):
+    model, timed = build("ViT"), []
     before = {name: value.clone() for name, value in model.state_dict().items()}
     example = random_batches(model, 8, sizes=(1,))[0]
-    monkeypatch.setattr(latency, "MODEL_SECONDS", 0.05)
-    assert measure_share(prune_some(model), example, False) > 0
-    measured = []
-    monkeypatch.setattr(latency, "measure_share", lambda copied, *args: measured.append(copied) or 0.5)
-    with torch.no_grad():
-        model.vit.layers[0].mlp.fc1.weight[:16] = 0
-        before["vit.layers.0.mlp.fc1.weight"][:16] = 0
-    assert measure_random(model, find_targets(model), example, False, unit, 0.75) == 0.5
-    units = torch.cat([target.weight.view(-1, unit) == 0 for target in find_targets(measured[0])])
-    assert torch.equal(units.any(dim=1), units.all(dim=1))
-    assert float(units.float().mean()) == pytest.approx(0.75, abs=0.05)
+    bouts = iter([[2.0, 4.0, 8.0], [2.0, 4.0, 8.0]])
+
+    def time_in_turns(calls, runs, seconds, pause=0.0):
+        timed.append([call.args[0] for call in calls])
+        assert pause == PAUSE
+        return [[4.0] * 3, next(bouts)]
+
+    pruned = prune_some(model)
+    # Faster or not, the sparse layer is there.
+    monkeypatch.setattr(latency, "optimize_for_inference", partial(optimize_for_inference, backend="kernel"))
+    monkeypatch.setattr(latency, "time_in_turns", time_in_turns)
+    monkeypatch.setattr(latency, "BOUTS", 2)
+    share, error = measure_share(model, pruned, example, False)
+    # Half, as much and twice of each bout; both are needed, as the error is large.
+    assert share == 1.0
+    assert error == median_with_error([0.5, 1.0, 2.0] * 2).error > 0
+    assert len(timed) == 2
+    assert type(timed[0][0].vit.layers[0].mlp.fc1) is nn.Linear
+    assert type(timed[0][1].vit.layers[0].mlp.fc1) is SparseLinear
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_a_model_without_zeros_takes_what_it_takes(monkeypatch):
+    model = build("ViT")
+    example = random_batches(model, 8, sizes=(1,))[0]
+    assert measure_share(model, latency.on_cpu(model), example, False) == (1.0, 0.0)
+    almost = latency.on_cpu(model)
+    with torch.no_grad():
+        almost.vit.layers[0].mlp.fc1.weight[0, 0] = 0
+    assert measure_share(model, almost, example, True) == (1.0, 0.0)
+
+
+def test_the_error_of_a_median_is_how_far_medians_lie_apart():
+    generator = torch.Generator().manual_seed(0)
+    # Times have a long tail on one side.
+    samples = torch.randn(400, 100, generator=generator).exp()
+    found = [median_with_error(each.tolist()) for each in samples]
+    medians = torch.tensor([each.share for each in found])
+    assert statistics.median(samples[0].tolist()) == pytest.approx(found[0].share)
+    assert statistics.fmean(each.error for each in found) == pytest.approx(float(medians.std()), rel=0.15)
+    assert median_with_error([1.0]) == (1.0, float("inf"))
 
 
 def prune_some(model):

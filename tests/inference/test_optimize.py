@@ -27,6 +27,7 @@ from cap_hf import (
 )
 from cap_hf.checkpoints.saving import save_checkpoint
 from cap_hf.inference import optimize
+from cap_hf.inference.int8_linear import SparseInt8Linear
 from cap_hf.inference.linear import SparseLinear, resident_bytes
 
 
@@ -259,6 +260,31 @@ def test_example_inputs_serve_any_module():
     optimize_for_inference(mlp, example_inputs={"hidden_states": x})
     assert sparse_layers(mlp)
     torch.testing.assert_close(mlp(x), expected, rtol=1e-4, atol=1e-4)
+
+
+class CallsByName(nn.Module):
+    """A layer that is called as `torch.nn.Linear` may be."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(192, 768)
+        self.layer.weight.data[:, 8:] = 0
+
+    def forward(self, x):
+        return self.layer(input=x)
+
+
+@pytest.mark.parametrize(
+    ("backend", "dtype"), [("auto", "float32"), ("kernel", "float32"), ("csr", "float32"), ("auto", "int8")]
+)
+def test_layers_may_be_called_by_name(backend, dtype, monkeypatch):
+    monkeypatch.setattr(optimize, "is_faster", lambda *args: True)
+    monkeypatch.setattr(optimize, "fastest_kind", lambda *args: SparseInt8Linear)
+    module, x = CallsByName().eval(), torch.randn(2, 197, 192)
+    expected = module(x)
+    optimize_for_inference(module, backend, {"x": x}, dtype=dtype)
+    assert type(module.layer) is not nn.Linear
+    torch.testing.assert_close(module(x), expected, rtol=1e-4, atol=1e-4 if dtype == "float32" else 0.05)
 
 
 WITHOUT_COMPILER = """
