@@ -37,9 +37,9 @@ def close_in(
     """Return the tries until one of them meets what is wanted, the last one; or all that are worth making.
 
     The next prediction is read from the straight line between two points: the least prediction that was measured to
-    take as much as is wanted or more, and the next one below that takes less. Its slope is a factor for what is predicted,
-    and its height a constant beside it. While all tries end on one side of what is wanted, the point on the other side
-    is taken to be ever nearer (the Illinois method: Dowell and Jarratt, BIT 11, 1971).
+    take as much as is wanted or more, and the next one below that takes less. Its slope is a factor for what is
+    predicted, and its height a constant beside it. While all tries end on one side of what is wanted, the point on the
+    other side is taken to be ever nearer (the Illinois method: Dowell and Jarratt, BIT 11, 1971).
 
     Args:
         attempt: makes something that is predicted to take no more than a number, and measures it.
