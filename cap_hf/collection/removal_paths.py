@@ -15,7 +15,7 @@ from cap_hf.config import CAPConfig
 from cap_hf.distributed.processes import Processes
 from cap_hf.errors import CAPError
 from cap_hf.masks import zero_units
-from cap_hf.method.allocation import allocate_global, allocate_uniform, path_losses, removed_mask
+from cap_hf.method.allocation import allocate_global, allocate_uniform, path_losses, removal_turns
 from cap_hf.method.panels import Elimination
 from cap_hf.patterns import NMPattern, Pattern, unit_of
 from cap_hf.targets import Target, fit_block_size
@@ -225,7 +225,7 @@ class RemovalPaths:
         for target, each in zip(self.targets, counts, strict=True):
             if target.name in names:
                 order = self.orders[target.name].long()
-                gone = removed_mask(order, each.to(order.device), target.block_size, unit)
+                gone = removal_turns(order, target.block_size, unit) < each.to(order.device)[:, None]
                 yield target.name, self._assembled(target, self.weights[target.name].masked_fill(gone, 0))
 
     def write(self, pruned: Tensors) -> None:
