@@ -70,7 +70,7 @@ def fingerprint(
     digest = hashlib.sha256(repr((sorted(settings.items()), [target.name for target in targets])).encode())
     for name, tensor in [*sorted(inputs.items()), ("places", places), *rest, *tower.named_buffers()]:
         digest.update(repr((name, tensor.dtype, tensor.shape)).encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
