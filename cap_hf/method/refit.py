@@ -23,6 +23,8 @@ from cap_hf.method.inverses import check_factors
 from cap_hf.method.reconstruction import reconstruct
 from cap_hf.targets import Target
 
+# Relative to its mean, the standard deviation below which an input in float32 does not differ but is rounded.
+ROUNDING = 16 * torch.finfo(torch.float32).eps
 # Rows of second moments that are made at a time, up to the diagonal: what is beyond it mirrors them.
 PANEL = 128
 
@@ -163,7 +165,8 @@ class LeastSquares:
         diagonal = matrices.diagonal(dim1=-2, dim2=-1)
         # Inputs that never differ say nothing: their weights stay.
         scale = diagonal.mean(dim=1, keepdim=True)
-        diagonal += torch.where(scale > 0, ridge * scale, 1.0)
+        rounded = (ROUNDING * self.inputs[groups]).square().mean(dim=1, keepdim=True)
+        diagonal += torch.where(scale > rounded, ridge * scale, 1.0)
         factors, info = torch.linalg.cholesky_ex(matrices)
         check_factors(matrices, info)
         old = anchors.double().unflatten(0, (-1, height))[groups]

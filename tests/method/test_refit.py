@@ -109,3 +109,16 @@ def test_what_is_not_finite_or_not_to_be_solved_is_known():
         problem.weights(module.weight, module.weight != 0, slice(0, 2), 1e-3, 1)
     inputs[2, 1] = torch.inf
     assert not problem_of(module, inputs, module(inputs))[1].finite
+
+
+@pytest.mark.parametrize("size", [16, 768])
+def test_inputs_that_never_differ_leave_the_weights_as_they_are(size):
+    """As behind a layer of which no weight is left: in float32 their mean is rounded, and all else is noise."""
+    torch.manual_seed(0)
+    module = nn.Linear(size, 5).requires_grad_(False)
+    inputs = torch.randn(size).expand(40, 50, size).contiguous()
+    outputs = module(inputs) + torch.randn(40, 50, 5)
+    target, problem = problem_of(module, inputs, outputs, torch.rand(40, 50))
+    pruned = target.to_blocks(module.weight)
+    refitted = problem.weights(pruned, pruned != 0, slice(0, 5), 0.01, 2**24)
+    torch.testing.assert_close(refitted.float(), pruned, rtol=0, atol=1e-6)
