@@ -100,7 +100,7 @@ class Solver:
         each = torch.stack(list(counts))
         # Blocks with about as many survivors are solved together, whatever the counts: those with alike losses.
         alike = paths.losses[:, paths.losses.shape[1] // 2].argsort(stable=True)
-        for batch in self._batches(target, len(weights)):
+        for batch in self._batches(target, len(weights), len(counts)):
             blocks = alike[batch]
             old, order = weights[blocks].double(), paths.order[blocks].long()
             fisher = self._damped(target, blocks)
@@ -117,11 +117,13 @@ class Solver:
         self._release()
         return list(zip(pruned, losses, strict=True))
 
-    def _batches(self, target: Target, count: int) -> Iterator[slice]:
-        """Yield `count` blocks of a target as slices of as many as are solved at a time."""
+    def _batches(self, target: Target, count: int, times: int = 0) -> Iterator[slice]:
+        """Yield `count` blocks of a target as slices of as many as are solved at a time, for so many times."""
         size = self.batch_bytes or default_batch_bytes(target.weight.device)
         shared = self.fisher is None or len(self.fisher.sums[target.name]) == 1
         entries = target.block_size ** (1 if shared and not self.method.inverts else 2)
+        # Of small blocks the new weights of all times are more than the Fishers.
+        entries += times * target.block_size
         step = max(1, size // (8 * entries))
         for start in range(0, count, step):
             yield slice(start, min(start + step, count))
