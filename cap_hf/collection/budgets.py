@@ -123,6 +123,11 @@ class Budgets:
             raise CAPError(
                 f"{budget} cannot be met: with every target 0, {least:.1%} of {KINDS[budget.kind]} would be left"
             )
+        if costs.empty is not None and costs.of(counts_of(targets, unit)) >= costs.dense * (1 - ROUNDING):
+            raise CAPError(
+                f"{budget} cannot be spent: no layer alone was measured to be faster for its zeros: name a sparsity, "
+                "or measure on a quieter machine"
+            )
         # What a sparse model takes is measured when the budget is spent.
         if not budget.is_latency:
             now = self.costs(budget, targets, 1).of(entries) / costs.dense
@@ -172,12 +177,11 @@ class Budgets:
         tries = close_in(attempt, budget.share, costs.known)
         costs.known.extend((each.predicted, each.measured) for each in tries)
         best = nearest(tries, budget.share)
-        if not best.meets(budget.share):
-            logger.warning(
-                "%s is met no closer than by %.4f ± %.4f: layers become faster in jumps, or the machine is busy",
-                budget,
-                best.measured,
-                best.error,
+        if not best.within(budget.share) and best.measured >= 1 - best.error:
+            raise CAPError(
+                f"{budget} cannot be met: of {len(tries)} models none was faster than the dense one, which with every "
+                f"target 0 takes {costs.empty.share:.4f}: ask for a share nearer to that, or measure "
+                "on a quieter machine"
             )
         self._predicted[budget] = best.predicted
         return best.found
@@ -213,6 +217,16 @@ class Budgets:
                 f"{budget}: asked {budget.share:.4f} of the dense latency, predicted {predicted:.4f}, measured "
                 f"{share:.4f} ± {error:.4f}"
             )
+            # Two errors: what chance alone does more seldom than once in twenty times.
+            last = Try(None, predicted, share, 2 * error)
+            if not last.meets(budget.share):
+                logger.warning(
+                    "%s is %s: measured %.4f ± %.4f, as layers become faster in jumps or the machine is busy",
+                    budget,
+                    "undercut" if last.within(budget.share) else "exceeded",
+                    share,
+                    error,
+                )
         return BudgetReport(
             kind=budget.kind,
             requested=budget.share,

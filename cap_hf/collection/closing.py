@@ -28,7 +28,14 @@ class Try(Generic[Found]):
 
     def meets(self, wanted: float) -> bool:
         """Return whether it is what was asked for, as far as can be told."""
-        return abs(self.measured - wanted) <= max(TOLERANCE * wanted, self.error)
+        return self.within(wanted) and self.measured >= wanted - self._doubt(wanted)
+
+    def within(self, wanted: float) -> bool:
+        """Return whether it takes no more than was asked for, as far as can be told."""
+        return self.measured <= wanted + self._doubt(wanted)
+
+    def _doubt(self, wanted: float) -> float:
+        return max(TOLERANCE * wanted, self.error)
 
 
 def close_in(
@@ -83,5 +90,6 @@ def next_prediction(points: Sequence[tuple[float, float]], wanted: float, in_a_r
 
 
 def nearest(tries: Sequence[Try[Found]], wanted: float) -> Try[Found]:
-    """Return the try that was measured to come nearest to what is wanted."""
-    return min(tries, key=lambda each: abs(each.measured - wanted))
+    """Return the try that comes nearest to what is wanted: of those within it, if there are any."""
+    within = [each for each in tries if each.within(wanted)]
+    return min(within or tries, key=lambda each: abs(each.measured - wanted))

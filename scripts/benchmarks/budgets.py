@@ -27,6 +27,7 @@ from cap_hf.commands.prune_arguments import Asked
 from cap_hf.compressor import CAPCompressor
 from cap_hf.data.evaluation import AccuracyEvaluation, score_all
 from cap_hf.distributed.accelerator import make_accelerator
+from cap_hf.errors import CAPError
 from cap_hf.inference.positions import count_positions
 from cap_hf.patterns import unit_of
 from cap_hf.report import PruneReport
@@ -43,10 +44,13 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--json", metavar="FILE", type=Path, required=True, help="gets the rows")
     args, args.passed_on = parser.parse_known_args()
-    budgets = [parse_budgets([text])[0] for text in args.budget]
-    with Results(args, len(args.seeds) * len(budgets), KEYS) as results:
-        for seed in args.seeds:
-            measure(args, seed, budgets, results)
+    try:
+        budgets = [parse_budgets([text])[0] for text in args.budget]
+        with Results(args, len(args.seeds) * len(budgets), KEYS) as results:
+            for seed in args.seeds:
+                measure(args, seed, budgets, results)
+    except CAPError as error:
+        raise SystemExit(f"budgets.py: {error}") from error
     print(table(results.content["results"]))
 
 

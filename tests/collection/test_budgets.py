@@ -1,6 +1,7 @@
 """Models pruned to budgets: what they are asked for against what is counted of them, written and told."""
 
 import dataclasses
+import itertools
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from cap_hf.checkpoints.weights import measure
 from cap_hf.collection import budgets
 from cap_hf.collection.closing import TOLERANCE
 from cap_hf.stepwise import prune_in_steps
+from cap_hf.targets import find_targets
 
 
 def compressor_of(model, side, **config) -> CAPCompressor:
@@ -168,7 +170,42 @@ def test_what_comes_in_jumps_is_told(said_times, monkeypatch, caplog):
     coarse = lambda model, pruned, *args: (round(2 * true_share(pruned)) / 2, 1e-4)  # noqa: E731
     monkeypatch.setattr(budgets, "measure_share", coarse)
     CAPCompressor(build("ViT"), CAPConfig(method="magnitude"), disable_tqdm=True).prune(Budget("latency", 0.7))
-    assert "latency=0.7 is met no closer than by 0.5000 ± 0.0001: layers become faster in jumps" in caplog.text
+    assert "latency=0.7 is undercut: measured 0.5000 ± 0.0001, as layers become faster in jumps" in caplog.text
+
+
+def test_a_last_measurement_that_says_something_else_is_told(said_times, monkeypatch, caplog):
+    compressor = CAPCompressor(build("ViT"), CAPConfig(method="magnitude"), disable_tqdm=True)
+    compressor.check_sparsity(Budget("latency", 0.6))
+    spend = budgets.Budgets.spend
+
+    def and_slower(*args):
+        found = spend(*args)
+        monkeypatch.setattr(budgets, "measure_share", lambda *args: (0.66, 0.01))
+        return found
+
+    monkeypatch.setattr(budgets.Budgets, "spend", and_slower)
+    assert compressor.prune(Budget("latency", 0.6)).budget.achieved == 0.66
+    assert "latency=0.6 is exceeded: measured 0.6600 ± 0.0100" in caplog.text
+
+
+def test_no_model_that_is_slower_than_the_dense_one_is_given(said_times, monkeypatch):
+    # The first to be measured has nothing left in its targets.
+    shares = itertools.chain([0.2], itertools.repeat(1.25))
+    monkeypatch.setattr(budgets, "measure_share", lambda *args: (next(shares), 1e-4))
+    model = build("ViT")
+    with pytest.raises(CAPError, match=r"latency=0.9 cannot be met: of \d models none was faster than the dense one"):
+        CAPCompressor(model, CAPConfig(method="magnitude"), disable_tqdm=True).prune(Budget("latency", 0.9))
+    assert all((target.weight != 0).all() for target in find_targets(model))
+
+
+def test_layers_of_which_none_gains_alone_are_told_before_the_work(said_times, monkeypatch):
+    def flat(model, targets, example, int8, unit, advance):
+        return [[(0, 1.0), (each.weight.numel() // unit, 1.0)] for each in targets], 2.0, 2.0 + len(targets)
+
+    monkeypatch.setattr(budgets, "latency_points", flat)
+    compressor = CAPCompressor(build("ViT"), CAPConfig(method="magnitude"), disable_tqdm=True)
+    with pytest.raises(CAPError, match="latency=0.7 cannot be spent: no layer alone was measured to be faster"):
+        compressor.check_sparsity(Budget("latency", 0.7))
 
 
 @pytest.mark.parametrize(

@@ -33,12 +33,18 @@ def test_what_is_not_straight_is_met_within_a_hundredth(measure, part):
     assert not any(each.meets(wanted) for each in tries[:-1])
 
 
-def test_over_a_jump_both_of_its_edges_are_found_and_the_nearer_one_is_taken():
+def test_over_a_jump_both_of_its_edges_are_found_and_the_lower_one_is_taken():
     tries, _ = tries_of(lambda share: share if share < 0.5 else share + 0.3, 0.6)
     assert len(tries) == MOST_TRIES
     assert not any(each.meets(0.6) for each in tries)
     best = nearest(tries, 0.6)
-    assert abs(best.measured - 0.6) == min(abs(each.measured - 0.6) for each in tries)
+    assert best.measured == max(each.measured for each in tries if each.measured < 0.6)
+
+
+def test_one_that_keeps_to_what_was_asked_for_is_taken_before_a_nearer_one_that_does_not():
+    tries = [Try(1, 0.9, 1.25, 0.01), Try(2, 0.3, 0.37, 0.01), Try(3, 0.2, 0.3, 0.01)]
+    assert nearest(tries, 0.9) == tries[1]
+    assert nearest(tries[:1], 0.9) == tries[0]
 
 
 def test_what_is_measured_slower_than_dense_is_not_tried_again():
