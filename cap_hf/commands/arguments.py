@@ -7,12 +7,11 @@ are from import neither torch nor transformers, so that help and a wrong argumen
 import contextlib
 import importlib.util
 import io
-import itertools
 import json
 import os
 import sys
 from argparse import ArgumentParser, Namespace
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from cap_hf.checkpoints.location import check_location
+from cap_hf.commands.ways import is_replaced
 from cap_hf.errors import CAPError, reason
 
 if TYPE_CHECKING:
@@ -29,19 +29,6 @@ DEFAULT_OUTPUT_DIR = "cap_hf_output"
 # How a file of arguments is called, and where what is said beside it belongs.
 FILE_ENDINGS = (".yaml", ".yml", ".json")
 FIRST = "a file of arguments stands before all others, as in run.yaml --output_dir O"
-# A pattern such as 2:4 is an allocation, and says how sparse as well.
-PATTERN = "N:M"
-# Each of these holds ways to say the same thing, and what goes with that way alone. A run follows one of them, so one
-# that is typed takes the place of those in a file; what contradicts each other in one place is left for the checks.
-WAYS: tuple[dict[str, tuple[str, ...]], ...] = (
-    {
-        "sparsity": ("num_recomputations",),
-        "budget": (),
-        "max_accuracy_drop": ("max_drop_metric", "sparsity_step", "max_evaluations", "max_search_samples"),
-        PATTERN: (),
-    },
-    {"num_train_epochs": (), "max_steps": ()},
-)
 
 
 @dataclass
@@ -119,7 +106,7 @@ def parse(
 
     Args:
         argv: the command line, without the name of the command. What stands beside a file goes before what is in it,
-            and what is one of `WAYS` before its other ways there.
+            and what is one of `cap_hf.commands.ways.WAYS` before its other ways there.
         program: the name of the command.
         description: of it, for its help.
         kinds: the dataclasses.
@@ -133,7 +120,7 @@ def parse(
         if argv and not argv[0].startswith("-"):
             check_file(argv)
             # Of an argument that is given twice the last one counts.
-            argv = arguments_from_file(argv[0], kinds, replaced(argv[1:])) + argv[1:]
+            argv = arguments_from_file(argv[0], kinds, argv[1:]) + argv[1:]
         check_whole_names(parser, argv)
         # argparse would print its usage, a screen long, before the one line that matters.
         with contextlib.redirect_stderr(io.StringIO()) as errors:
@@ -209,20 +196,6 @@ def check_file_names(path: str, values: dict, kinds: Sequence[type]) -> None:
             )
 
 
-def replaced(typed: Sequence[str]) -> set[str]:
-    """Return the names of the arguments that do not count in a file, since another one of `WAYS` was typed."""
-    names = {word[2:].partition("=")[0].replace("-", "_") for word in typed if word.startswith("--")}
-    words = [part for word in typed for part in word.split("=", 1)]
-    if any(name == "--allocation" and ":" in value for name, value in itertools.pairwise(words)):
-        names.add(PATTERN)
-    left_out: set[str] = set()
-    for ways in WAYS:
-        chosen = {way for way in ways if way in names}
-        others = [way for way in ways if chosen and way not in chosen]
-        left_out |= {name for way in others for name in (way, *ways[way])}
-    return left_out
-
-
 class DecimalLoader(yaml.SafeLoader):
     """YAML without numbers to the base of 60, of which the pattern 2:4 would be one: 124."""
 
@@ -233,13 +206,13 @@ class DecimalLoader(yaml.SafeLoader):
 DecimalLoader.add_constructor("tag:yaml.org,2002:int", DecimalLoader.integer)
 
 
-def arguments_from_file(path: str, kinds: Sequence[type], left_out: Collection[str] = ()) -> list[str]:
+def arguments_from_file(path: str, kinds: Sequence[type], typed: Sequence[str] = ()) -> list[str]:
     """Return the command line that a YAML or JSON file of the same names stands for: one way of checking serves both.
 
     Args:
         path: of the file.
         kinds: the dataclasses whose names it may hold.
-        left_out: names whose values there do not count.
+        typed: what stands beside the file, whose ways take the place of those in it.
 
     Raises:
         CAPError: the file cannot be read or holds something else than names and values.
@@ -253,7 +226,7 @@ def arguments_from_file(path: str, kinds: Sequence[type], left_out: Collection[s
     check_file_names(path, values, kinds)
     arguments = []
     for name, value in values.items():
-        if str(name).replace("-", "_") in left_out:
+        if is_replaced(str(name).replace("-", "_"), str(value), typed):
             continue
         if isinstance(value, list):
             arguments += [f"--{name}", *map(str, value)]
