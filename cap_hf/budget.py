@@ -132,6 +132,11 @@ class CostCurve:
         ]
 
 
+def curve_of(points: Sequence[tuple[int, float]]) -> CostCurve:
+    """Return the curve through some points."""
+    return CostCurve(tuple(int(removed) for removed, _ in points), tuple(float(cost) for _, cost in points))
+
+
 def corrected(curves: Sequence[CostCurve], empty: float) -> list[CostCurve]:
     """Return seconds of layers that add up to what was measured with nothing left in them.
 

@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import nn
 
-from cap_hf.budget import KINDS, Budget, CostCurve, corrected
+from cap_hf.budget import KINDS, Budget, CostCurve, corrected, curve_of
 from cap_hf.checkpoints.sizes import compressed_points, measure_model, saved_tensors
 from cap_hf.collection.closing import TOLERANCE, Try, close_in, nearest
 from cap_hf.collection.progress import Progress
@@ -289,11 +289,6 @@ class Budgets:
 def taken_already(budget: Budget, share: float) -> str:
     """Return what is said of a budget that is more than a model takes."""
     return f"the model takes {share:.4%} of {KINDS[budget.kind]} already: {budget} would be more"
-
-
-def curve_of(points: Sequence[tuple[int, float]]) -> CostCurve:
-    """Return the curve through some points."""
-    return CostCurve(tuple(int(removed) for removed, _ in points), tuple(float(cost) for _, cost in points))
 
 
 def zeros_of(targets: Sequence[Target], unit: int) -> list[int]:
