@@ -220,13 +220,9 @@ class Budgets:
             # Two errors: what chance alone does more seldom than once in twenty times.
             last = Try(None, predicted, share, 2 * error)
             if not last.meets(budget.share):
-                logger.warning(
-                    "%s is %s: measured %.4f ± %.4f, as layers become faster in jumps or the machine is busy",
-                    budget,
-                    "undercut" if last.within(budget.share) else "exceeded",
-                    share,
-                    error,
-                )
+                way = "undercut" if last.within(budget.share) else "exceeded"
+                why = "as layers become faster in jumps or the machine is busy"
+                logger.warning("%s is %s: measured %.4f ± %.4f, %s", budget, way, share, error, why)
         return BudgetReport(
             kind=budget.kind,
             requested=budget.share,
