@@ -137,7 +137,7 @@ def _add(found: Found, run: Run) -> None:
         found.phases[name] = facts["phases"] or []
     if facts.get("log_history"):
         found.histories[name] = facts["log_history"] or []
-    record = _read_record(found, run.path, name)
+    record = _read_record(found, run)
     _note_command(found, run, record)
 
 
@@ -195,18 +195,22 @@ def _about(runs: list[Run], origins: list[Origin]) -> dict[str, Any]:
     return about
 
 
-def _read_record(found: Found, path: Path, name: str) -> Record:
-    """Return what the run of a report has noted down, or nothing: what another run noted down is no part of it."""
-    place = path.parent / RECORD_FOLDER / RECORD_NAME
+def _read_record(found: Found, run: Run) -> Record:
+    """Return what a run has noted down: nothing that another one did, nor of a checkpoint that is another's by now."""
+    place = run.path.parent / RECORD_FOLDER / RECORD_NAME
     if not place.is_file():
         return {}
     content = read_json(place)
     check_types(content, Record, place)
-    if content.get("report_sha256") != hashlib.sha256(path.read_bytes()).hexdigest():
+    if content.get("report_sha256") != hashlib.sha256(run.path.read_bytes()).hexdigest():
         found.notes.append(f"{place.relative_to(found.folder)} is of another run than {REPORT_NAME} and was left out.")
         return {}
-    found.records[name] = cast(Record, content)
-    return found.records[name]
+    record = cast(Record, content)
+    if run.listed:
+        told = {result.get("checkpoint") for result in run.results}
+        record["changed"] = {name: each for name, each in (record.get("changed") or {}).items() if name in told}
+    found.records[run.name] = record
+    return record
 
 
 def _note_command(found: Found, run: Run, record: Record) -> None:
