@@ -142,10 +142,21 @@ def group(origins: Sequence[Origin], parents: Sequence[int | None]) -> tuple[lis
     """
     found: list[Origin] = []
     places: list[int | None] = [None] * len(origins)
-    # First those that know what they began with; then those that went on from one of them.
-    for number, origin in enumerate(origins):
-        if origin.model is not None:
-            places[number] = _place(found, origin)
+    # First those that know what they began with; then those that may have begun with one or another of them, by
+    # themselves; then those that went on from one.
+    named = [number for number, origin in enumerate(origins) if origin.model is not None]
+    unsure = _unsure([origins[number] for number in named])
+    sure = [number for place, number in enumerate(named) if place not in unsure]
+    for number in sure:
+        places[number] = _place(found, origins[number])
+    for number in (named[place] for place in sorted(unsure)):
+        # Equal ones that were measured are one.
+        alike = [other for other in named if places[other] is not None and origins[other] == origins[number]]
+        if alike and origins[number].dense:
+            places[number] = places[alike[0]]
+        else:
+            found.append(replace(origins[number]))
+            places[number] = len(found) - 1
     for number, origin in enumerate(origins):
         parent = parents[number]
         if origin.model is None and parent is not None:
@@ -157,11 +168,28 @@ def group(origins: Sequence[Origin], parents: Sequence[int | None]) -> tuple[lis
     return found, [place or 0 for place in places]
 
 
+def _unsure(origins: Sequence[Origin]) -> set[int]:
+    """Return the places of the origins that agree with two which do not agree with each other."""
+    count = len(origins)
+    # Bit by bit the others that each one agrees with.
+    fitting = [1 << place for place in range(count)]
+    for one in range(count):
+        for other in range(one):
+            if agree(origins[one], origins[other]):
+                fitting[one] |= 1 << other
+                fitting[other] |= 1 << one
+    return {
+        one
+        for one, each in enumerate(fitting)
+        if any(each >> other & 1 and each & ~fitting[other] for other in range(count))
+    }
+
+
 def _place(found: list[Origin], origin: Origin) -> int:
     """Return the number of an origin among those that were found, to which it is added if it is none of them."""
     fitting = [number for number, each in enumerate(found) if agree(each, origin)]
     # Of several it would be a guess.
-    if len(fitting) != 1 and not (fitting and origin.model):
+    if len(fitting) != 1:
         found.append(replace(origin, model=origin.model or origin.parent))
         return len(found) - 1
     known = found[fitting[0]]

@@ -110,3 +110,20 @@ def test_who_does_not_say_where_it_began_belongs_to_its_parent():
     names, places = labels(unknown, one, other)
     assert places == [2, 0, 1]
     assert names[2] == "sparsity-0.9 400 images"
+
+
+def test_a_name_that_may_be_of_two_models_is_left_by_itself():
+    one, other = Origin("user/vit", dense=DENSE), Origin("other/vit", dense=DENSE)
+    short = Origin("vit", dense=DENSE)
+    for runs, expected in (
+        ([one, other, short, one], [0, 1, 2, 0]),
+        # Whatever comes first.
+        ([short, one, other, one], [2, 0, 1, 0]),
+        ([one, short, short, other], [0, 2, 2, 1]),
+    ):
+        names, places = labels(*runs)
+        assert places == expected
+        assert names == ["user/vit", "other/vit", "vit"]
+    assert labels(short, one, short) == ([""], [0, 0, 0])
+    # What was not measured is not known to be one.
+    assert labels(Origin("vit"), one, other, Origin("vit"))[1] == [2, 0, 1, 3]

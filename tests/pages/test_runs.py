@@ -159,6 +159,9 @@ def test_a_folder_without_a_run(tmp_path):
     ("name", "text", "message"),
     [
         ("report.json", "{", r"report.json cannot be read"),
+        ("report.json", "", r"report.json cannot be read"),
+        ("report.json", "[]", r"report.json holds no JSON object"),
+        ("report.json", json.dumps(report(results=None, layers=3, sparsity=0.5)), r"report.json: layers is 3"),
         ("report.json", json.dumps({"results": 3}), r"report.json: results is 3, which is no list"),
         ("report.json", json.dumps({"results": [{"sparse": "x"}]}), r"results\[0\]: sparse is 'x', which is no dict"),
         ("report.json", json.dumps(report(phases=[{"seconds": "long"}])), r"phases\[0\]: seconds is 'long'"),
@@ -171,8 +174,9 @@ def test_what_no_run_writes_is_named(tmp_path, name, text, message):
     path = tmp_path / name
     path.parent.mkdir(exist_ok=True)
     path.write_text(text)
-    with pytest.raises(CAPError, match=message):
+    with pytest.raises(CAPError, match=message) as error:
         find_runs(tmp_path)
+    assert str(error.value).endswith(f"; remove {path}, or run again what writes it")
 
 
 def test_too_many_reports_are_not_read(tmp_path, monkeypatch):
