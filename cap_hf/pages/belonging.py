@@ -1,9 +1,10 @@
 """Which reports in a folder are of one run: a run may leave there what an earlier one has written, or be followed.
 
 `report.json` of a run tells of its checkpoints, each of which has a report of its own that says the same. Where it says
-something else, or the run does not tell of it, another run has written it.
+something else, or the run does not tell of it, another run has written it. A copy of a folder has the same report.
 """
 
+import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,7 +74,29 @@ def sort_out(runs: Iterable[Run]) -> tuple[list[Run], list[str]]:
         else:
             told = f"is of {when} into the same folder, which {REPORT_NAME} there does not tell of"
         notes.append(f"{run.name} {told}.")
-    return kept, notes
+    return _without_copies(kept), notes
+
+
+def _without_copies(runs: list[Run]) -> list[Run]:
+    """Return the runs, each model of several equal reports with the first of these that still tells of it.
+
+    Equal reports are copies of one where that says when the run began, or has what a training logged and took: what was
+    started twice differs there. Of reports that say neither nothing is left out.
+    """
+    kept: list[Run] = []
+    told: dict[str, set[str]] = {}
+    for run in runs:
+        if run.facts.get("started") or run.facts.get("log_history"):
+            # As text, where what is no number equals itself.
+            before = told.setdefault(json.dumps(run.facts, sort_keys=True), set())
+            models = [json.dumps(result, sort_keys=True) for result in run.results]
+            results = [result for result, model in zip(run.results, models, strict=True) if model not in before]
+            if before and not results:
+                continue
+            run.results = results
+            before.update(models)
+        kept.append(run)
+    return kept
 
 
 def _same(run: Run, result: Result, other: Run) -> bool:

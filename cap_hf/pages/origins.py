@@ -1,20 +1,26 @@
 """What the models on a page were made from, and which runs began with the same: only these are compared.
 
 Two runs began with the same model if its name, the data and the number of images agree, as far as their reports know
-them, and what was measured of it does too.
+them, and what was measured of it does too, but for what another machine's rounding changes.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import PurePath
 from typing import Any, cast
 
-from cap_hf.checkpoints.metrics import measured_in
+from cap_hf.checkpoints.metrics import METRICS, measured_in
 from cap_hf.hub.origin import RECOVERED, kind_of
 from cap_hf.pages.facts import Facts
 
 # Two measurements of one model on different machines may differ by rounding: by this much, or this share.
 TOLERANCE = 1e-4
+# Where name, data and images are known to be the same: an image whose two best classes are nearly as likely may be
+# right on one machine only. As many such images, or this share of a figure that is no accuracy, tell no models apart.
+FEW_IMAGES, FEW_SHARE = 3, 0.01
+ACCURACIES = frozenset(metric.key for metric in METRICS if metric.share)
+COUNTS = frozenset({"num_examples", "bank_examples"})
 
 
 @dataclass
@@ -89,7 +95,7 @@ def agree(one: Origin, other: Origin) -> bool:
         if each.name in ("model", "data"):
             same = same_place(first, second)
         elif each.name == "dense":
-            same = _same_figures(first, second)
+            same = _same_figures(first, second, _images_of_both(one, other))
         else:
             same = first == second
         if not same:
@@ -97,11 +103,34 @@ def agree(one: Origin, other: Origin) -> bool:
     return True
 
 
-def _same_figures(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    keys = [key for key in one if key in other and not key.endswith("_se")]
-    pairs = [(one[key], other[key]) for key in keys]
-    numbers = [(a, b) for a, b in pairs if isinstance(a, (int, float)) and isinstance(b, (int, float))]
-    return all(abs(a - b) <= TOLERANCE * max(1.0, abs(a)) for a, b in numbers)
+def _images_of_both(one: Origin, other: Origin) -> int | None:
+    """Return how many images two origins were measured on, if model, data, split and that are known to be the same."""
+    for name in ("model", "data"):
+        first, second = getattr(one, name), getattr(other, name)
+        if first is None or second is None or not same_place(first, second):
+            return None
+    return one.images if (one.split, one.images) == (other.split, other.images) else None
+
+
+def _same_figures(one: Mapping[str, Any], other: Mapping[str, Any], images: int | None) -> bool:
+    """Return whether figures may be of one model: see `FEW_IMAGES` where the images are known, else `TOLERANCE`."""
+    for key in one:
+        first, second = one[key], other.get(key)
+        if key.endswith("_se") or not (isinstance(first, (int, float)) and isinstance(second, (int, float))):
+            continue
+        if first == second or (math.isnan(first) and math.isnan(second)):
+            continue
+        within = TOLERANCE * max(1.0, abs(first), abs(second))
+        if key in COUNTS:
+            within = 0.0
+        elif images and key in ACCURACIES:
+            # A share of images is rounded in its last digits.
+            within = max(within, FEW_IMAGES / images + 1e-9)
+        elif images:
+            within = max(within, FEW_SHARE * max(abs(first), abs(second)))
+        if not (math.isfinite(first) and math.isfinite(second) and abs(first - second) <= within):
+            return False
+    return True
 
 
 def group(origins: Sequence[Origin], parents: Sequence[int | None]) -> tuple[list[Origin], list[int]]:
@@ -113,10 +142,21 @@ def group(origins: Sequence[Origin], parents: Sequence[int | None]) -> tuple[lis
     """
     found: list[Origin] = []
     places: list[int | None] = [None] * len(origins)
-    # First those that know what they began with; then those that went on from one of them.
-    for number, origin in enumerate(origins):
-        if origin.model is not None:
-            places[number] = _place(found, origin)
+    # First those that know what they began with; then those that may have begun with one or another of them, by
+    # themselves; then those that went on from one.
+    named = [number for number, origin in enumerate(origins) if origin.model is not None]
+    unsure = _unsure([origins[number] for number in named])
+    sure = [number for place, number in enumerate(named) if place not in unsure]
+    for number in sure:
+        places[number] = _place(found, origins[number])
+    for number in (named[place] for place in sorted(unsure)):
+        # Equal ones that were measured are one.
+        alike = [other for other in named if places[other] is not None and origins[other] == origins[number]]
+        if alike and origins[number].dense:
+            places[number] = places[alike[0]]
+        else:
+            found.append(replace(origins[number]))
+            places[number] = len(found) - 1
     for number, origin in enumerate(origins):
         parent = parents[number]
         if origin.model is None and parent is not None:
@@ -128,11 +168,28 @@ def group(origins: Sequence[Origin], parents: Sequence[int | None]) -> tuple[lis
     return found, [place or 0 for place in places]
 
 
+def _unsure(origins: Sequence[Origin]) -> set[int]:
+    """Return the places of the origins that agree with two which do not agree with each other."""
+    count = len(origins)
+    # Bit by bit the others that each one agrees with.
+    fitting = [1 << place for place in range(count)]
+    for one in range(count):
+        for other in range(one):
+            if agree(origins[one], origins[other]):
+                fitting[one] |= 1 << other
+                fitting[other] |= 1 << one
+    return {
+        one
+        for one, each in enumerate(fitting)
+        if any(each >> other & 1 and each & ~fitting[other] for other in range(count))
+    }
+
+
 def _place(found: list[Origin], origin: Origin) -> int:
     """Return the number of an origin among those that were found, to which it is added if it is none of them."""
     fitting = [number for number, each in enumerate(found) if agree(each, origin)]
     # Of several it would be a guess.
-    if len(fitting) != 1 and not (fitting and origin.model):
+    if len(fitting) != 1:
         found.append(replace(origin, model=origin.model or origin.parent))
         return len(found) - 1
     known = found[fitting[0]]

@@ -18,6 +18,7 @@ from cap_hf.extras import need
 from cap_hf.pages.accuracy_chart import accuracy_chart, all_metrics, main_metric, search_chart
 from cap_hf.pages.chart import VERSION, Chart, on_paper
 from cap_hf.pages.layer_charts import curve_charts, map_charts
+from cap_hf.pages.origins import Origin
 from cap_hf.pages.run_charts import seconds_chart, spectrum_chart, speed_charts, training_charts
 from cap_hf.pages.runs import Found, find_runs
 from cap_hf.pages.series import Model
@@ -136,26 +137,24 @@ def tiles_of(found: Found) -> list[tuple[str, str, str]]:
     for origin in found.origins:
         if metric.key in origin.dense:
             tiles.append((f"dense {metric.heading}", metric.show(origin.dense), origin.label or "before pruning"))
-    for model in _best(found)[:3]:
-        drop = metric.show_drop(model.metrics, model.dense)
-        note = f"{drop} less than dense {model.origin.label}".strip() if drop != "-" else model.series
-        tiles.append((f"{metric.heading} at {100 * model.sparsity:.4g} %", metric.show(model.metrics), note))
+        for model in _best(found, metric, origin)[:3]:
+            drop = metric.show_drop(model.metrics, model.dense)
+            note = f"{drop} less than dense {origin.label}".strip() if drop != "-" else model.series
+            tiles.append((f"{metric.heading} at {100 * model.sparsity:.4g} %", metric.show(model.metrics), note))
     return tiles
 
 
-def _best(found: Found) -> list[Model]:
-    """Return for each sparsity the model that keeps most, the sparsest one first; none that another run has left."""
-    metric = main_metric(found)
+def _best(found: Found, metric: Metric, origin: Origin) -> list[Model]:
+    """Return for each sparsity the model of an origin that keeps most, the sparsest first; none another run has left.
+
+    Models of different origins are not compared.
+    """
     best: dict[float, Model] = {}
-    for model in found.models if metric else []:
-        value = model.metrics.get(metric.key) if metric else None
-        place = round(model.sparsity, 4)
-        if (
-            value is not None
-            and metric
-            and not model.when
-            and (place not in best or value > best[place].metrics[metric.key])
-        ):
+    for model in found.models:
+        value, place = model.metrics.get(metric.key), round(model.sparsity, 4)
+        if value is None or model.when or model.origin is not origin:
+            continue
+        if place not in best or value > best[place].metrics[metric.key]:
             best[place] = model
     return [best[place] for place in sorted(best, reverse=True)]
 

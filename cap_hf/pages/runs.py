@@ -6,6 +6,7 @@ Nothing of it is believed: what is used of a file has the type that it is used a
 import hashlib
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -66,14 +67,10 @@ def find_runs(folder: str | Path) -> Found:
         if path.name == REPORT_NAME:
             runs.append(_read_report(path, name))
         elif path.name == BENCHMARK_NAME:
-            content = read_json(path)
-            check_types(content, Benchmark, path)
-            found.benchmarks[name] = cast(Benchmark, content)
+            found.benchmarks[name] = cast(Benchmark, _read(path, Benchmark))
         elif path.name == STATE_NAME and name.rpartition("/")[0] not in found.histories:
             # Of a training that has not ended, or was not told to say more.
-            content = read_json(path)
-            check_types(content, Facts, path)
-            found.histories[name] = content.get("log_history") or []
+            found.histories[name] = _read(path, Facts).get("log_history") or []
     kept, found.notes = sort_out(runs)
     for run in kept:
         _add(found, run)
@@ -100,17 +97,34 @@ def files_of(folder: Path) -> Iterator[Path]:
                 yield Path(root) / name
 
 
+def _read(path: Path, expected: Any) -> dict:
+    """Return what a file holds, of a type as `check_types` knows them."""
+    with _to_mend(path):
+        content = read_json(path)
+        check_types(content, expected, path)
+    return content
+
+
+@contextmanager
+def _to_mend(path: Path) -> Iterator[None]:
+    """Say in an error about a file that a run has written what to do about it."""
+    try:
+        yield
+    except CAPError as error:
+        raise CAPError(f"{error}; remove {path}, or run again what writes it") from error
+
+
 def _read_report(path: Path, name: str) -> Run:
     """Return what a report says."""
-    content = read_json(path)
-    check_types(content, Facts, path)
+    content = _read(path, Facts)
     facts, results = cast(Facts, content), content.get("results")
     listed = results is not None
     if results is None:
         results = [{**content, "checkpoint": ""}]
     elif isinstance(results, dict):  # of the demo, by method and sparsity
         results = [{**each, "checkpoint": key} for key, each in results.items() if isinstance(each, dict)]
-    check_types(results, list[Result], f"{path}: results")
+    with _to_mend(path):
+        check_types(results, list[Result], f"{path}: results")
     return Run(name, path, facts, cast(list[Result], results), listed)
 
 
@@ -120,7 +134,8 @@ def _add(found: Found, run: Run) -> None:
     for result in run.results:
         pruning = result.get("pruning") or cast(Pruning, {})
         layers = pruning.get("layers") or facts.get("layers") or []
-        check_types(layers, list[Layer], f"{run.path}: layers")
+        with _to_mend(run.path):
+            check_types(layers, list[Layer], f"{run.path}: layers")
         sparsity = pruning.get("sparsity") if kind == PRUNED else facts.get("sparsity")
         if sparsity is None:
             continue
@@ -137,7 +152,7 @@ def _add(found: Found, run: Run) -> None:
         found.phases[name] = facts["phases"] or []
     if facts.get("log_history"):
         found.histories[name] = facts["log_history"] or []
-    record = _read_record(found, run.path, name)
+    record = _read_record(found, run)
     _note_command(found, run, record)
 
 
@@ -195,18 +210,21 @@ def _about(runs: list[Run], origins: list[Origin]) -> dict[str, Any]:
     return about
 
 
-def _read_record(found: Found, path: Path, name: str) -> Record:
-    """Return what the run of a report has noted down, or nothing: what another run noted down is no part of it."""
-    place = path.parent / RECORD_FOLDER / RECORD_NAME
+def _read_record(found: Found, run: Run) -> Record:
+    """Return what a run has noted down: nothing that another one did, nor of a checkpoint that is another's by now."""
+    place = run.path.parent / RECORD_FOLDER / RECORD_NAME
     if not place.is_file():
         return {}
-    content = read_json(place)
-    check_types(content, Record, place)
-    if content.get("report_sha256") != hashlib.sha256(path.read_bytes()).hexdigest():
+    content = _read(place, Record)
+    if content.get("report_sha256") != hashlib.sha256(run.path.read_bytes()).hexdigest():
         found.notes.append(f"{place.relative_to(found.folder)} is of another run than {REPORT_NAME} and was left out.")
         return {}
-    found.records[name] = cast(Record, content)
-    return found.records[name]
+    record = cast(Record, content)
+    if run.listed:
+        told = {result.get("checkpoint") for result in run.results}
+        record["changed"] = {name: each for name, each in (record.get("changed") or {}).items() if name in told}
+    found.records[run.name] = record
+    return record
 
 
 def _note_command(found: Found, run: Run, record: Record) -> None:

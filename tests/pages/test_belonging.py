@@ -89,3 +89,37 @@ def test_runs_beside_each_other_are_left_alone():
     kept, notes = sort_out(runs)
     assert [(run.name, run.when) for run in kept] == [("a", ""), ("b", ""), ("c", "")]
     assert notes == []
+
+
+def test_copies_of_a_recovery_are_no_runs():
+    made = recovered() | {"started": "2026-01-01"}
+    kept, notes = sort_out([single(made, "r"), single(dict(made), "r-small"), single(dict(made), "elsewhere/r")])
+    assert ([run.name for run in kept], notes) == (["r"], [])
+    # Of one that was started again, or with another seed, the report says so.
+    for change in ({"started": "2026-01-02"}, {"seed": 7}, {"recovered": None}):
+        kept, _ = sort_out([single(made, "r"), single(made | change, "s")])
+        assert [run.name for run in kept] == ["r", "s"]
+    # In the place of a checkpoint it is a copy too, and yet what the run says of that is no longer so.
+    kept, notes = sort_out([whole(report(), "o"), single(made, "r"), single(dict(made), "o/sparsity-0.9")])
+    assert [each["checkpoint"] for each in kept[0].results] == ["sparsity-0.5"]
+    assert len(notes) == 1
+    assert [run.name for run in kept] == ["o", "r"]
+
+
+def test_a_copy_of_a_run_is_no_run():
+    content = report(started="2026-01-01") | {"dense": {"top1": 0.9, "loss": float("nan")}}
+    runs = [whole(content, "a"), whole(dict(content), "b")]
+    runs += [single(checkpoint(content, place), f"{name}/sparsity-{place}") for name in "ab" for place in (0, 1)]
+    kept, notes = sort_out(runs)
+    assert ([run.name for run in kept], notes) == (["a"], [])
+    # One that was run again is, and so is one of which it is not known.
+    assert len(sort_out([whole(content, "a"), whole(content | {"started": "2026-01-02"}, "b")])[0]) == 2
+    assert len(sort_out([whole(report(), "a"), whole(report(), "b")])[0]) == 2
+
+
+def test_of_a_copy_counts_what_was_overwritten_in_the_first():
+    content, later = report(started="2026-01-01"), report("magnitude", started="2026-01-02")
+    runs = [whole(content, "a"), single(checkpoint(later), "a/sparsity-0.5"), whole(dict(content), "b")]
+    kept, _ = sort_out(runs)
+    told = {run.name: [each["checkpoint"] for each in run.results] for run in kept}
+    assert told == {"a": ["sparsity-0.9"], "a/sparsity-0.5": [""], "b": ["sparsity-0.5"]}

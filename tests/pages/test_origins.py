@@ -41,7 +41,15 @@ KNOWN = {"model": "user/vit", "revision": "main", "data": "digits", "split": "te
         ({"images": 50}, False),
         ({"sparsity": 0.5}, False),
         ({"dense": DENSE | {"top1": 0.9201}}, True),  # another machine rounds otherwise
+        ({"dense": DENSE | {"top1": 0.9275}}, True),  # 3 of 400 images
         ({"dense": DENSE | {"top1": 0.93}}, False),
+        ({"dense": DENSE | {"loss": DENSE["loss"] * 1.009}}, True),
+        ({"dense": DENSE | {"loss": DENSE["loss"] * 1.02}}, False),
+        ({"dense": DENSE | {"loss": float("nan")}}, False),
+        ({"dense": DENSE | {"num_examples": 401}}, False),
+        # Of who does not say what it began with, or with how many images, only the figures tell.
+        ({"model": None, "dense": DENSE | {"top1": 0.9225}}, False),
+        ({"images": None, "dense": DENSE | {"top1": 0.9225}}, False),
         ({"dense": DENSE | {"top1_se": 0.5}}, True),
         ({"dense": {"knn_top1": 0.4}}, True),
     ],
@@ -49,6 +57,14 @@ KNOWN = {"model": "user/vit", "revision": "main", "data": "digits", "split": "te
 def test_what_is_known_of_both_agrees(changes, same):
     one, other = Origin(**KNOWN, dense=DENSE), Origin(**{**KNOWN, "dense": DENSE, **changes})
     assert agree(one, other) is agree(other, one) is same
+
+
+def test_what_is_no_number_on_both_sides_tells_nothing_apart():
+    broken = DENSE | {"loss": float("nan")}
+    assert agree(Origin(**KNOWN, dense=broken), Origin(**KNOWN, dense=broken | {"loss": float("nan")}))
+    endless = DENSE | {"loss": float("inf")}
+    assert agree(Origin(**KNOWN, dense=endless), Origin(**KNOWN, dense=dict(endless)))
+    assert not agree(Origin(**KNOWN, dense=endless), Origin(**KNOWN, dense=broken))
 
 
 def test_what_reports_tell():
@@ -94,3 +110,20 @@ def test_who_does_not_say_where_it_began_belongs_to_its_parent():
     names, places = labels(unknown, one, other)
     assert places == [2, 0, 1]
     assert names[2] == "sparsity-0.9 400 images"
+
+
+def test_a_name_that_may_be_of_two_models_is_left_by_itself():
+    one, other = Origin("user/vit", dense=DENSE), Origin("other/vit", dense=DENSE)
+    short = Origin("vit", dense=DENSE)
+    for runs, expected in (
+        ([one, other, short, one], [0, 1, 2, 0]),
+        # Whatever comes first.
+        ([short, one, other, one], [2, 0, 1, 0]),
+        ([one, short, short, other], [0, 2, 2, 1]),
+    ):
+        names, places = labels(*runs)
+        assert places == expected
+        assert names == ["user/vit", "other/vit", "vit"]
+    assert labels(short, one, short) == ([""], [0, 0, 0])
+    # What was not measured is not known to be one.
+    assert labels(Origin("vit"), one, other, Origin("vit"))[1] == [2, 0, 1, 3]

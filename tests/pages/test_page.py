@@ -6,12 +6,13 @@ from html.parser import HTMLParser
 import pytest
 from PIL import Image
 from support.chromium import PROGRAM, open_page
-from support.runs import benchmark, layer_names, record, recovered, report, search, write, write_run
+from support.runs import benchmark, layer_names, measured, record, recovered, report, search, write, write_run
 
 from cap_hf import CAPError
 from cap_hf.checkpoints.replacing import CHARTS
 from cap_hf.pages import page
 from cap_hf.pages.page import write_page
+from cap_hf.pages.runs import find_runs
 
 HOSTILE = '</script></style><script>window.hit=1</script><img src=x onerror="window.hit=1">\'"{{ 7*7 }}${hit}'
 READY = "document.documentElement.dataset.drawn !== undefined"
@@ -47,9 +48,9 @@ def every_run(folder, name: str = "user/vit-tiny", names: list[str] | None = Non
     write_run(folder, content, noted)
     write(folder / "recovered" / "report.json", recovered())
     for sparsity in (0.5, 0.9):
-        measured = benchmark(sparsity)
-        measured["measurements"][1]["backend"] = f"sparse {name}"
-        write(folder / f"sparsity-{sparsity:g}" / "benchmark.json", measured)
+        timed = benchmark(sparsity)
+        timed["measurements"][1]["backend"] = f"sparse {name}"
+        write(folder / f"sparsity-{sparsity:g}" / "benchmark.json", timed)
     return folder
 
 
@@ -97,6 +98,22 @@ def test_of_several_runs_it_is_said_whose_elimination_is_shown(tmp_path):
     for name in ("a", "b"):
         write_run(tmp_path / name, report(name), record())
     assert "Elimination and Fisher are those of a; b: a page of its own." in write_page(tmp_path).read_text()
+
+
+def test_tiles_compare_no_runs_of_different_models(tmp_path):
+    write_run(tmp_path / "a")
+    write_run(tmp_path / "b", report("magnitude", sparsities=(0.9,)))
+    better = report(sparsities=(0.9,), model_name_or_path="user/deit-tiny", dense=measured(0.97, drop=False))
+    better["results"][0]["sparse"] = measured(0.95)
+    write_run(tmp_path / "c", better)
+    sparsity = {each.name: f"{100 * each.sparsity:.4g}" for each in find_runs(tmp_path).models}
+    assert page.tiles_of(find_runs(tmp_path)) == [
+        ("dense top-1 %", "92.00 ± 1.00", "vit-tiny"),
+        (f"top-1 % at {sparsity['a/sparsity-0.9']} %", "81.00 ± 1.00", "11.00 ± 0.50 less than dense vit-tiny"),
+        (f"top-1 % at {sparsity['a/sparsity-0.5']} %", "85.00 ± 1.00", "7.00 ± 0.50 less than dense vit-tiny"),
+        ("dense top-1 %", "97.00 ± 1.00", "deit-tiny"),
+        (f"top-1 % at {sparsity['c/sparsity-0.9']} %", "95.00 ± 1.00", "2.00 ± 0.50 less than dense deit-tiny"),
+    ]
 
 
 def test_nothing_is_written_where_nothing_can_be_read(tmp_path):

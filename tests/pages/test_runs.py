@@ -113,6 +113,20 @@ def test_what_another_run_has_noted_down_is_left_out(tmp_path):
     assert found.notes == ["report/recorded.json is of another run than report.json and was left out."]
 
 
+def test_changed_images_of_a_checkpoint_that_was_written_again_are_left_out(tmp_path):
+    noted, first = record(), report(started="2026-01-01")
+    noted["changed"]["sparsity-0.5"] = noted["changed"]["sparsity-0.9"] | {"lost": 0}
+    write_run(tmp_path, first, noted)
+    assert set(find_runs(tmp_path).records[""]["changed"]) == {"sparsity-0.5", "sparsity-0.9"}
+    second = report("magnitude", started="2026-01-02")
+    write(tmp_path / "sparsity-0.9" / "report.json", {**second, "results": None} | second["results"][1])
+    assert find_runs(tmp_path).records[""]["changed"] == {"sparsity-0.5": noted["changed"]["sparsity-0.5"]}
+    # A recovery names its only model otherwise than its folder.
+    noted["changed"] = {"recovered": noted["changed"]["sparsity-0.5"]}
+    write_run(tmp_path / "r", recovered(), noted)
+    assert set(find_runs(tmp_path).records["r"]["changed"]) == {"recovered"}
+
+
 def test_benchmarks_and_logs_of_a_training_that_has_not_ended(tmp_path):
     write(tmp_path / "sparsity-0.9" / "benchmark.json", benchmark())
     write(tmp_path / "r-training" / "checkpoint-2" / "trainer_state.json", {"log_history": [{"step": 1, "loss": 1.0}]})
@@ -145,6 +159,9 @@ def test_a_folder_without_a_run(tmp_path):
     ("name", "text", "message"),
     [
         ("report.json", "{", r"report.json cannot be read"),
+        ("report.json", "", r"report.json cannot be read"),
+        ("report.json", "[]", r"report.json holds no JSON object"),
+        ("report.json", json.dumps(report(results=None, layers=3, sparsity=0.5)), r"report.json: layers is 3"),
         ("report.json", json.dumps({"results": 3}), r"report.json: results is 3, which is no list"),
         ("report.json", json.dumps({"results": [{"sparse": "x"}]}), r"results\[0\]: sparse is 'x', which is no dict"),
         ("report.json", json.dumps(report(phases=[{"seconds": "long"}])), r"phases\[0\]: seconds is 'long'"),
@@ -157,8 +174,9 @@ def test_what_no_run_writes_is_named(tmp_path, name, text, message):
     path = tmp_path / name
     path.parent.mkdir(exist_ok=True)
     path.write_text(text)
-    with pytest.raises(CAPError, match=message):
+    with pytest.raises(CAPError, match=message) as error:
         find_runs(tmp_path)
+    assert str(error.value).endswith(f"; remove {path}, or run again what writes it")
 
 
 def test_too_many_reports_are_not_read(tmp_path, monkeypatch):
