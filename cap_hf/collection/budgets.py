@@ -220,9 +220,9 @@ class Budgets:
             # Two errors: what chance alone does more seldom than once in twenty times.
             last = Try(None, predicted, share, 2 * error)
             if not last.meets(budget.share):
-                way = "undercut" if last.within(budget.share) else "exceeded"
+                way = " is undercut: measured " if last.within(budget.share) else " is exceeded: measured "
                 why = "as layers become faster in jumps or the machine is busy"
-                logger.warning("%s is %s: measured %.4f ± %.4f, %s", budget, way, share, error, why)
+                logger.warning("%s%s%.4f ± %.4f, %s", budget, way, share, error, why)
         return BudgetReport(
             kind=budget.kind,
             requested=budget.share,
