@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 # A pattern such as 2:4 is an allocation, and says how sparse as well.
 PATTERN = "N:M"
-# Each of these holds ways to say the same thing, and what goes with that way alone. A run follows one of them, so one
+# Each of these holds ways to say the same thing, and what goes with that way. A run follows one of them, so one
 # that is typed takes the place of those in a file; what contradicts each other in one place is left for the checks.
 WAYS: tuple[dict[str, tuple[str, ...]], ...] = (
     {

@@ -167,7 +167,9 @@ def test_a_model_that_is_faster_already_is_not_pruned_to_a_larger_latency(said_t
 
 
 def test_what_comes_in_jumps_is_told(said_times, monkeypatch, caplog):
-    coarse = lambda model, pruned, *args: (round(2 * true_share(pruned)) / 2, 1e-4)  # noqa: E731
+    def coarse(model, pruned, *args):
+        return round(2 * true_share(pruned)) / 2, 1e-4
+
     monkeypatch.setattr(budgets, "measure_share", coarse)
     CAPCompressor(build("ViT"), CAPConfig(method="magnitude"), disable_tqdm=True).prune(Budget("latency", 0.7))
     assert "latency=0.7 is undercut: measured 0.5000 ± 0.0001, as layers become faster in jumps" in caplog.text
