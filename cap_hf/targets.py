@@ -4,7 +4,7 @@ import functools
 import logging
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
 import torch
@@ -46,6 +46,8 @@ class Target:
         block_size: weights per block.
         index: its place among the targets of the model.
         twins: further modules that compute with the same weight.
+        part: number and count: of the rows that a process owns, which share is meant; (0, 1) for all (see
+            `cap_hf.collection.shares`).
     """
 
     name: str
@@ -53,6 +55,12 @@ class Target:
     block_size: int
     index: int = 0
     twins: tuple[nn.Module, ...] = ()
+    part: tuple[int, int] = (0, 1)
+
+    @property
+    def whole(self) -> "Target":
+        """Return the target with all of its rows."""
+        return self if self.part == (0, 1) else replace(self, part=(0, 1))
 
     @property
     def modules(self) -> tuple[nn.Module, ...]:

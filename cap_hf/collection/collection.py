@@ -1,6 +1,6 @@
 """A whole collection: planned, gone through in passes, kept on the disk where it must be, finished as a Fisher."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -14,13 +14,13 @@ from cap_hf.collection.costs import Costs, measure
 from cap_hf.collection.examples import CalibrationExamples
 from cap_hf.collection.forecast import foresee
 from cap_hf.collection.objective import choose_loss, make_loss, measure_deviations
+from cap_hf.collection.parts import Tensors
 from cap_hf.collection.passes import Passes
 from cap_hf.collection.plan import Plan
 from cap_hf.collection.planning import make_plan
 from cap_hf.collection.precision import check_precision
 from cap_hf.collection.progress import Progress
 from cap_hf.collection.recollection import Recollection
-from cap_hf.collection.removal_paths import Tensors
 from cap_hf.collection.resources import Afterwards, Resources
 from cap_hf.collection.room import spill_folder
 from cap_hf.collection.running import Batches
@@ -117,7 +117,7 @@ class Collection:
             loss = self.prepare_loss()
             costs = self.measure(loss)
             self.plan = plan = self._begin(costs, checkpointing)
-            self.targets = [target for each in plan.passes for target in each]
+            self.targets = plan.targets
             order = self._shared_order(costs)
             how = (self.config, self.processes, self.progress, self.state)
             passes = Passes(plan, self.model, self.examples, order, loss, *how, costs.chains)
@@ -245,8 +245,9 @@ class Collection:
         moments: dict[str, SymmetricSums] = {}
         fisher = self._fisher(passes, sums, moments)
 
-        def on_load() -> None:
+        def on_load(targets: Sequence[Target]) -> None:
             fisher.count, fisher.damps = passes.count, self._damps(passes)
+            fisher.owned |= {target.name: own_blocks(target, self.processes) for target in targets}
 
         self.recollection = Recollection(passes, sums, moments, on_load)
         return fisher

@@ -69,8 +69,8 @@ class Costs:
 
 
 def products(target: Target) -> float:
-    """Return the multiplications of one gradient sample's outer products in all blocks of a target."""
-    return target.num_blocks * float(sums_per_block(target.block_size))
+    """Return the multiplications of one gradient sample's outer products in all blocks of a target, or of its part."""
+    return target.num_blocks * float(sums_per_block(target.block_size)) / target.part[1]
 
 
 def measure(

@@ -10,11 +10,12 @@ import torch
 from cap_hf.collection.costs import Costs, synchronize
 from cap_hf.collection.hardware import Hardware
 from cap_hf.collection.pass_costs import pass_seconds, passes_again, passes_through
-from cap_hf.collection.plan import Plan, sums_bytes
+from cap_hf.collection.plan import Plan
 from cap_hf.collection.progress import Foreseen
 from cap_hf.collection.resources import Afterwards
 from cap_hf.collection.room import disk_seconds
 from cap_hf.collection.shares import own_blocks
+from cap_hf.collection.splitting import sums_bytes
 from cap_hf.collection.together import together
 from cap_hf.config import CAPConfig, check_type
 from cap_hf.distributed.processes import Processes

@@ -1,6 +1,6 @@
 """Sums of the outer products of gradient samples, of the blocks that this process owns."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
 import torch
@@ -9,6 +9,7 @@ from torch import nn
 from cap_hf.collection.exchange import Exchange, made_in
 from cap_hf.collection.input_sums import InputSums
 from cap_hf.collection.kept_states import KeptStep, Through, WholeModel
+from cap_hf.collection.parts import within
 from cap_hf.collection.precision import matmul_precision
 from cap_hf.collection.running import Batch
 from cap_hf.collection.shares import block_shares, own_blocks
@@ -28,7 +29,7 @@ class GradientSums:
     sums them in the order of the examples, so that the sums do not depend on the number of processes.
 
     Args:
-        targets: whose sums they are.
+        targets: whose sums they are; of a part of one, those of its blocks.
         processes: of the run; None for this process alone.
         dtype: what gradients are rounded to before they are multiplied and sent: float32, or bfloat16 (then CUDA also
             multiplies in tf32). Sums are float32 (float64 in a float64 model).
@@ -37,9 +38,11 @@ class GradientSums:
         through: takes examples through the model; None for all of it, to the cross entropy with labels.
         inputs: of the same targets, filled with the inputs of the same examples; None where they are not asked for.
         make: takes the memory of the sums.
+        traced: names of the targets whose `traces` are wanted, of all blocks; None for all.
 
     Attributes:
         sums: for each target's name those of the blocks that this process owns.
+        traced: those targets, whole.
         count: how many gradient samples they hold.
     """
 
@@ -55,6 +58,7 @@ class GradientSums:
         through: Through | None = None,
         inputs: InputSums | None = None,
         make: Make = zeros,
+        traced: Collection[str] | None = None,
     ) -> None:
         self.targets, self.processes = list(targets), processes or Processes()
         self.dtype, self.microbatch = dtype, microbatch
@@ -62,6 +66,9 @@ class GradientSums:
         self.inputs = inputs
         self.count = 0
         self.sums = {target.name: self._zeros(target, make) for target in self.targets}
+        self.traced = [target.whole for target in self.targets if traced is None or target.name in traced]
+        # Of a part of a target no more is summed, and yet its damp is to be the same as that of the whole.
+        self._traces = {target.name: self._no_traces(target) for target in self.traced}
         by_name = {target.name: target for target in self.targets}
         self._order = [by_name[name] for name in order if name in by_name]
         self._exchange = Exchange(self.processes, dtype)
@@ -73,6 +80,10 @@ class GradientSums:
     def _zeros(self, target: Target, make: Make) -> SymmetricSums:
         own, device = own_blocks(target, self.processes), target.weight.device
         return SymmetricSums.zeros(own.stop - own.start, target.block_size, made_in(target), device, make)
+
+    def _no_traces(self, target: Target) -> torch.Tensor:
+        own = own_blocks(target, self.processes)
+        return torch.zeros(own.stop - own.start, dtype=torch.float64, device=target.weight.device)
 
     @contextmanager
     def listening(self) -> Iterator[None]:
@@ -141,12 +152,21 @@ class GradientSums:
             counts: how many gradient samples each process has; None where there is one process.
         """
         counts = counts or [0 if gradients is None else gradients.samples]
-        sums = self.sums[target.name]
+        sums, traces = self.sums[target.name], self._traces.get(target.name)
+        # Gradients of blocks that are not summed are made for their traces alone.
+        arriving, summed = (
+            (target, slice(0, len(sums))) if traces is None else (target.whole, within(target, self.processes))
+        )
         with matmul_precision(self.dtype):
-            for blocks, parts in self._exchange.arrivals(target, gradients, counts):
+            for blocks, parts in self._exchange.arrivals(arriving, gradients, counts):
                 for part in parts:
-                    if part.numel():
-                        sums.add(blocks, part.to(sums.dtype))
+                    if not part.numel():
+                        continue
+                    factors = part.to(sums.dtype)
+                    if traces is not None:
+                        traces[blocks] += torch.linalg.vector_norm(factors, dim=(1, 2)).double().square()
+                    if summed.start <= blocks.start < summed.stop:
+                        sums.add(slice(blocks.start - summed.start, blocks.stop - summed.start), factors)
 
     def finish(self) -> None:
         """Check what was summed, and add up the inputs of all processes.
@@ -166,7 +186,8 @@ class GradientSums:
     def strips(self, target: Target) -> list[torch.Tensor]:
         """Return what has been summed of a target, in this process: what a run that goes on needs."""
         inputs = [] if self.inputs is None else self.inputs.strips(target)
-        return self.sums[target.name].strips + inputs
+        traces = [self._traces[target.name]] if target.name in self._traces else []
+        return self.sums[target.name].strips + inputs + traces
 
     @property
     def moments(self) -> dict[str, SymmetricSums]:
@@ -178,6 +199,5 @@ class GradientSums:
         self.sums, self.inputs = {}, None
 
     def traces(self, target: Target) -> torch.Tensor:
-        """Return the sum of the diagonal of every block, of all processes, `(num_blocks,)` in float64."""
-        own = self.sums[target.name].diagonals().double().sum(dim=1)
-        return self.processes.assemble(own, block_shares(target, self.processes))
+        """Return the trace of every block of a `traced` target, of all processes, `(num_blocks,)` in float64."""
+        return self.processes.assemble(self._traces[target.name], block_shares(target.whole, self.processes))

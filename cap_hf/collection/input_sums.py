@@ -46,6 +46,11 @@ class InputSums:
         device = target.weight.device
         return SymmetricSums.zeros(num_moments(target), moment_size(target), torch.float64, device)
 
+    @property
+    def traced(self) -> list[Target]:
+        """Return the targets whose `traces` there are."""
+        return self.targets
+
     @contextmanager
     def listening(self) -> Iterator[None]:
         """Have hooks on the targets; inside the context steps can be taken."""

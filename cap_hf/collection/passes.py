@@ -125,7 +125,7 @@ class Passes:
                 self.count,
                 self.config.num_grads,
             )
-        if any(target.name not in self.means for target in statistic.targets):
+        if statistic.traced:
             self.means |= mean_diagonals(statistic, self.processes)
         return statistic
 
@@ -213,7 +213,8 @@ class Passes:
         inputs = InputSums(targets, self.processes) if has_prior else None
         # The sums of the pass before are gone, or on the disk.
         self._arena.reuse()
-        how = (self.plan.microbatch, self.order, WholeModel(self.loss), inputs, self._arena.zeros)
+        unknown = [target.name for target in targets if target.name not in self.means]
+        how = (self.plan.microbatch, self.order, WholeModel(self.loss), inputs, self._arena.zeros, unknown)
         return GradientSums(targets, self.processes, dtype, *how)
 
 
@@ -256,13 +257,13 @@ def own_bytes(target: Target, processes: Processes) -> int:
 
 
 def mean_diagonals(statistic: GradientSums | InputSums, processes: Processes) -> dict[str, float]:
-    """Return the mean of each target's diagonal of F, over the blocks of all processes, exactly the same on each.
+    """Return the mean of each traced target's diagonal of F, over the blocks of all processes, the same on each.
 
     Name blocks without any gradient in a warning, one for all targets.
     """
     means = {}
     dead, places = 0, []
-    for target in statistic.targets:
+    for target in statistic.traced:
         traces = statistic.traces(target)
         means[target.name] = float(traces.sum()) / (len(traces) * target.block_size * statistic.count)
         if here := int((traces == 0).sum()):

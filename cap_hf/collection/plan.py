@@ -6,15 +6,13 @@ from pathlib import Path
 
 import torch
 
-from cap_hf.collection import exchange, input_sums, removal_paths, solver
+from cap_hf.collection import exchange, removal_paths, solver
 from cap_hf.collection.costs import Costs
-from cap_hf.collection.exchange import made_in
-from cap_hf.collection.shares import largest_shares
-from cap_hf.collection.stretches import Chain, kept_bytes, stretch_of
+from cap_hf.collection.shares import chunk_blocks, largest_shares
+from cap_hf.collection.splitting import Piece, in_parts, split_keeping, sums_bytes
 from cap_hf.distributed.processes import Processes
 from cap_hf.errors import readable
 from cap_hf.method import gradients
-from cap_hf.method.sums import sums_per_block
 from cap_hf.targets import Target
 
 # Of the widest activation on a CPU: what a microbatch fits into, so that a layer finds in the cache what the one before
@@ -30,7 +28,7 @@ class Plan:
     """Which targets are collected in which pass.
 
     Attributes:
-        passes: the targets of each, in the model's order.
+        passes: the targets of each, in the model's order; of one whose sums alone are too large, a part.
         block_size: that they were found with.
         step: gradient samples of a step, at most; larger batches are split.
         microbatch: how many of them go through the model together.
@@ -58,6 +56,11 @@ class Plan:
     rounds: int = 1
 
     @property
+    def targets(self) -> list[Target]:
+        """Return the targets of all passes, whole, in the model's order."""
+        return list({target.name: target.whole for each in self.passes for target in each}.values())
+
+    @property
     def num_passes(self) -> int:
         """Return how often the examples are gone through, for paths and for new weights."""
         # The second time begins with the pass that the first has ended with; after it nothing is kept.
@@ -65,7 +68,11 @@ class Plan:
 
     def to_dict(self) -> dict:
         """Return what another run needs to go through memory in the same way."""
-        passes = [[target.name for target in each] for each in self.passes]
+        # A name alone is that of a whole target.
+        passes = [
+            [target.name if target.whole is target else [target.name, *target.part] for target in each]
+            for each in self.passes
+        ]
         steps = {"step": self.step, "microbatch": self.microbatch}
         keeping = {"spills": bool(self.spilled), "recollects": self.recollects, "keeps": self.keeps}
         return {"passes": passes, "block_size": self.block_size} | keeping | steps
@@ -73,7 +80,8 @@ class Plan:
     def like(self, other: dict, find: Find) -> "Plan":
         """Return this plan with the passes of another one, as `to_dict` gave them."""
         targets = {target.name: target for target in find(other["block_size"])}
-        passes = [[targets[name] for name in each] for each in other["passes"]]
+        named = [[(each, 0, 1) if isinstance(each, str) else each for each in group] for group in other["passes"]]
+        passes = [[replace(targets[name], part=(number, count)) for name, number, count in each] for each in named]
         spilled = max(self.spilled, 1) if other["spills"] else 0
         same = {name: other[name] for name in ("block_size", "step", "microbatch")}
         # An older state does not say what was not there yet.
@@ -110,7 +118,8 @@ def plan_passes(
 ) -> Plan | None:
     """Return the plan with the fewest passes; None where the memory or `max_passes` does not allow any.
 
-    What does not fit into one pass goes to the disk, or is collected twice.
+    What does not fit into one pass goes to the disk, or is collected twice. What goes to the disk is read target by
+    target; of what is collected twice a pass may take parts of a target.
 
     Args:
         targets: in the model's order.
@@ -144,6 +153,14 @@ def plan_passes(
     collecting = in_model_bytes(step, costs, device) + exchanged
     paths = max(removal_paths.peak_bytes(target, count) for target, count in shares)
 
+    def pieces(room: int) -> list[Piece]:
+        """Return the targets in pieces that each fit into some room; none where that cannot be."""
+        cut = [
+            [(target, size)] if size <= room else in_parts(target, room, processes, prior) if recollected else []
+            for target, size in zip(targets, sizes, strict=True)
+        ]
+        return [piece for each in cut for piece in each] if all(cut) else []
+
     least, most = solver.batch_range(targets, device, available)
 
     def fit(beside: int, most: int) -> tuple[int, int]:
@@ -168,7 +185,8 @@ def plan_passes(
         # beside the last pass's sums.
         held += 2 * costs.model
         held += recollected * sum(target.block_size * count * target.weight.element_size() for target, count in shares)
-        _, solving = fit(max(sizes) + held + compared, least)
+        smallest = max(sums_bytes(target, chunk_blocks(target, device), prior) for target in targets)
+        _, solving = fit(smallest + held + compared, least)
         room = available - held - max(collecting, solving + compared)
         after = held + refitting
     else:
@@ -178,13 +196,12 @@ def plan_passes(
         after = max(max(sizes) + solving, refitting) + compared
     if after > available:
         return None
-    found = split_keeping(targets, sizes, room, costs.chains if kept else [], kept)
+    found = split_keeping(pieces, room, costs.chains if kept else [], kept)
     if found is None or (kept and not found[1]):
         return None
     passes, states = found
     held += states
-    size_of = {target.name: size for target, size in zip(targets, sizes, strict=True)}
-    largest = max(sum(size_of[target.name] for target in each) for each in passes)
+    largest = max(sum(size for _, size in each) for each in passes)
     # Passes are as few as small batches allow; larger ones take what is left then.
     if recollected:
         batch_bytes, solving = fit(largest + held + compared, most)
@@ -193,7 +210,7 @@ def plan_passes(
         batch_bytes, solving = fit(max(sizes) + compared, most)
         peak, after = largest + collecting, max(max(sizes) + solving, refitting) + compared
     plan = Plan(
-        passes,
+        [[target for target, _ in each] for each in passes],
         block_size,
         step,
         microbatch_of(step, costs, device),
@@ -210,45 +227,6 @@ def plan_passes(
     return plan if max_passes is None or plan.num_passes <= max_passes else None
 
 
-def split_passes(targets: Sequence[Target], sizes: Sequence[int], room: int) -> list[list[Target]]:
-    """Return the targets in as few runs as have no more than `room` bytes each, none of which alone is larger."""
-    passes: list[list[Target]] = [[]]
-    held = 0
-    for target, size in zip(targets, sizes, strict=True):
-        if passes[-1] and held + size > room:
-            passes.append([])
-            held = 0
-        passes[-1].append(target)
-        held += size
-    return passes
-
-
-def split_keeping(
-    targets: Sequence[Target], sizes: Sequence[int], room: int, chains: Sequence[Chain], samples: int
-) -> tuple[list[list[Target]], int] | None:
-    """Return the targets as `split_passes` does, in what room is left beside hidden states; and the bytes of these.
-
-    Args:
-        targets: in the model's order.
-        sizes: bytes of the sums of each.
-        room: bytes for sums and states.
-        chains: layers that can be gone through alone; none where nothing is kept.
-        samples: how many gradient samples are kept.
-
-    Returns:
-        None where the sums of one target do not fit.
-    """
-    states = 0
-    while max(sizes) <= room - states:
-        passes = split_passes(targets, sizes, room - states)
-        needed = samples * kept_bytes(stretch_of(chains, each) for each in passes)
-        if needed <= states:
-            return passes, needed
-        # With more passes there are more places in the model that states are kept of.
-        states = needed
-    return None
-
-
 def microbatch_of(step: int, costs: Costs, device: torch.device) -> int:
     """Return how many of a step's gradient samples go through the model together."""
     if device.type == "cpu":
@@ -263,9 +241,3 @@ def in_model_bytes(step: int, costs: Costs, device: torch.device) -> int:
     microbatch = microbatch_of(step, costs, device)
     kept = costs.kept * step if microbatch < step else 0
     return costs.bytes * microbatch + kept + costs.held * step + gradients.making_bytes(costs.patches)
-
-
-def sums_bytes(target: Target, blocks: int, prior: bool = False) -> int:
-    """Return the bytes of the sums of some blocks of a target, and of those of its inputs if there is a prior."""
-    own = blocks * sums_per_block(target.block_size) * made_in(target).itemsize
-    return own + (input_sums.held_bytes(target) if prior else 0)

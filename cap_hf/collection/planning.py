@@ -9,10 +9,11 @@ from cap_hf.collection import solver
 from cap_hf.collection.costs import Costs
 from cap_hf.collection.fitting import least_bytes
 from cap_hf.collection.pass_costs import pass_seconds, passes_again
-from cap_hf.collection.plan import Find, Plan, plan_passes, sums_bytes
+from cap_hf.collection.plan import Find, Plan, plan_passes
 from cap_hf.collection.resources import Afterwards, Resources
 from cap_hf.collection.room import available_bytes, check_disk, disk_seconds, spill_folder
 from cap_hf.collection.shares import largest_shares
+from cap_hf.collection.splitting import sums_bytes
 from cap_hf.config import CAPConfig
 from cap_hf.distributed.processes import Processes
 from cap_hf.errors import CAPError, readable

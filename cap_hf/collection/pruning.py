@@ -10,8 +10,9 @@ from cap_hf.budget import Budget
 from cap_hf.checkpoints.form import check_range, round_weights, too_large
 from cap_hf.collection.budgets import Budgets
 from cap_hf.collection.collection import Collection
+from cap_hf.collection.parts import Tensors
 from cap_hf.collection.progress import Progress
-from cap_hf.collection.removal_paths import RemovalPaths, Tensors
+from cap_hf.collection.removal_paths import RemovalPaths
 from cap_hf.config import CAPConfig
 from cap_hf.patterns import Pattern, unit_of
 

@@ -21,7 +21,7 @@ class Recollection:
         passes: that collect the groups.
         sums: of a Fisher, to be filled.
         moments: that its prior is made from, to be filled.
-        on_load: called when a group is there: what is known of its Fisher has changed.
+        on_load: told the targets of a group when it is there: what is known of its Fisher has changed.
     """
 
     def __init__(
@@ -29,14 +29,14 @@ class Recollection:
         passes: "Passes",
         sums: dict[str, SymmetricSums],
         moments: dict[str, SymmetricSums],
-        on_load: Callable[[], None],
+        on_load: Callable[[Sequence[Target]], None],
     ) -> None:
         self.passes, self.sums, self.moments, self.on_load = passes, sums, moments, on_load
         self._loaded: int | None = None
 
     @property
     def groups(self) -> Sequence[Sequence[Target]]:
-        """Return the targets of each group."""
+        """Return the targets of each group; of one whose sums are too large for a group, a part."""
         return self.passes.plan.passes
 
     def load(self, number: int) -> None:
@@ -56,7 +56,7 @@ class Recollection:
         # Or it would hold them beyond `clear`, until the garbage is collected.
         statistic.clear()
         self._loaded = number
-        self.on_load()
+        self.on_load(self.groups[number])
 
     def is_finished(self, number: int) -> bool:
         """Return whether an interrupted run had all removal paths of a group, and noted it; the same everywhere."""

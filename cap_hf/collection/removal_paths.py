@@ -1,10 +1,11 @@
 """What each block would give up, in which order and at what loss; how many it does; what becomes of the others."""
 
-from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 import torch
 
+from cap_hf.collection.parts import MakeTensors, Tensors, join, key_of, within
 from cap_hf.collection.precision import matmul_precision
 from cap_hf.collection.recollection import Recollection
 from cap_hf.collection.relevance import Relevance
@@ -20,9 +21,6 @@ from cap_hf.method.panels import Elimination
 from cap_hf.patterns import NMPattern, Pattern, unit_of
 from cap_hf.targets import Target, fit_block_size
 
-Tensors = MutableMapping[str, torch.Tensor]
-# Makes a dict of tensors of a name, in memory or on the disk.
-MakeTensors = Callable[[str], Tensors]
 # Told how many blocks are done, and how much work that was; made for a work that begins.
 Advance = Callable[[int, float], None]
 Begin = Callable[[float], Advance]
@@ -77,12 +75,12 @@ class RemovalPaths:
 
     @property
     def groups(self) -> Sequence[Sequence[Target]]:
-        """Return the targets whose sums are there together."""
+        """Return the targets whose sums are there together; of one whose sums are too large, a part."""
         return [self.targets] if self.recollection is None else self.recollection.groups
 
     def work(self, targets: Sequence[Target]) -> float:
         """Return what the blocks of some targets take to solve, in the measure of `work_of`."""
-        return sum(work_of(target, len(self.weights[target.name])) for target in targets)
+        return sum(work_of(target, len(self._weights(target))) for target in targets)
 
     def count_zeros(self, unit: int = 1) -> list[int]:
         """Return how many units of each target, of all processes' weights, are 0 as a whole already."""
@@ -111,15 +109,15 @@ class RemovalPaths:
         waiting: list[list[Target]] = []
         for number, targets in enumerate(self.groups):
             # The losses are written last: where they are, the order is.
-            rest = [target for target in targets if target.name not in self.losses]
+            rest = [target for target in targets if not self._has_losses(target)]
             self._load(number, len(rest))
             advance = begin(self.work(targets))
             for target in targets:
-                if target.name in self.losses:
-                    advance(len(self.weights[target.name]), self.work([target]))
+                if target not in rest:
+                    advance(len(self._weights(target)), self.work([target]))
                 elif self.solver.has_damp(target):
                     self._eliminate(target, advance)
-            waiting.append([target for target in targets if target.name not in self.losses])
+            waiting.append([target for target in targets if not self._has_losses(target)])
             if self.recollection is not None:
                 self.recollection.finish(number)
         # Targets without any gradient take the mean damp of all others, which is known only now.
@@ -129,6 +127,7 @@ class RemovalPaths:
                 advance = begin(self.work(targets))
                 for target in targets:
                     self._eliminate(target, advance)
+        join(self.groups, self.orders, self.losses)
         self._eliminated = True
 
     def _load(self, number: int, left: int, begun: bool = False) -> None:
@@ -149,9 +148,17 @@ class RemovalPaths:
     def _eliminate(self, target: Target, advance: Advance) -> None:
         # Around this alone: what the model computes is the user's to choose.
         with matmul_precision(torch.float32):
-            found = self.solver.eliminate(target, self.weights[target.name], self._pattern, advance)
-        self.orders[target.name] = found.order
-        self.losses[target.name] = found.losses
+            found = self.solver.eliminate(target, self._weights(target), self._pattern, advance)
+        self.orders[key_of(target)] = found.order
+        self.losses[key_of(target)] = found.losses
+
+    def _has_losses(self, target: Target) -> bool:
+        """Return whether a target, or a part of it, is eliminated."""
+        return target.name in self.losses or key_of(target) in self.losses
+
+    def _weights(self, target: Target) -> torch.Tensor:
+        """Return the weights at the beginning, of this process's blocks of a target or of a part of it."""
+        return self.weights[target.name][within(target, self.processes)]
 
     def allocate(self, config: CAPConfig, sparsity: float) -> list[torch.Tensor]:
         """Return how many units each of this process's blocks gives up, `(n,)` int64 for each target.
@@ -200,22 +207,22 @@ class RemovalPaths:
                 self.recollection.load(number)
             advance = begin(self.work(targets) * len(counts))
             for target in targets:
-                place, weights = places[target.name], self.weights[target.name]
-                paths = Elimination(self.orders[target.name], self.losses[target.name])
-                each = [count[place] for count in counts]
-                solved = self.solver.reconstruct(target, weights, paths, each, self._pattern, advance)
+                place, rows = places[target.name], within(target, self.processes)
+                paths = Elimination(self.orders[target.name][rows], self.losses[target.name][rows])
+                each = [count[place][rows] for count in counts]
+                solved = self.solver.reconstruct(target, self._weights(target), paths, each, self._pattern, advance)
                 for time, (found, loss) in enumerate(solved):
-                    made[time][target.name], losses[time, place] = found, loss
+                    made[time][key_of(target)] = found
+                    losses[time, place] += loss
         if self.recollection is not None:
             self.recollection.clear()
+        join(self.groups, *made)
         return list(zip(made, self.processes.sum(losses), strict=True))
 
     def removed(
         self, names: Sequence[str], counts: Sequence[torch.Tensor], unit: int
     ) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yield some targets' names and weights: what they give up is 0, and all else is as at the beginning.
-
-        Every process gets those of all.
+        """Yield names and whole weights of some targets: what they give up is 0, all else is as at the beginning.
 
         Args:
             names: of the targets.
@@ -278,8 +285,8 @@ def with_changes(config: CAPConfig, allocation: str | None, selection: str | Non
 
 def held_bytes(target: Target, blocks: int) -> int:
     """Return the bytes of the weights, orders and losses of some blocks of a target."""
-    entry = target.weight.element_size() + order_dtype(target).itemsize + torch.float32.itemsize
-    return blocks * target.block_size * entry
+    kinds = (target.weight.dtype, order_dtype(target), torch.float32)
+    return blocks * target.block_size * sum(kind.itemsize for kind in kinds)
 
 
 def compared_bytes(target: Target, blocks: int) -> int:

@@ -1,4 +1,4 @@
-"""Which blocks of a target each process owns, and the chunks of rows in which gradients are made, sent and summed."""
+"""Which blocks of a target, or of a part of it, each process owns; and the chunks of rows that gradients come in."""
 
 import torch
 
@@ -27,24 +27,38 @@ def row_chunks(target: Target, device: torch.device) -> list[slice]:
     return [slice(start, min(start + height, rows)) for start in range(0, rows, height)]
 
 
+def chunk_blocks(target: Target, device: torch.device) -> int:
+    """Return the most blocks that a chunk of a target has."""
+    return chunk_weights(target, device) // target.block_size
+
+
 def chunk_weights(target: Target, device: torch.device) -> int:
     """Return the most weights that a chunk of a target has."""
     return max(chunk.stop - chunk.start for chunk in row_chunks(target, device)) * target.row_size
 
 
 def chunk_shares(target: Target, processes: Processes) -> list[list[slice]]:
-    """Return the chunks of a target that each process owns; the larger shares go round with the targets."""
+    """Return the chunks of a target that each process owns; the larger shares go round with the targets.
+
+    Of a part of a target, each process has that part of its own.
+    """
     chunks = row_chunks(target, processes.device)
-    return [chunks[share] for share in processes.shares(len(chunks), target.index)]
+    number, count = target.part
+    return [
+        share[len(share) * number // count : len(share) * (number + 1) // count]
+        for share in (chunks[each] for each in processes.shares(len(chunks), target.index))
+    ]
 
 
 def block_shares(target: Target, processes: Processes) -> list[slice]:
     """Return for each process the blocks of a target that it owns: those of its chunks."""
     shares, done = [], 0
     for chunks in chunk_shares(target, processes):
-        rows = chunks[-1].stop - chunks[0].start if chunks else 0
-        shares.append(slice(done, done + rows * target.row_size // target.block_size))
-        done = shares[-1].stop
+        if not chunks:
+            shares.append(slice(done, done))
+            continue
+        start, done = (row * target.row_size // target.block_size for row in (chunks[0].start, chunks[-1].stop))
+        shares.append(slice(start, done))
     return shares
 
 

@@ -24,7 +24,8 @@ class BlockFisher:
         sums: for each target's name the sums of the blocks that are `owned`, or with `shared` of its groups.
         count: N, how many gradient samples (examples, of inputs) they hold.
         damps: for each target's name what is added to the diagonal, absolute.
-        owned: for each target's name the blocks that this process eliminates and solves for.
+        owned: for each target's name the blocks that this process eliminates and solves for; of a target of which a
+            part of the sums is there at a time, those of the part.
         shared: whether the blocks of a group have one matrix.
         prior: what F is mixed with; None for nothing but the damp.
     """

@@ -43,7 +43,12 @@ def test_a_plan_takes_every_target_once_and_stays_within_the_budget(
         )
     if plan is None:
         return
-    assert [target for each in plan.passes for target in each] == targets
+    assert plan.targets == targets
+    pieces = [target for each in plan.passes for target in each]
+    for target in targets:
+        own = [each.part for each in pieces if each.name == target.name]
+        # Only of what is collected anew a pass may have a part.
+        assert own == [(number, len(own)) for number in range(len(own) if recollected else 1)]
     assert plan.needed <= available
     assert plan.needed >= refitting
     assert 1 <= plan.microbatch <= plan.step <= 16

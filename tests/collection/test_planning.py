@@ -5,7 +5,7 @@ from functools import partial
 
 import pytest
 import torch
-from support.models import build, random_batches
+from support.models import ARCHITECTURES, build, random_batches
 from support.short_memory import loader, squeeze
 
 import cap_hf.collection.collection as collection_module
@@ -14,6 +14,7 @@ import cap_hf.collection.planning as planning_module
 from cap_hf import CAPCompressor, CAPConfig, CAPError
 from cap_hf.collection import room
 from cap_hf.collection.costs import measure
+from cap_hf.collection.parts import parts_of
 from cap_hf.collection.plan import Plan
 from cap_hf.collection.planning import BLOCK_SIZES, automatic_sizes
 from cap_hf.collection.resources import Resources
@@ -21,12 +22,13 @@ from cap_hf.collection.solver import work_of
 from cap_hf.targets import find_targets
 
 
-@pytest.mark.parametrize("anew", [False, True])
+# Of the bytes of all sums: sums go to the disk, are collected anew, or so in parts of the largest targets.
+@pytest.mark.parametrize(("short", "anew", "in_parts"), [(0.7, False, False), (0.9, True, False), (0.65, True, True)])
 @pytest.mark.parametrize("shuffle", [False, True])
 @pytest.mark.parametrize("fisher_loss", ["labels", "sampled", "features"])
-def test_several_passes_equal_one(monkeypatch, tmp_path, shuffle, fisher_loss, anew):
+def test_several_passes_equal_one(monkeypatch, tmp_path, shuffle, fisher_loss, short, anew, in_parts):
     results = []
-    for fraction in (100.0, 0.9 if anew else 0.7):
+    for fraction in (100.0, short):
         model = build("ViT")
         squeeze(monkeypatch, fraction, anew, block_size="row")
         config = CAPConfig(num_grads=30, fisher_loss=fisher_loss)
@@ -38,6 +40,7 @@ def test_several_passes_equal_one(monkeypatch, tmp_path, shuffle, fisher_loss, a
             found.append({key: value.clone() for key, value in model.state_dict().items()})
         results.append((len(compressor.plan.passes), found))
         assert compressor.plan.recollects == (anew and fraction < 1)
+        assert has_parts(compressor.plan) == (in_parts and fraction < 1)
         assert any(tmp_path.iterdir()) == bool(compressor.plan.spilled)
         del compressor
         assert not any(tmp_path.iterdir())
@@ -46,6 +49,38 @@ def test_several_passes_equal_one(monkeypatch, tmp_path, shuffle, fisher_loss, a
     for one, several in zip(results[0][1], results[1][1], strict=True):
         for name, value in one.items():
             assert torch.equal(value, several[name]), name
+
+
+def has_parts(plan: Plan) -> bool:
+    """Whether a pass has a part of a target."""
+    return any(target.part != (0, 1) for each in plan.passes for target in each)
+
+
+# Blocks of several rows, of one, and of a part of one.
+@pytest.mark.parametrize("block_size", [64, "row", 4])
+@pytest.mark.parametrize("fisher_dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", ["Swin", "ConvNext", "ResNet"])
+def test_parts_of_layers_equal_whole_ones(monkeypatch, name, fisher_dtype, block_size):
+    make_plan, found, damps = planning_module.make_plan, [], []
+
+    def in_parts(*args) -> Plan:
+        plan = make_plan(*args)
+        # Of a layer with fewer chunks some of these are empty.
+        passes = [[part] for target in plan.targets for part in parts_of(target, 3)]
+        return replace(plan, passes=passes, recollects=True)
+
+    for plan in (make_plan, in_parts):
+        monkeypatch.setattr(collection_module, "make_plan", plan)
+        model = build(name)
+        config = CAPConfig(num_grads=12, fisher_block_size=block_size, fisher_dtype=fisher_dtype)
+        compressor = CAPCompressor(model, config).collect(random_batches(model, ARCHITECTURES[name][1], sizes=(5, 7)))
+        losses = [layer.loss for sparsity in (0.5, 0.8) for layer in compressor.prune(sparsity).layers]
+        found.append({key: value.clone() for key, value in model.state_dict().items()})
+        damps.append((compressor.fisher.damps, losses))
+    assert damps[0][0] == damps[1][0]
+    assert damps[0][1] == pytest.approx(damps[1][1], rel=1e-12)
+    for key, value in found[0].items():
+        assert torch.equal(value, found[1][key]), key
 
 
 def test_batches_that_come_once_serve_one_pass_only(monkeypatch):

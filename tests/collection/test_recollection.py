@@ -52,7 +52,9 @@ class Passes:
 
 def test_loading_takes_the_other_groups_sums_away_first():
     passes, told = Passes(), []
-    recollection = Recollection(passes, passes.sums, passes.moments, lambda: told.append(list(passes.sums)))
+    recollection = Recollection(
+        passes, passes.sums, passes.moments, lambda group: told.append([each.name for each in group])
+    )
     for number, loaded in ((0, [0]), (0, [0]), (1, [0, 1]), (0, [0, 1, 0])):
         recollection.load(number)
         names = [each.name for each in passes.plan.passes[number]]
@@ -70,7 +72,7 @@ def test_loading_takes_the_other_groups_sums_away_first():
 
 def test_after_a_pass_that_failed_nothing_counts_as_loaded():
     passes = Passes(fails_at=2)
-    recollection = Recollection(passes, passes.sums, passes.moments, lambda: None)
+    recollection = Recollection(passes, passes.sums, passes.moments, lambda group: None)
     recollection.load(0)
     with pytest.raises(KeyboardInterrupt):
         recollection.load(1)

@@ -2,6 +2,7 @@
 
 import json
 
+import pytest
 import torch
 from safetensors.torch import load_file
 from support.latencies import said, spend_budgets
@@ -16,11 +17,19 @@ import cap_hf.collection.planning as planning
 import cap_hf.collection.solver as solver
 from cap_hf.commands.launch import launch
 
-planning.available_bytes = lambda *_: 190_000
+planning.available_bytes = lambda *_: BYTES
 planning.extra_seconds = lambda plan, *_: WAYS.index((plan.recollects, plan.keeps))
 solver.BATCH_BYTES = 2**13
 launch("prune")
 """
+
+# The memory of each process: in one of them passes have parts of layers.
+BYTES, FEW_BYTES = 190_000, 178_000
+
+
+def with_memory(available: int) -> str:
+    """The script of processes that have so many bytes each."""
+    return f"BYTES = {available}\n{SCRIPT}"
 
 
 # One process is killed in the last elimination of the first group, which the other one may have done.
@@ -39,18 +48,21 @@ RemovalPaths._eliminate = dying
 """
 
 
-def test_they_go_on_from_different_places(tmp_path):
+@pytest.mark.parametrize("available", [BYTES, FEW_BYTES])
+def test_they_go_on_from_different_places(tmp_path, available):
     dense = dense_checkpoint(tmp_path / "dense")
     common = ["--model_name_or_path", str(dense), "--sparsity", "0.75", "--num_grads", "40", "--do_eval", "false"]
     common += ["--refit", "false", "--per_device_batch_size", "4", "--spill_dir", "none", "--checkpoint_every", "16"]
     output = ["--output_dir", str(tmp_path / "out")]
-    (tmp_path / "script.py").write_text(SCRIPT)
-    (tmp_path / "killed.py").write_text(KILLED + SCRIPT)
+    (tmp_path / "script.py").write_text(with_memory(available))
+    (tmp_path / "killed.py").write_text(KILLED + with_memory(available))
     launch(2, *common, "--output_dir", str(tmp_path / "expected"), script=tmp_path / "script.py")
     launch(2, *common, *output, script=tmp_path / "killed.py", expect=1)
     state = tmp_path / "out-collection"
     done = [len(list((state / f"rank-{rank}" / "losses").iterdir())) for rank in (0, 1)]
     assert done[0] == done[1] + 1
+    passes = json.loads((state / "rank-0" / "run.json").read_text())["plan"]["passes"]
+    assert any(isinstance(target, list) for each in passes for target in each) == (available == FEW_BYTES)
     launch(2, *common, *output, "--resume", script=tmp_path / "script.py")
     found, expected = (
         load_file(tmp_path / name / "sparsity-0.75" / "model.safetensors") for name in ("out", "expected")
@@ -67,18 +79,19 @@ def test_they_spill_or_collect_anew_and_keep_their_state(tmp_path):
     # Small enough to stay whole in little memory: split batches are rounded otherwise.
     common += ["--per_device_batch_size", "4"]
     assert main(["prune", *common, "--disable_tqdm", "true", "--output_dir", str(tmp_path / "one")]) == 0
-    (tmp_path / "script.py").write_text(SCRIPT)
     expected = load_file(tmp_path / "one" / "sparsity-0.75" / "model.safetensors")
     nothing = ["--spill_dir", "none"]
-    for number, extra in enumerate(
+    for number, (available, extra) in enumerate(
         (
-            ["--spill_dir", str(tmp_path / "spill")],
-            ["--checkpoint_every", "16"],
-            nothing,
-            [*nothing, "--checkpoint_every", "16"],
+            (BYTES, ["--spill_dir", str(tmp_path / "spill")]),
+            (BYTES, ["--checkpoint_every", "16"]),
+            (BYTES, nothing),
+            (FEW_BYTES, nothing),
+            (BYTES, [*nothing, "--checkpoint_every", "16"]),
         )
     ):
         output = tmp_path / f"two-{number}"
+        (tmp_path / "script.py").write_text(with_memory(available))
         done = launch(2, *common, *extra, "--output_dir", str(output), script=tmp_path / "script.py")
         assert "passes over the examples" in done.stderr, done.stderr
         assert "one pass" not in done.stderr

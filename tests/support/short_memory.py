@@ -5,8 +5,8 @@ from torch.utils.data import DataLoader
 
 import cap_hf.collection.planning as planning_module
 import cap_hf.collection.solver as solver_module
-from cap_hf.collection.plan import sums_bytes
 from cap_hf.collection.shares import largest_shares
+from cap_hf.collection.splitting import sums_bytes
 from cap_hf.distributed.processes import Processes
 from cap_hf.targets import find_targets
 from support.models import build, random_batches

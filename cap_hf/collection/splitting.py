@@ -1,0 +1,73 @@
+"""Which targets are collected in which pass, by what their sums and the hidden states between passes take in memory."""
+
+from collections.abc import Callable, Sequence
+
+from cap_hf.collection import input_sums
+from cap_hf.collection.exchange import made_in
+from cap_hf.collection.parts import parts_of
+from cap_hf.collection.shares import block_shares, chunk_shares
+from cap_hf.collection.stretches import Chain, kept_bytes, stretch_of
+from cap_hf.distributed.processes import Processes
+from cap_hf.method.sums import sums_per_block
+from cap_hf.targets import Target
+
+# A target or a part of one, and the bytes of its sums in the process that has most of them.
+Piece = tuple[Target, int]
+
+
+def in_parts(target: Target, room: int, processes: Processes, prior: bool) -> list[Piece]:
+    """Return a target in as few parts as have sums of no more than `room` bytes each; none where a chunk has more."""
+    for count in range(2, max(len(each) for each in chunk_shares(target, processes)) + 1):
+        parts = parts_of(target, count)
+        most = [max(each.stop - each.start for each in block_shares(part, processes)) for part in parts]
+        sizes = [sums_bytes(part, blocks, prior) for part, blocks in zip(parts, most, strict=True)]
+        if max(sizes) <= room:
+            return list(zip(parts, sizes, strict=True))
+    return []
+
+
+def split_passes(pieces: Sequence[Piece], room: int) -> list[list[Piece]]:
+    """Return pieces in as few runs as have no more than `room` bytes each, none of which alone has more.
+
+    No run has two parts of one target.
+    """
+    passes: list[list[Piece]] = [[]]
+    held = 0
+    for target, size in pieces:
+        if passes[-1] and (held + size > room or passes[-1][-1][0].name == target.name):
+            passes.append([])
+            held = 0
+        passes[-1].append((target, size))
+        held += size
+    return passes
+
+
+def split_keeping(
+    pieces: Callable[[int], list[Piece]], room: int, chains: Sequence[Chain], samples: int
+) -> tuple[list[list[Piece]], int] | None:
+    """Return pieces as `split_passes` does, in what room is left beside hidden states; and the bytes of these.
+
+    Args:
+        pieces: gives those that each fit into some room; none where that cannot be.
+        room: bytes for sums and states.
+        chains: layers that can be gone through alone; none where nothing is kept.
+        samples: how many gradient samples are kept.
+
+    Returns:
+        None where there are none.
+    """
+    states = 0
+    while found := pieces(room - states):
+        passes = split_passes(found, room - states)
+        needed = samples * kept_bytes(stretch_of(chains, [target for target, _ in each]) for each in passes)
+        if needed <= states:
+            return passes, needed
+        # With more passes there are more places in the model that states are kept of.
+        states = needed
+    return None
+
+
+def sums_bytes(target: Target, blocks: int, prior: bool = False) -> int:
+    """Return the bytes of the sums of some blocks of a target, and of those of its inputs if there is a prior."""
+    own = blocks * sums_per_block(target.block_size) * made_in(target).itemsize
+    return own + (input_sums.held_bytes(target) if prior else 0)
