@@ -4,6 +4,7 @@ import time
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,7 +19,7 @@ from cap_hf.collection.stretches import Chain
 from cap_hf.method.gradients import GradientSamples, StepGradients
 from cap_hf.method.losses import FisherLoss
 from cap_hf.method.sums import SymmetricSums, sums_per_block
-from cap_hf.targets import Target
+from cap_hf.targets import Layer, Target, weight_layers
 from cap_hf.towers import see
 
 # Gradient samples that are measured.
@@ -45,6 +46,7 @@ class Costs:
         multiplications: how many take a second while outer products are summed.
         order: names of the targets in the order in which the backward pass meets them.
         positions: for each target's name how many positions (tokens, pixels) of a gradient sample go through it.
+        work: for each Linear and Conv2d of the model, in its order, the multiply-adds of a gradient sample in it.
         chains: layers that can be gone through alone.
     """
 
@@ -59,6 +61,7 @@ class Costs:
     multiplications: float = 1e10
     order: list[str] = field(default_factory=list)
     positions: dict[str, int] = field(default_factory=dict)
+    work: dict[nn.Module, int] = field(default_factory=dict)
     chains: list[Chain] = field(default_factory=list)
 
     def summing_seconds(self, targets: Sequence[Target], inputs: bool = False, gradients: bool = True) -> float:
@@ -108,7 +111,7 @@ def measure(
             costs.chains = find_chains(model, batch, loss, draws, targets, count)
         # Once more: the first time a device sets itself up.
         costs.seconds = timed_step(model, batch, loss, draws, targets, count) / count
-    costs.samples = samples
+    costs.samples, costs.work = samples, count_work(model, batch, count)
     costs.model = sum(each.nbytes for each in (*model.parameters(), *model.buffers()))
     costs.multiplications = summing_speed(max(targets, key=products))
     return costs
@@ -128,6 +131,22 @@ def count_positions(model: nn.Module, batch: Batch, targets: Sequence[Target], s
                 stack.callback(handle.remove)
         forward(model, batch)
     return found
+
+
+def count_work(model: nn.Module, batch: Batch, samples: int) -> dict[nn.Module, int]:
+    """Return what `Costs.work` is, of a batch of so many gradient samples."""
+    work: dict[nn.Module, int] = dict.fromkeys(weight_layers(model).values(), 0)
+
+    def note(module: Layer, args: tuple[Any, ...], output: Any) -> None:
+        # Of what gives no tensor nothing is known, and nothing is pruned.
+        if isinstance(output, torch.Tensor):
+            work[module] += output.numel() // len(module.weight) * module.weight.numel() // samples
+
+    with ExitStack() as stack, frozen(model):
+        for module in work:
+            stack.callback(module.register_forward_hook(note).remove)
+        forward(model, batch)
+    return work
 
 
 def measure_memory(

@@ -1,6 +1,6 @@
 """What a pass takes of one gradient sample, by how much of the model it goes through."""
 
-from collections.abc import Collection
+from itertools import takewhile
 
 from cap_hf.collection.costs import Costs
 from cap_hf.collection.plan import Plan
@@ -26,15 +26,16 @@ def pass_seconds(
 
 def share_of_model(plan: Plan, number: int, costs: Costs, again: bool) -> float:
     """Return what part of a forward and backward pass through the whole model a pass takes; arguments are as above."""
-    everything = [target for each in plan.passes for target in each]
-    work = {target.name: target.weight.numel() * max(costs.positions.get(target.name, 1), 1) for target in everything}
-    total = sum(work.values())
+    total = sum(costs.work.values())
+    if not total:
+        return 1.0
     stretch = alone(plan, number, costs, again)
     if stretch is not None:
-        return worth(work, stretch.names) / total
+        inside = {module for layer in stretch.layers for module in layer.modules()}
+        return sum(work for module, work in costs.work.items() if module in inside) / total
     # Forward through all of it, and backward no further than the first of the pass.
-    first = min(target.index for target in plan.passes[number])
-    below = worth(work, {target.name for target in everything if target.index < first})
+    first = min(plan.passes[number], key=lambda target: target.index).module
+    below = sum(costs.work[module] for module in takewhile(lambda module: module is not first, costs.work))
     return 0.5 + 0.5 * (1 - below / total)
 
 
@@ -43,7 +44,7 @@ def alone(plan: Plan, number: int, costs: Costs, again: bool) -> Stretch | None:
 
     The first pass keeps what the others need, and goes through all of the model.
     """
-    return stretch_of(costs.chains, plan.passes[number]) if plan.keeps and (number or again) else None
+    return stretch_of(costs.chains, plan.passes[number], plan.keeps) if plan.keeps and (number or again) else None
 
 
 def passes_again(plan: Plan) -> list[int]:
@@ -58,8 +59,3 @@ def passes_through(plan: Plan, costs: Costs) -> int:
     """Return how often the examples go through the model, for paths and for new weights."""
     ways = [(number, False) for number in range(len(plan.passes))] + [(number, True) for number in passes_again(plan)]
     return sum(alone(plan, number, costs, again) is None for number, again in ways)
-
-
-def worth(work: dict[str, int], names: Collection[str]) -> int:
-    """Return the work of some targets, of those of which it is known."""
-    return sum(work.get(name, 0) for name in names)

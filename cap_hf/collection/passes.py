@@ -89,7 +89,7 @@ class Passes:
         self._arena = Arena(largest if plan.recollects or plan.spilled else 0)
         self._states: KeptStates | None = None
         if plan.keeps and loss is not None:
-            found = {number: stretch_of(chains, targets) for number, targets in enumerate(plan.passes)}
+            found = {number: stretch_of(chains, targets, plan.keeps) for number, targets in enumerate(plan.passes)}
             self._states = KeptStates({number: each for number, each in found.items() if each is not None}, loss)
 
     def skip(self, number: int) -> None:

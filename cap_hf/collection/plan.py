@@ -38,7 +38,8 @@ class Plan:
         spilled: bytes that go to the disk; 0 for a single pass.
         batch_bytes: of the matrices that are solved at a time.
         recollects: whether the sums of a pass are dropped before the next, and collected anew when they are wanted.
-        keeps: whether hidden states are kept between passes, which then go through their own layers alone.
+        keeps: of every how many layers hidden states are kept between passes, which then go through few layers alone;
+            0 for none.
         rounds: how often new weights are made, of several sparsities together.
     """
 
@@ -52,7 +53,7 @@ class Plan:
     spilled: int = 0
     batch_bytes: int | None = None
     recollects: bool = False
-    keeps: bool = False
+    keeps: int = 0
     rounds: int = 1
 
     @property
@@ -85,14 +86,14 @@ class Plan:
         spilled = max(self.spilled, 1) if other["spills"] else 0
         same = {name: other[name] for name in ("block_size", "step", "microbatch")}
         # An older state does not say what was not there yet.
-        ways = {name: other.get(name, False) for name in ("recollects", "keeps")}
+        ways = {name: other.get(name, 0) for name in ("recollects", "keeps")}
         return replace(self, passes=passes, spilled=spilled, **ways, **same)
 
     def describe(self, seconds: float, folder: Path | None) -> str:
         """Return one line about the plan; `seconds` are what the passes are expected to take."""
         passes = "one pass" if self.num_passes == 1 else f"{self.num_passes} passes"
         if self.keeps:
-            passes += ", most of them through their own layers alone,"
+            passes += ", most of them through few layers alone,"
         blocks = "blocks of a row" if self.block_size == "row" else f"blocks of about {self.block_size}"
         disk = f", {readable(self.spilled)} kept in {folder}" if self.spilled else ""
         return (
@@ -115,6 +116,7 @@ def plan_passes(
     recollected: int = 0,
     kept: int = 0,
     rounds: int = 1,
+    stride: int = 1,
 ) -> Plan | None:
     """Return the plan with the fewest passes; None where the memory or `max_passes` does not allow any.
 
@@ -136,6 +138,7 @@ def plan_passes(
         kept: of how many gradient samples hidden states are kept between passes; 0 for none. Where sums are collected
             anew alone.
         rounds: how often new weights are made.
+        stride: of every how many layers hidden states are kept.
     """
     device = processes.device
     blocks = largest_shares(list(targets), processes)
@@ -196,7 +199,7 @@ def plan_passes(
         after = max(max(sizes) + solving, refitting) + compared
     if after > available:
         return None
-    found = split_keeping(pieces, room, costs.chains if kept else [], kept)
+    found = split_keeping(pieces, room, costs.chains if kept else [], kept, stride)
     if found is None or (kept and not found[1]):
         return None
     passes, states = found
@@ -221,7 +224,7 @@ def plan_passes(
         spilled=0 if recollected else sum(sizes) + held,
         batch_bytes=batch_bytes,
         recollects=bool(recollected),
-        keeps=bool(kept),
+        keeps=stride if kept else 0,
         rounds=rounds,
     )
     return plan if max_passes is None or plan.num_passes <= max_passes else None

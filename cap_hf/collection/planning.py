@@ -21,6 +21,8 @@ from cap_hf.method.methods import METHODS
 
 # What is tried where a block size has to be found, largest first.
 BLOCK_SIZES = ("row", 4096, 3072, 2048, 1536, 1024, 768, 512, 384, 256, 192, 128, 96, 64, 48, 32, 16)
+# Of every how many layers hidden states are kept, tried in turn.
+STRIDES = (1, 2, 3, 4, 6, 8, 12)
 # Where it has to be found, no block is larger than this if all blocks together would take more than so much work (see
 # `solver.work_of`): on two cores a few minutes. Larger blocks cost with the square of their size, and once layers are
 # refitted they gain little (docs/results.md).
@@ -70,13 +72,10 @@ def make_plan(
     def plan(size: int | str, most: int | None, refits: bool = afterwards.refits) -> Plan | None:
         # A refit gets by with fewer examples than are asked for, but not with fewer than so many.
         refitting = least_bytes(costs.widest // config.samples_per_grad) if refits else 0
-        ways = ((0, 0), (afterwards.prunes, 0), (afterwards.prunes, kept if costs.chains else 0))
-        spilling, *others = (
-            plan_passes(
-                find(size), size, available, costs, processes, most, dtype, prior, refitting, *way, afterwards.rounds
-            )
-            for way in ways
-        )
+        how, rounds = (size, available, costs, processes, most, dtype, prior, refitting), afterwards.rounds
+        ways = [(0, 0, rounds, 1), (afterwards.prunes, 0, rounds, 1)]
+        ways += [(afterwards.prunes, kept, rounds, stride) for stride in strides(costs)]
+        spilling, *others = (plan_passes(find(size), *how, *way) for way in ways)
         if spilling is not None and not spilling.spilled:
             return spilling
         plans = [each for each in others if each is not None]
@@ -159,6 +158,12 @@ def extra_seconds(
     # Written once, read by the elimination and for the weights of each sparsity.
     seconds += (2 + prunes * plan.rounds) * plan.spilled * seconds_per_byte
     return max(each for (each,) in processes.gather_ints(int(1e3 * seconds))) / 1e3
+
+
+def strides(costs: Costs) -> list[int]:
+    """Return of every how many layers hidden states may be kept: of fewer of them, passes go through more layers."""
+    longest = max((len(chain.layers) for chain in costs.chains), default=0)
+    return [stride for stride in STRIDES if stride < max(longest, 2)] if longest else []
 
 
 def automatic_sizes(find: Find) -> list[int | str]:

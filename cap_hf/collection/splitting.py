@@ -43,7 +43,7 @@ def split_passes(pieces: Sequence[Piece], room: int) -> list[list[Piece]]:
 
 
 def split_keeping(
-    pieces: Callable[[int], list[Piece]], room: int, chains: Sequence[Chain], samples: int
+    pieces: Callable[[int], list[Piece]], room: int, chains: Sequence[Chain], samples: int, stride: int
 ) -> tuple[list[list[Piece]], int] | None:
     """Return pieces as `split_passes` does, in what room is left beside hidden states; and the bytes of these.
 
@@ -52,6 +52,7 @@ def split_keeping(
         room: bytes for sums and states.
         chains: layers that can be gone through alone; none where nothing is kept.
         samples: how many gradient samples are kept.
+        stride: of every how many layers.
 
     Returns:
         None where there are none.
@@ -59,7 +60,8 @@ def split_keeping(
     states = 0
     while found := pieces(room - states):
         passes = split_passes(found, room - states)
-        needed = samples * kept_bytes(stretch_of(chains, [target for target, _ in each]) for each in passes)
+        stretches = (stretch_of(chains, [target for target, _ in each], stride) for each in passes)
+        needed = samples * kept_bytes(stretches)
         if needed <= states:
             return passes, needed
         # With more passes there are more places in the model that states are kept of.

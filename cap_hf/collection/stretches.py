@@ -104,18 +104,25 @@ class Stretch:
         return hidden
 
     @property
-    def names(self) -> frozenset[str]:
-        """Return the names of all targets in the layers."""
-        return frozenset().union(*self.chain.targets[self.start : self.stop])
+    def layers(self) -> Sequence[nn.Module]:
+        """Return the layers."""
+        return self.chain.layers[self.start : self.stop]
 
 
-def stretch_of(chains: Iterable[Chain], targets: Sequence[Target]) -> Stretch | None:
-    """Return the shortest stretch that all of some targets lie in; None where there is none."""
+def stretch_of(chains: Iterable[Chain], targets: Sequence[Target], stride: int = 1) -> Stretch | None:
+    """Return the shortest stretch that all of some targets lie in; None where there is none.
+
+    Args:
+        chains: of the model.
+        targets: of one pass.
+        stride: stretches begin and end at every so many layers alone; 1 for at any.
+    """
     names = {target.name for target in targets}
     for chain in chains:
         where = [number for number, inside in enumerate(chain.targets) if inside & names]
         if where and names <= frozenset().union(*chain.targets):
-            return Stretch(chain, where[0], where[-1] + 1)
+            stop = -(-(where[-1] + 1) // stride) * stride
+            return Stretch(chain, where[0] // stride * stride, min(stop, len(chain.layers)))
     return None
 
 

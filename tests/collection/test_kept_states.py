@@ -26,8 +26,8 @@ def strips(statistic, target) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
-@pytest.mark.parametrize("recorded", [0, 2])
-def test_groups_alone_equal_the_whole_model(name, recorded):
+@pytest.mark.parametrize(("recorded", "stride"), [(0, 1), (2, 1), (1, 2)])
+def test_groups_alone_equal_the_whole_model(name, recorded, stride):
     """Whatever group's pass the states were kept in, and with several microbatches a step."""
     model, side = build(name), ARCHITECTURES[name][1]
     batches = [(batch, 4, None) for batch in random_batches(model, side, sizes=(4, 4))]
@@ -42,7 +42,7 @@ def test_groups_alone_equal_the_whole_model(name, recorded):
     with frozen(model):
         expected = filled(targets, WholeModel(loss), batches)
         chains = find_chains(model, batches[0][0], loss, None, targets, 4)
-        found = {number: stretch_of(chains, group) for number, group in enumerate(groups)}
+        found = {number: stretch_of(chains, group, stride) for number, group in enumerate(groups)}
         states = KeptStates({number: each for number, each in found.items() if each is not None}, loss)
         with states.keeping():
             first = filled(groups[recorded], states, batches)

@@ -10,19 +10,20 @@ from cap_hf.collection.stretches import Chain
 from cap_hf.targets import find_targets
 
 
-def layers(keeps: bool) -> tuple[Plan, Costs]:
+def layers(keeps: int) -> tuple[Plan, Costs]:
     """A plan of a pass for each of four layers, which all have the same weights."""
     model = build("ViT", num_hidden_layers=4)
     targets = find_targets(model)
     groups = [[each for each in targets if f".{number}." in each.name] for number in range(4)]
     names = tuple(frozenset(each.name for each in group) for group in groups)
-    costs = Costs(seconds=8.0, multiplications=1e30, positions={each.name: 5 for each in targets})
+    costs = Costs(seconds=8.0, multiplications=1e30)
+    costs.work = {each.module: 5 * each.weight.numel() for each in targets}
     costs.chains = [Chain(tuple(model.vit.layers), names, (1,) * 5)]
     return Plan(groups, "row", 4, 4, recollects=True, keeps=keeps), costs
 
 
 def test_a_pass_goes_back_no_further_than_its_targets():
-    plan, costs = layers(keeps=False)
+    plan, costs = layers(keeps=0)
     shares = [share_of_model(plan, number, costs, again=False) for number in range(4)]
     assert shares == pytest.approx([1, 7 / 8, 6 / 8, 5 / 8])
     assert shares == [share_of_model(plan, number, costs, again=True) for number in range(4)]
@@ -30,7 +31,7 @@ def test_a_pass_goes_back_no_further_than_its_targets():
 
 
 def test_with_states_only_the_first_goes_through_the_model():
-    plan, costs = layers(keeps=True)
+    plan, costs = layers(keeps=1)
     assert [share_of_model(plan, number, costs, again=False) for number in range(4)] == [1, 1 / 4, 1 / 4, 1 / 4]
     assert share_of_model(plan, 0, costs, again=True) == 1 / 4
     assert alone(plan, 0, costs, again=False) is None
@@ -39,7 +40,7 @@ def test_with_states_only_the_first_goes_through_the_model():
 
 
 def test_each_further_round_goes_through_all_passes_again():
-    plan, costs = layers(keeps=False)
+    plan, costs = layers(keeps=0)
     plan.rounds = 3
     assert passes_again(plan) == [0, 1, 2, 0, 1, 2, 3, 0, 1, 2, 3]
     assert plan.num_passes == passes_through(plan, costs) == 4 + 11
@@ -49,7 +50,7 @@ def test_each_further_round_goes_through_all_passes_again():
 
 
 def test_what_lies_in_no_chain_goes_through_the_model_every_time():
-    plan, costs = layers(keeps=True)
+    plan, costs = layers(keeps=1)
     costs.chains = [Chain(each.layers[:2], each.targets[:2], each.sizes[:3]) for each in costs.chains]
     assert [share_of_model(plan, number, costs, again=False) for number in range(4)] == [1, 1 / 4, 6 / 8, 5 / 8]
     # The first, those of the upper layers, and one of these once more.
@@ -57,7 +58,24 @@ def test_what_lies_in_no_chain_goes_through_the_model_every_time():
 
 
 def test_work_counts_weights_and_how_often_they_are_seen():
-    plan, costs = layers(keeps=True)
-    for name in costs.chains[0].targets[3]:
-        costs.positions[name] = 15
+    plan, costs = layers(keeps=1)
+    for target in plan.passes[3]:
+        costs.work[target.module] *= 3
     assert share_of_model(plan, 3, costs, again=True) == pytest.approx(3 / 6)
+
+
+def test_layers_that_are_not_pruned_are_gone_through_all_the_same():
+    """With `--include` of some layers, a pass through one of them was taken for one through half of the model."""
+    plan, costs = layers(keeps=0)
+    plan.passes = plan.passes[1:3]
+    assert [share_of_model(plan, number, costs, again=False) for number in range(2)] == [7 / 8, 6 / 8]
+    plan.keeps = 1
+    assert [share_of_model(plan, number, costs, again=True) for number in range(2)] == [1 / 4, 1 / 4]
+    assert share_of_model(plan, 0, Costs(), again=False) == 1
+
+
+def test_with_fewer_states_passes_go_through_more_layers():
+    plan, costs = layers(keeps=2)
+    assert [share_of_model(plan, number, costs, again=True) for number in range(4)] == [1 / 2] * 4
+    plan.keeps = 3
+    assert [share_of_model(plan, number, costs, again=True) for number in range(4)] == [3 / 4] * 3 + [1 / 4]

@@ -23,6 +23,14 @@ def test_the_stretch_of_targets_is_the_shortest():
     assert stretch_of([OTHER, CHAIN], [target("x")]) == Stretch(OTHER, 0, 1)
 
 
+def test_stretches_begin_and_end_where_states_are_kept():
+    """States of fewer layers take less memory; those in between are gone through."""
+    for names, places in (("c", (0, 2)), ("d", (2, 4)), ("bd", (0, 4))):
+        assert stretch_of([CHAIN], [target(name) for name in names], 2) == Stretch(CHAIN, *places)
+    assert stretch_of([CHAIN], [target("d")], 3) == Stretch(CHAIN, 3, 4)
+    assert stretch_of([CHAIN], [target("c")], 9) == Stretch(CHAIN, 0, 4)
+
+
 def test_targets_of_two_chains_or_of_none_have_no_stretch():
     assert stretch_of([OTHER, CHAIN], [target("c"), target("x")]) is None
     assert stretch_of([OTHER, CHAIN], [target("c"), target("elsewhere")]) is None
