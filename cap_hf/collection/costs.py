@@ -46,6 +46,7 @@ class Costs:
         multiplications: how many take a second while outer products are summed.
         order: names of the targets in the order in which the backward pass meets them.
         positions: for each target's name how many positions (tokens, pixels) of a gradient sample go through it.
+        kept_of: for each target's name the bytes of what is kept of it; what several are called with is that of each.
         work: for each Linear and Conv2d of the model, in its order, the multiply-adds of a gradient sample in it.
         chains: layers that can be gone through alone.
     """
@@ -61,6 +62,7 @@ class Costs:
     multiplications: float = 1e10
     order: list[str] = field(default_factory=list)
     positions: dict[str, int] = field(default_factory=dict)
+    kept_of: dict[str, int] = field(default_factory=dict)
     work: dict[nn.Module, int] = field(default_factory=dict)
     chains: list[Chain] = field(default_factory=list)
 
@@ -170,10 +172,11 @@ def measure_memory(
             held[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    def keep(module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
-        storage = hold(args[0]).untyped_storage()
+    def keep(target: Target, given: torch.Tensor, output: torch.Tensor) -> None:
+        storage = hold(given).untyped_storage()
         kept[storage.data_ptr()] = storage.nbytes()
         outputs.append(output.nbytes)
+        costs.kept_of[target.name] = costs.kept_of.get(target.name, 0) + (storage.nbytes() + output.nbytes) // count
 
     def note(target: Target, gradients: StepGradients) -> None:
         costs.order.append(target.name)
@@ -181,14 +184,15 @@ def measure_memory(
         costs.held = max(costs.held, gradients.held_bytes)
         costs.positions[target.name] = gradients.positions
 
-    handles = [module.register_forward_hook(keep) for target in targets for module in target.modules]
-    try:
-        with GradientSamples(targets, note) as hooks, saved_tensors_hooks(hold, lambda saved: saved):
-            hooks.start(count)
-            backward(model, batch, loss, draws)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with ExitStack() as stack:
+        for target in targets:
+            for module in target.modules:
+                hook = module.register_forward_hook(lambda _, args, output, each=target: keep(each, args[0], output))
+                stack.callback(hook.remove)
+        hooks = stack.enter_context(GradientSamples(targets, note))
+        stack.enter_context(saved_tensors_hooks(hold, lambda saved: saved))
+        hooks.start(count)
+        backward(model, batch, loss, draws)
     costs.bytes = int(PASSING * sum(held.values()) / count)
     costs.kept = (sum(kept.values()) + sum(outputs)) // count
     costs.widest = max((*kept.values(), *outputs), default=0) // count

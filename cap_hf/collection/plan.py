@@ -149,20 +149,20 @@ def plan_passes(
         for part in (removal_paths.held_bytes, removal_paths.compared_bytes)
     )
 
-    step = costs.samples
-    while step > 1 and in_model_bytes(step, costs, device) > available // 2:
-        step //= 2
-    exchanged = max(exchange.peak_bytes(target, processes, step, dtype) for target in targets)
-    collecting = in_model_bytes(step, costs, device) + exchanged
-    paths = max(removal_paths.peak_bytes(target, count) for target, count in shares)
+    def in_step(step: int, kept: int) -> int:
+        """Return the bytes that are kept of a step's samples, of so many each; none where all are summed at once."""
+        return kept * step if microbatch_of(step, costs, device) < step else 0
 
-    def pieces(room: int) -> list[Piece]:
-        """Return the targets in pieces that each fit into some room; none where that cannot be."""
-        cut = [
-            [(target, size)] if size <= room else in_parts(target, room, processes, prior) if recollected else []
-            for target, size in zip(targets, sizes, strict=True)
-        ]
-        return [piece for each in cut for piece in each] if all(cut) else []
+    def stepping(kept: int) -> tuple[int, int]:
+        """Return a step of whose samples so many bytes are kept each, and what it takes beside these."""
+        step = costs.samples
+        while step > 1 and in_model_bytes(step, costs, device) + in_step(step, kept) > available // 2:
+            step //= 2
+        exchanged = max(exchange.peak_bytes(target, processes, step, dtype) for target in targets)
+        return step, in_model_bytes(step, costs, device) + exchanged
+
+    step, collecting = stepping(costs.kept)
+    paths = max(removal_paths.peak_bytes(target, count) for target, count in shares)
 
     least, most = solver.batch_range(targets, device, available)
 
@@ -177,11 +177,27 @@ def plan_passes(
         return batch_bytes, solver.peak_bytes(targets, batch_bytes) + paths
 
     beside = sum(sizes) + held + compared
+    collecting += in_step(step, costs.kept)
     if beside + max(collecting, fit(beside, least)[1], refitting) <= available:
         batch_bytes, solving = fit(beside, most)
         needed = beside + max(collecting, solving, refitting)
         steps = (step, microbatch_of(step, costs, device))
         return Plan([list(targets)], block_size, *steps, available, needed, sum(sizes), 0, batch_bytes)
+
+    # Of a pass's own targets alone something is kept of the samples of a step.
+    step, collecting = stepping(max(costs.kept_of.values(), default=0))
+    kept_of = {each.name: in_step(step, costs.kept_of.get(each.name, 0)) for each in targets}
+
+    def pieces(room: int) -> list[Piece]:
+        """Return the targets in pieces that each fit into some room, with what is kept; none where that cannot be."""
+        cut = []
+        for target, size in zip(targets, sizes, strict=True):
+            beside = kept_of[target.name]
+            found = [(target, size)]
+            if size + beside > room:
+                found = in_parts(target, room - beside, processes, prior) if recollected else []
+            cut.append([(part, bytes_ + beside) for part, bytes_ in found])
+        return [piece for each in cut for piece in each] if all(cut) else []
 
     if recollected:
         # New weights of all sparsities are in memory, the model as it was and as it is, and what losses are compared by
@@ -240,7 +256,6 @@ def microbatch_of(step: int, costs: Costs, device: torch.device) -> int:
 
 
 def in_model_bytes(step: int, costs: Costs, device: torch.device) -> int:
-    """Return the bytes of a step's gradient samples, until they are summed."""
-    microbatch = microbatch_of(step, costs, device)
-    kept = costs.kept * step if microbatch < step else 0
-    return costs.bytes * microbatch + kept + costs.held * step + gradients.making_bytes(costs.patches)
+    """Return the bytes of a step's gradient samples, beside what is kept of them until they are summed."""
+    making = gradients.making_bytes(costs.patches)
+    return costs.bytes * microbatch_of(step, costs, device) + costs.held * step + making

@@ -59,10 +59,12 @@ def make_plan(
     dtype = getattr(torch, config.fisher_dtype)
     sizes = ("samples", "bytes", "kept", "widest", "patches", "held", "model")
     own = available_bytes(resources, processes.device) if available is None else available
-    everyone = processes.gather_ints(own, *(getattr(costs, name) for name in sizes))
-    available = min(each[0] for each in everyone)
-    largest = [max(values) for values in list(zip(*everyone, strict=True))[1:]]
-    costs = replace(costs, **dict(zip(sizes, largest, strict=True)))
+    names = [target.name for target in find("row")]
+    said = (*(getattr(costs, name) for name in sizes), *(costs.kept_of.get(name, 0) for name in names))
+    everyone = list(zip(*processes.gather_ints(own, *said), strict=True))
+    available, largest = min(everyone[0]), [max(values) for values in everyone[1:]]
+    kept_of = dict(zip(names, largest[len(sizes) :], strict=True))
+    costs = replace(costs, kept_of=kept_of, **dict(zip(sizes, largest, strict=False)))
     most = resources.max_passes
     # A process takes whole batches, so one may have more than its share.
     kept = config.num_grads

@@ -72,11 +72,6 @@ class SymmetricSums:
         """Return the diagonals, `(count, B)`."""
         return torch.cat([strip.diagonal(start, 1, 2) for strip, start, _ in self._edged(self.strips)], dim=1)
 
-    def zero_(self) -> None:
-        """Set all sums to 0."""
-        for strip in self.strips:
-            strip.zero_()
-
     def _edged(self, strips: list[torch.Tensor]) -> Iterator[tuple[torch.Tensor, int, int]]:
         return ((strip, *edges) for strip, edges in zip(strips, pairwise(self.edges), strict=True))
 

@@ -1,5 +1,6 @@
 """What a gradient sample costs."""
 
+import pytest
 import torch
 from support.models import build, random_batches
 
@@ -10,7 +11,7 @@ from cap_hf.collection.examples import CalibrationExamples
 from cap_hf.distributed.processes import Processes
 from cap_hf.method.gradients import GradientSamples
 from cap_hf.method.losses import LabelLoss
-from cap_hf.targets import find_targets
+from cap_hf.targets import find_targets, weight_layers
 
 
 def measured(model, side: int):
@@ -36,6 +37,27 @@ def test_patches_of_convolutions_are_counted():
     assert costs.patches > 0
     assert 0 < costs.held <= costs.patches
     assert measured(build("ViT"), 8).patches == 0
+
+
+@pytest.mark.parametrize(("name", "side"), [("ViT", 8), ("ResNet", 16)])
+def test_work_and_what_is_kept_are_those_of_each_layer(name, side):
+    model = build(name)
+    costs, given, made = measured(model, side), {}, {}
+    for layer_name, module in weight_layers(model).items():
+
+        def note(module, args, output, layer_name=layer_name):
+            given[layer_name], made[layer_name] = args[0][0], output[0]
+
+        module.register_forward_hook(note)
+    model(**random_batches(model, side)[0])
+    layers = weight_layers(model)
+    # One multiply-add for each weight that an output has, and each entry of the output.
+    expected = {module: made[key].numel() * module.weight[0].numel() for key, module in layers.items()}
+    assert costs.work == expected
+    # Embedding and head, which are no targets, are work too.
+    assert len(expected) > len(costs.order)
+    assert costs.kept_of == {key: given[key].nbytes + made[key].nbytes for key in costs.order}
+    assert max(costs.kept_of.values()) < costs.kept < sum(costs.kept_of.values())
 
 
 def test_the_order_is_that_of_the_backward_pass():

@@ -33,7 +33,8 @@ def test_a_plan_takes_every_target_once_and_stays_within_the_budget(
     available, size, sample, share, widest, prior, refits, recollected
 ):
     targets, processes = find_targets(build("ViT"), size), Processes()
-    costs = Costs(16, sample, int(share * sample), widest, model=10**5)
+    kept_of = {target.name: int(share * sample / len(targets)) for target in targets}
+    costs = Costs(16, sample, sum(kept_of.values()), widest, model=10**5, kept_of=kept_of)
     refitting = least_bytes(widest) if refits else 0
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(solver_module, "BATCH_BYTES", 2**12)
@@ -53,10 +54,10 @@ def test_a_plan_takes_every_target_once_and_stays_within_the_budget(
     assert plan.needed >= refitting
     assert 1 <= plan.microbatch <= plan.step <= 16
     assert plan.microbatch in (1, plan.step) or plan.microbatch * widest <= plan_module.CACHED_BYTES
-    held = sample * plan.microbatch + costs.kept * plan.step * (plan.microbatch < plan.step)
-    assert plan.needed >= held
     for each in plan.passes:
-        assert sums_of(each, prior) <= available
+        # Of all that is kept of a step's samples, a pass has that of its own targets.
+        kept = sum(kept_of[target.name] for target in each) * plan.step * (plan.microbatch < plan.step)
+        assert plan.needed >= sums_of(each, prior) + sample * plan.microbatch + kept
     assert bool(plan.spilled) or plan.recollects or len(plan.passes) == 1
     assert not (plan.spilled and recollected)
     if plan.recollects:
@@ -70,6 +71,19 @@ def test_a_plan_takes_every_target_once_and_stays_within_the_budget(
         assert plan.needed >= beside + max(sums_of(each, prior) for each in plan.passes)
         assert plan.num_passes == 2 * len(plan.passes) - 1
     assert len(more.passes) <= len(plan.passes)
+
+
+def test_a_pass_keeps_what_its_own_targets_need_of_a_step(monkeypatch):
+    """What all targets of the model keep was taken for that of each pass, and left little room for its sums."""
+    targets, plans = find_targets(build("ViT")), []
+    for each in (10**6, 80_000):
+        kept_of = {target.name: each for target in targets}
+        costs = Costs(16, 1000, 10**6, plan_module.CACHED_BYTES, model=10**4, kept_of=kept_of)
+        monkeypatch.setattr(solver_module, "BATCH_BYTES", 2**12)
+        plans.append(plan_passes(targets, "row", 400_000, costs, Processes(), recollected=1))
+    assert [plan.recollects for plan in plans] == [True, True]
+    # Half of the memory may be taken by what is kept.
+    assert [plan.step for plan in plans] == [1, 2]
 
 
 def test_larger_batches_are_split_where_memory_is_short(monkeypatch):
