@@ -1,5 +1,6 @@
 """Fresh memory for large tensors."""
 
+import ctypes
 import math
 import mmap
 from collections.abc import Sequence
@@ -30,6 +31,15 @@ def fresh(size: int) -> mmap.mmap:
     with suppress(OSError):  # a kernel without them
         memory.madvise(mmap.MADV_HUGEPAGE)
     return memory
+
+
+def release() -> None:
+    """Give memory that is free back to the system: the C library keeps what lies between tensors that stay.
+
+    It does nothing where that library is not glibc.
+    """
+    with suppress(AttributeError, OSError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 class Arena:

@@ -1,9 +1,12 @@
 """Memory that is asked for."""
 
+import platform
+
+import psutil
 import pytest
 import torch
 
-from cap_hf.memory import HUGE_PAGE, Arena, zeros
+from cap_hf.memory import HUGE_PAGE, Arena, release, zeros
 
 
 @pytest.mark.parametrize("numel", [0, 1, HUGE_PAGE // 4, HUGE_PAGE // 2 + 3])
@@ -18,6 +21,17 @@ def test_zeros_are_zeros_of_their_own(numel, dtype):
     assert not second.any()
     del first
     assert not zeros((numel,), dtype, torch.device("cpu")).any()
+
+
+@pytest.mark.skipif(not platform.libc_ver()[0], reason="the C library is not glibc")
+def test_memory_between_what_stays_goes_back_to_the_system():
+    process = psutil.Process()
+    tensors = [torch.ones(25_000) for _ in range(800)]
+    before = process.memory_info().rss
+    del tensors[::2]
+    release()
+    assert before - process.memory_info().rss > 25_000_000
+    assert all(bool((each == 1).all()) for each in tensors)
 
 
 CPU = torch.device("cpu")

@@ -22,7 +22,7 @@ from cap_hf.collection.stretches import Chain, Stretch, stretch_of
 from cap_hf.config import CAPConfig
 from cap_hf.distributed.processes import Processes
 from cap_hf.errors import CAPError
-from cap_hf.memory import ALIGNMENT, Arena
+from cap_hf.memory import ALIGNMENT, Arena, release
 from cap_hf.method.losses import FisherLoss
 from cap_hf.method.methods import METHODS
 from cap_hf.method.sums import MAX_STRIPS, sums_per_block
@@ -152,7 +152,7 @@ class Passes:
         if keeps is not None and isinstance(statistic, GradientSums):
             statistic.through = keeps
         with nullcontext() if keeps is None else keeps.keeping():
-            fill(statistic, self.model, examples, on_step)
+            fill(statistic, self.model, examples, on_step if keeps is None else releasing(on_step))
         differ = self._digest is not None and self._digest.digest() != digest.digest()
         # Said by all processes, or they would wait for each other.
         if any(each for (each,) in self.processes.gather_ints(int(differ))):
@@ -203,6 +203,7 @@ class Passes:
         self._arena.clear()
         if self._states is not None:
             self._states.clear()
+        release()
 
     def _statistic(self, number: int) -> GradientSums | InputSums:
         targets = self.plan.passes[number]
@@ -247,6 +248,19 @@ def fill(
             statistic.count += sum(counts)
             on_step(sum(counts))
     statistic.finish()
+
+
+def releasing(on_step: Callable[[int], None]) -> Callable[[int], None]:
+    """Return what is called after each step that hidden states are kept of.
+
+    They come to lie between what comes and goes, and the holes beside them would take as much memory again.
+    """
+
+    def release_then(samples: int) -> None:
+        release()
+        on_step(samples)
+
+    return release_then
 
 
 def own_bytes(target: Target, processes: Processes) -> int:
