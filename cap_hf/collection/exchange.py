@@ -9,15 +9,20 @@ import torch
 
 from cap_hf.collection.shares import chunk_shares, chunk_weights
 from cap_hf.distributed.processes import Processes
+from cap_hf.distributed.shared_memory import SLOTS, SharedMemory, open_shared_memory
 from cap_hf.method.gradients import StepGradients
 from cap_hf.targets import Target
+
+# Of what a process sends another one in a round: to announce less takes as long as to send it.
+ROUND_BYTES = 4 * 2**20
 
 
 class Exchange:
     """Hands each process the gradients of the blocks that it owns, of all processes' examples.
 
-    In a round each process is sent one chunk of its rows; the next round's gradients are on their way while those of
-    the one before are summed. With one process nothing is sent.
+    In a round each process is sent a few chunks of its rows; the next round's gradients are on their way while those of
+    the one before are summed. With one process nothing is sent, and on one machine's CPUs what is sent is read where it
+    was made.
 
     Args:
         processes: of the run.
@@ -27,6 +32,8 @@ class Exchange:
     def __init__(self, processes: Processes, dtype: torch.dtype) -> None:
         self.processes, self.dtype = processes, dtype
         self._buffers: dict[str, torch.Tensor] = {}
+        self._shared: SharedMemory | None = None
+        self._begun = False
 
     def arrivals(
         self, target: Target, gradients: StepGradients | None, counts: Sequence[int]
@@ -45,48 +52,75 @@ class Exchange:
         rank, size, done = self.processes.rank, target.block_size, 0
         if gradients is None and counts[rank]:
             raise ValueError(f"{counts[rank]} gradient samples of {target.name} are announced and not given")
-        for rows, parts in self._rounds(target, gradients, counts):
-            blocks = (rows[rank].stop - rows[rank].start) * target.row_size // size
-            yield (
-                slice(done, done + blocks),
-                [part.view(blocks, count, size) for part, count in zip(parts, counts, strict=True)],
-            )
-            done += blocks
+        for chunks, arrived in self._rounds(target, gradients, counts):
+            weights = [(each.stop - each.start) * target.row_size for each in chunks]
+            parts = [
+                part.split([count * each for each in weights]) for part, count in zip(arrived, counts, strict=True)
+            ]
+            for number, each in enumerate(weights):
+                blocks = each // size
+                yield (
+                    slice(done, done + blocks),
+                    [part[number].view(blocks, count, size) for part, count in zip(parts, counts, strict=True)],
+                )
+                done += blocks
 
     def _rounds(
         self, target: Target, gradients: StepGradients | None, counts: Sequence[int]
     ) -> Iterator[tuple[Sequence[slice], list[torch.Tensor]]]:
-        """Yield the rows of each process in a round, and what has arrived here from each."""
-        ahead = 0 if self.processes.world == 1 else 1
+        """Yield the chunks of this process in a round, and what has arrived of them from each."""
+        if not self._begun:
+            self._shared, self._begun = open_shared_memory(self.processes), True
+        rank, most = self.processes.rank, max(counts) * chunk_weights(target, self.processes.device)
+        ahead, at_once = 0, 1
+        if self.processes.world > 1:
+            ahead, at_once = 1, max(1, ROUND_BYTES // max(1, most * self._sent_in(target).itemsize))
+        shares = [
+            [share[start : start + at_once] for start in range(0, len(share), at_once)]
+            for share in chunk_shares(target, self.processes)
+        ]
         waiting: deque[tuple[Sequence[slice], Callable[[], list[torch.Tensor]]]] = deque()
-        for index, rows in enumerate(zip_longest(*chunk_shares(target, self.processes), fillvalue=slice(0, 0))):
-            waiting.append((rows, self._send(target, gradients, rows, counts, slot=index % (ahead + 1))))
+        for index, chunks in enumerate(zip_longest(*shares, fillvalue=())):
+            slot = index % (ahead + 1)
+            waiting.append((chunks[rank], self._send(target, gradients, chunks, counts, slot, at_once * most)))
             if len(waiting) > ahead:
-                rows, arrived = waiting.popleft()
-                yield rows, arrived()
-        for rows, arrived in waiting:
-            yield rows, arrived()
+                own, arrived = waiting.popleft()
+                yield own, arrived()
+        for own, arrived in waiting:
+            yield own, arrived()
 
     def _send(
         self,
         target: Target,
         gradients: StepGradients | None,
-        rows: Sequence[slice],
+        chunks: Sequence[Sequence[slice]],
         counts: Sequence[int],
         slot: int,
+        most: int,
     ) -> Callable[[], list[torch.Tensor]]:
-        """Make the gradients of a round's rows and send them to who owns these; return what waits for one's own."""
-        device, kept = target.weight.device, made_in(target)
-        dtype = self.dtype if kept == torch.float32 else kept
-        weights = [(each.stop - each.start) * target.row_size for each in rows]
+        """Make the gradients of a round's chunks and send them to who owns these; return what waits for one's own."""
+        device, dtype = target.weight.device, self._sent_in(target)
+        weights = [[(each.stop - each.start) * target.row_size for each in rows] for rows in chunks]
         rank = self.processes.rank
-        parts, sizes = [counts[rank] * each for each in weights], [count * weights[rank] for count in counts]
-        sent = self._buffer(f"sent {slot}", (sum(parts),), dtype, device)
-        for each, part in zip(rows, sent.split(parts), strict=True):
-            if gradients is not None and part.numel():
-                self._make(target, gradients, each, part)
+        parts = [counts[rank] * sum(each) for each in weights]
+        sizes = [count * sum(weights[rank]) for count in counts]
+        if self._shared is None:
+            sent = self._buffer(f"sent {slot}", (sum(parts),), dtype, device)
+            rooms: Sequence[torch.Tensor] = sent.split(parts)
+        else:
+            rooms = self._shared.room(parts, dtype, most)
+        for rows, each, room in zip(chunks, weights, rooms, strict=True):
+            for chunk, part in zip(rows, room.split([counts[rank] * one for one in each]), strict=True):
+                if gradients is not None and part.numel():
+                    self._make(target, gradients, chunk, part)
+        if self._shared is not None:
+            return self._shared.send(sizes, dtype)
         received = self._buffer(f"received {slot}", (sum(sizes) if len(counts) > 1 else 0,), dtype, device)
         return self.processes.exchange(sent, parts, received, sizes)
+
+    def _sent_in(self, target: Target) -> torch.dtype:
+        kept = made_in(target)
+        return self.dtype if kept == torch.float32 else kept
 
     def _make(self, target: Target, gradients: StepGradients, rows: slice, out: torch.Tensor) -> None:
         """Write the gradients of some rows into `out`, 1-d, block by block: `(blocks, samples, B)`."""
@@ -122,5 +156,10 @@ def peak_bytes(target: Target, processes: Processes, samples: int, dtype: torch.
     sent = dtype.itemsize if made == torch.float32 else made.itemsize
     # Where they were rounded they are made wider again to be summed.
     widened = entries * made.itemsize if sent < made.itemsize else 0
-    slots = 1 if processes.world == 1 else 2 * 2 * processes.world
-    return entries * made.itemsize + slots * entries * sent + widened
+    if processes.world == 1:
+        return entries * (made.itemsize + sent) + widened
+    # Two rounds of what is sent and of what has come; or what it has of a shared memory, and what others send it there.
+    parts = 2 * 2 * processes.world
+    if processes.device.type == "cpu":
+        parts = SLOTS * (2 * processes.world - 1)
+    return entries * made.itemsize + parts * max(ROUND_BYTES, entries * sent) + widened

@@ -129,7 +129,7 @@ class GradientSums:
             names = summarize(missing or list(self._waiting), 3)
             raise CAPError(f"{names} take part in some batches and not in others: leave them out with --exclude")
         if not is_finite:
-            check_finite(self.sums)
+            self._check_finite()
             raise CAPError("the loss is NaN or infinite: check the model's head and the pixel values")
 
     def _receive(self, target: Target, gradients: StepGradients) -> None:
@@ -164,7 +164,8 @@ class GradientSums:
                         continue
                     factors = part.to(sums.dtype)
                     if traces is not None:
-                        traces[blocks] += torch.linalg.vector_norm(factors, dim=(1, 2)).double().square()
+                        norms = torch.linalg.vector_norm(factors, dim=(1, 2))
+                        traces[blocks].addcmul_(norms, norms)  # in the dtype of the traces
                     if summed.start <= blocks.start < summed.stop:
                         sums.add(slice(blocks.start - summed.start, blocks.stop - summed.start), factors)
 
@@ -174,7 +175,7 @@ class GradientSums:
         Raises:
             CAPError: a gradient or an input was not finite, or a target was never met.
         """
-        check_finite(self.sums)
+        self._check_finite()
         unseen = [target.name for target in self.targets if self._hooks.seen and target.name not in self._hooks.seen]
         if unseen:
             raise CAPError(
@@ -182,6 +183,10 @@ class GradientSums:
             )
         if self.inputs is not None:
             self.inputs.finish()
+
+    def _check_finite(self) -> None:
+        # Traces are of all blocks, also where a part of a target is summed.
+        check_finite({name: each.diagonals() for name, each in self.sums.items()} | self._traces)
 
     def strips(self, target: Target) -> list[torch.Tensor]:
         """Return what has been summed of a target, in this process: what a run that goes on needs."""

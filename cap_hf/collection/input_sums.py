@@ -84,7 +84,7 @@ class InputSums:
             strips = self.own[target.name].strips
             everyone = [self.processes.sum(strip.clone()).to(made_in(target)) for strip in strips]
             self.sums[target.name] = SymmetricSums(moment_size(target), everyone)
-        check_finite(self.sums, "inputs")
+        check_finite({name: each.diagonals() for name, each in self.sums.items()}, "inputs")
 
     def strips(self, target: Target) -> list[torch.Tensor]:
         """Return what has been summed of a target, in this process: what a run that goes on needs."""

@@ -121,6 +121,18 @@ class Processes:
             raise CAPError(wrong)
         return self.share_object(found)
 
+    def meet(self) -> Callable[[], None]:
+        """Tell all processes that this one has come so far; return what waits until all have."""
+        if self.world == 1:
+            return lambda: None
+        sent, received = (torch.zeros(self.world, dtype=torch.uint8, device=self.device) for _ in range(2))
+        work = dist.all_to_all_single(received, sent, async_op=True)
+
+        def wait() -> None:
+            work.wait()
+
+        return wait
+
     def exchange(
         self, sent: torch.Tensor, parts: Sequence[int], received: torch.Tensor, sizes: Sequence[int]
     ) -> Callable[[], list[torch.Tensor]]:

@@ -87,9 +87,9 @@ def sums_per_block(size: int) -> int:
     return sum((stop - start) * stop for start, stop in pairwise(strip_edges(size)))
 
 
-def check_finite(sums: Mapping[str, SymmetricSums], of: str = "gradients") -> None:
-    """Raise a CAPError that names the first layers whose sums are not finite, and what they are sums of."""
-    broken = [name for name, each in sums.items() if not each.diagonals().sum().isfinite()]
+def check_finite(sums: Mapping[str, torch.Tensor], of: str = "gradients") -> None:
+    """Raise a CAPError that names the first layers whose sums of squares are not finite, and what they are sums of."""
+    broken = [name for name, each in sums.items() if not each.sum().isfinite()]
     if broken:
         raise CAPError(
             f"{of} are NaN or infinite in {summarize(broken, 3)}: check the model's weights and its dtype "
