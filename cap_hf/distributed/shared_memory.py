@@ -4,6 +4,7 @@ import mmap
 import os
 import weakref
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 
 import torch
 
@@ -96,9 +97,10 @@ def open_shared_memory(processes: Processes) -> SharedMemory | None:
     if processes.world == 1 or processes.device.type != "cpu":
         return None
     mark, file = os.urandom(MARK_BYTES), -1
-    if processes_here() == processes.world and hasattr(os, "memfd_create"):
-        file = os.memfd_create("cap_hf")
-        os.write(file, mark)
+    if processes_here() == processes.world:
+        with suppress(AttributeError, OSError):  # not on Linux, or not allowed
+            file = os.memfd_create("cap_hf")
+            os.write(file, mark)
     everyone = processes.gather_ints(os.getpid(), file, int.from_bytes(mark, "big"))
     paths = [f"/proc/{pid}/fd/{number}" for pid, number, _ in everyone]
     found = all(

@@ -83,6 +83,12 @@ everyone = Processes(accelerator)
 before = len(os.listdir("/proc/self/fd"))
 if everyone.rank == 1 and sys.argv[1] == "no file":
     del os.memfd_create
+elif everyone.rank == 1 and sys.argv[1] == "not allowed":
+
+    def refuse(name):
+        raise PermissionError
+
+    os.memfd_create = refuse
 elif everyone.rank == 1 and sys.argv[1] == "unreadable":
     shared_memory.holds = lambda path, mark: False
 assert shared_memory.open_shared_memory(everyone) is None
@@ -91,7 +97,7 @@ accelerator.end_training()
 """
 
 
-@pytest.mark.parametrize("trouble", ["no file", "unreadable"])
+@pytest.mark.parametrize("trouble", ["no file", "not allowed", "unreadable"])
 def test_all_of_them_have_it_or_none(tmp_path, trouble):
     (tmp_path / "refused.py").write_text(REFUSED)
     launch(2, trouble, script=tmp_path / "refused.py")
