@@ -42,6 +42,8 @@ from cap_hf.targets import Target
 from cap_hf.towers import taken_by, tower_of
 
 Find = Callable[[int | str], list[Target]]
+# Of what a state holds: a run goes on from its own version alone.
+STATE_VERSION = 2
 
 
 class Collection:
@@ -199,6 +201,7 @@ class Collection:
             facts = {f"config {name}": value for name, value in self.config.to_dict().items()}
             facts |= {"model weights": hash_weights(self.model), "number of processes": self.processes.world}
             facts |= {"number of examples": examples.size, "PyTorch": torch.__version__}
+            facts |= {"version of the state": STATE_VERSION}
             self.state = CollectionState(checkpointing, self.processes, facts, plan.to_dict())
             plan = plan.like(self.state.plan, self.find)
         examples.limit = plan.step

@@ -19,7 +19,7 @@ from cap_hf.collection.stretches import Chain
 from cap_hf.method.gradients import GradientSamples, StepGradients
 from cap_hf.method.losses import FisherLoss
 from cap_hf.method.sums import SymmetricSums, sums_per_block
-from cap_hf.targets import Layer, Target, weight_layers
+from cap_hf.targets import Layer, Target
 from cap_hf.towers import see
 
 # Gradient samples that are measured.
@@ -47,7 +47,8 @@ class Costs:
         order: names of the targets in the order in which the backward pass meets them.
         positions: for each target's name how many positions (tokens, pixels) of a gradient sample go through it.
         kept_of: for each target's name the bytes of what is kept of it; what several are called with is that of each.
-        work: for each Linear and Conv2d of the model, in its order, the multiply-adds of a gradient sample in it.
+        work: for each Linear and Conv2d of the model, in its order, the multiply-adds of a gradient sample in it; those
+            that share a weight have theirs each.
         chains: layers that can be gone through alone.
     """
 
@@ -137,7 +138,7 @@ def count_positions(model: nn.Module, batch: Batch, targets: Sequence[Target], s
 
 def count_work(model: nn.Module, batch: Batch, samples: int) -> dict[nn.Module, int]:
     """Return what `Costs.work` is, of a batch of so many gradient samples."""
-    work: dict[nn.Module, int] = dict.fromkeys(weight_layers(model).values(), 0)
+    work: dict[nn.Module, int] = {module: 0 for module in model.modules() if isinstance(module, Layer)}
 
     def note(module: Layer, args: tuple[Any, ...], output: Any) -> None:
         # Of what gives no tensor nothing is known, and nothing is pruned.

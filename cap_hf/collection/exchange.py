@@ -72,17 +72,17 @@ class Exchange:
         if not self._begun:
             self._shared, self._begun = open_shared_memory(self.processes), True
         rank, most = self.processes.rank, max(counts) * chunk_weights(target, self.processes.device)
-        ahead, at_once = 0, 1
+        owned, ahead, at_once = chunk_shares(target, self.processes), 0, 1
         if self.processes.world > 1:
-            ahead, at_once = 1, max(1, ROUND_BYTES // max(1, most * self._sent_in(target).itemsize))
-        shares = [
-            [share[start : start + at_once] for start in range(0, len(share), at_once)]
-            for share in chunk_shares(target, self.processes)
-        ]
+            bytes_ = max(1, most * self._sent_in(target).itemsize)
+            ahead, at_once = 1, max(1, min(ROUND_BYTES // bytes_, *map(len, owned)))
+            if self._shared is not None and not self._shared.fits(at_once * bytes_):
+                self._shared = None
+        shares = [[share[start : start + at_once] for start in range(0, len(share), at_once)] for share in owned]
         waiting: deque[tuple[Sequence[slice], Callable[[], list[torch.Tensor]]]] = deque()
         for index, chunks in enumerate(zip_longest(*shares, fillvalue=())):
             slot = index % (ahead + 1)
-            waiting.append((chunks[rank], self._send(target, gradients, chunks, counts, slot, at_once * most)))
+            waiting.append((chunks[rank], self._send(target, gradients, chunks, counts, slot)))
             if len(waiting) > ahead:
                 own, arrived = waiting.popleft()
                 yield own, arrived()
@@ -96,7 +96,6 @@ class Exchange:
         chunks: Sequence[Sequence[slice]],
         counts: Sequence[int],
         slot: int,
-        most: int,
     ) -> Callable[[], list[torch.Tensor]]:
         """Make the gradients of a round's chunks and send them to who owns these; return what waits for one's own."""
         device, dtype = target.weight.device, self._sent_in(target)
@@ -108,7 +107,7 @@ class Exchange:
             sent = self._buffer(f"sent {slot}", (sum(parts),), dtype, device)
             rooms: Sequence[torch.Tensor] = sent.split(parts)
         else:
-            rooms = self._shared.room(parts, dtype, most)
+            rooms = self._shared.room(parts, dtype)
         for rows, each, room in zip(chunks, weights, rooms, strict=True):
             for chunk, part in zip(rows, room.split([counts[rank] * one for one in each]), strict=True):
                 if gradients is not None and part.numel():
@@ -158,8 +157,10 @@ def peak_bytes(target: Target, processes: Processes, samples: int, dtype: torch.
     widened = entries * made.itemsize if sent < made.itemsize else 0
     if processes.world == 1:
         return entries * (made.itemsize + sent) + widened
-    # Two rounds of what is sent and of what has come; or what it has of a shared memory, and what others send it there.
+    # Two rounds of what is sent and of what has come. On CPUs the memory that they may share takes more: that of all
+    # rounds of a process, and what the others have for it.
     parts = 2 * 2 * processes.world
     if processes.device.type == "cpu":
         parts = SLOTS * (2 * processes.world - 1)
-    return entries * made.itemsize + parts * max(ROUND_BYTES, entries * sent) + widened
+    chunks = max(1, min(ROUND_BYTES // max(1, entries * sent), *map(len, chunk_shares(target, processes))))
+    return entries * made.itemsize + parts * chunks * entries * sent + widened

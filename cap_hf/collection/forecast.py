@@ -151,7 +151,9 @@ class Measured:
             # Those of a search's further tries, of which `foresee` has the first.
             prior = METHODS[config.method].has_prior(config)
             more = passes_again(plan)[len(plan.passes) - 1 :]
-            more_seconds = sum(pass_seconds(plan, number, self.costs, prior, again=True) for number in more)
+            more_seconds = sum(
+                pass_seconds(plan, number, self.costs, prior, keeping=keeping) for number, keeping in more
+            )
             seconds["collecting"] += more_seconds * config.num_grads / processes.world
             images["collecting"] = passes_through(plan, self.costs) * config.num_examples
             if config.fisher_loss == "features":
@@ -231,8 +233,8 @@ def foresee(
         shares = [(target, blocks.stop - blocks.start) for target, blocks in zip(targets, own, strict=True)]
         disk = byte * sum(sums_bytes(target, count, prior) for target, count in shares)
         sums = prior or method.statistic == "inputs", method.statistic == "gradients"
-        for found, second in ((collecting, False), (again, True)):
-            seconds = pass_seconds(plan, number, costs, *sums, again=second) * config.num_grads / processes.world
+        for found, keeping in ((collecting, number == 0), (again, False)):
+            seconds = pass_seconds(plan, number, costs, *sums, keeping=keeping) * config.num_grads / processes.world
             found.append(Foreseen("collecting", seconds + disk))
         solving = [sum(trials[target.block_size][step] * count for target, count in shares) for step in range(3)]
         eliminating.append(disk + solving[0])

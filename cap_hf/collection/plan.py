@@ -153,15 +153,18 @@ def plan_passes(
         """Return the bytes that are kept of a step's samples, of so many each; none where all are summed at once."""
         return kept * step if microbatch_of(step, costs, device) < step else 0
 
-    def stepping(kept: int) -> tuple[int, int]:
-        """Return a step of whose samples so many bytes are kept each, and what it takes beside these."""
+    def largest_step(kept: int) -> int:
+        """Return the largest step that takes no more than half of the memory, of samples that keep so many bytes."""
         step = costs.samples
         while step > 1 and in_model_bytes(step, costs, device) + in_step(step, kept) > available // 2:
             step //= 2
-        exchanged = max(exchange.peak_bytes(target, processes, step, dtype) for target in targets)
-        return step, in_model_bytes(step, costs, device) + exchanged
+        return step
 
-    step, collecting = stepping(costs.kept)
+    def collecting_bytes(step: int) -> int:
+        """Return the bytes that a step takes, beside what is kept of it."""
+        exchanged = max(exchange.peak_bytes(target, processes, step, dtype) for target in targets)
+        return in_model_bytes(step, costs, device) + exchanged
+
     paths = max(removal_paths.peak_bytes(target, count) for target, count in shares)
 
     least, most = solver.batch_range(targets, device, available)
@@ -176,74 +179,87 @@ def plan_passes(
             batch_bytes = max(batch_bytes, least)
         return batch_bytes, solver.peak_bytes(targets, batch_bytes) + paths
 
-    beside = sum(sizes) + held + compared
-    collecting += in_step(step, costs.kept)
+    beside, step = sum(sizes) + held + compared, largest_step(costs.kept)
+    collecting = collecting_bytes(step) + in_step(step, costs.kept)
     if beside + max(collecting, fit(beside, least)[1], refitting) <= available:
         batch_bytes, solving = fit(beside, most)
         needed = beside + max(collecting, solving, refitting)
-        steps = (step, microbatch_of(step, costs, device))
-        return Plan([list(targets)], block_size, *steps, available, needed, sum(sizes), 0, batch_bytes)
+        ways = (step, microbatch_of(step, costs, device))
+        return Plan([list(targets)], block_size, *ways, available, needed, sum(sizes), 0, batch_bytes)
 
-    # Of a pass's own targets alone something is kept of the samples of a step.
-    step, collecting = stepping(max(costs.kept_of.values(), default=0))
-    kept_of = {each.name: in_step(step, costs.kept_of.get(each.name, 0)) for each in targets}
+    def several(step: int) -> Plan | None:
+        """Return the plan of several passes for a step; of the targets of a pass alone something is kept of it."""
+        collecting = collecting_bytes(step)
+        kept_of = {each.name: in_step(step, costs.kept_of.get(each.name, 0)) for each in targets}
 
-    def pieces(room: int) -> list[Piece]:
-        """Return the targets in pieces that each fit into some room, with what is kept; none where that cannot be."""
-        cut = []
-        for target, size in zip(targets, sizes, strict=True):
-            beside = kept_of[target.name]
-            found = [(target, size)]
-            if size + beside > room:
-                found = in_parts(target, room - beside, processes, prior) if recollected else []
-            cut.append([(part, bytes_ + beside) for part, bytes_ in found])
-        return [piece for each in cut for piece in each] if all(cut) else []
+        def pieces(room: int) -> list[Piece]:
+            """Return the targets in pieces that each fit into some room, with what is kept; none where one cannot."""
+            cut = []
+            for target, size in zip(targets, sizes, strict=True):
+                own = kept_of[target.name]
+                found = [(target, size)]
+                if size + own > room:
+                    found = in_parts(target, room - own, processes, prior) if recollected else []
+                if not found:
+                    return []
+                cut += [(part, bytes_ + own) for part, bytes_ in found]
+            return cut
 
-    if recollected:
-        # New weights of all sparsities are in memory, the model as it was and as it is, and what losses are compared by
-        # beside the last pass's sums.
-        held += 2 * costs.model
-        held += recollected * sum(target.block_size * count * target.weight.element_size() for target, count in shares)
-        smallest = max(sums_bytes(target, chunk_blocks(target, device), prior) for target in targets)
-        _, solving = fit(smallest + held + compared, least)
-        room = available - held - max(collecting, solving + compared)
-        after = held + refitting
-    else:
-        # All these are on the disk then, except for what the losses are compared by.
-        _, solving = fit(max(sizes) + compared, least)
-        room = available - collecting
-        after = max(max(sizes) + solving, refitting) + compared
-    if after > available:
-        return None
-    found = split_keeping(pieces, room, costs.chains if kept else [], kept, stride)
-    if found is None or (kept and not found[1]):
-        return None
-    passes, states = found
-    held += states
-    largest = max(sum(size for _, size in each) for each in passes)
-    # Passes are as few as small batches allow; larger ones take what is left then.
-    if recollected:
-        batch_bytes, solving = fit(largest + held + compared, most)
-        peak = largest + held + max(collecting, solving + compared)
-    else:
-        batch_bytes, solving = fit(max(sizes) + compared, most)
-        peak, after = largest + collecting, max(max(sizes) + solving, refitting) + compared
-    plan = Plan(
-        [[target for target, _ in each] for each in passes],
-        block_size,
-        step,
-        microbatch_of(step, costs, device),
-        available,
-        needed=max(peak, after),
-        sums=sum(sizes),
-        # One pass may do for the sums alone, but not for what is kept beside them: then that goes to the disk.
-        spilled=0 if recollected else sum(sizes) + held,
-        batch_bytes=batch_bytes,
-        recollects=bool(recollected),
-        keeps=stride if kept else 0,
-        rounds=rounds,
-    )
-    return plan if max_passes is None or plan.num_passes <= max_passes else None
+        beside = held
+        if recollected:
+            # New weights of all sparsities are in memory, the model as it was and as it is, and beside the last pass's
+            # sums what losses are compared by.
+            beside += 2 * costs.model
+            beside += recollected * sum(
+                target.block_size * count * target.weight.element_size() for target, count in shares
+            )
+            smallest = max(sums_bytes(target, chunk_blocks(target, device), prior) for target in targets)
+            _, solving = fit(smallest + beside + compared, least)
+            room = available - beside - max(collecting, solving + compared)
+            after = beside + refitting
+        else:
+            # All these are on the disk then, except for what the losses are compared by.
+            _, solving = fit(max(sizes) + compared, least)
+            room = available - collecting
+            after = max(max(sizes) + solving, refitting) + compared
+        if after > available:
+            return None
+        found = split_keeping(pieces, room, costs.chains if kept else [], kept, stride)
+        if found is None or (kept and not found[1]):
+            return None
+        passes, states = found
+        beside += states
+        largest = max(sum(size for _, size in each) for each in passes)
+        # Passes are as few as small batches allow; larger ones take what is left then.
+        if recollected:
+            batch_bytes, solving = fit(largest + beside + compared, most)
+            peak = largest + beside + max(collecting, solving + compared)
+        else:
+            batch_bytes, solving = fit(max(sizes) + compared, most)
+            peak, after = largest + collecting, max(max(sizes) + solving, refitting) + compared
+        plan = Plan(
+            [[target for target, _ in each] for each in passes],
+            block_size,
+            step,
+            microbatch_of(step, costs, device),
+            available,
+            needed=max(peak, after),
+            sums=sum(sizes),
+            # One pass may do for the sums alone, but not for what is kept beside them: then that goes to the disk.
+            spilled=0 if recollected else sum(sizes) + beside,
+            batch_bytes=batch_bytes,
+            recollects=bool(recollected),
+            keeps=stride if kept else 0,
+            rounds=rounds,
+        )
+        return plan if max_passes is None or plan.num_passes <= max_passes else None
+
+    # Of smaller steps less is kept, which leaves room for more sums; of those with as few passes the largest is taken.
+    steps = [largest_step(max(costs.kept_of.values(), default=0))]
+    while steps[-1] > microbatch_of(steps[-1], costs, device):
+        steps.append(steps[-1] // 2)
+    plans = [plan for plan in map(several, steps) if plan is not None]
+    return min(plans, key=lambda plan: len(plan.passes), default=None)
 
 
 def microbatch_of(step: int, costs: Costs, device: torch.device) -> int:

@@ -75,12 +75,13 @@ def make_plan(
         # A refit gets by with fewer examples than are asked for, but not with fewer than so many.
         refitting = least_bytes(costs.widest // config.samples_per_grad) if refits else 0
         how, rounds = (size, available, costs, processes, most, dtype, prior, refitting), afterwards.rounds
-        ways = [(0, 0, rounds, 1), (afterwards.prunes, 0, rounds, 1)]
-        ways += [(afterwards.prunes, kept, rounds, stride) for stride in strides(costs)]
-        spilling, *others = (plan_passes(find(size), *how, *way) for way in ways)
+        spilling, anew = (plan_passes(find(size), *how, prunes, 0, rounds) for prunes in (0, afterwards.prunes))
+        # Where states are kept there is less room.
+        ways = [] if anew is None else strides(costs)
+        keeping = (plan_passes(find(size), *how, afterwards.prunes, kept, rounds, stride) for stride in ways)
         if spilling is not None and not spilling.spilled:
             return spilling
-        plans = [each for each in others if each is not None]
+        plans = [each for each in (anew, *keeping) if each is not None]
         byte = 0.0
         if spilling is not None and not resources.spills_nothing:
             seconds_per_byte = disk_speed(spilling, resources, processes) if plans else 0.0
@@ -154,8 +155,8 @@ def extra_seconds(
         prunes: how many sparsities will be pruned to.
         config: how to prune, for the gradient samples of a pass.
     """
-    seconds = sum(pass_seconds(plan, number, costs, prior) for number in range(len(plan.passes)))
-    seconds += sum(pass_seconds(plan, number, costs, prior, again=True) for number in passes_again(plan))
+    ways = [(number, number == 0) for number in range(len(plan.passes))] + passes_again(plan)
+    seconds = sum(pass_seconds(plan, number, costs, prior, keeping=keeping) for number, keeping in ways)
     seconds *= config.num_grads / processes.world
     # Written once, read by the elimination and for the weights of each sparsity.
     seconds += (2 + prunes * plan.rounds) * plan.spilled * seconds_per_byte

@@ -53,12 +53,12 @@ def chunk_shares(target: Target, processes: Processes) -> list[list[slice]]:
 def block_shares(target: Target, processes: Processes) -> list[slice]:
     """Return for each process the blocks of a target that it owns: those of its chunks."""
     shares, done = [], 0
-    for chunks in chunk_shares(target, processes):
-        if not chunks:
-            shares.append(slice(done, done))
-            continue
-        start, done = (row * target.row_size // target.block_size for row in (chunks[0].start, chunks[-1].stop))
-        shares.append(slice(start, done))
+    for chunks, every in zip(chunk_shares(target, processes), chunk_shares(target.whole, processes), strict=True):
+        # What is empty lies where the process's blocks begin.
+        begin, end = (every[0].start, every[-1].stop) if every else (done, done)
+        rows = (chunks[0].start, chunks[-1].stop) if chunks else (begin, begin)
+        shares.append(slice(*(row * target.row_size // target.block_size for row in rows)))
+        done = end
     return shares
 
 

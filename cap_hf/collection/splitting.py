@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from cap_hf.collection import input_sums
 from cap_hf.collection.exchange import made_in
 from cap_hf.collection.parts import parts_of
-from cap_hf.collection.shares import block_shares, chunk_shares
+from cap_hf.collection.shares import chunk_shares
 from cap_hf.collection.stretches import Chain, kept_bytes, stretch_of
 from cap_hf.distributed.processes import Processes
 from cap_hf.method.sums import sums_per_block
@@ -17,13 +17,27 @@ Piece = tuple[Target, int]
 
 def in_parts(target: Target, room: int, processes: Processes, prior: bool) -> list[Piece]:
     """Return a target in as few parts as have sums of no more than `room` bytes each; none where a chunk has more."""
-    for count in range(2, max(len(each) for each in chunk_shares(target, processes)) + 1):
-        parts = parts_of(target, count)
-        most = [max(each.stop - each.start for each in block_shares(part, processes)) for part in parts]
-        sizes = [sums_bytes(part, blocks, prior) for part, blocks in zip(parts, most, strict=True)]
-        if max(sizes) <= room:
-            return list(zip(parts, sizes, strict=True))
-    return []
+    shares = chunk_shares(target, processes)
+    least = sums_bytes(target, 0, prior)
+    block = sums_bytes(target, 1) - sums_bytes(target, 0)
+
+    def sizes(count: int) -> list[int]:
+        """Return the bytes of each of so many parts, in the process that has most of it."""
+        parts = [
+            [share[len(share) * number // count : len(share) * (number + 1) // count] for share in shares]
+            for number in range(count)
+        ]
+        rows = [max(each[-1].stop - each[0].start if each else 0 for each in part) for part in parts]
+        return [least + block * (each * target.row_size // target.block_size) for each in rows]
+
+    finest = max(map(len, shares))
+    if room <= least or max(sizes(finest)) > room:
+        return []
+    # Fewer than these are too large, whatever their chunks.
+    count = max(2, -(-(sizes(1)[0] - least) // (room - least)))
+    while max(found := sizes(count)) > room:
+        count += 1
+    return list(zip(parts_of(target, count), found, strict=True))
 
 
 def split_passes(pieces: Sequence[Piece], room: int) -> list[list[Piece]]:

@@ -25,29 +25,50 @@ class SharedMemory:
 
     Args:
         processes: of the run, all on this machine.
-        file: descriptor of this process's file; it is closed with this.
-        others: for each process, this one included, a path that its file can be opened by.
+        files: descriptors of the file of each process, this one's own among them; they are closed with this.
     """
 
-    def __init__(self, processes: Processes, file: int, others: Sequence[str]) -> None:
-        self.processes, self.others = processes, list(others)
-        self._file, self._maps = file, list[mmap.mmap]()
+    def __init__(self, processes: Processes, files: Sequence[int]) -> None:
+        self.processes, self.files = processes, list(files)
+        self._maps: list[mmap.mmap] = []
         self._capacity, self._round = 0, 0
-        weakref.finalize(self, os.close, file)
+        weakref.finalize(self, close, self.files)
 
-    def room(self, sizes: Sequence[int], dtype: torch.dtype, most: int) -> list[torch.Tensor]:
+    def fits(self, capacity: int) -> bool:
+        """Make room for parts of so many bytes in each round; return whether it can be had, the same on all processes.
+
+        All that was sent before must have been read.
+        """
+        if capacity <= self._capacity:
+            return True
+        # Parts begin at a page each.
+        capacity = -(-capacity // mmap.PAGESIZE) * mmap.PAGESIZE
+        size, maps = SLOTS * self.processes.world * capacity, list[mmap.mmap]()
+        if not self._all(lambda: os.ftruncate(self.files[self.processes.rank], size)):
+            return False
+        if not self._all(lambda: maps.extend(mmap.mmap(file, size) for file in self.files)):
+            return False
+        self._capacity, self._maps = capacity, maps
+        return True
+
+    def _all(self, work: Callable[[], None]) -> bool:
+        """Do something that the system may refuse; return whether it has refused it to no process."""
+        done = 0
+        with suppress(OSError):
+            work()
+            done = 1
+        return all(each for (each,) in self.processes.gather_ints(done))
+
+    def room(self, sizes: Sequence[int], dtype: torch.dtype) -> list[torch.Tensor]:
         """Return where to write what is sent in the next round.
 
         Args:
-            sizes: entries for each process.
+            sizes: entries for each process, of no more bytes than `fits` was asked for.
             dtype: of the entries, the same on every process.
-            most: entries that a process sends another one in this round, at most; the same on every process.
 
         Returns:
             For each process `(size,)`; no more than one round may be waited for when it is asked for.
         """
-        if most * dtype.itemsize > self._capacity:
-            self._grow(most * dtype.itemsize)
         self._round += 1
         rank = self.processes.rank
         return [self._part(rank, to, size, dtype) for to, size in enumerate(sizes)]
@@ -69,18 +90,6 @@ class SharedMemory:
 
         return arrived
 
-    def _grow(self, capacity: int) -> None:
-        """Make room for parts of so many bytes; all that was sent is read by now."""
-        # Parts begin at a page each.
-        self._capacity = -(-capacity // mmap.PAGESIZE) * mmap.PAGESIZE
-        size = SLOTS * self.processes.world * self._capacity
-        os.ftruncate(self._file, size)
-        self.processes.meet()()
-        self._maps = []
-        for path in self.others:
-            with open(path, "r+b") as file:
-                self._maps.append(mmap.mmap(file.fileno(), size))
-
     def _part(self, sender: int, to: int, size: int, dtype: torch.dtype) -> torch.Tensor:
         """Return the memory of what one process sends another one in this round."""
         if not size:
@@ -96,27 +105,40 @@ def open_shared_memory(processes: Processes) -> SharedMemory | None:
     """
     if processes.world == 1 or processes.device.type != "cpu":
         return None
-    mark, file = os.urandom(MARK_BYTES), -1
+    mark, own = os.urandom(MARK_BYTES), -1
     if processes_here() == processes.world:
         with suppress(AttributeError, OSError):  # not on Linux, or not allowed
-            file = os.memfd_create("cap_hf")
-            os.write(file, mark)
-    everyone = processes.gather_ints(os.getpid(), file, int.from_bytes(mark, "big"))
-    paths = [f"/proc/{pid}/fd/{number}" for pid, number, _ in everyone]
-    found = all(
-        holds(path, number.to_bytes(MARK_BYTES, "big")) for path, (*_, number) in zip(paths, everyone, strict=True)
-    )
-    if all(each for (each,) in processes.gather_ints(int(found))):
-        return SharedMemory(processes, file, paths)
-    if file >= 0:
-        os.close(file)
+            own = os.memfd_create("cap_hf")
+            os.write(own, mark)
+    everyone = processes.gather_ints(os.getpid(), own, int.from_bytes(mark, "big"))
+    files = [
+        opened(f"/proc/{pid}/fd/{file}", number.to_bytes(MARK_BYTES, "big")) if file >= 0 else -1
+        for pid, file, number in everyone
+    ]
+    found = all(each for (each,) in processes.gather_ints(int(min(files) >= 0)))
+    if own >= 0:
+        # It is open a second time, as those of the others are.
+        os.close(own)
+    if found:
+        return SharedMemory(processes, files)
+    close(files)
     return None
 
 
-def holds(path: str, mark: bytes) -> bool:
-    """Return whether a file can be written to, and begins with a mark."""
+def opened(path: str, mark: bytes) -> int:
+    """Return a descriptor of a file that can be written to and begins with a mark; -1 where it is none."""
     try:
-        with open(path, "r+b") as file:
-            return file.read(len(mark)) == mark
+        file = os.open(path, os.O_RDWR | os.O_CLOEXEC)
     except OSError:  # of another user, in another container, or none
-        return False
+        return -1
+    if os.pread(file, len(mark), 0) == mark:
+        return file
+    os.close(file)
+    return -1
+
+
+def close(files: Sequence[int]) -> None:
+    """Close the descriptors of the files that were opened."""
+    for file in files:
+        if file >= 0:
+            os.close(file)

@@ -32,6 +32,9 @@ def test_parts_are_what_a_process_owns_each_chunk_once(name, world, count, size)
             assert [chunk for part in parts for chunk in chunk_shares(part, processes)[rank]] == chunks
             blocks = [number for part in parts for number in range(own.stop)[own_blocks(part, processes)]]
             assert blocks == list(range(own.start, own.stop))
+            for part in parts:
+                place = within(part, processes)
+                assert 0 <= place.start <= place.stop <= len(blocks)
             places = [place for part in parts for place in range(len(blocks))[within(part, processes)]]
             assert places == list(range(len(blocks)))
             sizes = [len(chunk_shares(part, processes)[rank]) for part in parts]

@@ -24,17 +24,17 @@ def layers(keeps: int) -> tuple[Plan, Costs]:
 
 def test_a_pass_goes_back_no_further_than_its_targets():
     plan, costs = layers(keeps=0)
-    shares = [share_of_model(plan, number, costs, again=False) for number in range(4)]
+    shares = [share_of_model(plan, number, costs, keeping=True) for number in range(4)]
     assert shares == pytest.approx([1, 7 / 8, 6 / 8, 5 / 8])
-    assert shares == [share_of_model(plan, number, costs, again=True) for number in range(4)]
+    assert shares == [share_of_model(plan, number, costs, keeping=False) for number in range(4)]
     assert passes_through(plan, costs) == plan.num_passes == 7
 
 
 def test_with_states_only_the_first_goes_through_the_model():
     plan, costs = layers(keeps=1)
-    assert [share_of_model(plan, number, costs, again=False) for number in range(4)] == [1, 1 / 4, 1 / 4, 1 / 4]
-    assert share_of_model(plan, 0, costs, again=True) == 1 / 4
-    assert alone(plan, 0, costs, again=False) is None
+    assert [share_of_model(plan, number, costs, keeping=number == 0) for number in range(4)] == [1, 1 / 4, 1 / 4, 1 / 4]
+    assert share_of_model(plan, 0, costs, keeping=False) == 1 / 4
+    assert alone(plan, 0, costs, keeping=True) is None
     assert passes_through(plan, costs) == 1
     assert pass_seconds(plan, 1, costs, inputs=True) == pytest.approx(2.0)
 
@@ -42,8 +42,12 @@ def test_with_states_only_the_first_goes_through_the_model():
 def test_each_further_round_goes_through_all_passes_again():
     plan, costs = layers(keeps=0)
     plan.rounds = 3
-    assert passes_again(plan) == [0, 1, 2, 0, 1, 2, 3, 0, 1, 2, 3]
+    assert [number for number, _ in passes_again(plan)] == [0, 1, 2, 0, 1, 2, 3, 0, 1, 2, 3]
     assert plan.num_passes == passes_through(plan, costs) == 4 + 11
+    # After each time states are gone: the first pass of the next one keeps them anew.
+    plan.keeps = 1
+    assert [number for number, keeping in passes_again(plan) if keeping] == [3, 3]
+    assert passes_through(plan, costs) == 3
     plan.recollects = False
     assert passes_again(plan) == []
     assert plan.num_passes == 4
@@ -52,7 +56,7 @@ def test_each_further_round_goes_through_all_passes_again():
 def test_what_lies_in_no_chain_goes_through_the_model_every_time():
     plan, costs = layers(keeps=1)
     costs.chains = [Chain(each.layers[:2], each.targets[:2], each.sizes[:3]) for each in costs.chains]
-    assert [share_of_model(plan, number, costs, again=False) for number in range(4)] == [1, 1 / 4, 6 / 8, 5 / 8]
+    assert [share_of_model(plan, number, costs, keeping=number == 0) for number in range(4)] == [1, 1 / 4, 6 / 8, 5 / 8]
     # The first, those of the upper layers, and one of these once more.
     assert passes_through(plan, costs) == 1 + 2 + 1
 
@@ -61,21 +65,21 @@ def test_work_counts_weights_and_how_often_they_are_seen():
     plan, costs = layers(keeps=1)
     for target in plan.passes[3]:
         costs.work[target.module] *= 3
-    assert share_of_model(plan, 3, costs, again=True) == pytest.approx(3 / 6)
+    assert share_of_model(plan, 3, costs, keeping=False) == pytest.approx(3 / 6)
 
 
 def test_layers_that_are_not_pruned_are_gone_through_all_the_same():
     """With `--include` of some layers, a pass through one of them was taken for one through half of the model."""
     plan, costs = layers(keeps=0)
     plan.passes = plan.passes[1:3]
-    assert [share_of_model(plan, number, costs, again=False) for number in range(2)] == [7 / 8, 6 / 8]
+    assert [share_of_model(plan, number, costs, keeping=True) for number in range(2)] == [7 / 8, 6 / 8]
     plan.keeps = 1
-    assert [share_of_model(plan, number, costs, again=True) for number in range(2)] == [1 / 4, 1 / 4]
-    assert share_of_model(plan, 0, Costs(), again=False) == 1
+    assert [share_of_model(plan, number, costs, keeping=False) for number in range(2)] == [1 / 4, 1 / 4]
+    assert share_of_model(plan, 0, Costs(), keeping=True) == 1
 
 
 def test_with_fewer_states_passes_go_through_more_layers():
     plan, costs = layers(keeps=2)
-    assert [share_of_model(plan, number, costs, again=True) for number in range(4)] == [1 / 2] * 4
+    assert [share_of_model(plan, number, costs, keeping=False) for number in range(4)] == [1 / 2] * 4
     plan.keeps = 3
-    assert [share_of_model(plan, number, costs, again=True) for number in range(4)] == [3 / 4] * 3 + [1 / 4]
+    assert [share_of_model(plan, number, costs, keeping=False) for number in range(4)] == [3 / 4] * 3 + [1 / 4]

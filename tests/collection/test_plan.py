@@ -75,15 +75,18 @@ def test_a_plan_takes_every_target_once_and_stays_within_the_budget(
 
 def test_a_pass_keeps_what_its_own_targets_need_of_a_step(monkeypatch):
     """What all targets of the model keep was taken for that of each pass, and left little room for its sums."""
-    targets, plans = find_targets(build("ViT")), []
-    for each in (10**6, 80_000):
-        kept_of = {target.name: each for target in targets}
-        costs = Costs(16, 1000, 10**6, plan_module.CACHED_BYTES, model=10**4, kept_of=kept_of)
-        monkeypatch.setattr(solver_module, "BATCH_BYTES", 2**12)
-        plans.append(plan_passes(targets, "row", 400_000, costs, Processes(), recollected=1))
-    assert [plan.recollects for plan in plans] == [True, True]
-    # Half of the memory may be taken by what is kept.
-    assert [plan.step for plan in plans] == [1, 2]
+    monkeypatch.setattr(solver_module, "BATCH_BYTES", 2**12)
+    targets = find_targets(build("ViT"))
+
+    def planned(samples: int, kept: int) -> Plan:
+        kept_of = {target.name: kept for target in targets}
+        costs = Costs(samples, 1000, 10**6, plan_module.CACHED_BYTES, model=10**4, kept_of=kept_of)
+        return plan_passes(targets, "row", 400_000, costs, Processes(), recollected=1)
+
+    assert planned(16, 100).step == 16
+    # Larger batches are split before they cost passes.
+    passes = [len(planned(samples, 10_000).passes) for samples in (1, 4, 16, 256)]
+    assert passes == [passes[0]] * 4
 
 
 def test_larger_batches_are_split_where_memory_is_short(monkeypatch):

@@ -6,7 +6,7 @@ import pytest
 from support.launching import launch, launch_machines
 
 from cap_hf.distributed.processes import Processes
-from cap_hf.distributed.shared_memory import holds, open_shared_memory
+from cap_hf.distributed.shared_memory import close, open_shared_memory, opened
 
 # Every process knows what each sends. One of them is slow at random, and rounds grow.
 SENDING = """
@@ -44,7 +44,8 @@ for target in range(12):
     dtype, most = known.choice([torch.float32, torch.bfloat16, torch.float64]), known.randrange(1, 3000)
     for _ in range(known.randrange(1, 9)):
         sizes = [[known.choice([0, most, known.randrange(most + 1)]) for _ in range(world)] for _ in range(world)]
-        rooms = shared.room(sizes[rank], dtype, most)
+        assert shared.fits(most * dtype.itemsize)
+        rooms = shared.room(sizes[rank], dtype)
         for to, room in enumerate(rooms):
             room.copy_(entries(number, rank, to, sizes[rank][to], dtype))
         waiting.append((number, sizes, dtype, shared.send([each[rank] for each in sizes], dtype)))
@@ -90,7 +91,7 @@ elif everyone.rank == 1 and sys.argv[1] == "not allowed":
 
     os.memfd_create = refuse
 elif everyone.rank == 1 and sys.argv[1] == "unreadable":
-    shared_memory.holds = lambda path, mark: False
+    shared_memory.opened = lambda path, mark: -1
 assert shared_memory.open_shared_memory(everyone) is None
 assert not any("cap_hf" in os.readlink(each) for each in glob.glob("/proc/self/fd/*") if os.path.islink(each))
 accelerator.end_training()
@@ -116,6 +117,38 @@ def test_alone_there_is_none():
 
 def test_a_file_is_known_by_its_mark(tmp_path):
     (tmp_path / "file").write_bytes(b"marked, and more")
-    assert holds(str(tmp_path / "file"), b"marked")
-    assert not holds(str(tmp_path / "file"), b"another")
-    assert not holds(str(tmp_path / "none"), b"marked")
+    found = opened(str(tmp_path / "file"), b"marked")
+    assert found >= 0
+    assert opened(str(tmp_path / "file"), b"another") == opened(str(tmp_path / "none"), b"marked") == -1
+    close([-1, found])
+    with pytest.raises(OSError, match="descriptor"):
+        os.fstat(found)
+
+
+# The system refuses one process to make its file longer, or to map one.
+NO_ROOM = """
+import mmap
+import os
+import sys
+from accelerate import Accelerator
+from cap_hf.distributed.processes import Processes
+from cap_hf.distributed.shared_memory import open_shared_memory
+
+def refuse(*args):
+    raise OSError(12, "Cannot allocate memory")
+
+everyone = Processes(Accelerator(cpu=True))
+shared = open_shared_memory(everyone)
+assert shared.fits(100)
+if everyone.rank == 1:
+    setattr(*((os, "ftruncate") if sys.argv[1] == "long" else (mmap, "mmap")), refuse)
+assert shared.fits(50)
+assert not shared.fits(10**6)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="this system has no files in memory")
+@pytest.mark.parametrize("refused", ["long", "mapped"])
+def test_all_of_them_have_room_or_none(tmp_path, refused):
+    (tmp_path / "no_room.py").write_text(NO_ROOM)
+    launch(2, refused, script=tmp_path / "no_room.py")
