@@ -30,7 +30,7 @@ from cap_hf.collection.planning import make_plan
 from cap_hf.collection.resources import Afterwards, Resources
 from cap_hf.errors import CAPError
 from cap_hf.method.losses import LabelLoss
-from cap_hf.targets import find_targets
+from cap_hf.targets import find_targets, weight_layers
 
 
 def vit(width: int, inner: int, heads: int, patch: int = 16) -> Callable[[int], PreTrainedModel]:
@@ -76,12 +76,12 @@ MODELS = {
 
 
 def costs_of(
-    make: Callable[[int], PreTrainedModel], layers: int, clock: PaperClock, config: CAPConfig
+    make: Callable[[int], PreTrainedModel], layers: int, whole: PreTrainedModel, clock: PaperClock, config: CAPConfig
 ) -> tuple[Costs, float]:
     """Return the costs of a gradient sample of a model of so many layers, and the seconds of an example's forward pass.
 
-    Positions are those of every target; memory and operations those of one layer, and the difference of two to one for
-    each of the others.
+    What is said of each layer is that of `whole`, which has no numbers; memory and operations are those of one layer,
+    and the difference of two to one for each of the others.
     """
     found = []
     for number in (1, 2):
@@ -92,14 +92,19 @@ def costs_of(
     (one, first), (two, second) = found
     names = ("bytes", "kept", "model")
     more = {name: getattr(one, name) + (layers - 1) * (getattr(two, name) - getattr(one, name)) for name in names}
-    positions = {}
-    with torch.device("meta"):
-        for target in find_targets(make(layers)):
-            # Layers are alike: what goes through the last of two goes through all.
-            kind = [name for name in two.positions if name.split(".")[-1] == target.name.split(".")[-1]]
-            positions[target.name] = two.positions[kind[-1]]
+    # Layers are alike: the last of two stands for all. `model` is that of two layers.
+    alike = {name.split(".")[-1]: (name, module) for name, module in weight_layers(model).items()}
+    same = {name: alike[name.split(".")[-1]] for name in weight_layers(whole)}
+    names = [target.name for target in find_targets(whole)]
+    costs = replace(
+        two,
+        samples=64,
+        positions={name: two.positions[same[name][0]] for name in names},
+        kept_of={name: two.kept_of[same[name][0]] for name in names},
+        work={module: two.work[same[name][1]] for name, module in weight_layers(whole).items()},
+        **more,
+    )
     forward = first + (layers - 1) * (second - first)
-    costs = replace(two, samples=64, positions=positions, **more)
     return clock.timed(costs, forward, config), forward
 
 
@@ -121,10 +126,10 @@ def main() -> None:
         for name in args.models:
             results.measuring(name)
             make, layers = MODELS[name]
-            costs, forward = costs_of(make, layers, clock, config)
-            again = clock.timed(costs, forward, CAPConfig())
             with torch.device("meta"):
                 whole = make(layers)
+            costs, forward = costs_of(make, layers, whole, clock, config)
+            again = clock.timed(costs, forward, CAPConfig())
             trials, rows = clock.trials(config), clock.trials(CAPConfig())
             measured = Measured(config, afterwards, costs, again, forward, trials, rows)
             available = clock.available(resources, costs)

@@ -30,7 +30,7 @@ heartbeat.INTERVAL = float(os.environ.get("INTERVAL", heartbeat.INTERVAL))
 trouble, rank = os.environ["TROUBLE"], int(os.environ["RANK"])
 folder = TemporaryFolder(os.environ["SPILL"])
 (Path(folder.name) / f"of-{rank}").write_text("sums")
-kind, name, count = (CAPCompressor, "prune_each", 1) if "alone" in trouble else (Processes, "exchange", 20)
+kind, name, count = (CAPCompressor, "prune_each", 1) if "alone" in trouble else (Processes, "meet", 20)
 method = getattr(kind, name)
 calls = 0
 
