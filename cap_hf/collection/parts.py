@@ -35,7 +35,7 @@ def key_of(target: Target) -> str:
 def join(groups: Sequence[Sequence[Target]], *tensors: Tensors) -> None:
     """Put what lies under the parts of targets together, under the targets' names.
 
-    Of the last of several tensors the parts go last: an interrupted run finds them, or the whole.
+    No part goes before all wholes of its target are there: an interrupted run finds the ones or the others.
 
     Args:
         groups: of targets and parts of them, in the order of the parts.

@@ -43,11 +43,12 @@ def chunk_shares(target: Target, processes: Processes) -> list[list[slice]]:
     Of a part of a target, each process has that part of its own.
     """
     chunks = row_chunks(target, processes.device)
-    number, count = target.part
-    return [
-        share[len(share) * number // count : len(share) * (number + 1) // count]
-        for share in (chunks[each] for each in processes.shares(len(chunks), target.index))
-    ]
+    return [part_of(chunks[share], *target.part) for share in processes.shares(len(chunks), target.index)]
+
+
+def part_of(chunks: list[slice], number: int, count: int) -> list[slice]:
+    """Return one of so many parts of what a process owns, which are alike in the number of chunks."""
+    return chunks[len(chunks) * number // count : len(chunks) * (number + 1) // count]
 
 
 def block_shares(target: Target, processes: Processes) -> list[slice]:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from cap_hf.collection import input_sums
 from cap_hf.collection.exchange import made_in
 from cap_hf.collection.parts import parts_of
-from cap_hf.collection.shares import chunk_shares
+from cap_hf.collection.shares import chunk_shares, part_of
 from cap_hf.collection.stretches import Chain, kept_bytes, stretch_of
 from cap_hf.distributed.processes import Processes
 from cap_hf.method.sums import sums_per_block
@@ -18,15 +18,12 @@ Piece = tuple[Target, int]
 def in_parts(target: Target, room: int, processes: Processes, prior: bool) -> list[Piece]:
     """Return a target in as few parts as have sums of no more than `room` bytes each; none where a chunk has more."""
     shares = chunk_shares(target, processes)
-    least = sums_bytes(target, 0, prior)
-    block = sums_bytes(target, 1) - sums_bytes(target, 0)
+    # Of its inputs a part has all.
+    least, block = sums_bytes(target, 0, prior), sums_bytes(target, 1)
 
     def sizes(count: int) -> list[int]:
         """Return the bytes of each of so many parts, in the process that has most of it."""
-        parts = [
-            [share[len(share) * number // count : len(share) * (number + 1) // count] for share in shares]
-            for number in range(count)
-        ]
+        parts = [[part_of(share, number, count) for share in shares] for number in range(count)]
         rows = [max(each[-1].stop - each[0].start if each else 0 for each in part) for part in parts]
         return [least + block * (each * target.row_size // target.block_size) for each in rows]
 
