@@ -32,6 +32,14 @@ def test_every_module_is_in_a_room():
     assert {rooms.room_of(module) for module in MODULES} <= set(rooms.ROOMS)
 
 
+def test_the_page_tells_the_floors():
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    told = re.findall(r"^\| (\d+) \| ([^|]+) \|", page, flags=re.MULTILINE)
+    assert told == [
+        (str(number), ", ".join(f"`{room}`" for room in beside)) for number, beside in enumerate(rooms.FLOORS, 1)
+    ]
+
+
 def test_imports_go_downwards():
     upwards = {
         f"{start} -> {to}": importers for (start, to), importers in rooms.edges().items() if floor(to) <= floor(start)

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from support.finetuning import NAMES, QUICK, finetune, load, unlabelled_folder
-from support.launching import ROOT, launch
+from support.launching import ROOT, launch_with_accelerate
 from support.recovery import image_processor, tiny_vit, zeros
 from transformers import AutoImageProcessor, ResNetConfig, ResNetForImageClassification
 
@@ -224,7 +224,7 @@ def test_two_processes_are_one_with_twice_the_batch(tmp_path, folders):
     arguments += ["--teacher_model_name_or_path", str(teacher), "--optim", "sgd"]
     assert finetune(student, tmp_path / "one", *arguments, "--gradient_accumulation_steps", "2") == 0
     names = ["--model_name_or_path", str(student), "--output_dir", str(tmp_path / "two"), *QUICK, *arguments]
-    launch(2, *names, script=ROOT / "scripts" / "finetune.py")
+    launch_with_accelerate(2, *names, script=ROOT / "scripts" / "finetune.py")
     assert json.loads((tmp_path / "two" / "report.json").read_text())["num_processes"] == 2
     one, two = load(tmp_path / "one"), load(tmp_path / "two")
     for name, zero in zeros(load(student)).items():

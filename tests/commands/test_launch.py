@@ -22,14 +22,14 @@ def checkpoint(tmp_path) -> str:
 
 
 @pytest.mark.parametrize(
-    "extra",
+    ("start", "extra"),
     [
-        ["--checkpoint_every", "32"],
-        ["--fisher_loss", "sampled", "--samples_per_grad", "2"],
-        ["--fisher_loss", "features", "--feature_projections", "2"],
+        (launch_with_accelerate, ["--checkpoint_every", "32"]),
+        (launch, ["--fisher_loss", "sampled", "--samples_per_grad", "2"]),
+        (launch, ["--fisher_loss", "features", "--feature_projections", "2"]),
     ],
 )
-def test_two_processes_give_the_result_of_one(checkpoint, tmp_path, extra):
+def test_two_processes_give_the_result_of_one(checkpoint, tmp_path, start, extra):
     # 90 gradient samples in batches of 16: neither the batches nor the shares come out even.
     common = [
         "--model_name_or_path",
@@ -55,7 +55,7 @@ def test_two_processes_give_the_result_of_one(checkpoint, tmp_path, extra):
         if processes == 1:
             assert main(["prune", *common, "--output_dir", str(output)]) == 0
         else:
-            done = launch(processes, *common, "--output_dir", str(output))
+            done = start(processes, *common, "--output_dir", str(output))
             assert done.stdout.count("sparsity-0.75") == 1
         reports.append(json.loads((output / "report.json").read_text()))
         weights.append(load_file(output / "sparsity-0.75" / "model.safetensors"))
