@@ -23,6 +23,7 @@ BACKENDS = (
     "sparse",
     "sparse_int8",
     "sparse_compile",
+    "sparse_int8_compile",
     "onnxruntime",
     "onnxruntime_int8",
     "openvino",

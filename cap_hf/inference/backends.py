@@ -126,6 +126,12 @@ class SparseCompiled(Sparse):
     start = DenseCompiled.start
 
 
+class SparseInt8Compiled(SparseInt8):
+    """The model after `optimize_for_inference` in int8, through torch.compile."""
+
+    start = DenseCompiled.start
+
+
 class ONNXRuntime(Backend):
     """ONNX Runtime on the exported dense model, float32, for images of one size."""
 
@@ -213,6 +219,7 @@ BACKENDS: dict[str, type[Backend]] = {
     "sparse": Sparse,
     "sparse_int8": SparseInt8,
     "sparse_compile": SparseCompiled,
+    "sparse_int8_compile": SparseInt8Compiled,
     "onnxruntime": ONNXRuntime,
     "onnxruntime_int8": ONNXRuntimeInt8,
     "openvino": OpenVINO,

@@ -1,5 +1,6 @@
 """Every backend computes the model."""
 
+import functools
 from types import SimpleNamespace
 
 import pytest
@@ -40,6 +41,16 @@ def test_every_backend_computes_the_same_model():
     assert sizes["sparse"] < sizes["dense"]
     for name in {"onnxruntime_int8", "openvino_int8"} & set(sizes):
         assert sizes[name] < 0.4 * sizes["onnxruntime"], name
+
+
+def test_what_is_compiled_computes_the_same_model(monkeypatch):
+    """Without the minutes of a code generator: what torch.compile sees of the model is whole either way."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager", fullgraph=True))
+    names = ["dense", "dense_compile", "sparse_compile", "sparse_int8_compile"]
+    found, missing = benchmark(make_vit(), names, [1], [1], runs=3)
+    assert not missing
+    assert [each.backend for each in found] == names
+    assert all(each.max_difference < (0.1 if "int8" in each.backend else 1e-4) for each in found)
 
 
 def test_the_onnx_file_is_written_once_and_a_failure_is_not_repeated(monkeypatch):
