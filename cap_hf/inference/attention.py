@@ -1,14 +1,22 @@
 """Attention of transformers models in int8, as one of the implementations that transformers knows by name."""
 
+import copy
+import functools
+import statistics
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from cap_hf.inference.choice import MARGIN, RUNS, SECONDS, time_in_turns
 from cap_hf.inference.operators import int8_attention
+from cap_hf.models import uncompiled
+from cap_hf.towers import see, tower_of
 
 # What `config._attn_implementation` is called; configs are saved without it.
 NAME = "cap_hf_int8"
@@ -77,3 +85,51 @@ def configs_of(model: nn.Module) -> list[PreTrainedConfig]:
 def choose(config: PreTrainedConfig, name: str) -> None:
     """Set what a config chooses, and not what configs inside it do, as its public attribute would."""
     config._attn_implementation_internal = name
+
+
+def speed_up_attention(model: nn.Module, example: Mapping[str, torch.Tensor]) -> None:
+    """Compute the attention of what sees images in int8, if the model is measured to be faster with it on an example.
+
+    The config that says so is then the model's own: others may have been made of the one it had.
+    """
+    tower = tower_of(model)
+    configs = configs_of(tower)
+    if not configs:
+        return
+
+    def call(name: str) -> None:
+        for config in configs:
+            choose(config, name)
+        with uncompiled(model), torch.inference_mode():
+            see(model, example)
+
+    try:
+        with Seen() as seen:
+            call(NAME)
+        if not seen.int8_attention:
+            return
+        names = ("sdpa", NAME)
+        times = time_in_turns([functools.partial(call, name) for name in names], RUNS, SECONDS)
+    finally:
+        for config in configs:
+            choose(config, "sdpa")
+    before, after = (statistics.median(each) for each in times)
+    if after >= MARGIN * before:
+        return
+    own: dict[int, PreTrainedConfig] = {}
+    for module in tower.modules():
+        held = getattr(module, "config", None)
+        if isinstance(held, PreTrainedConfig):
+            setattr(module, "config", own.setdefault(id(held), copy.copy(held)))  # noqa: B010
+    for each in configs:
+        choose(own[id(each)], NAME)
+
+
+class Seen(TorchDispatchMode):
+    """Sees whether attention runs in int8 while it is entered: masks and the like may prevent it."""
+
+    int8_attention = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.int8_attention |= func is torch.ops.cap_hf.int8_attention.default
+        return func(*args, **(kwargs or {}))

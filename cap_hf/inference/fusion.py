@@ -1,8 +1,6 @@
-"""What runs between the layers of a model: GELU at the end of a sparse layer, attention in int8."""
+"""What runs between the layers of a model, in the layers: GELU at the end of a sparse one, an MLP as a whole."""
 
-import copy
 import functools
-import statistics
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack, contextmanager
@@ -11,16 +9,13 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import PreTrainedConfig
 from transformers.activations import GELUActivation
 
-from cap_hf.inference import attention
-from cap_hf.inference.choice import MARGIN, RUNS, SECONDS, time_in_turns
+from cap_hf.inference.int8_linear import SparseInt8Linear
 from cap_hf.inference.linear import SparseWeightLinear, carry_hooks
 from cap_hf.models import uncompiled
-from cap_hf.towers import see, tower_of
+from cap_hf.towers import see
 
 Example = Mapping[str, torch.Tensor]
 
@@ -55,53 +50,126 @@ def find_gelus(model: nn.Module, names: Iterable[str], example: Example) -> dict
         names: of the Linear layers in question.
         example: what the model is called with, twice.
     """
-    # A module with several names would have to be replaced in all of its places.
-    places = Counter(id(module) for _, module in model.named_modules(remove_duplicate=False))
-    modules = {name: model.get_submodule(name) for name in names}
+    modules = in_one_place(model)
     linears = {
         name: module
-        for name, module in modules.items()
-        if isinstance(module, nn.Linear) and places[id(module)] == 1 and not module._forward_hooks
+        for name in names
+        if isinstance(module := modules.get(name), nn.Linear) and not module._forward_hooks
     }
-    gelus = {
-        name: module
-        for name, module in model.named_modules()
-        if is_gelu(module) and places[id(module)] == 1 and not module._forward_pre_hooks
+    gelus = {name: module for name, module in modules.items() if is_gelu(module) and not has_hooks(module)}
+    found, before = find_takers(model, linears, gelus, example)
+    new: dict[str, nn.Module] = {source: GELULinear(linears[source]) for source in found}
+    new |= {gelu: nn.Identity().eval() for gelu in found.values()}
+    return found if returns_same(model, new, example, before) else {}
+
+
+def find_mlps(model: nn.Module, gelus: Mapping[str, str], names: Iterable[str], example: Example) -> dict[str, str]:
+    """Return the Linear that takes all that a Linear gives after its GELU, and nothing else, by the names of both.
+
+    It is tried as in `find_gelus`.
+
+    Args:
+        model: in eval mode, before any layer is replaced.
+        gelus: what `find_gelus` returned of it.
+        names: of the Linear layers in question.
+        example: what the model is called with, twice.
+    """
+    modules = in_one_place(model)
+    used = Counter(gelus.values())
+    firsts = {gelu: first for first, gelu in gelus.items() if used[gelu] == 1}
+    linears = {name: module for name, module in modules.items() if isinstance(module, nn.Linear)}
+    seconds = {
+        name: linears[name]
+        for name in names
+        if name in linears
+        and not has_hooks(linears[name])
+        # By the size of what it gets a layer knows whether its work is done.
+        and linears[name].in_features != linears[name].out_features
     }
-    if not linears or not gelus:
-        return {}
+    found, before = find_takers(model, {gelu: modules[gelu] for gelu in firsts}, seconds, example)
+    mlps = {firsts[gelu]: second for gelu, second in found.items()}
+    new: dict[str, nn.Module] = {}
+    for first, second in mlps.items():
+        new[first] = nn.Sequential(GELULinear(linears[first]), linears[second]).eval()
+        new |= {gelus[first]: nn.Identity().eval(), second: nn.Identity().eval()}
+    return mlps if returns_same(model, new, example, before) else {}
+
+
+def in_one_place(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the modules that have one name; another one would have to be replaced in all of its places."""
+    places = Counter(id(module) for _, module in model.named_modules(remove_duplicate=False))
+    return {name: module for name, module in model.named_modules() if places[id(module)] == 1}
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Return whether something looks at what goes into a module or comes out of it."""
+    return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
+def find_takers(
+    model: nn.Module, sources: Mapping[str, nn.Module], takers: Mapping[str, nn.Module], example: Example
+) -> tuple[dict[str, str], list[torch.Tensor]]:
+    """Return by source the module that gets all its outputs as they are, and no input but sources' outputs.
+
+    Between a source and its taker the output is not changed in place, and no module with hooks begins or ends.
+
+    Args:
+        model: that is called once, if there is anything to find.
+        sources: modules by name.
+        takers: modules by name, of which a source may be one.
+        example: what the model is called with.
+
+    Returns:
+        The names of takers by those of sources, and all tensors that the model returned.
+    """
+    if not sources or not takers:
+        return {}, []
     calls: Counter[str] = Counter()
-    sources: dict[str, list[str | None]] = {}
-    latest: tuple[str | None, Any] = (None, None)
+    inputs: dict[str, list[str | None]] = {}
+    # The source that was left last, its output, and how often that had been written to.
+    latest: tuple[str | None, Any, int] = (None, None, 0)
 
     def left(name: str, module: nn.Module, args: tuple, output: torch.Tensor) -> None:
         nonlocal latest
         calls[name] += 1
-        latest = (name, output)
+        latest = (name, output, output._version)
 
     def entered(name: str, module: nn.Module, args: tuple) -> None:
-        sources.setdefault(name, []).append(latest[0] if args and args[0] is latest[1] else None)
+        same = args and args[0] is latest[1] and args[0]._version == latest[2]
+        inputs.setdefault(name, []).append(latest[0] if same else None)
 
+    def seen(*_: Any) -> None:
+        nonlocal latest
+        latest = (None, None, 0)
+
+    hooked = [module for module in model.modules() if has_hooks(module)]
     with ExitStack() as hooks:
-        for name, linear in linears.items():
-            hooks.callback(linear.register_forward_hook(functools.partial(left, name)).remove)
-        for name, gelu in gelus.items():
-            hooks.callback(gelu.register_forward_pre_hook(functools.partial(entered, name)).remove)
-        before = run(model, example)
-    latest = (None, None)
+        for module in hooked:
+            hooks.callback(module.register_forward_pre_hook(seen).remove)
+            hooks.callback(module.register_forward_hook(seen).remove)
+        for name, source in sources.items():
+            hooks.callback(source.register_forward_hook(functools.partial(left, name)).remove)
+        for name, taker in takers.items():
+            hooks.callback(taker.register_forward_pre_hook(functools.partial(entered, name)).remove)
+        outputs = run(model, example)
     found: dict[str, str] = {}
-    for name, froms in sources.items():
-        if None not in froms and all(froms.count(linear) == calls[linear] for linear in set(froms) if linear):
-            found |= {linear: name for linear in froms if linear}
-    if not found:
-        return {}
+    for name, froms in inputs.items():
+        if None not in froms and all(froms.count(source) == calls[source] for source in set(froms) if source):
+            found |= {source: name for source in froms if source}
+    return found, outputs
+
+
+def returns_same(
+    model: nn.Module, new: Mapping[str, nn.Module], example: Example, expected: list[torch.Tensor]
+) -> bool:
+    """Return whether a model returns the same bits with new modules in the place of some; it stays as it was."""
+    if not new:
+        return False
     with ExitStack() as stack:
-        for source, follower in found.items():
-            stack.enter_context(replaced(model, source, GELULinear(linears[source])))
-            stack.enter_context(replaced(model, follower, nn.Identity().eval()))
-        after = run(model, example)
-    same = len(before) == len(after) and all(map(torch.equal, before, after))
-    return found if same else {}
+        for name, module in new.items():
+            stack.enter_context(replaced(model, name, module))
+        found = run(model, example)
+    return len(found) == len(expected) and all(map(torch.equal, found, expected))
 
 
 @contextmanager
@@ -135,55 +203,21 @@ def fuse_gelus(model: nn.Module, gelus: Mapping[str, str]) -> None:
         model.set_submodule(gelu, identity)
 
 
-def speed_up_attention(model: nn.Module, example: Example) -> None:
-    """Compute the attention of what sees images in int8, if the model is measured to be faster with it on an example.
+def fuse_mlps(model: nn.Module, mlps: Mapping[str, str]) -> None:
+    """Let a sparse int8 layer that ends with GELU do the work of the sparse int8 layer behind it as well.
 
-    The config that says so is then the model's own: others may have been made of the one it had.
+    Args:
+        model: with sparse layers, after `fuse_gelus`.
+        mlps: what `find_mlps` returned of it before.
     """
-    tower = tower_of(model)
-    configs = attention.configs_of(tower)
-    if not configs:
-        return
-
-    def call(name: str) -> None:
-        for config in configs:
-            attention.choose(config, name)
-        with uncompiled(model), torch.inference_mode():
-            see(model, example)
-
-    try:
-        with Seen() as seen:
-            call(attention.NAME)
-        if not seen.int8_attention:
-            return
-        names = ("sdpa", attention.NAME)
-        times = time_in_turns([functools.partial(call, name) for name in names], RUNS, SECONDS)
-    finally:
-        for config in configs:
-            attention.choose(config, "sdpa")
-    before, after = (statistics.median(each) for each in times)
-    if after >= MARGIN * before:
-        return
-    own: dict[int, PreTrainedConfig] = {}
-    for module in tower.modules():
-        held = getattr(module, "config", None)
-        if isinstance(held, PreTrainedConfig):
-            setattr(module, "config", own.setdefault(id(held), copy.copy(held)))  # noqa: B010
-    for each in configs:
-        attention.choose(own[id(each)], attention.NAME)
-
-
-class Seen(TorchDispatchMode):
-    """Sees whether attention runs in int8 while it is entered: masks and the like may prevent it."""
-
-    int8_attention = False
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.int8_attention |= func is torch.ops.cap_hf.int8_attention.default
-        return func(*args, **(kwargs or {}))
+    for first, second in mlps.items():
+        layer, behind = model.get_submodule(first), model.get_submodule(second)
+        if isinstance(layer, SparseInt8Linear) and isinstance(behind, SparseInt8Linear):
+            layer.next, behind.is_done = (behind,), True
 
 
 def run(model: nn.Module, example: Example) -> list[torch.Tensor]:
     """Return all tensors that a model returns, without torch.compile."""
-    with uncompiled(model), torch.inference_mode():
+    # Not in inference mode, where a tensor does not know how often it has been written to.
+    with uncompiled(model), torch.no_grad():
         return [leaf for leaf in tree_leaves(see(model, example)) if isinstance(leaf, torch.Tensor)]

@@ -9,7 +9,7 @@ from torch import nn
 from cap_hf.checkpoints.int8 import dequantize_rows, quantize_rows
 from cap_hf.inference.int8_packing import PackedInt8Weight, pack_rows, unpack_int8
 from cap_hf.inference.linear import SparseWeightLinear, StoredInt8Linear
-from cap_hf.inference.operators import has_int8_kernel, quantize_tokens, sparse_int8_linear
+from cap_hf.inference.operators import has_int8_kernel, quantize_tokens, sparse_int8_linear, sparse_int8_mlp
 
 
 class Int8WeightLinear(SparseWeightLinear):
@@ -41,13 +41,25 @@ class SparseInt8Linear(Int8WeightLinear):
 
     Weights have one scale per row, inputs one per token, found anew for each input. `weight` and the state_dict give
     the weight that the layer computes with: dense, in float, no longer what it was before it was quantised.
+
+    Of the two layers of an MLP that are computed together the first returns what the second would, `(..., out_features
+    of the second)`, and the second hands that on. They can be copied, replaced or taken out only together.
     """
 
     has_gelu = True
+    # The layer whose work this one does too, after the GELU: what is between the two stays in the processor's caches.
+    # In a tuple, as a module would be registered as a child, with a second name in the state_dict.
+    next: tuple["SparseInt8Linear", ...] = ()
+    # Whether the layer before does the work of this one, which then hands on what has the size of its outputs.
+    is_done = False
     offsets: torch.Tensor
     starts: torch.Tensor
     order: torch.Tensor
     corrections: torch.Tensor
+
+    def extra_repr(self) -> str:
+        behind = f", with the layer behind it: {self.next[0].out_features}" if self.next else ""
+        return super().extra_repr() + behind + (", computed by the layer before" if self.is_done else "")
 
     def store_rows(self, quantized: torch.Tensor, scales: torch.Tensor) -> None:
         packed = pack_rows(quantized, scales)
@@ -57,13 +69,14 @@ class SparseInt8Linear(Int8WeightLinear):
 
     def packed_weight(self) -> PackedInt8Weight:
         """Return the weight as the kernel reads it; it shares memory with this layer."""
+        buffers: dict[str, Any] = self._buffers  # a module's attributes take longer to look up than a small product
         return PackedInt8Weight(
-            self.values,
-            self.offsets,
-            self.starts,
-            self.order,
-            self.scales,
-            self.corrections,
+            buffers["values"],
+            buffers["offsets"],
+            buffers["starts"],
+            buffers["order"],
+            buffers["scales"],
+            buffers["corrections"],
             self.out_features,
             self.in_features,
             self.row_block,
@@ -75,7 +88,12 @@ class SparseInt8Linear(Int8WeightLinear):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         self.check_device(input)
-        return sparse_int8_linear(input, self.packed_weight(), self.bias, gelu=self.gelu)
+        if self.is_done and input.shape[-1] == self.out_features:
+            return input
+        if not self.next:
+            return sparse_int8_linear(input, self.packed_weight(), self.bias, gelu=self.gelu)
+        (second,) = self.next
+        return sparse_int8_mlp(input, self.packed_weight(), self.bias, second.packed_weight(), second.bias)
 
 
 class DenseInt8Linear(Int8WeightLinear):

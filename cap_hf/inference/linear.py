@@ -126,11 +126,12 @@ class SparseLinear(SparseWeightLinear):
 
     def packed_weight(self) -> PackedWeight:
         """Return the weight as the kernel reads it; it shares memory with this layer."""
+        buffers: dict[str, Any] = self._buffers  # a module's attributes take longer to look up than a small product
         return PackedWeight(
-            self.values,
-            self.offsets,
-            self.starts,
-            self.order,
+            buffers["values"],
+            buffers["offsets"],
+            buffers["starts"],
+            buffers["order"],
             self.out_features,
             self.in_features,
             self.row_block,

@@ -31,6 +31,7 @@ def has_int8_kernel() -> bool:
     if not load_extension("sparse_int8_linear"):
         return False
     register("sparse_int8_linear", fake_sparse_int8_linear)
+    register("sparse_int8_mlp", fake_sparse_int8_mlp)
     register("quantize_tokens", fake_quantize_tokens)
     register("int8_attention", fake_int8_attention)
     return True
@@ -62,7 +63,7 @@ def run(operator: Callable[..., Any], *args: Any) -> Any:
         return operator(*args)
     transform = torch._C._functorch.peek_interpreter_stack()
     derives = transform is not None and transform.key() in (TransformType.Grad, TransformType.Jvp)
-    if derives or any(has_tangent(each) for each in args):
+    if derives or (forward_ad._current_level >= 0 and any(map(has_tangent, args))):
         raise RuntimeError(f"{operator} is for inference only: it has no derivative")
     if torch.is_grad_enabled() or transform is not None:
         return operator(*args)
@@ -72,9 +73,7 @@ def run(operator: Callable[..., Any], *args: Any) -> Any:
 
 def has_tangent(argument: Any) -> bool:
     """Return whether an argument is a tensor whose forward-mode derivative is computed along."""
-    if forward_ad._current_level < 0 or not isinstance(argument, torch.Tensor):
-        return False
-    return forward_ad.unpack_dual(argument).tangent is not None
+    return isinstance(argument, torch.Tensor) and forward_ad.unpack_dual(argument).tangent is not None
 
 
 def fake_sparse_linear(x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -86,6 +85,12 @@ def fake_sparse_linear(x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tens
 def fake_sparse_int8_linear(x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
     """Return an empty output of the operator, as `fake_sparse_linear`."""
     rows = args[7]
+    return x.new_empty((*x.shape[:-1], rows))
+
+
+def fake_sparse_int8_mlp(x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    """Return an empty output of the operator, as `fake_sparse_linear`."""
+    rows = args[18]
     return x.new_empty((*x.shape[:-1], rows))
 
 
@@ -161,9 +166,40 @@ def sparse_int8_linear(
     Raises:
         RuntimeError: shapes or dtypes do not fit each other, or the processor lacks the instruction set.
     """
-    return run(
-        torch.ops.cap_hf.sparse_int8_linear,
-        x,
+    return run(torch.ops.cap_hf.sparse_int8_linear, x, *int8_arguments(weight, bias), instruction_set, gelu)
+
+
+def sparse_int8_mlp(
+    x: torch.Tensor,
+    first: PackedInt8Weight,
+    first_bias: torch.Tensor | None,
+    second: PackedInt8Weight,
+    second_bias: torch.Tensor | None = None,
+    instruction_set: str = "",
+) -> torch.Tensor:
+    """Return the second layer of the GELU of the first, as two calls of `sparse_int8_linear` do, with the same bits.
+
+    What is between the layers is in float32 and does not leave the processor's caches. Two calls round it to half
+    precision where x has that.
+
+    Args:
+        x: `(..., cols)`, float32, float16 or bfloat16, on the CPU.
+        first: `(hidden, cols)`, quantised and packed.
+        first_bias: `(hidden,)`.
+        second: `(rows, hidden)`, quantised and packed.
+        second_bias: `(rows,)`.
+        instruction_set: as of `sparse_int8_linear`.
+
+    Raises:
+        RuntimeError: shapes or dtypes do not fit each other, or the processor lacks the instruction set.
+    """
+    layers = (*int8_arguments(first, first_bias), *int8_arguments(second, second_bias))
+    return run(torch.ops.cap_hf.sparse_int8_mlp, x, *layers, instruction_set)
+
+
+def int8_arguments(weight: PackedInt8Weight, bias: torch.Tensor | None) -> tuple[Any, ...]:
+    """Return what the operators are told of a layer, in their order."""
+    return (
         weight.values,
         weight.offsets,
         weight.starts,
@@ -175,8 +211,6 @@ def sparse_int8_linear(
         weight.cols,
         weight.row_block,
         weight.col_block,
-        instruction_set,
-        gelu,
     )
 
 

@@ -11,9 +11,10 @@ from transformers import BaseImageProcessor
 
 from cap_hf.checkpoints.int8 import is_pruned
 from cap_hf.errors import CAPError
+from cap_hf.inference.attention import speed_up_attention
 from cap_hf.inference.choice import Kind, fastest_kind, is_faster, is_semi_structured_faster
 from cap_hf.inference.example import check_example, make_example
-from cap_hf.inference.fusion import find_gelus, fuse_gelus, speed_up_attention
+from cap_hf.inference.fusion import find_gelus, find_mlps, fuse_gelus, fuse_mlps
 from cap_hf.inference.int8_linear import SparseInt8Linear
 from cap_hf.inference.int8_packing import is_quantizable
 from cap_hf.inference.linear import (
@@ -59,7 +60,8 @@ def optimize_for_inference(
             it takes the C++ kernel, or PyTorch's CSR product where there is no compiler; on a GPU the 2:4 product.
             'kernel', 'csr' and 'semi_structured' name one of these, which replaces all layers it can, faster or not.
         example_inputs: what the model is called with some times, to see how many tokens each layer gets, where a GELU
-            can be computed in a layer, and whether attention is faster in int8; default: one image.
+            or an MLP can be computed in one layer, and whether attention is faster in int8; default: one image. Paths
+            that the model takes for other inputs only are not seen.
         image_processor: that decides the size of this image; default: the one beside the checkpoint that the model was
             loaded from, if it is on this machine.
         image_size: height and width of this image, or one number for both, in the place of what the image processor
@@ -123,12 +125,14 @@ def optimize_for_inference(
         else:
             kinds = dict.fromkeys(faster_layers(model, linears, functools.partial(is_faster, kind), example), kind)
     gelus = find_gelus(model, kinds, example) if backend == "auto" else {}
+    mlps = find_mlps(model, gelus, kinds, example) if gelus and dtype == "int8" else {}
     for name, chosen_kind in kinds.items():
         replace(model, name, chosen_kind(linears[name]))
     for name, module in list(model.named_modules()):
         if isinstance(module, StoredInt8Linear):
             replace(model, name, module.to_linear())
     fuse_gelus(model, gelus)
+    fuse_mlps(model, mlps)
     if backend == "auto" and dtype == "int8" and kinds:
         speed_up_attention(model, example)
     return model

@@ -6,12 +6,13 @@ import pytest
 import torch
 from support.backbones import tiny_clip
 from support.inference import logits, make_vit, pixels
+from support.models import build
 from torch import nn
-from transformers import AutoModel
+from transformers import AutoModel, ViTForImageClassification
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from cap_hf.inference import attention
-from cap_hf.inference.attention import NAME, configs_of, int8_attention_forward
+from cap_hf.inference.attention import NAME, configs_of, int8_attention_forward, speed_up_attention
 from cap_hf.inference.operators import has_int8_kernel
 
 
@@ -110,3 +111,66 @@ def test_parts_that_do_not_choose_pytorchs_attention_are_left():
     model.config._attn_implementation = "eager"
     assert configs_of(model) == []
     assert configs_of(nn.Linear(2, 2)) == []
+
+
+@pytest.fixture
+def measured(monkeypatch):
+    """Let int8 take this share of the time."""
+
+    def measure(share):
+        def in_turns(calls, *limits):
+            for call in calls:
+                call()
+            return [[1.0], [share]]
+
+        monkeypatch.setattr(attention, "time_in_turns", in_turns)
+
+    return measure
+
+
+@pytest.mark.parametrize("faster", [True, False])
+def test_attention_is_int8_where_that_is_faster(faster, measured):
+    model = make_vit()
+    config, other = model.config, ViTForImageClassification(model.config).eval()
+    x, expected = pixels(model), logits(model, pixels(model))
+    measured(0.9 if faster else 0.97)
+    speed_up_attention(model, {"pixel_values": x})
+    assert torch.equal(logits(model, x), expected) != faster
+    assert {module.config._attn_implementation for module in model.modules() if hasattr(module, "config")} == {
+        attention.NAME if faster else "sdpa"
+    }
+    # What else was made of the same config keeps its attention.
+    assert config._attn_implementation == other.config._attn_implementation == "sdpa"
+
+
+def test_attention_that_int8_cannot_take_is_left_however_fast_it_seems(measured):
+    """Swin's has a mask or a bias always, and ConvNeXt none at all."""
+    measured(0.1)
+    for name in ("Swin", "ConvNext"):
+        model = build(name)
+        before = model.config._attn_implementation
+        speed_up_attention(model, {"pixel_values": torch.randn(1, 3, 16, 16)})
+        assert model.config._attn_implementation == before
+
+
+def test_a_text_tower_and_parts_that_chose_otherwise_keep_what_they_have(measured):
+    measured(0.1)
+    model = tiny_clip().eval()
+    model.config.text_config._attn_implementation = "eager"
+    side = model.config.vision_config.image_size
+    speed_up_attention(model, {"pixel_values": torch.randn(1, 3, side, side)})
+    assert model.vision_model.config._attn_implementation == attention.NAME
+    assert model.text_model.config._attn_implementation == "eager"
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_a_failure_while_it_is_tried_leaves_everything(monkeypatch):
+    model = make_vit()
+
+    def fail(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(attention, "time_in_turns", fail)
+    with pytest.raises(KeyboardInterrupt):
+        speed_up_attention(model, {"pixel_values": pixels(model)})
+    assert model.config._attn_implementation == "sdpa"

@@ -1,18 +1,16 @@
 """GELU at the end of sparse layers: where that is the same, and only there; attention in int8 where it is faster."""
 
 import copy
+import pickle
 
 import pytest
 import torch
-from support.backbones import tiny_clip
 from support.inference import logits, make_vit, pixels, sparse_layers
-from support.models import build
 from torch import nn
-from transformers import ViTForImageClassification
 
 from cap_hf import optimize_for_inference
-from cap_hf.inference import attention, fusion, optimize
-from cap_hf.inference.fusion import find_gelus, fuse_gelus, is_gelu, speed_up_attention
+from cap_hf.inference import attention, optimize
+from cap_hf.inference.fusion import find_gelus, find_mlps, fuse_gelus, fuse_mlps, is_gelu
 from cap_hf.inference.int8_linear import SparseInt8Linear
 from cap_hf.inference.linear import CSRLinear, SparseLinear
 from cap_hf.inference.operators import has_int8_kernel, has_kernel
@@ -33,7 +31,7 @@ class MLP(nn.Module):
 
     def __init__(self, how):
         super().__init__()
-        self.fc1, self.fc2, self.fc3 = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+        self.fc1, self.fc2, self.fc3 = nn.Linear(8, 16), nn.Linear(16, 8), nn.Linear(8, 8)
         self.act = nn.GELU("tanh" if how == "tanh" else "none")
         self.how = how
         self.eval()
@@ -48,8 +46,15 @@ class MLP(nn.Module):
             return self.fc3(self.act(self.fc2(self.act(first))))
         if self.how == "twice":
             return self.fc2(self.act(first)) + self.act(pixel_values)
+        if self.how == "kept":
+            second = self.act(first)
+            return self.fc2(second) + second[:, :8]
+        if self.how == "added":
+            return self.fc2(self.act(first) + 1)
+        if self.how == "deep":
+            return self.fc3(self.fc2(self.act(first)))
         if self.how == "again":
-            return self.fc2(self.act(first)) + self.fc1(pixel_values)
+            return self.fc2(self.act(first)) + self.fc1(pixel_values)[:, :8]
         return self.fc2(self.act(first))
 
 
@@ -73,6 +78,178 @@ def test_a_gelu_is_found_where_nothing_else_sees_what_it_takes(how, expected):
     assert not model.fc1._forward_hooks
     assert not model.act._forward_hooks
     assert not model.act._forward_pre_hooks
+
+
+@pytest.mark.parametrize(
+    ("how", "expected"),
+    [("plain", {"fc1": "fc2"}), ("deep", {"fc1": "fc2"}), *((how, {}) for how in ("shared", "kept", "added", "gated"))],
+)
+def test_an_mlp_is_found_where_nothing_else_sees_what_is_inside(how, expected):
+    model = MLP(how)
+    names = ["fc1", "fc2", "fc3"]
+    before, gelus = model(**X), find_gelus(model, names, X)
+    assert find_mlps(model, gelus, names, X) == expected
+    assert find_mlps(model, gelus, ["fc1", "fc3"], X) == {}
+    assert torch.equal(model(**X), before)
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+HOOKS = ("register_forward_hook", "register_forward_pre_hook")
+
+
+@pytest.mark.parametrize("register", HOOKS)
+def test_an_mlp_with_hooks_that_would_see_other_numbers_is_left(register):
+    """Also a hook that is called after a layer sees what went into it."""
+    model = MLP("plain")
+    getattr(model.fc2, register)(lambda *_: None)
+    gelus = find_gelus(model, ["fc1"], X)
+    assert gelus == {"fc1": "act"}
+    assert find_mlps(model, gelus, ["fc1", "fc2"], X) == {}
+
+
+class Nested(nn.Module):
+    """An MLP in parts, as in Swinv2 and others: `wide` ends with the GELU, or the Linear before it is a part."""
+
+    def __init__(self):
+        super().__init__()
+        self.wide = nn.Sequential(nn.Sequential(nn.Linear(8, 16)), nn.GELU())
+        self.drop, self.narrow = nn.Dropout(0.0), nn.Sequential(nn.Linear(16, 8))
+        self.eval()
+
+    def forward(self, pixel_values):
+        return self.narrow(self.drop(self.wide(pixel_values)))
+
+
+@pytest.mark.parametrize("register", HOOKS)
+@pytest.mark.parametrize(
+    ("where", "gelu", "mlp"),
+    [("", True, True), ("wide", True, False), ("drop", True, False), ("narrow", True, False), ("wide.0", False, False)],
+)
+def test_hooks_on_what_is_between_and_around_are_respected(where, gelu, mlp, register):
+    model = Nested()
+    # What is called before a module that holds the layer sees nothing of what the layer makes.
+    before = register == "register_forward_pre_hook" and where in ("wide", "wide.0")
+    getattr(model.get_submodule(where), register)(lambda *_: None)
+    gelus = find_gelus(model, ["wide.0.0"], X)
+    assert gelus == ({"wide.0.0": "wide.1"} if gelu else {})
+    expected = {"wide.0.0": "narrow.0"} if mlp else {}
+    if not before:
+        assert find_mlps(model, gelus, ["wide.0.0", "narrow.0"], X) == expected
+
+
+def test_what_is_written_to_in_place_is_not_handed_on():
+    class Clamped(MLP):
+        def forward(self, pixel_values):
+            hidden = self.act(self.fc1(pixel_values))
+            hidden.clamp_(max=100)  # which changes nothing here, and may elsewhere
+            return self.fc2(hidden)
+
+    model = Clamped("plain")
+    gelus = find_gelus(model, ["fc1"], X)
+    assert gelus == {"fc1": "act"}
+    assert find_mlps(model, gelus, ["fc1", "fc2"], X) == {}
+
+
+@pytest.mark.parametrize("how", ["copied", "twice", "again", "kept", "added", "shared"])
+def test_what_cannot_be_fused_keeps_nothing_else_from_it(how):
+    """It is left before all that is left together is tried."""
+
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.odd, self.plain = MLP(how), MLP("plain")
+
+        def forward(self, pixel_values):
+            return self.odd(pixel_values) + self.plain(pixel_values)
+
+    model = Two().eval()
+    names = [f"{part}.{layer}" for part in ("odd", "plain") for layer in ("fc1", "fc2", "fc3")]
+    gelus = find_gelus(model, names, X)
+    expected = {"plain.fc1": "plain.act"}
+    if how == "shared":
+        expected |= {"odd.fc1": "odd.act", "odd.fc2": "odd.act"}
+    if how in ("kept", "added"):
+        expected |= {"odd.fc1": "odd.act"}
+    assert gelus == expected
+    found = find_mlps(model, gelus, names, X)
+    # That something else takes the output of a GELU too shows only when it is tried, all together.
+    assert found == ({} if how == "kept" else {"plain.fc1": "plain.fc2"})
+
+
+def fused_vit():
+    """Return a ViT of sparse int8 layers with its MLPs fused, its inputs, and what it returned before that."""
+    model = make_vit()
+    example = {"pixel_values": pixels(model)}
+    names = find_sparse_linears(model)
+    gelus = find_gelus(model, names, example)
+    mlps = find_mlps(model, gelus, names, example)
+    assert mlps == {f"vit.layers.{i}.mlp.fc1": f"vit.layers.{i}.mlp.fc2" for i in range(2)}
+    for name, linear in names.items():
+        replace(model, name, SparseInt8Linear(linear))
+    fuse_gelus(model, gelus)
+    expected = logits(model, example["pixel_values"])
+    fuse_mlps(model, mlps)
+    return model, example["pixel_values"], expected
+
+
+def test_a_fused_mlp_changes_no_bit_and_no_weight_and_is_copied_whole():
+    model, x, expected = fused_vit()
+    plain = make_vit()
+    for name, linear in find_sparse_linears(plain).items():
+        replace(plain, name, SparseInt8Linear(linear))
+    assert torch.equal(logits(model, x), expected)
+    assert model.state_dict().keys() == plain.state_dict().keys()
+    for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        mlp = copied.vit.layers[0].mlp
+        assert mlp.fc1.next[0] is mlp.fc2
+        assert torch.equal(logits(copied, x), expected)
+    # What is loaded is what is computed with, in either layer.
+    model.load_state_dict({name: 2 * value for name, value in model.state_dict().items()})
+    plain.load_state_dict(model.state_dict())
+    for layer in plain.vit.layers:
+        layer.mlp.fc1.gelu, layer.mlp.activation_fn = True, nn.Identity().eval()
+    assert torch.equal(logits(model, x), logits(plain, x))
+
+
+def test_a_fused_mlp_is_compiled_and_exported():
+    model, x, expected = fused_vit()
+    mlp = model.vit.layers[0].mlp
+    hidden = torch.randn(2, 9, mlp.fc1.in_features)
+    with torch.inference_mode():
+        once = mlp(hidden)
+        assert torch.equal(torch.compile(mlp, fullgraph=True)(hidden), once)
+    exported = torch.export.export(mlp, (hidden,))
+    assert torch.equal(exported.module()(hidden), once)
+    assert torch.equal(logits(model, x), expected)
+
+
+def test_the_second_layer_of_a_fused_mlp_works_alone_too():
+    """By the size of what it gets it knows whether its work is done; what does not fit is an error."""
+    model, x, _ = fused_vit()
+    mlp = model.vit.layers[0].mlp
+    hidden = torch.randn(3, mlp.fc2.in_features)
+    assert mlp.fc2(hidden).shape == (3, mlp.fc2.out_features)
+    assert torch.equal(copy.deepcopy(mlp.fc2)(hidden), mlp.fc2(hidden))
+    assert f"with the layer behind it: {mlp.fc2.out_features}" in repr(mlp.fc1)
+    assert "computed by the layer before" in repr(mlp.fc2)
+    mlp.fc2 = nn.Linear(mlp.fc2.in_features, mlp.fc2.out_features)
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        logits(model, x)
+
+
+def test_an_mlp_is_fused_only_if_both_of_its_layers_are_sparse_int8():
+    for kinds in ((SparseInt8Linear, SparseLinear), (SparseLinear, SparseInt8Linear), (SparseInt8Linear, nn.Linear)):
+        model = MLP("plain")
+        gelus = find_gelus(model, ["fc1"], X)
+        mlps = find_mlps(model, gelus, ["fc1", "fc2"], X)
+        for name, kind in zip(("fc1", "fc2"), kinds, strict=True):
+            if kind is not nn.Linear:
+                replace(model, name, kind(model.get_submodule(name)))
+        fuse_gelus(model, gelus)
+        expected = model(**X)
+        fuse_mlps(model, mlps)
+        assert torch.equal(model(**X), expected)
+        assert not getattr(model.fc1, "next", ())
 
 
 class Odd(nn.Module):
@@ -158,79 +335,17 @@ def test_sparse_layers_end_with_it(kind):
     torch.testing.assert_close(logits(copy.deepcopy(model), x), logits(model, x))
 
 
-@pytest.fixture
-def measured(monkeypatch):
-    """Let int8 take this share of the time."""
-
-    def measure(share):
-        def in_turns(calls, *limits):
-            for call in calls:
-                call()
-            return [[1.0], [share]]
-
-        monkeypatch.setattr(fusion, "time_in_turns", in_turns)
-
-    return measure
-
-
-@pytest.mark.parametrize("faster", [True, False])
-def test_attention_is_int8_where_that_is_faster(faster, measured):
-    model = make_vit()
-    config, other = model.config, ViTForImageClassification(model.config).eval()
-    x, expected = pixels(model), logits(model, pixels(model))
-    measured(0.9 if faster else 0.97)
-    speed_up_attention(model, {"pixel_values": x})
-    assert torch.equal(logits(model, x), expected) != faster
-    assert {module.config._attn_implementation for module in model.modules() if hasattr(module, "config")} == {
-        attention.NAME if faster else "sdpa"
-    }
-    # What else was made of the same config keeps its attention.
-    assert config._attn_implementation == other.config._attn_implementation == "sdpa"
-
-
-def test_attention_that_int8_cannot_take_is_left_however_fast_it_seems(measured):
-    """Swin's has a mask or a bias always, and ConvNeXt none at all."""
-    measured(0.1)
-    for name in ("Swin", "ConvNext"):
-        model = build(name)
-        before = model.config._attn_implementation
-        speed_up_attention(model, {"pixel_values": torch.randn(1, 3, 16, 16)})
-        assert model.config._attn_implementation == before
-
-
-def test_a_text_tower_and_parts_that_chose_otherwise_keep_what_they_have(measured):
-    measured(0.1)
-    model = tiny_clip().eval()
-    model.config.text_config._attn_implementation = "eager"
-    side = model.config.vision_config.image_size
-    speed_up_attention(model, {"pixel_values": torch.randn(1, 3, side, side)})
-    assert model.vision_model.config._attn_implementation == attention.NAME
-    assert model.text_model.config._attn_implementation == "eager"
-    assert model.config._attn_implementation == "sdpa"
-
-
-def test_a_failure_while_it_is_tried_leaves_everything(monkeypatch):
-    model = make_vit()
-
-    def fail(*_):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(fusion, "time_in_turns", fail)
-    with pytest.raises(KeyboardInterrupt):
-        speed_up_attention(model, {"pixel_values": pixels(model)})
-    assert model.config._attn_implementation == "sdpa"
-
-
 def test_optimising_does_both_and_float32_keeps_its_attention(monkeypatch):
     monkeypatch.setattr(optimize, "is_faster", lambda *_: True)
     monkeypatch.setattr(optimize, "fastest_kind", lambda *_: SparseInt8Linear)
-    monkeypatch.setattr(fusion, "time_in_turns", lambda calls, *limits: [[1.0], [0.5]])
+    monkeypatch.setattr(attention, "time_in_turns", lambda calls, *limits: [[1.0], [0.5]])
     for dtype, name in (("float32", "sdpa"), ("int8", attention.NAME)):
         model = make_vit()
         expected = logits(model, pixels(model))
         optimize_for_inference(model, dtype=dtype)
         assert [layer.mlp.fc1.gelu for layer in model.vit.layers] == [True, True]
         assert sum(layer.gelu for layer in sparse_layers(model)) == 2
+        assert sum(getattr(layer, "is_done", False) for layer in sparse_layers(model)) == (2 if dtype == "int8" else 0)
         assert model.config._attn_implementation == name
         found = logits(model, pixels(model))
         assert float((found - expected).norm() / expected.norm()) < (1e-4 if dtype == "float32" else 0.1)

@@ -24,7 +24,7 @@ Tensor sparse_linear(const Tensor& x, const Tensor& values, const Tensor& offset
   cap_hf::check_weight("sparse_linear", weight, values.numel(), values, offsets, starts, order);
   const auto start = cap_hf::float_bias("sparse_linear", bias, rows);
   const cap_hf::Scales<float> scales{start ? start->const_data_ptr<float>() : nullptr, nullptr, nullptr, gelu};
-  return cap_hf::multiply_sparse(kernels, weight, scales, x);
+  return cap_hf::multiply_sparse(kernels, {weight, scales}, x);
 }
 
 } // namespace

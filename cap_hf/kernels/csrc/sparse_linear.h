@@ -15,6 +15,7 @@
 //                 rows x 32 tokens are in registers, four independent chains
 //   offset        where a word starts in its column block of a tile, in units of 8 bytes
 //   queue         the tiles that one thread begins with
+//   tiled         floats as [tile][col][token]: how one layer's outputs go into the next without leaving the cache
 #pragma once
 
 #include <atomic>
@@ -77,8 +78,28 @@ struct Kernels {
   // y[token * stride + row] = what sums[row][token] becomes; `first` is the row block's first row.
   void (*store_tile)(const Word* sums, int64_t first, int64_t rows, int64_t tokens, const Scales<Word>& scales,
                      const float* of_tokens, float* y, int64_t stride);
-  // Attention of one head for the queries `first` to before `last`, see attention.h; int8 only.
-  void (*attend)(const Head& head, int64_t first, int64_t last, Word* memory);
+  // values[row][token] = what sums[row][token] becomes, with kTile tokens; int8 only.
+  void (*finish)(const Word* sums, int64_t first, int64_t rows, const Scales<Word>& scales, const float* of_tokens,
+                 float* values);
+  // What load_tile does for kTile tokens whose floats are tiled, values[col][token]; int8 only.
+  void (*load_tiled)(const float* values, int64_t cols, Word* tile, float* scales);
+  // Attention of one head for the queries `first` to before `last`, see attention.h; int8 only. `next` is the head that
+  // is read after it, or null.
+  void (*attend)(const Head& head, const Head* next, int64_t first, int64_t last, Word* memory);
+};
+
+// What goes into a product: x [tokens][cols], or, tiled, [tiles][cols][kTile].
+struct Input {
+  const float* x;
+  int64_t cols;
+  int64_t tokens;
+  bool tiled;
+};
+
+// What comes out of it: y [tokens][rows], or, tiled, [tiles][rows][kTile].
+struct Output {
+  float* y;
+  bool tiled;
 };
 
 // One product, shared by the threads that call work(). Every thread has a queue of consecutive tiles, the same in every
@@ -89,13 +110,12 @@ struct Kernels {
 template <class Word>
 class Product {
  public:
-  // x [tokens][x_cols], y [tokens][rows]; buffer [tiles][cols][kTile], of_tokens [tiles][kTile] and ready [tiles], all 0,
-  // are working memory.
-  Product(const Kernels<Word>& kernels, const SparseWeight<Word>& weight, const Scales<Word>& scales, const float* x,
-          int64_t x_cols, int64_t tokens, float* y, Word* buffer, float* of_tokens, std::atomic<uint8_t>* ready,
+  // buffer [tiles][cols][kTile], of_tokens [tiles][kTile] and ready [tiles], all 0, are working memory.
+  Product(const Kernels<Word>& kernels, const SparseWeight<Word>& weight, const Scales<Word>& scales,
+          const Input& input, const Output& output, Word* buffer, float* of_tokens, std::atomic<uint8_t>* ready,
           int64_t queues)
-      : kernels_(kernels), weight_(weight), scales_(scales), x_(x), x_cols_(x_cols), tokens_(tokens), y_(y),
-        buffer_(buffer), of_tokens_(of_tokens), ready_(ready), tiles_(tiles(tokens)), queues_(queues) {}
+      : kernels_(kernels), weight_(weight), scales_(scales), input_(input), output_(output), buffer_(buffer),
+        of_tokens_(of_tokens), ready_(ready), tiles_(tiles(input.tokens)), queues_(queues) {}
 
   static int64_t tiles(int64_t tokens) { return (tokens + kTile - 1) / kTile; }
 
@@ -117,8 +137,7 @@ class Product {
     for (int64_t task; (task = queues_[queue].next.fetch_add(1, std::memory_order_relaxed)) < tasks;) {
       const int64_t tile = first + task % count;
       if (task < count) {
-        kernels_.load_tile(x_ + tile * kTile * x_cols_, tokens_in(tile), x_cols_, tile_at(tile),
-                           of_tokens_ + tile * kTile);
+        load(tile);
         ready_[tile].store(1, std::memory_order_release);
       } else {
         while (!ready_[tile].load(std::memory_order_acquire)) std::this_thread::yield();
@@ -127,8 +146,17 @@ class Product {
     }
   }
 
+  void load(int64_t tile) const {
+    const float* x = input_.x + tile * kTile * input_.cols;
+    float* of_tokens = of_tokens_ + tile * kTile;
+    if (input_.tiled)
+      kernels_.load_tiled(x, input_.cols, tile_at(tile), of_tokens);
+    else
+      kernels_.load_tile(x, tokens_in(tile), input_.cols, tile_at(tile), of_tokens);
+  }
+
   int64_t tokens_in(int64_t tile) const {
-    const int64_t left = tokens_ - tile * kTile;
+    const int64_t left = input_.tokens - tile * kTile;
     return left < kTile ? left : kTile;
   }
   Word* tile_at(int64_t tile) const { return buffer_ + tile * weight_.cols * kTile; }
@@ -146,17 +174,19 @@ class Product {
     // What is not computed goes nowhere, but is looked at.
     for (int64_t row = 0; half && row < rows; ++row)
       for (int64_t token = kHalf; token < kTile; ++token) sums[row * kTile + token] = Word{0};
-    kernels_.store_tile(sums, first, rows, tokens, scales_, of_tokens_ + tile * kTile,
-                        y_ + tile * kTile * weight_.rows + first, weight_.rows);
+    const float* of_tokens = of_tokens_ + tile * kTile;
+    float* y = output_.y + tile * kTile * weight_.rows;
+    if (output_.tiled)
+      kernels_.finish(sums, first, rows, scales_, of_tokens, y + first * kTile);
+    else
+      kernels_.store_tile(sums, first, rows, tokens, scales_, of_tokens, y + first, weight_.rows);
   }
 
   const Kernels<Word>& kernels_;
   const SparseWeight<Word>& weight_;
   const Scales<Word>& scales_;
-  const float* x_;
-  const int64_t x_cols_;
-  const int64_t tokens_;
-  float* y_;
+  const Input input_;
+  const Output output_;
   Word* buffer_;
   float* of_tokens_;
   std::atomic<uint8_t>* ready_;

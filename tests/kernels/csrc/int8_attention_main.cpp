@@ -18,10 +18,11 @@ bool check(const char* name, int64_t queries, int64_t keys, int64_t cols) {
     for (float& number : *x) number = normal(random);
   std::vector<int32_t> memory(cap_hf::attention_words(keys, cols));
   const float scale = 1.0f / std::sqrt(float(cols));
-  const cap_hf::Head head{q.data(), k.data(), v.data(), y.data(), cols, cols, cols, cols, keys, cols, scale};
+  const cap_hf::Head head{q.data(), k.data(), v.data(), y.data(), cols, cols, cols, cols, queries, keys, cols,
+                          scale};
   const auto* kernels = cap_hf::int8_kernels_named(name);
-  kernels->attend(head, 0, queries / 2, memory.data());
-  kernels->attend(head, queries / 2, queries, memory.data());
+  kernels->attend(head, &head, 0, queries / 2, memory.data());
+  kernels->attend(head, nullptr, queries / 2, queries, memory.data());
   for (int64_t i = 0; i < queries; ++i) {
     std::vector<double> weights(keys);
     double sum = 0;

@@ -51,11 +51,30 @@ bool check(const char* name, int64_t tokens, int64_t rows, int64_t cols) {
   std::vector<int32_t> buffer(tiles * words * cap_hf::kTile);
   std::vector<float> of_tokens(tiles * cap_hf::kTile);
   std::vector<std::atomic<uint8_t>> ready(tiles);
-  cap_hf::Product<int32_t> product(*cap_hf::int8_kernels_named(name), weight, all, x.data(), cols, tokens, y.data(),
-                                   buffer.data(), of_tokens.data(), ready.data(), 3);
-  std::thread other([&] { product.work(1); });
-  product.work(0);
-  other.join();
+  const auto run = [&](const cap_hf::Input& input, const cap_hf::Output& output) {
+    for (auto& each : ready) each = 0;
+    cap_hf::Product<int32_t> product(*cap_hf::int8_kernels_named(name), weight, all, input, output, buffer.data(),
+                                     of_tokens.data(), ready.data(), 3);
+    std::thread other([&] { product.work(1); });
+    product.work(0);
+    other.join();
+  };
+  run({x.data(), cols, tokens, false}, {y.data(), false});
+  // Tiled, on either side, it must be the same.
+  const auto place = [](int64_t token, int64_t col, int64_t size) {
+    return (token / cap_hf::kTile * size + col) * cap_hf::kTile + token % cap_hf::kTile;
+  };
+  std::vector<float> tiled_x(tiles * cap_hf::kTile * cols), tiled_y(tiles * cap_hf::kTile * rows, NAN);
+  for (int64_t t = 0; t < tokens; ++t)
+    for (int64_t c = 0; c < cols; ++c) tiled_x[place(t, c, cols)] = x[t * cols + c];
+  run({tiled_x.data(), cols, tokens, true}, {tiled_y.data(), true});
+  for (int64_t t = 0; t < tokens; ++t)
+    for (int64_t r = 0; r < rows; ++r)
+      if (tiled_y[place(t, r, rows)] != y[t * rows + r]) {
+        std::printf("%s: token %ld row %ld of %ld x %ld x %ld differs if tiled\n", name, long(t), long(r), long(tokens),
+                    long(rows), long(cols));
+        return false;
+      }
   for (int64_t t = 0; t < tokens; ++t)
     for (int64_t r = 0; r < rows; ++r) {
       int64_t sum = 0;
