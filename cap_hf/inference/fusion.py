@@ -12,6 +12,7 @@ from torch.nn import functional
 from torch.utils._pytree import tree_leaves
 from transformers.activations import GELUActivation
 
+from cap_hf.errors import CAPError
 from cap_hf.inference.int8_linear import SparseInt8Linear
 from cap_hf.inference.linear import SparseWeightLinear, carry_hooks
 from cap_hf.models import uncompiled
@@ -56,11 +57,13 @@ def find_gelus(model: nn.Module, names: Iterable[str], example: Example) -> dict
         for name in names
         if isinstance(module := modules.get(name), nn.Linear) and not module._forward_hooks
     }
-    gelus = {name: module for name, module in modules.items() if is_gelu(module) and not has_hooks(module)}
+    gelus = {name: module for name, module in modules.items() if is_gelu(module)}
     found, before = find_takers(model, linears, gelus, example)
-    new: dict[str, nn.Module] = {source: GELULinear(linears[source]) for source in found}
-    new |= {gelu: nn.Identity().eval() for gelu in found.values()}
-    return found if returns_same(model, new, example, before) else {}
+    new: dict[str, dict[str, nn.Module]] = {gelu: {gelu: nn.Identity().eval()} for gelu in found.values()}
+    for source, gelu in found.items():
+        new[gelu][source] = GELULinear(linears[source])
+    kept = keep_same(model, new, example, before)
+    return {source: gelu for source, gelu in found.items() if gelu in kept}
 
 
 def find_mlps(model: nn.Module, gelus: Mapping[str, str], names: Iterable[str], example: Example) -> dict[str, str]:
@@ -78,21 +81,20 @@ def find_mlps(model: nn.Module, gelus: Mapping[str, str], names: Iterable[str], 
     used = Counter(gelus.values())
     firsts = {gelu: first for first, gelu in gelus.items() if used[gelu] == 1}
     linears = {name: module for name, module in modules.items() if isinstance(module, nn.Linear)}
+    # By the size of what it gets a layer knows whether its work is done; one that ends with a GELU itself is no second.
     seconds = {
         name: linears[name]
         for name in names
-        if name in linears
-        and not has_hooks(linears[name])
-        # By the size of what it gets a layer knows whether its work is done.
-        and linears[name].in_features != linears[name].out_features
+        if name in linears and name not in gelus and linears[name].in_features != linears[name].out_features
     }
     found, before = find_takers(model, {gelu: modules[gelu] for gelu in firsts}, seconds, example)
     mlps = {firsts[gelu]: second for gelu, second in found.items()}
-    new: dict[str, nn.Module] = {}
+    new: dict[str, dict[str, nn.Module]] = {second: {second: nn.Identity().eval()} for second in mlps.values()}
     for first, second in mlps.items():
-        new[first] = nn.Sequential(GELULinear(linears[first]), linears[second]).eval()
-        new |= {gelus[first]: nn.Identity().eval(), second: nn.Identity().eval()}
-    return mlps if returns_same(model, new, example, before) else {}
+        new[second][first] = nn.Sequential(GELULinear(linears[first]), linears[second]).eval()
+        new[second][gelus[first]] = nn.Identity().eval()
+    kept = keep_same(model, new, example, before)
+    return {first: second for first, second in mlps.items() if second in kept}
 
 
 def in_one_place(model: nn.Module) -> dict[str, nn.Module]:
@@ -101,17 +103,12 @@ def in_one_place(model: nn.Module) -> dict[str, nn.Module]:
     return {name: module for name, module in model.named_modules() if places[id(module)] == 1}
 
 
-def has_hooks(module: nn.Module) -> bool:
-    """Return whether something looks at what goes into a module or comes out of it."""
-    return bool(module._forward_hooks or module._forward_pre_hooks)
-
-
 def find_takers(
     model: nn.Module, sources: Mapping[str, nn.Module], takers: Mapping[str, nn.Module], example: Example
 ) -> tuple[dict[str, str], list[torch.Tensor]]:
     """Return by source the module that gets all its outputs as they are, and no input but sources' outputs.
 
-    Between a source and its taker the output is not changed in place, and no module with hooks begins or ends.
+    Between a source and its taker the output is not changed in place, and no hook is called, nor those of the taker.
 
     Args:
         model: that is called once, if there is anything to find.
@@ -122,7 +119,7 @@ def find_takers(
     Returns:
         The names of takers by those of sources, and all tensors that the model returned.
     """
-    if not sources or not takers:
+    if not sources or not takers or torch.nn.modules.module._has_any_global_hook():
         return {}, []
     calls: Counter[str] = Counter()
     inputs: dict[str, list[str | None]] = {}
@@ -132,7 +129,8 @@ def find_takers(
     def left(name: str, module: nn.Module, args: tuple, output: torch.Tensor) -> None:
         nonlocal latest
         calls[name] += 1
-        latest = (name, output, output._version)
+        # A model may enter inference mode itself, where tensors do not know how often they are written to.
+        latest = (None, None, 0) if output.is_inference() else (name, output, output._version)
 
     def entered(name: str, module: nn.Module, args: tuple) -> None:
         same = args and args[0] is latest[1] and args[0]._version == latest[2]
@@ -142,10 +140,14 @@ def find_takers(
         nonlocal latest
         latest = (None, None, 0)
 
-    hooked = [module for module in model.modules() if has_hooks(module)]
+    modules = list(model.modules())
+    watched = [module for module in modules if module._forward_hooks]
+    # A hook that is called after a module sees what went into it.
+    entries = [module for module in modules if module._forward_hooks or module._forward_pre_hooks]
     with ExitStack() as hooks:
-        for module in hooked:
+        for module in entries:
             hooks.callback(module.register_forward_pre_hook(seen).remove)
+        for module in watched:
             hooks.callback(module.register_forward_hook(seen).remove)
         for name, source in sources.items():
             hooks.callback(source.register_forward_hook(functools.partial(left, name)).remove)
@@ -159,16 +161,39 @@ def find_takers(
     return found, outputs
 
 
+def keep_same(
+    model: nn.Module, new: Mapping[str, Mapping[str, nn.Module]], example: Example, expected: list[torch.Tensor]
+) -> set[str]:
+    """Return which groups of new modules, in the place of others, leave what a model returns as it is, to the bit.
+
+    Args:
+        model: that stays as it is.
+        new: of each group the modules by the names of those whose places they take; each place in one group.
+        example: what the model is called with: once if all groups can be kept, else once more for each.
+        expected: all tensors that the model returns.
+    """
+    if not new or returns_same(model, new, new, example, expected):
+        return set(new)
+    alone = {group for group in new if len(new) > 1 and returns_same(model, new, [group], example, expected)}
+    return alone if alone and returns_same(model, new, alone, example, expected) else set()
+
+
 def returns_same(
-    model: nn.Module, new: Mapping[str, nn.Module], example: Example, expected: list[torch.Tensor]
+    model: nn.Module,
+    new: Mapping[str, Mapping[str, nn.Module]],
+    groups: Iterable[str],
+    example: Example,
+    expected: list[torch.Tensor],
 ) -> bool:
-    """Return whether a model returns the same bits with new modules in the place of some; it stays as it was."""
-    if not new:
-        return False
+    """Return whether a model returns the same bits with the new modules of some groups; see `keep_same`."""
     with ExitStack() as stack:
-        for name, module in new.items():
-            stack.enter_context(replaced(model, name, module))
-        found = run(model, example)
+        for group in groups:
+            for name, module in new[group].items():
+                stack.enter_context(replaced(model, name, module))
+        try:
+            found = run(model, example)
+        except CAPError:  # the model asks its layers for what these do not have, as for the dtype of their weight
+            return False
     return len(found) == len(expected) and all(map(torch.equal, found, expected))
 
 
@@ -219,5 +244,5 @@ def fuse_mlps(model: nn.Module, mlps: Mapping[str, str]) -> None:
 def run(model: nn.Module, example: Example) -> list[torch.Tensor]:
     """Return all tensors that a model returns, without torch.compile."""
     # Not in inference mode, where a tensor does not know how often it has been written to.
-    with uncompiled(model), torch.no_grad():
+    with uncompiled(model), torch.inference_mode(False), torch.no_grad():
         return [leaf for leaf in tree_leaves(see(model, example)) if isinstance(leaf, torch.Tensor)]
