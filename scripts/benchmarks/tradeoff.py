@@ -38,7 +38,7 @@ DENSE = {
     "OpenVINO bfloat16": "openvino_bf16",
     "OpenVINO int8": "openvino_int8",
 }
-PRUNED = {"float32": "sparse", "int8": "sparse_int8", "int8, compiled": "sparse_int8_compile"}
+PRUNED = {"float32": "sparse", "int8": "sparse_int8"}
 CALIBRATION, BATCH = 300, 50  # images that int8 of OpenVINO is calibrated on; images at a time for top-1
 KEYS = ("image_size", "family", "checkpoint", "form")
 

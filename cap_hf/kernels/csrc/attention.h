@@ -22,7 +22,7 @@ struct Head {
   const float* v;
   float* y;
   int64_t q_stride, k_stride, v_stride, y_stride;
-  int64_t queries, keys;
+  int64_t queries, keys; // of the whole head, however many queries a call of it computes
   int64_t cols; // numbers of a query, a key, a value
   float scale;  // positive
 };
