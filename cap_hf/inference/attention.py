@@ -117,10 +117,11 @@ def speed_up_attention(model: nn.Module, example: Mapping[str, torch.Tensor]) ->
     if after >= MARGIN * before:
         return
     own: dict[int, PreTrainedConfig] = {}
-    for module in tower.modules():
-        held = getattr(module, "config", None)
+    holder: Any
+    for holder in tower.modules():
+        held = getattr(holder, "config", None)
         if isinstance(held, PreTrainedConfig):
-            setattr(module, "config", own.setdefault(id(held), copy.copy(held)))  # noqa: B010
+            holder.config = own.setdefault(id(held), copy.copy(held))
     for each in configs:
         choose(own[id(each)], NAME)
 

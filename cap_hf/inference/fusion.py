@@ -49,7 +49,7 @@ def find_gelus(model: nn.Module, names: Iterable[str], example: Example) -> dict
     Args:
         model: in eval mode, before any layer is replaced.
         names: of the Linear layers in question.
-        example: what the model is called with, twice.
+        example: what the model is called with: twice, or more often where some are to be left.
     """
     modules = in_one_place(model)
     linears = {
@@ -75,7 +75,7 @@ def find_mlps(model: nn.Module, gelus: Mapping[str, str], names: Iterable[str], 
         model: in eval mode, before any layer is replaced.
         gelus: what `find_gelus` returned of it.
         names: of the Linear layers in question.
-        example: what the model is called with, twice.
+        example: what the model is called with: twice, or more often where some are to be left.
     """
     modules = in_one_place(model)
     used = Counter(gelus.values())

@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.inference import has_instruction_set
 from support.int8 import INT8_INSTRUCTION_SETS, attention_reference
 from support.sanitizers import run_sanitized
 from torch.nn import functional
@@ -28,12 +29,7 @@ def exact(q, k, v, scale):
 
 
 def supported(instruction_set):
-    try:
-        int8_attention(*make_heads(1, 1, 1, 1, 1), 1.0, instruction_set)
-    except RuntimeError as error:
-        assert "no instruction set" in str(error)  # noqa: PT017
-        return False
-    return True
+    return has_instruction_set(int8_attention, *make_heads(1, 1, 1, 1, 1), 1.0, instruction_set)
 
 
 @settings(max_examples=100, deadline=None)

@@ -57,3 +57,14 @@ def measurement(backend, seconds, batch_size=1, threads=2, low=None, high=None, 
     rate = batch_size / seconds
     low, high = low or seconds, high or seconds
     return Measurement(backend, batch_size, threads, seconds, low, high, rate, 1, 0.0, speedup, (32, 32))
+
+
+def has_instruction_set(kernel, *args):
+    """Whether this processor has the instruction set that a kernel is asked for; other errors are the caller's."""
+    try:
+        kernel(*args)
+    except RuntimeError as error:
+        if "no instruction set" not in str(error):
+            raise
+        return False
+    return True
