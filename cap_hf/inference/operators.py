@@ -32,6 +32,8 @@ def has_int8_kernel() -> bool:
         return False
     register("sparse_int8_linear", fake_sparse_int8_linear)
     register("sparse_int8_mlp", fake_sparse_int8_mlp)
+    register("sparse_int8_attention_branch", fake_branch)
+    register("sparse_int8_mlp_branch", fake_branch)
     register("quantize_tokens", fake_quantize_tokens)
     register("int8_attention", fake_int8_attention)
     return True
@@ -92,6 +94,11 @@ def fake_sparse_int8_mlp(x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Te
     """Return an empty output of the operator, as `fake_sparse_linear`."""
     rows = args[18]
     return x.new_empty((*x.shape[:-1], rows))
+
+
+def fake_branch(x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    """Return an empty output of an operator that computes a residual branch: as its input."""
+    return torch.empty_like(x)
 
 
 def fake_quantize_tokens(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -12,6 +12,7 @@ from transformers import BaseImageProcessor
 from cap_hf.checkpoints.int8 import is_pruned
 from cap_hf.errors import CAPError
 from cap_hf.inference.attention import speed_up_attention
+from cap_hf.inference.blocks import fuse_blocks
 from cap_hf.inference.choice import Kind, fastest_kind, is_faster, is_semi_structured_faster
 from cap_hf.inference.example import check_example, make_example
 from cap_hf.inference.fusion import find_gelus, find_mlps, fuse_gelus, fuse_mlps
@@ -135,6 +136,7 @@ def optimize_for_inference(
     fuse_mlps(model, mlps)
     if backend == "auto" and dtype == "int8" and kinds:
         speed_up_attention(model, example)
+        fuse_blocks(model, example)
     return model
 
 

@@ -55,13 +55,28 @@ struct SparseWeight {
 };
 
 // What sums of words become: y = sum for floats, y = (sum * row's scale) * token's scale + bias for int8; then, if asked
-// for, y is the GELU of that (by the error function, not by tanh).
+// for, y is the GELU of that (by the error function, not by tanh), and that times the row's factor (LayerScale).
 template <class Word>
 struct Scales {
   const Word* start;   // [rows] or null: where sums begin. The bias of floats
   const float* rows;   // [rows]; int8 only
   const float* bias;   // [rows] or null; int8 only: floats begin with it
   bool gelu;
+  const float* factors = nullptr; // [rows] or null; int8 only
+};
+
+// A layer: its weight, and what its sums become.
+template <class Word>
+struct Layer {
+  SparseWeight<Word> weight;
+  Scales<Word> scales;
+};
+
+// LayerNorm of a token's numbers before they go into a product; int8 only.
+struct Norm {
+  const float* weight = nullptr; // [cols], or null: they go in as they are
+  const float* bias = nullptr;   // [cols]
+  float epsilon = 0.0f;
 };
 
 struct Head;
@@ -75,14 +90,17 @@ struct Kernels {
   // sums[row][token] = starts[row] + the product of one row block with a tile of kTile (or, if half, kHalf) tokens.
   void (*multiply)(const SparseWeight<Word>& weight, int64_t row_block, const Word* tile, const Word* starts, bool half,
                    Word* sums);
-  // y[token * stride + row] = what sums[row][token] becomes; `first` is the row block's first row.
+  // y[token * stride + row] = what sums[row][token] becomes, + added[token * stride + row] unless that is null (int8
+  // only); `first` is the row block's first row.
   void (*store_tile)(const Word* sums, int64_t first, int64_t rows, int64_t tokens, const Scales<Word>& scales,
-                     const float* of_tokens, float* y, int64_t stride);
+                     const float* of_tokens, const float* added, float* y, int64_t stride);
   // values[row][token] = what sums[row][token] becomes, with kTile tokens; int8 only.
   void (*finish)(const Word* sums, int64_t first, int64_t rows, const Scales<Word>& scales, const float* of_tokens,
                  float* values);
   // What load_tile does for kTile tokens whose floats are tiled, values[col][token]; int8 only.
   void (*load_tiled)(const float* values, int64_t cols, Word* tile, float* scales);
+  // y[token][col] = LayerNorm of x[token][col]; int8 only.
+  void (*normalise)(const float* x, int64_t tokens, int64_t cols, const Norm& norm, float* y);
   // Attention of one head for the queries `first` to before `last`, see attention.h; int8 only. `next` is the head that
   // is read after it, or null.
   void (*attend)(const Head& head, const Head* next, int64_t first, int64_t last, Word* memory);
@@ -94,33 +112,47 @@ struct Input {
   int64_t cols;
   int64_t tokens;
   bool tiled;
+  Norm norm = {}; // not if tiled
 };
 
 // What comes out of it: y [tokens][rows], or, tiled, [tiles][rows][kTile].
 struct Output {
   float* y;
   bool tiled;
+  const float* added = nullptr; // as y, or null: what it is added to (the residual); not if tiled
 };
 
-// One product, shared by the threads that call work(). Every thread has a queue of consecutive tiles, the same in every
-// layer: what a thread writes here it reads in the next layer, and moving that between the caches of two cores would
-// cost more than sparsity saves. The tasks of a queue are, in order, to transpose each of its tiles, and to multiply
-// each row block with each tile. A thread whose queue is empty takes tasks from the others'. A tile that is multiplied
-// must be transposed; the thread that took that task is at work on it, so the wait is short and ends.
+// One of the layers that get the same input, and what comes out of it.
+template <class Word>
+struct Part {
+  Layer<Word> layer;
+  Output output;
+};
+
+// The products of layers that get the same input, shared by the threads that call work(). Every thread has a queue of
+// consecutive tiles, the same in every layer: what a thread writes here it reads in the next layer, and moving that
+// between the caches of two cores would cost more than sparsity saves. The tasks of a queue are, in order, to transpose
+// each of its tiles, and to multiply each row block with each tile. A thread whose queue is empty takes tasks from the
+// others'. A tile that is multiplied must be transposed; the thread that took that task is at work on it, so the wait is
+// short and ends.
 template <class Word>
 class Product {
  public:
   // buffer [tiles][cols][kTile], of_tokens [tiles][kTile] and ready [tiles], all 0, are working memory.
-  Product(const Kernels<Word>& kernels, const SparseWeight<Word>& weight, const Scales<Word>& scales,
-          const Input& input, const Output& output, Word* buffer, float* of_tokens, std::atomic<uint8_t>* ready,
-          int64_t queues)
-      : kernels_(kernels), weight_(weight), scales_(scales), input_(input), output_(output), buffer_(buffer),
-        of_tokens_(of_tokens), ready_(ready), tiles_(tiles(input.tokens)), queues_(queues) {}
+  Product(const Kernels<Word>& kernels, const std::vector<Part<Word>>& parts, const Input& input, Word* buffer,
+          float* of_tokens, std::atomic<uint8_t>* ready, int64_t queues)
+      : kernels_(kernels), parts_(parts), input_(input), buffer_(buffer), of_tokens_(of_tokens), ready_(ready),
+        tiles_(tiles(input.tokens)), queues_(queues) {
+    for (const Part<Word>& part : parts) row_blocks_ += part.layer.weight.row_blocks();
+  }
 
   static int64_t tiles(int64_t tokens) { return (tokens + kTile - 1) / kTile; }
 
   // Takes tasks, from queue `own` first, until none is left.
   void work(int64_t own) {
+    // Before a task is taken: another thread would wait for ever for one that fails for want of memory.
+    if (input_.norm.weight != nullptr && static_cast<int64_t>(normal().size()) < kTile * input_.cols)
+      normal().resize(kTile * input_.cols);
     const int64_t queues = static_cast<int64_t>(queues_.size());
     for (int64_t i = 0; i < queues; ++i) empty((own + i) % queues);
   }
@@ -133,7 +165,7 @@ class Product {
   void empty(int64_t queue) {
     const int64_t queues = static_cast<int64_t>(queues_.size());
     const int64_t first = tiles_ * queue / queues, count = tiles_ * (queue + 1) / queues - first;
-    const int64_t tasks = count * (1 + weight_.row_blocks());
+    const int64_t tasks = count * (1 + row_blocks_);
     for (int64_t task; (task = queues_[queue].next.fetch_add(1, std::memory_order_relaxed)) < tasks;) {
       const int64_t tile = first + task % count;
       if (task < count) {
@@ -141,52 +173,67 @@ class Product {
         ready_[tile].store(1, std::memory_order_release);
       } else {
         while (!ready_[tile].load(std::memory_order_acquire)) std::this_thread::yield();
-        compute(task / count - 1, tile);
+        int64_t row_block = task / count - 1;
+        const Part<Word>* part = parts_.data();
+        for (; row_block >= part->layer.weight.row_blocks(); ++part) row_block -= part->layer.weight.row_blocks();
+        compute(*part, row_block, tile);
       }
     }
+  }
+
+  // A tile after LayerNorm, kept between calls, as all working memory is.
+  static std::vector<float>& normal() {
+    thread_local std::vector<float> tile;
+    return tile;
   }
 
   void load(int64_t tile) const {
     const float* x = input_.x + tile * kTile * input_.cols;
     float* of_tokens = of_tokens_ + tile * kTile;
-    if (input_.tiled)
+    if (input_.tiled) {
       kernels_.load_tiled(x, input_.cols, tile_at(tile), of_tokens);
-    else
+    } else if (input_.norm.weight == nullptr) {
       kernels_.load_tile(x, tokens_in(tile), input_.cols, tile_at(tile), of_tokens);
+    } else {
+      kernels_.normalise(x, tokens_in(tile), input_.cols, input_.norm, normal().data());
+      kernels_.load_tile(normal().data(), tokens_in(tile), input_.cols, tile_at(tile), of_tokens);
+    }
   }
 
   int64_t tokens_in(int64_t tile) const {
     const int64_t left = input_.tokens - tile * kTile;
     return left < kTile ? left : kTile;
   }
-  Word* tile_at(int64_t tile) const { return buffer_ + tile * weight_.cols * kTile; }
+  Word* tile_at(int64_t tile) const { return buffer_ + tile * parts_[0].layer.weight.cols * kTile; }
 
-  void compute(int64_t row_block, int64_t tile) const {
+  void compute(const Part<Word>& part, int64_t row_block, int64_t tile) const {
     alignas(64) Word sums[kRowBlock * kTile];
-    const int64_t first = row_block * weight_.row_block;
-    const int64_t rows = weight_.rows - first < weight_.row_block ? weight_.rows - first : weight_.row_block;
+    const auto& [weight, scales] = part.layer;
+    const int64_t first = row_block * weight.row_block;
+    const int64_t rows = weight.rows - first < weight.row_block ? weight.rows - first : weight.row_block;
     const int64_t tokens = tokens_in(tile);
     // Also rows past the last of W, as slices are whole: what they begin with must be there.
     Word starts[kRowBlock] = {};
     const bool half = tokens <= kHalf;
-    for (int64_t row = 0; row < rows && scales_.start != nullptr; ++row) starts[row] = scales_.start[first + row];
-    kernels_.multiply(weight_, row_block, tile_at(tile), starts, half, sums);
+    for (int64_t row = 0; row < rows && scales.start != nullptr; ++row) starts[row] = scales.start[first + row];
+    kernels_.multiply(weight, row_block, tile_at(tile), starts, half, sums);
     // What is not computed goes nowhere, but is looked at.
     for (int64_t row = 0; half && row < rows; ++row)
       for (int64_t token = kHalf; token < kTile; ++token) sums[row * kTile + token] = Word{0};
     const float* of_tokens = of_tokens_ + tile * kTile;
-    float* y = output_.y + tile * kTile * weight_.rows;
-    if (output_.tiled)
-      kernels_.finish(sums, first, rows, scales_, of_tokens, y + first * kTile);
+    const int64_t start = tile * kTile * weight.rows;
+    float* y = part.output.y + start;
+    const float* added = part.output.added != nullptr ? part.output.added + start + first : nullptr;
+    if (part.output.tiled)
+      kernels_.finish(sums, first, rows, scales, of_tokens, y + first * kTile);
     else
-      kernels_.store_tile(sums, first, rows, tokens, scales_, of_tokens, y + first, weight_.rows);
+      kernels_.store_tile(sums, first, rows, tokens, scales, of_tokens, added, y + first, weight.rows);
   }
 
   const Kernels<Word>& kernels_;
-  const SparseWeight<Word>& weight_;
-  const Scales<Word>& scales_;
+  const std::vector<Part<Word>>& parts_; // one at least, of the same number of columns
+  int64_t row_blocks_ = 0;
   const Input input_;
-  const Output output_;
   Word* buffer_;
   float* of_tokens_;
   std::atomic<uint8_t>* ready_;

@@ -82,31 +82,17 @@ inline std::optional<Tensor> float_bias(const char* name, const std::optional<Te
   return without_gaps(*bias, ScalarType::Float);
 }
 
-// A layer: its weight, and what its sums become.
+// Computes what layers make of the same input, each part's output being y [tokens][rows]; or, of one layer, what `next`
+// makes of that, which is then the output. Between the two are floats that do not leave the working memory.
 template <class Word>
-struct Layer {
-  SparseWeight<Word> weight;
-  Scales<Word> scales;
-};
-
-// Returns y [..., rows] in x's dtype for x [..., cols]: what a layer makes of it, or what `next` makes of that. Between
-// the two are float32 numbers that do not leave the working memory.
-template <class Word>
-Tensor multiply_sparse(const Kernels<Word>& kernels, const Layer<Word>& layer, const Tensor& x,
-                       const Layer<Word>* next = nullptr) {
-  // Inputs and outputs may be half precision; what is outside the sums is float32.
-  const Tensor input = without_gaps(x, ScalarType::Float);
-  std::vector<int64_t> shape = sizes_of(x);
-  const int64_t cols = shape.back();
-  const int64_t rows = next != nullptr ? next->weight.rows : layer.weight.rows;
-  shape.back() = rows;
-  const Tensor y = make(input, shape);
-  const int64_t tokens = input.numel() / cols;
-  if (tokens == 0) return without_gaps(y, x.scalar_type());
-  const int64_t words = std::max(layer.weight.cols, next != nullptr ? next->weight.cols : 0);
-  const int64_t between = next != nullptr ? layer.weight.rows : 0;
+void multiply_parts(const Kernels<Word>& kernels, const Input& input, std::vector<Part<Word>> parts,
+                    const Layer<Word>* next = nullptr) {
+  if (input.tokens == 0) return;
+  const Layer<Word>& first_layer = parts[0].layer;
+  const int64_t words = std::max(first_layer.weight.cols, next != nullptr ? next->weight.cols : 0);
+  const int64_t between = next != nullptr ? first_layer.weight.rows : 0;
   const int64_t tile_size = (words + between + 1) * kTile; // with the scales of its tokens
-  const int64_t tiles = Product<Word>::tiles(tokens);
+  const int64_t tiles = Product<Word>::tiles(input.tokens);
   const int64_t most = std::clamp(kScratch / tile_size, int64_t{1}, tiles);
   const int64_t steps = (tiles + most - 1) / most;
   const int64_t tiles_at_once = (tiles + steps - 1) / steps;
@@ -115,24 +101,42 @@ Tensor multiply_sparse(const Kernels<Word>& kernels, const Layer<Word>& layer, c
   const auto of_tokens = std::make_unique<float[]>(tiles_at_once * kTile);
   const auto ready = std::make_unique<std::atomic<uint8_t>[]>(tiles_at_once);
   const int64_t threads = torch::stable::get_num_threads();
-  const auto run = [&](const Layer<Word>& each, const Input& from, const Output& to) {
+  const auto run = [&](const std::vector<Part<Word>>& all, const Input& from) {
     for (int64_t tile = 0; tile < tiles_at_once; ++tile) ready[tile] = 0;
-    Product<Word> product(kernels, each.weight, each.scales, from, to, buffer, of_tokens.get(), ready.get(), threads);
+    Product<Word> product(kernels, all, from, buffer, of_tokens.get(), ready.get(), threads);
     // One call per thread, with its number: number i is the same thread in every operator of PyTorch, and has the same
     // tokens in each. Where PyTorch makes one call for all numbers, the first of them does the work of all queues.
     parallel_for(0, threads, 1, [&](int64_t thread, int64_t) { product.work(thread); });
   };
-  for (int64_t first = 0; first < tokens; first += tiles_at_once * kTile) {
-    const int64_t count = std::min(tiles_at_once * kTile, tokens - first);
-    const Input from{input.const_data_ptr<float>() + first * cols, cols, count, false};
-    const Output to{y.mutable_data_ptr<float>() + first * rows, false};
+  for (int64_t first = 0; first < input.tokens; first += tiles_at_once * kTile) {
+    const int64_t count = std::min(tiles_at_once * kTile, input.tokens - first);
+    const Input from{input.x + first * input.cols, input.cols, count, false, input.norm};
     if (next == nullptr) {
-      run(layer, from, to);
+      run(parts, from);
     } else {
-      run(layer, from, {hidden, true});
-      run(*next, {hidden, between, count, true}, to);
+      run({{first_layer, {hidden, true}}}, from);
+      run({{*next, parts[0].output}}, {hidden, between, count, true});
+    }
+    for (Part<Word>& part : parts) {
+      const int64_t done = count * (next != nullptr ? next->weight.rows : part.layer.weight.rows);
+      part.output.y += done;
+      if (part.output.added != nullptr) part.output.added += done;
     }
   }
+}
+
+// Returns y [..., rows] in x's dtype for x [..., cols]: what a layer makes of it, or what `next` makes of that.
+template <class Word>
+Tensor multiply_sparse(const Kernels<Word>& kernels, const Layer<Word>& layer, const Tensor& x,
+                       const Layer<Word>* next = nullptr) {
+  // Inputs and outputs may be half precision; what is outside the sums is float32.
+  const Tensor input = without_gaps(x, ScalarType::Float);
+  std::vector<int64_t> shape = sizes_of(x);
+  const int64_t cols = shape.back();
+  shape.back() = next != nullptr ? next->weight.rows : layer.weight.rows;
+  const Tensor y = make(input, shape);
+  multiply_parts<Word>(kernels, {input.const_data_ptr<float>(), cols, input.numel() / cols, false},
+                       {{layer, {y.mutable_data_ptr<float>(), false}}}, next);
   return without_gaps(y, x.scalar_type());
 }
 

@@ -1,0 +1,219 @@
+"""Blocks of a transformer that an optimised model computes in two calls, one for each residual branch."""
+
+import functools
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import PreTrainedConfig
+
+from cap_hf.inference.attention import NAME
+from cap_hf.inference.branches import Norm, sparse_int8_attention_branch, sparse_int8_mlp_branch
+from cap_hf.inference.int8_linear import SparseInt8Linear
+from cap_hf.inference.operators import int8_attention
+from cap_hf.models import uncompiled
+from cap_hf.towers import see
+
+
+@dataclass
+class Block:
+    """The modules of a block with LayerNorm first: x + scale(attention(norm(x))), then the same with its MLP.
+
+    Attributes:
+        norms: before attention and before the MLP.
+        query, key, value, output: of attention.
+        first: of the MLP; it does the work of the second layer too, see `SparseInt8Linear`.
+        scales: modules that multiply what comes out of attention and of the MLP by their only parameter (LayerScale).
+        heads, scale: of attention.
+        attention: the module whose config says how attention is computed.
+        places: all modules of the block with where they are: a dict of modules, and the name in it.
+    """
+
+    norms: tuple[nn.LayerNorm, nn.LayerNorm]
+    query: SparseInt8Linear
+    key: SparseInt8Linear
+    value: SparseInt8Linear
+    output: SparseInt8Linear
+    first: SparseInt8Linear
+    scales: tuple[nn.Module | None, nn.Module | None]
+    heads: int
+    scale: float
+    attention: nn.Module
+    places: list[tuple[dict[str, nn.Module | None], str, nn.Module]] = field(repr=False)
+
+    def module_by_module(self, x: torch.Tensor) -> torch.Tensor:
+        """Return what the block makes of x `(images, tokens, cols)` as its modules compute it."""
+        images, tokens, _ = x.shape
+        normal = self.norms[0](x)
+        q, k, v = (
+            layer(normal).view(images, tokens, self.heads, -1).transpose(1, 2)
+            for layer in (self.query, self.key, self.value)
+        )
+        y = self.output(int8_attention(q, k, v, self.scale).reshape(images, tokens, -1))
+        x = x + (y if self.scales[0] is None else self.scales[0](y))
+        y = self.first(self.norms[1](x))
+        return x + (y if self.scales[1] is None else self.scales[1](y))
+
+    def at_once(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the same, branch by branch."""
+        first, second = (Norm(norm.weight, norm.bias, norm.eps) for norm in self.norms)
+        factors = [None if scale is None else next(scale.parameters()) for scale in self.scales]
+        query, key, value, output, inner, outer = (
+            (layer.packed_weight(), layer.bias)
+            for layer in (self.query, self.key, self.value, self.output, self.first, *self.first.next)
+        )
+        x = sparse_int8_attention_branch(x, first, query, key, value, self.heads, self.scale, output, factors[0])
+        return sparse_int8_mlp_branch(x, second, inner, outer, factors[1])
+
+    def is_whole(self) -> bool:
+        """Return whether every module is where it was and none has hooks, which would see nothing."""
+        return not torch.nn.modules.module._has_any_global_hook() and not any(
+            parent.get(name) is not module or module._forward_hooks or module._forward_pre_hooks
+            for parent, name, module in self.places
+        )
+
+
+def forward(module: nn.Module, block: Block, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    """Return what a module that is a block returns: at once where nothing is asked that only its modules can do."""
+    plain = (
+        not module.training
+        and x.dtype == torch.float32
+        and x.device.type == "cpu"
+        and x.dim() == 3
+        and x.is_contiguous()
+        and not any(each is not None and each is not False for each in (*args, *kwargs.values()))
+        and block.attention.config._attn_implementation == NAME
+        and block.is_whole()
+    )
+    return block.at_once(x) if plain else type(module).forward(module, x, *args, **kwargs)
+
+
+def fuse_blocks(model: nn.Module, example: Mapping[str, torch.Tensor]) -> None:
+    """Let a model compute its blocks branch by branch.
+
+    That a module is such a block is tried: its modules, called as the block calls them, give the bits that it gives.
+
+    Args:
+        model: with sparse int8 layers and attention in int8, after all else has been put into it.
+        example: what the model is called with, once.
+    """
+    for module, block in find_blocks(model, example).items():
+        module.forward = functools.partial(forward, module, block)
+
+
+@dataclass
+class Call:
+    """One call of a module, or of attention: what went in, what came out, and in which order it ended."""
+
+    what: nn.Module | float
+    inputs: list[torch.Tensor]
+    output: Any
+
+
+class Calls(TorchDispatchMode):
+    """Keeps the calls of attention in int8 while it is entered."""
+
+    def __init__(self, calls: list[Call]) -> None:
+        super().__init__()
+        self.calls = calls
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        if func is torch.ops.cap_hf.int8_attention.default:
+            self.calls.append(Call(args[3], list(args[:3]), output))
+        return output
+
+
+def find_blocks(model: nn.Module, example: Mapping[str, torch.Tensor]) -> dict[nn.Module, Block]:
+    """Return the modules that are blocks; see `fuse_blocks`."""
+    calls: list[Call] = []
+    begins: dict[nn.Module, list[int]] = {}
+    spans: dict[nn.Module, tuple[Call, list[Call]]] = {}
+
+    def begin(module: nn.Module, args: tuple) -> None:
+        begins.setdefault(module, []).append(len(calls))
+
+    def end(module: nn.Module, args: tuple, output: Any) -> None:
+        inside = calls[begins[module].pop() :]
+        call = Call(module, [each for each in args if isinstance(each, torch.Tensor)], output)
+        if any(True for _ in module.children()):
+            spans[module] = call, inside
+        else:
+            calls.append(call)
+
+    with ExitStack() as stack:
+        for module in model.modules():
+            stack.callback(module.register_forward_pre_hook(begin).remove)
+            stack.callback(module.register_forward_hook(end).remove)
+        stack.enter_context(uncompiled(model))
+        # Not in inference mode, where a tensor that is returned as it came in is another object.
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(Calls(calls))
+        see(model, example)
+    blocks: dict[nn.Module, Block] = {}
+    for module, (call, inside) in spans.items():
+        if "forward" in vars(module) or any(other in blocks for other in module.modules()):
+            continue
+        block = block_of(module, inside)
+        if block is not None and len(call.inputs) == 1 and isinstance(call.output, torch.Tensor):
+            with torch.no_grad():
+                if torch.equal(block.module_by_module(call.inputs[0]), call.output):
+                    blocks[module] = block
+    return blocks
+
+
+def block_of(module: nn.Module, calls: list[Call]) -> Block | None:
+    """Return the block that a module may be by the calls in it, in their order, or None."""
+    # What hands on what it gets: dropout, and the second layer of an MLP.
+    rest = [call for call in calls if not (call.inputs and call.output is call.inputs[0])]
+    if not all(isinstance(call.output, torch.Tensor) for call in rest):
+        return None
+    pattern = "".join(letter(call) for call in rest)
+    if pattern not in ("NLLLALNL", "NLLLALSNLS"):
+        return None
+    norm, *heads, attention, output, next_norm, first = (call for call in rest if not is_scale(call.what))
+    owner = {call.output.untyped_storage().data_ptr(): call.what for call in heads}
+    layers = [owner.get(each.untyped_storage().data_ptr()) for each in attention.inputs]
+    holders = [
+        each
+        for each in module.modules()
+        if isinstance(getattr(each, "config", None), PreTrainedConfig) and each.config._attn_implementation == NAME
+    ]
+    if None in layers or not holders or len(first.what.next) != 1:
+        return None
+    scales = [call.what for call in rest if is_scale(call.what)] or [None, None]
+    return Block(
+        (norm.what, next_norm.what),
+        *layers,
+        output.what,
+        first.what,
+        tuple(scales),
+        attention.inputs[0].shape[1],
+        attention.what,
+        holders[0],
+        [(parent._modules, name, child) for parent in module.modules() for name, child in parent.named_children()],
+    )
+
+
+def letter(call: Call) -> str:
+    """Return what a call is in a pattern: N LayerNorm, L a sparse int8 layer, A attention, S LayerScale, or ?."""
+    what = call.what
+    if isinstance(what, float):
+        return "A"
+    if type(what) is nn.LayerNorm and what.weight is not None and what.bias is not None:
+        return "N" if what.weight.dtype == torch.float32 and len(what.normalized_shape) == 1 else "?"
+    if type(what) is SparseInt8Linear:
+        return "L"
+    return "S" if is_scale(what) else "?"
+
+
+def is_scale(what: nn.Module | float) -> bool:
+    """Return whether a module may be LayerScale: it has one parameter, a vector; that it multiplies by it is tried."""
+    if not isinstance(what, nn.Module) or isinstance(what, SparseInt8Linear):
+        return False
+    parameters = list(what.parameters())
+    return len(parameters) == 1 and parameters[0].dim() == 1 and not any(True for _ in what.buffers())
