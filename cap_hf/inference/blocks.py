@@ -60,8 +60,9 @@ class Block:
 
     def at_once(self, x: torch.Tensor) -> torch.Tensor:
         """Return the same, branch by branch."""
-        first, second = (Norm(norm.weight, norm.bias, norm.eps) for norm in self.norms)
-        factors = [None if scale is None else next(scale.parameters()) for scale in self.scales]
+        # Parameters by their dicts: modules take long to look them up.
+        first, second = (Norm(norm._parameters["weight"], norm._parameters["bias"], norm.eps) for norm in self.norms)
+        factors = [None if scale is None else next(iter(scale._parameters.values())) for scale in self.scales]
         query, key, value, output, inner, outer = (
             (layer.packed_weight(), layer.bias)
             for layer in (self.query, self.key, self.value, self.output, self.first, *self.first.next)

@@ -34,6 +34,7 @@ def has_int8_kernel() -> bool:
     register("sparse_int8_mlp", fake_sparse_int8_mlp)
     register("sparse_int8_attention_branch", fake_branch)
     register("sparse_int8_mlp_branch", fake_branch)
+    register("sparse_int8_patches", fake_sparse_int8_patches)
     register("quantize_tokens", fake_quantize_tokens)
     register("int8_attention", fake_int8_attention)
     return True
@@ -94,6 +95,12 @@ def fake_sparse_int8_mlp(x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Te
     """Return an empty output of the operator, as `fake_sparse_linear`."""
     rows = args[18]
     return x.new_empty((*x.shape[:-1], rows))
+
+
+def fake_sparse_int8_patches(x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    """Return an empty output of the operator: `(images, channels, height, width)` -> `(images, patches, rows)`."""
+    rows, (height, width) = args[7], args[11:13]
+    return x.new_empty((x.shape[0], (x.shape[2] // height) * (x.shape[3] // width), rows))
 
 
 def fake_branch(x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -202,6 +209,30 @@ def sparse_int8_mlp(
     """
     layers = (*int8_arguments(first, first_bias), *int8_arguments(second, second_bias))
     return run(torch.ops.cap_hf.sparse_int8_mlp, x, *layers, instruction_set)
+
+
+def sparse_int8_patches(
+    x: torch.Tensor,
+    weight: PackedInt8Weight,
+    bias: torch.Tensor | None,
+    patch_size: tuple[int, int],
+    instruction_set: str = "",
+) -> torch.Tensor:
+    """Return `sparse_int8_linear` of the patches of images, `(images, patches, rows)` in x's dtype.
+
+    Args:
+        x: `(images, channels, height, width)`, float32, float16 or bfloat16, on the CPU. What is left of an image right
+            of and below its patches is not looked at.
+        weight: of a convolution `(rows, channels * patch height * patch width)`, quantised and packed.
+        bias: `(rows,)`.
+        patch_size: height and width.
+        instruction_set: as of `sparse_int8_linear`.
+
+    Raises:
+        RuntimeError: shapes or dtypes do not fit each other, or the processor lacks the instruction set.
+    """
+    layer = int8_arguments(weight, bias)
+    return run(torch.ops.cap_hf.sparse_int8_patches, x, *layer, *patch_size, instruction_set)
 
 
 def int8_arguments(weight: PackedInt8Weight, bias: torch.Tensor | None) -> tuple[Any, ...]:

@@ -14,6 +14,7 @@ from cap_hf.errors import CAPError
 from cap_hf.inference.attention import speed_up_attention
 from cap_hf.inference.blocks import fuse_blocks
 from cap_hf.inference.choice import Kind, fastest_kind, is_faster, is_semi_structured_faster
+from cap_hf.inference.embeddings import speed_up_embeddings
 from cap_hf.inference.example import check_example, make_example
 from cap_hf.inference.fusion import find_gelus, find_mlps, fuse_gelus, fuse_mlps
 from cap_hf.inference.int8_linear import SparseInt8Linear
@@ -137,6 +138,7 @@ def optimize_for_inference(
     if backend == "auto" and dtype == "int8" and kinds:
         speed_up_attention(model, example)
         fuse_blocks(model, example)
+        speed_up_embeddings(model, example)
     return model
 
 

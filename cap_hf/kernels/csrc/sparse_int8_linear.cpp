@@ -48,6 +48,32 @@ Tensor sparse_int8_mlp(const Tensor& x, const Tensor& values, const Tensor& offs
   return cap_hf::multiply_sparse(kernels, layer, x, &next);
 }
 
+// Returns y [images, patches, rows] for images x [images, channels, height, width], of whose patches each is a token;
+// what is left of an image on the right and below is not looked at.
+Tensor sparse_int8_patches(const Tensor& x, const Tensor& values, const Tensor& offsets, const Tensor& starts,
+                           const Tensor& order, const Tensor& row_scales, const Tensor& corrections,
+                           const std::optional<Tensor>& bias, int64_t rows, int64_t cols, int64_t row_block,
+                           int64_t col_block, int64_t patch_height, int64_t patch_width,
+                           std::string_view instruction_set) {
+  const char* name = "sparse_int8_patches";
+  const auto& kernels = cap_hf::kernels_for(instruction_set);
+  cap_hf::check(x.dim() == 4, name, ": x must have 4 dimensions, not ", x.dim());
+  cap_hf::check_input(name, x, x.size(3));
+  const cap_hf::Patches patches{x.size(1), x.size(2), x.size(3), patch_height, patch_width};
+  cap_hf::check(patch_height > 0 && patch_width > 0 && patches.numbers() == cols, name, ": patches of ", patch_height,
+                " x ", patch_width, " of images ", cap_hf::Sizes{x}, " are not ", cols, " numbers");
+  std::optional<Tensor> kept;
+  const auto layer = cap_hf::layer_of(
+      name, {values, offsets, starts, order, row_scales, corrections, bias, rows, cols, row_block, col_block}, false,
+      kept);
+  const Tensor input = cap_hf::without_gaps(x, ScalarType::Float);
+  const Tensor y = cap_hf::make(input, {x.size(0), patches.per_image(), rows});
+  cap_hf::multiply_parts<int32_t>(
+      kernels, {input.const_data_ptr<float>(), cols, x.size(0) * patches.per_image(), false, {}, &patches},
+      {{layer, {y.mutable_data_ptr<float>(), false}}});
+  return cap_hf::without_gaps(y, x.scalar_type());
+}
+
 // Returns x [..., cols] quantised as the sparse product does it, plus 128, and the scales [..., 1] of its tokens.
 std::tuple<Tensor, Tensor> quantize_tokens(const Tensor& x) {
   cap_hf::check(x.dim() > 0 && x.size(-1) > 0, "quantize_tokens: x has shape ", cap_hf::Sizes{x});
@@ -82,6 +108,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(cap_hf, m) {
       "Tensor corrections, Tensor? bias, int rows, int cols, int row_block, int col_block, Tensor values2, "
       "Tensor offsets2, Tensor starts2, Tensor order2, Tensor row_scales2, Tensor corrections2, Tensor? bias2, "
       "int rows2, int cols2, int row_block2, int col_block2, str instruction_set='') -> Tensor");
+  m.def(
+      "sparse_int8_patches(Tensor x, Tensor values, Tensor offsets, Tensor starts, Tensor order, Tensor row_scales, "
+      "Tensor corrections, Tensor? bias, int rows, int cols, int row_block, int col_block, int patch_height, "
+      "int patch_width, str instruction_set='') -> Tensor");
   m.def("quantize_tokens(Tensor x) -> (Tensor, Tensor)");
   m.def("int8_attention(Tensor q, Tensor k, Tensor v, float scale, str instruction_set='') -> Tensor");
   m.def(
@@ -96,6 +126,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(cap_hf, m) {
 STABLE_TORCH_LIBRARY_IMPL(cap_hf, CPU, m) {
   m.impl("sparse_int8_linear", TORCH_BOX(&sparse_int8_linear));
   m.impl("sparse_int8_mlp", TORCH_BOX(&sparse_int8_mlp));
+  m.impl("sparse_int8_patches", TORCH_BOX(&sparse_int8_patches));
   m.impl("quantize_tokens", TORCH_BOX(&quantize_tokens));
   m.impl("sparse_int8_attention_branch", TORCH_BOX(&cap_hf::sparse_int8_attention_branch));
   m.impl("sparse_int8_mlp_branch", TORCH_BOX(&cap_hf::sparse_int8_mlp_branch));

@@ -79,6 +79,26 @@ struct Norm {
   float epsilon = 0.0f;
 };
 
+// Patches of images [images][channels][height][width] as tokens: [channel][row][col] of each, row by row of patches.
+struct Patches {
+  int64_t channels, height, width;
+  int64_t patch_height, patch_width;
+
+  int64_t across() const { return width / patch_width; }
+  int64_t per_image() const { return height / patch_height * across(); }
+  int64_t numbers() const { return channels * patch_height * patch_width; }
+
+  // to[number] = those of one patch of all images x.
+  void take(const float* x, int64_t patch, float* to) const {
+    const int64_t image = patch / per_image(), top = patch % per_image() / across() * patch_height,
+                  left = patch % per_image() % across() * patch_width;
+    for (int64_t channel = 0; channel < channels; ++channel)
+      for (int64_t row = 0; row < patch_height; ++row, to += patch_width)
+        __builtin_memcpy(to, x + ((image * channels + channel) * height + top + row) * width + left,
+                         patch_width * sizeof(float));
+  }
+};
+
 struct Head;
 
 // The functions that are compiled for every instruction set.
@@ -106,13 +126,15 @@ struct Kernels {
   void (*attend)(const Head& head, const Head* next, int64_t first, int64_t last, Word* memory);
 };
 
-// What goes into a product: x [tokens][cols], or, tiled, [tiles][cols][kTile].
+// What goes into a product: x [tokens][cols], or, tiled, [tiles][cols][kTile], or images, whose patches are the tokens.
 struct Input {
   const float* x;
   int64_t cols;
   int64_t tokens;
   bool tiled;
-  Norm norm = {}; // not if tiled
+  Norm norm = {};                   // not if tiled
+  const Patches* patches = nullptr; // of the images x, or null; then without norm
+  int64_t first_patch = 0;
 };
 
 // What comes out of it: y [tokens][rows], or, tiled, [tiles][rows][kTile].
@@ -151,8 +173,9 @@ class Product {
   // Takes tasks, from queue `own` first, until none is left.
   void work(int64_t own) {
     // Before a task is taken: another thread would wait for ever for one that fails for want of memory.
-    if (input_.norm.weight != nullptr && static_cast<int64_t>(normal().size()) < kTile * input_.cols)
-      normal().resize(kTile * input_.cols);
+    if ((input_.norm.weight != nullptr || input_.patches != nullptr) &&
+        static_cast<int64_t>(rows().size()) < kTile * input_.cols)
+      rows().resize(kTile * input_.cols);
     const int64_t queues = static_cast<int64_t>(queues_.size());
     for (int64_t i = 0; i < queues; ++i) empty((own + i) % queues);
   }
@@ -181,8 +204,8 @@ class Product {
     }
   }
 
-  // A tile after LayerNorm, kept between calls, as all working memory is.
-  static std::vector<float>& normal() {
+  // A tile's tokens [token][col] after LayerNorm, or its patches; kept between calls, as all working memory is.
+  static std::vector<float>& rows() {
     thread_local std::vector<float> tile;
     return tile;
   }
@@ -192,11 +215,15 @@ class Product {
     float* of_tokens = of_tokens_ + tile * kTile;
     if (input_.tiled) {
       kernels_.load_tiled(x, input_.cols, tile_at(tile), of_tokens);
+    } else if (input_.patches != nullptr) {
+      for (int64_t token = 0; token < tokens_in(tile); ++token)
+        input_.patches->take(input_.x, input_.first_patch + tile * kTile + token, rows().data() + token * input_.cols);
+      kernels_.load_tile(rows().data(), tokens_in(tile), input_.cols, tile_at(tile), of_tokens);
     } else if (input_.norm.weight == nullptr) {
       kernels_.load_tile(x, tokens_in(tile), input_.cols, tile_at(tile), of_tokens);
     } else {
-      kernels_.normalise(x, tokens_in(tile), input_.cols, input_.norm, normal().data());
-      kernels_.load_tile(normal().data(), tokens_in(tile), input_.cols, tile_at(tile), of_tokens);
+      kernels_.normalise(x, tokens_in(tile), input_.cols, input_.norm, rows().data());
+      kernels_.load_tile(rows().data(), tokens_in(tile), input_.cols, tile_at(tile), of_tokens);
     }
   }
 

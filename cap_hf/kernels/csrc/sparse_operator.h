@@ -110,7 +110,8 @@ void multiply_parts(const Kernels<Word>& kernels, const Input& input, std::vecto
   };
   for (int64_t first = 0; first < input.tokens; first += tiles_at_once * kTile) {
     const int64_t count = std::min(tiles_at_once * kTile, input.tokens - first);
-    const Input from{input.x + first * input.cols, input.cols, count, false, input.norm};
+    const float* x = input.patches != nullptr ? input.x : input.x + first * input.cols;
+    const Input from{x, input.cols, count, false, input.norm, input.patches, first};
     if (next == nullptr) {
       run(parts, from);
     } else {

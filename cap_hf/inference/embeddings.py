@@ -1,0 +1,129 @@
+"""What comes before the blocks of an optimised model: patches of images in int8, and positions that are kept."""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from cap_hf.inference.choice import MARGIN, RUNS, SECONDS, time_in_turns
+from cap_hf.inference.int8_packing import PackedInt8Weight, is_quantizable, pack_int8
+from cap_hf.inference.operators import sparse_int8_patches
+from cap_hf.models import uncompiled
+from cap_hf.towers import see
+
+Size = tuple[int, int]
+
+
+def speed_up_embeddings(model: nn.Module, example: Mapping[str, torch.Tensor]) -> None:
+    """Let a model compute its patches in int8 where that is measured to be faster, and its positions once per size.
+
+    Args:
+        model: with convolutions as they were trained.
+        example: what the model is called with, once.
+    """
+    for convolution, pixels in find_patches(model, example).items():
+        weight = pack_int8(convolution.weight.detach().flatten(1))
+        new = functools.partial(patches, convolution, weight, fingerprint(convolution))
+        with torch.inference_mode():
+            calls: list[Callable[[], Any]] = [functools.partial(each, pixels) for each in (convolution, new)]
+            before, after = (min(each) for each in time_in_turns(calls, RUNS, SECONDS))
+        if after < MARGIN * before:
+            convolution.forward = new
+            convolution.extra_bytes = sum(
+                each.numel() * each.element_size() for each in vars(weight).values() if isinstance(each, torch.Tensor)
+            )
+    for module in model.modules():
+        if callable(getattr(type(module), "interpolate_pos_encoding", None)) and "forward" not in vars(module):
+            module.interpolate_pos_encoding = functools.partial(positions, module, {})
+
+
+def find_patches(model: nn.Module, example: Mapping[str, torch.Tensor]) -> dict[nn.Conv2d, torch.Tensor]:
+    """Return the convolutions that cut images into patches which do not overlap, each with the images it got."""
+    images = [each.untyped_storage().data_ptr() for each in example.values() if each.dim() == 4]
+    found: dict[nn.Conv2d, torch.Tensor] = {}
+
+    def entered(module: nn.Conv2d, args: tuple) -> None:
+        if args and args[0].untyped_storage().data_ptr() in images:
+            found[module] = args[0]
+
+    candidates = [module for module in model.modules() if type(module) is nn.Conv2d and cuts_patches(module)]
+    handles = [module.register_forward_pre_hook(entered) for module in candidates]
+    try:
+        with uncompiled(model), torch.inference_mode():
+            see(model, example)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
+def cuts_patches(convolution: nn.Conv2d) -> bool:
+    """Return whether a convolution multiplies each number of an image once, and can be computed in int8."""
+    return (
+        convolution.kernel_size == convolution.stride
+        and convolution.padding in ((0, 0), "valid")
+        and convolution.dilation == (1, 1)
+        and convolution.groups == 1
+        and convolution.weight.dtype == torch.float32
+        and convolution.weight.device.type == "cpu"
+        and "forward" not in vars(convolution)
+        and is_quantizable(convolution.weight.detach().flatten(1))
+    )
+
+
+def fingerprint(module: nn.Module) -> list[tuple[int, int]]:
+    """Return what changes with a module's own parameters: where they are, and how often they were written to."""
+    own = module.parameters(recurse=False)
+    return [(each.data_ptr(), 0 if each.is_inference() else each._version) for each in own]
+
+
+def is_plain() -> bool:
+    """Return whether a call only computes: nothing is traced, and no gradients are wanted."""
+    return not (torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing())
+
+
+def patches(
+    convolution: nn.Conv2d, weight: PackedInt8Weight, made_of: list[tuple[int, int]], x: torch.Tensor
+) -> torch.Tensor:
+    """Return what a convolution that cuts patches returns, in int8 as a `SparseInt8Linear`, `(images, rows, down, across)`.
+
+    As it is where gradients are wanted, a compiler looks, or its weight is no longer the one that was quantised.
+
+    Args:
+        convolution: one that `cuts_patches`.
+        weight: its weight, quantised.
+        made_of: its `fingerprint` then.
+        x: `(images, channels, height, width)`.
+    """
+    plain = is_plain() and x.dim() == 4 and x.device.type == "cpu" and x.dtype == torch.float32
+    if not plain or fingerprint(convolution) != made_of:
+        return nn.Conv2d.forward(convolution, x)
+    (height, width), across = convolution.kernel_size, x.shape[3] // convolution.kernel_size[1]
+    y = sparse_int8_patches(x, weight, convolution.bias, (height, width))
+    return y.transpose(1, 2).unflatten(2, (x.shape[2] // height, across))
+
+
+def positions(module: nn.Module, kept: dict[Any, torch.Tensor | None], embeddings: torch.Tensor, *args: Any) -> Any:
+    """Return a module's embeddings of positions for images of some size: those of the last size are kept.
+
+    Models of transformers compute them from their parameters and the size; that nothing else of the input takes part is
+    tried at the first call for a size.
+
+    Args:
+        module: whose method `interpolate_pos_encoding` it is.
+        kept: what it returned, or None where that depends on the embeddings; by what it was made of.
+        embeddings, args: as that method takes them.
+    """
+    original = functools.partial(type(module).interpolate_pos_encoding, module)
+    if not is_plain() or any(isinstance(each, torch.Tensor) for each in args):
+        return original(embeddings, *args)
+    made_of = (embeddings.shape[1:], embeddings.dtype, embeddings.device, *args, *fingerprint(module))
+    if made_of not in kept:
+        found = original(embeddings, *args)
+        kept.clear()
+        kept[made_of] = found if torch.equal(found, original(torch.zeros_like(embeddings), *args)) else None
+        return found
+    found = kept[made_of]
+    return original(embeddings, *args) if found is None else found
