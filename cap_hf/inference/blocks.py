@@ -88,7 +88,8 @@ def forward(module: nn.Module, block: Block, x: torch.Tensor, *args: Any, **kwar
         and x.is_contiguous()
         and not any(each is not None and each is not False for each in (*args, *kwargs.values()))
         and block.attention.config._attn_implementation == NAME
-        and block.is_whole()
+        # What compiles or exports hooks modules itself, and compiles anew where they change.
+        and (torch.compiler.is_compiling() or block.is_whole())
     )
     return block.at_once(x) if plain else type(module).forward(module, x, *args, **kwargs)
 

@@ -1,7 +1,8 @@
 """What comes before the blocks of an optimised model: patches of images in int8, and positions that are kept."""
 
 import functools
-from collections.abc import Callable, Mapping
+import operator
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -13,8 +14,6 @@ from cap_hf.inference.operators import sparse_int8_patches
 from cap_hf.models import uncompiled
 from cap_hf.towers import see
 
-Size = tuple[int, int]
-
 
 def speed_up_embeddings(model: nn.Module, example: Mapping[str, torch.Tensor]) -> None:
     """Let a model compute its patches in int8 where that is measured to be faster, and its positions once per size.
@@ -25,7 +24,7 @@ def speed_up_embeddings(model: nn.Module, example: Mapping[str, torch.Tensor]) -
     """
     for convolution, pixels in find_patches(model, example).items():
         weight = pack_int8(convolution.weight.detach().flatten(1))
-        new = functools.partial(patches, convolution, weight, fingerprint(convolution))
+        new = functools.partial(patches, convolution, weight, Unchanged(convolution.parameters()))
         with torch.inference_mode():
             calls: list[Callable[[], Any]] = [functools.partial(each, pixels) for each in (convolution, new)]
             before, after = (min(each) for each in time_in_turns(calls, RUNS, SECONDS))
@@ -73,10 +72,29 @@ def cuts_patches(convolution: nn.Conv2d) -> bool:
     )
 
 
-def fingerprint(module: nn.Module) -> list[tuple[int, int]]:
-    """Return what changes with a module's own parameters: where they are, and how often they were written to."""
-    own = module.parameters(recurse=False)
-    return [(each.data_ptr(), 0 if each.is_inference() else each._version) for each in own]
+class Unchanged:
+    """Tells whether parameters are still what they were when it was made; a copy tells it of the copied ones.
+
+    Args:
+        parameters: of a module.
+    """
+
+    def __init__(self, parameters: Iterable[nn.Parameter], holds: bool = True) -> None:
+        self.parameters = list(parameters)
+        self.before = self.now() if holds else []
+
+    def now(self) -> list[tuple[int, int]]:
+        """Return where each parameter is, and how often it was written to."""
+        return [(each.data_ptr(), 0 if each.is_inference() else each._version) for each in self.parameters]
+
+    def holds(self, parameters: Iterable[nn.Parameter | None]) -> bool:
+        """Return whether these are the parameters, and as they were."""
+        found = [each for each in parameters if each is not None]
+        same = len(found) == len(self.parameters) and all(map(operator.is_, found, self.parameters))
+        return same and self.now() == self.before
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Unchanged, (self.parameters, self.now() == self.before)
 
 
 def is_plain() -> bool:
@@ -85,7 +103,7 @@ def is_plain() -> bool:
 
 
 def patches(
-    convolution: nn.Conv2d, weight: PackedInt8Weight, made_of: list[tuple[int, int]], x: torch.Tensor
+    convolution: nn.Conv2d, weight: PackedInt8Weight, unchanged: Unchanged, x: torch.Tensor
 ) -> torch.Tensor:
     """Return what a convolution that cuts patches returns, in int8 as a `SparseInt8Linear`, `(images, rows, down, across)`.
 
@@ -94,18 +112,18 @@ def patches(
     Args:
         convolution: one that `cuts_patches`.
         weight: its weight, quantised.
-        made_of: its `fingerprint` then.
+        unchanged: of its parameters then.
         x: `(images, channels, height, width)`.
     """
     plain = is_plain() and x.dim() == 4 and x.device.type == "cpu" and x.dtype == torch.float32
-    if not plain or fingerprint(convolution) != made_of:
+    if not plain or not unchanged.holds(convolution._parameters.values()):
         return nn.Conv2d.forward(convolution, x)
     (height, width), across = convolution.kernel_size, x.shape[3] // convolution.kernel_size[1]
     y = sparse_int8_patches(x, weight, convolution.bias, (height, width))
     return y.transpose(1, 2).unflatten(2, (x.shape[2] // height, across))
 
 
-def positions(module: nn.Module, kept: dict[Any, torch.Tensor | None], embeddings: torch.Tensor, *args: Any) -> Any:
+def positions(module: nn.Module, kept: dict[Any, Any], embeddings: torch.Tensor, *args: Any) -> Any:
     """Return a module's embeddings of positions for images of some size: those of the last size are kept.
 
     Models of transformers compute them from their parameters and the size; that nothing else of the input takes part is
@@ -113,17 +131,18 @@ def positions(module: nn.Module, kept: dict[Any, torch.Tensor | None], embedding
 
     Args:
         module: whose method `interpolate_pos_encoding` it is.
-        kept: what it returned, or None where that depends on the embeddings; by what it was made of.
+        kept: by what it was made of what it returned, or None where that depends on the embeddings, and `Unchanged`.
         embeddings, args: as that method takes them.
     """
     original = functools.partial(type(module).interpolate_pos_encoding, module)
     if not is_plain() or any(isinstance(each, torch.Tensor) for each in args):
         return original(embeddings, *args)
-    made_of = (embeddings.shape[1:], embeddings.dtype, embeddings.device, *args, *fingerprint(module))
-    if made_of not in kept:
+    made_of = (embeddings.shape[1:], embeddings.dtype, embeddings.device, *args)
+    found, unchanged = kept.get(made_of, (None, None))
+    own = module._parameters.values()
+    if unchanged is None or not unchanged.holds(own):
         found = original(embeddings, *args)
+        same = torch.equal(found, original(torch.zeros_like(embeddings), *args))
         kept.clear()
-        kept[made_of] = found if torch.equal(found, original(torch.zeros_like(embeddings), *args)) else None
-        return found
-    found = kept[made_of]
+        kept[made_of] = found if same else None, Unchanged(each for each in own if each is not None)
     return original(embeddings, *args) if found is None else found

@@ -53,8 +53,9 @@ bool check(const char* name, int64_t tokens, int64_t rows, int64_t cols) {
   std::vector<std::atomic<uint8_t>> ready(tiles);
   const auto run = [&](const cap_hf::Input& input, const cap_hf::Output& output) {
     for (auto& each : ready) each = 0;
-    cap_hf::Product<int32_t> product(*cap_hf::int8_kernels_named(name), weight, all, input, output, buffer.data(),
-                                     of_tokens.data(), ready.data(), 3);
+    const std::vector<cap_hf::Part<int32_t>> parts{{{weight, all}, output}};
+    cap_hf::Product<int32_t> product(*cap_hf::int8_kernels_named(name), parts, input, buffer.data(), of_tokens.data(),
+                                     ready.data(), 3);
     std::thread other([&] { product.work(1); });
     product.work(0);
     other.join();

@@ -69,8 +69,9 @@ bool check(const char* name, int64_t tokens, int64_t rows, int64_t cols, int64_t
   std::vector<std::atomic<uint8_t>> ready(tiles);
   const cap_hf::Scales<float> scales{with_bias ? bias.data() : nullptr, nullptr, nullptr};
   std::vector<float> of_tokens(tiles * cap_hf::kTile);
-  cap_hf::Product<float> product(*cap_hf::kernels_named(name), weight, scales, {x.data(), cols, tokens, false},
-                                 {y.data(), false}, buffer.data(), of_tokens.data(), ready.data(), 3);
+  const std::vector<cap_hf::Part<float>> parts{{{weight, scales}, {y.data(), false}}};
+  cap_hf::Product<float> product(*cap_hf::kernels_named(name), parts, {x.data(), cols, tokens, false}, buffer.data(),
+                                 of_tokens.data(), ready.data(), 3);
   std::thread other([&] { product.work(1); });
   product.work(0);
   other.join();
