@@ -42,7 +42,7 @@ class Block:
     scales: tuple[nn.Module | None, nn.Module | None]
     heads: int
     scale: float
-    attention: nn.Module
+    attention: Any
     places: list[tuple[dict[str, nn.Module | None], str, nn.Module]] = field(repr=False)
 
     def module_by_module(self, x: torch.Tensor) -> torch.Tensor:
@@ -61,8 +61,11 @@ class Block:
     def at_once(self, x: torch.Tensor) -> torch.Tensor:
         """Return the same, branch by branch."""
         # Parameters by their dicts: modules take long to look them up.
-        first, second = (Norm(norm._parameters["weight"], norm._parameters["bias"], norm.eps) for norm in self.norms)
-        factors = [None if scale is None else next(iter(scale._parameters.values())) for scale in self.scales]
+        own: list[Any] = [None if each is None else each._parameters for each in (*self.norms, *self.scales)]
+        first, second = (
+            Norm(each["weight"], each["bias"], norm.eps) for each, norm in zip(own, self.norms, strict=False)
+        )
+        factors = [None if each is None else next(iter(each.values())) for each in own[2:]]
         query, key, value, output, inner, outer = (
             (layer.packed_weight(), layer.bias)
             for layer in (self.query, self.key, self.value, self.output, self.first, *self.first.next)
@@ -104,14 +107,18 @@ def fuse_blocks(model: nn.Module, example: Mapping[str, torch.Tensor]) -> None:
         example: what the model is called with, once.
     """
     for module, block in find_blocks(model, example).items():
-        module.forward = functools.partial(forward, module, block)
+        vars(module)["forward"] = functools.partial(forward, module, block)
 
 
 @dataclass
 class Call:
-    """One call of a module, or of attention: what went in, what came out, and in which order it ended."""
+    """One call of a module without children, or of attention: what was called, what went in, and what came out.
 
-    what: nn.Module | float
+    Attributes:
+        what: the module, or the number that attention multiplies its scores by.
+    """
+
+    what: Any
     inputs: list[torch.Tensor]
     output: Any
 
@@ -178,26 +185,25 @@ def block_of(module: nn.Module, calls: list[Call]) -> Block | None:
     if pattern not in ("NLLLALNL", "NLLLALSNLS"):
         return None
     norm, *heads, attention, output, next_norm, first = (call for call in rest if not is_scale(call.what))
-    owner = {call.output.untyped_storage().data_ptr(): call.what for call in heads}
-    layers = [owner.get(each.untyped_storage().data_ptr()) for each in attention.inputs]
-    holders = [
-        each
-        for each in module.modules()
-        if isinstance(getattr(each, "config", None), PreTrainedConfig) and each.config._attn_implementation == NAME
-    ]
-    if None in layers or not holders or len(first.what.next) != 1:
+    makers = {call.output.untyped_storage().data_ptr(): call.what for call in heads}
+    query, key, value = (makers.get(each.untyped_storage().data_ptr()) for each in attention.inputs)
+    configs = {each: getattr(each, "config", None) for each in module.modules()}
+    holders = [each for each, config in configs.items() if isinstance(config, PreTrainedConfig)]
+    if query is None or key is None or value is None or not holders or not first.what.next:
         return None
     scales = [call.what for call in rest if is_scale(call.what)] or [None, None]
     return Block(
-        (norm.what, next_norm.what),
-        *layers,
-        output.what,
-        first.what,
-        tuple(scales),
-        attention.inputs[0].shape[1],
-        attention.what,
-        holders[0],
-        [(parent._modules, name, child) for parent in module.modules() for name, child in parent.named_children()],
+        norms=(norm.what, next_norm.what),
+        query=query,
+        key=key,
+        value=value,
+        output=output.what,
+        first=first.what,
+        scales=(scales[0], scales[1]),
+        heads=attention.inputs[0].shape[1],
+        scale=attention.what,
+        attention=holders[0],
+        places=[(each._modules, name, child) for each in module.modules() for name, child in each.named_children()],
     )
 
 
@@ -213,9 +219,9 @@ def letter(call: Call) -> str:
     return "S" if is_scale(what) else "?"
 
 
-def is_scale(what: nn.Module | float) -> bool:
-    """Return whether a module may be LayerScale: it has one parameter, a vector; that it multiplies by it is tried."""
+def is_scale(what: Any) -> bool:
+    """Return whether this may be LayerScale, a module with one vector; that it multiplies by it is tried."""
     if not isinstance(what, nn.Module) or isinstance(what, SparseInt8Linear):
         return False
-    parameters = list(what.parameters())
-    return len(parameters) == 1 and parameters[0].dim() == 1 and not any(True for _ in what.buffers())
+    held = [*what.parameters(), *what.buffers()]
+    return len(held) == 1 and held[0].dim() == 1

@@ -29,13 +29,13 @@ def speed_up_embeddings(model: nn.Module, example: Mapping[str, torch.Tensor]) -
             calls: list[Callable[[], Any]] = [functools.partial(each, pixels) for each in (convolution, new)]
             before, after = (min(each) for each in time_in_turns(calls, RUNS, SECONDS))
         if after < MARGIN * before:
-            convolution.forward = new
-            convolution.extra_bytes = sum(
-                each.numel() * each.element_size() for each in vars(weight).values() if isinstance(each, torch.Tensor)
-            )
+            # As attributes of their own: modules take names for parameters and children.
+            vars(convolution)["forward"] = new
+            held = [each for each in vars(weight).values() if isinstance(each, torch.Tensor)]
+            vars(convolution)["extra_bytes"] = sum(each.numel() * each.element_size() for each in held)
     for module in model.modules():
-        if callable(getattr(type(module), "interpolate_pos_encoding", None)) and "forward" not in vars(module):
-            module.interpolate_pos_encoding = functools.partial(positions, module, {})
+        if callable(getattr(type(module), "interpolate_pos_encoding", None)):
+            vars(module)["interpolate_pos_encoding"] = functools.partial(positions, module, {})
 
 
 def find_patches(model: nn.Module, example: Mapping[str, torch.Tensor]) -> dict[nn.Conv2d, torch.Tensor]:
@@ -75,6 +75,8 @@ def cuts_patches(convolution: nn.Conv2d) -> bool:
 class Unchanged:
     """Tells whether parameters are still what they were when it was made; a copy tells it of the copied ones.
 
+    What is written through a parameter's `.data` is not seen, by PyTorch neither.
+
     Args:
         parameters: of a module.
     """
@@ -102,10 +104,8 @@ def is_plain() -> bool:
     return not (torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing())
 
 
-def patches(
-    convolution: nn.Conv2d, weight: PackedInt8Weight, unchanged: Unchanged, x: torch.Tensor
-) -> torch.Tensor:
-    """Return what a convolution that cuts patches returns, in int8 as a `SparseInt8Linear`, `(images, rows, down, across)`.
+def patches(convolution: nn.Conv2d, weight: PackedInt8Weight, unchanged: Unchanged, x: torch.Tensor) -> torch.Tensor:
+    """Return what a convolution that cuts patches returns `(images, rows, down, across)`, in int8.
 
     As it is where gradients are wanted, a compiler looks, or its weight is no longer the one that was quantised.
 
@@ -134,7 +134,8 @@ def positions(module: nn.Module, kept: dict[Any, Any], embeddings: torch.Tensor,
         kept: by what it was made of what it returned, or None where that depends on the embeddings, and `Unchanged`.
         embeddings, args: as that method takes them.
     """
-    original = functools.partial(type(module).interpolate_pos_encoding, module)
+    kind: Any = type(module)
+    original = functools.partial(kind.interpolate_pos_encoding, module)
     if not is_plain() or any(isinstance(each, torch.Tensor) for each in args):
         return original(embeddings, *args)
     made_of = (embeddings.shape[1:], embeddings.dtype, embeddings.device, *args)

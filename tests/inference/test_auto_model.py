@@ -90,6 +90,7 @@ def test_every_kind_that_may_be_chosen_computes_with_the_stored_weight(folder, m
     monkeypatch.setattr(optimize, "fastest_kind", choose)
     # Where other work has the processor, attention in int8 may seem to be the faster one.
     monkeypatch.setattr(optimize, "speed_up_attention", lambda *_: None)
+    monkeypatch.setattr(optimize, "speed_up_embeddings", lambda *_: None)
     model = SparseAutoModel.from_pretrained(str(folder / "int8"), runtime="int8")
     assert asked == [(StoredInt8Linear, 5)] * 12
     targets = [module for name, module in model.named_modules() if name.startswith("vit.layers") and is_linear(module)]

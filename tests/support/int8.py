@@ -56,3 +56,22 @@ def attention_reference(q, k, v, scale):
     high, low = ((part @ v8.astype(np.int64).swapaxes(2, 3)).astype(one) for part in (weights >> 8, weights & 255))
     y = (high * one(256) + low) * of_values.swapaxes(2, 3) * (one(1) / weights.sum(axis=3, keepdims=True).astype(one))
     return torch.from_numpy(y.swapaxes(1, 2))
+
+
+def layer_norm_reference(x, weight, bias, epsilon):
+    """LayerNorm of x (..., cols) in float32 steps: sums go in 16 lanes, which are then added in halves."""
+
+    def mean(values):
+        padded = np.zeros((*values.shape[:-1], -(-values.shape[-1] // 16) * 16), np.float32)
+        padded[..., : values.shape[-1]] = values
+        lanes = np.zeros((*values.shape[:-1], 16), np.float32)
+        for first in range(0, padded.shape[-1], 16):
+            lanes = lanes + padded[..., first : first + 16]
+        for half in (8, 4, 2, 1):
+            lanes = lanes[..., :half] + lanes[..., half : 2 * half]
+        return lanes / np.float32(values.shape[-1])
+
+    x = x.numpy()
+    centred = x - mean(x)
+    inverse = np.float32(1) / np.sqrt(mean(centred * centred) + np.float32(epsilon))
+    return torch.from_numpy(centred * inverse * weight.numpy() + bias.numpy())

@@ -46,7 +46,7 @@ bool check(const char* name, int64_t tokens, int64_t rows, int64_t cols) {
   offsets.shrink_to_fit();
   const cap_hf::SparseWeight<int32_t> weight{rows,           words,          row_block,     words,
                                              values.data(),  offsets.data(), starts.data(), order.data()};
-  const cap_hf::Scales<int32_t> all{corrections.data(), scales.data(), bias.data()};
+  cap_hf::Scales<int32_t> all{corrections.data(), scales.data(), bias.data()};
   const int64_t tiles = cap_hf::Product<int32_t>::tiles(tokens);
   std::vector<int32_t> buffer(tiles * words * cap_hf::kTile);
   std::vector<float> of_tokens(tiles * cap_hf::kTile);
@@ -76,6 +76,24 @@ bool check(const char* name, int64_t tokens, int64_t rows, int64_t cols) {
                     long(rows), long(cols));
         return false;
       }
+  // Each token as a patch of an image with one row for each, it must be the same.
+  const cap_hf::Patches patches{1, tokens, cols, 1, cols};
+  std::vector<float> of_patches(tokens * rows, NAN);
+  run({x.data(), cols, tokens, false, {}, &patches}, {of_patches.data(), false});
+  // After LayerNorm, with factors and added to something, what the same steps one by one give.
+  std::vector<float> weights(cols, 1.5f), biases(cols, 0.25f), factors(rows, 0.75f), added(tokens * rows, 3.0f);
+  std::vector<float> normal(tokens * cols), one_by_one(tokens * rows, NAN), at_once(tokens * rows, NAN);
+  const cap_hf::Norm norm{weights.data(), biases.data(), 1e-6f};
+  cap_hf::int8_kernels_named(name)->normalise(x.data(), tokens, cols, norm, normal.data());
+  run({normal.data(), cols, tokens, false}, {one_by_one.data(), false});
+  all.factors = factors.data();
+  run({x.data(), cols, tokens, false, norm}, {at_once.data(), false, added.data()});
+  for (int64_t i = 0; i < tokens * rows; ++i)
+    if (of_patches[i] != y[i] || at_once[i] != added[i] + one_by_one[i] * factors[i % rows]) {
+      std::printf("%s: number %ld of %ld x %ld x %ld differs with patches or LayerNorm\n", name, long(i), long(tokens),
+                  long(rows), long(cols));
+      return false;
+    }
   for (int64_t t = 0; t < tokens; ++t)
     for (int64_t r = 0; r < rows; ++r) {
       int64_t sum = 0;
