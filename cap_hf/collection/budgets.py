@@ -1,6 +1,7 @@
 """What budgets are counted in: multiply-adds, bytes and seconds of a model, by target; spent, checked and reported."""
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -165,6 +166,10 @@ class Budgets:
             quotas = within(max(share * costs.dense, least))
             found, predicted = blocks(quotas), costs.of(quotas) / costs.dense
             measured, error = self._measure(budget, paths.targets, dict(paths.removed(sparse, found, unit)))
+            if Try(found, predicted, measured, error).meets(budget.share):
+                # Once more: of several tries one may come so near by chance.
+                again = self._measure(budget, paths.targets, dict(paths.removed(sparse, found, unit)))
+                measured, error = (measured + again.share) / 2, math.hypot(error, again.error) / 2
             self.progress.say(
                 f"{budget}, try {number}: predicted {predicted:.4f} of the dense latency, measured {measured:.4f} "
                 f"± {error:.4f}"

@@ -189,7 +189,7 @@ def measure(
         calls[name] = call
     if "dense" in missing:
         return []
-    times = time_in_turns([partial(call, batches[0]) for call in calls.values()], runs, seconds, pause=PAUSE)
+    times = time_in_turns([partial(call, batches[0]) for call in calls.values()], runs, seconds, pause=PAUSE, warm=True)
     medians = {name: statistics.median(taken) for name, taken in zip(calls, times, strict=True)}
     size = size_of(ready["dense"].model, images)
     found = []

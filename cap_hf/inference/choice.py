@@ -3,7 +3,6 @@
 import copy
 import functools
 import math
-import statistics
 import time
 from collections.abc import Callable
 
@@ -82,11 +81,14 @@ def random_linear(rows: int, cols: int, steps: int, word_steps: int, bias: bool)
 
 
 def measure(layers: list[nn.Module], tokens: int, in_features: int) -> list[float]:
-    """Return the median seconds of Linear layers of one shape, with an input of so many tokens; they take turns."""
+    """Return the seconds of Linear layers of one shape, with an input of so many tokens; they take turns.
+
+    The least of all runs: other work on the machine only adds to them, and more to a layer that uses more threads.
+    """
     x = torch.randn(1, tokens, in_features, generator=torch.Generator().manual_seed(1))
     with torch.inference_mode():
         times = time_in_turns([functools.partial(layer, x) for layer in layers], RUNS, SECONDS)
-    return [statistics.median(each) for each in times]
+    return [min(each) for each in times]
 
 
 def fastest_kind(linear: nn.Linear, tokens: int) -> Kind | None:
@@ -141,7 +143,7 @@ def is_semi_structured_faster(linear: nn.Linear, tokens: int) -> bool:
 
     with torch.inference_mode():
         dense_seconds, sparse_seconds = time_in_turns([run(linear), run(sparse)], RUNS, SECONDS)
-    return statistics.median(sparse_seconds) < MARGIN * statistics.median(dense_seconds)
+    return min(sparse_seconds) < MARGIN * min(dense_seconds)
 
 
 def time_in_turns(
@@ -149,6 +151,7 @@ def time_in_turns(
     runs: int,
     seconds: float = float("inf"),
     pause: float = 0.0,
+    warm: bool = False,
 ) -> list[list[float]]:
     """Return the seconds of every run of every call; they take turns, so that what slows the machine slows all.
 
@@ -156,7 +159,8 @@ def time_in_turns(
         calls: each runs once beforehand, untimed.
         runs: turns that each call takes.
         seconds: end after this long, but not before three turns.
-        pause: seconds to wait before each run.
+        pause: seconds to wait before each turn.
+        warm: whether each turn begins with an untimed run: what ran since has put other things into the caches.
     """
     times: list[list[float]] = [[] for _ in calls]
     for call in calls:
@@ -167,6 +171,8 @@ def time_in_turns(
             break
         for call, taken in zip(calls, times, strict=True):
             time.sleep(pause)
+            if warm:
+                call()
             start = time.perf_counter()
             call()
             taken.append(time.perf_counter() - start)

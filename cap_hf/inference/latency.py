@@ -238,7 +238,7 @@ def measure_share(
     with uncompiled(dense), torch.inference_mode():
         calls: list[Callable[[], object]] = [partial(see, dense, example), partial(see, sparse, example)]
         for _ in range(BOUTS):
-            turns = zip(*time_in_turns(calls, RUNS, MODEL_SECONDS, pause=PAUSE), strict=True)
+            turns = zip(*time_in_turns(calls, RUNS, MODEL_SECONDS, pause=PAUSE, warm=True), strict=True)
             shares += [optimised / taken for taken, optimised in turns]
             found = median_with_error(shares)
             if found.error <= PRECISION * found.share:

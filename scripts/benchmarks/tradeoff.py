@@ -131,7 +131,7 @@ def measure(args: argparse.Namespace, size: int, paths: list[tuple[str, str]], r
             results.measuring(f"{size} pixels, batches of {count}")
             inputs = {"pixel_values": pixels[:count]}
             runs = [partial(call, inputs) for call in calls.values()]
-            times = time_in_turns(runs, args.runs, args.max_seconds, pause=PAUSE)
+            times = time_in_turns(runs, args.runs, args.max_seconds, pause=PAUSE, warm=True)
             for row, taken in zip(rows.values(), times, strict=True):
                 row["milliseconds"][count] = 1000 * statistics.median(taken)
     for row in rows.values():

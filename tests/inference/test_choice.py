@@ -69,6 +69,21 @@ def test_a_pause_lies_before_each_run_and_is_not_timed(monkeypatch):
     assert pauses == [0.25] * 6
 
 
+def test_a_warm_turn_begins_with_a_run_that_is_not_timed():
+    order = []
+    times = time_in_turns([lambda: order.append("a"), lambda: order.append("b")], runs=3, warm=True)
+    assert order == ["a", "b", *["a", "a", "b", "b"] * 3]
+    assert [len(each) for each in times] == [3, 3]
+
+
+def test_the_least_of_all_runs_decides(monkeypatch):
+    """Other work on the machine makes some runs slower, and more so those of two threads."""
+    monkeypatch.setattr(choice, "time_in_turns", lambda *args: [[1.0, 1.0, 1.0], [9.0, 0.5, 9.0]])
+    choice.measured_faster.cache_clear()
+    assert choice.measured_faster(CSRLinear, 8, 8, 1, 10, False, 1)
+    choice.measured_faster.cache_clear()
+
+
 SECONDS = {nn.Linear: 1.0, SparseLinear: 0.8, SparseInt8Linear: 0.5, DenseInt8Linear: 0.6}
 
 

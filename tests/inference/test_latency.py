@@ -158,7 +158,7 @@ def test_a_pruned_model_is_measured_beside_the_dense_one_in_turns(monkeypatch):
     example = random_batches(model, 8, sizes=(1,))[0]
     bouts = iter([[2.0, 4.0, 8.0], [2.0, 4.0, 8.0]])
 
-    def time_in_turns(calls, runs, seconds, pause=0.0):
+    def time_in_turns(calls, runs, seconds, pause=0.0, warm=False):
         timed.append([call.args[0] for call in calls])
         assert pause == PAUSE
         return [[4.0] * 3, next(bouts)]
