@@ -123,7 +123,7 @@ def patches(convolution: nn.Conv2d, weight: PackedInt8Weight, unchanged: Unchang
     return y.transpose(1, 2).unflatten(2, (x.shape[2] // height, across))
 
 
-def positions(module: nn.Module, kept: dict[Any, Any], embeddings: torch.Tensor, *args: Any) -> Any:
+def positions(module: nn.Module, kept: dict[Any, Any], embeddings: torch.Tensor, *args: Any, **named: Any) -> Any:
     """Return a module's embeddings of positions for images of some size: those of the last size are kept.
 
     Models of transformers compute them from their parameters and the size; that nothing else of the input takes part is
@@ -132,18 +132,19 @@ def positions(module: nn.Module, kept: dict[Any, Any], embeddings: torch.Tensor,
     Args:
         module: whose method `interpolate_pos_encoding` it is.
         kept: by what it was made of what it returned, or None where that depends on the embeddings, and `Unchanged`.
-        embeddings, args: as that method takes them.
+        embeddings, args, named: as that method takes them.
     """
     kind: Any = type(module)
     original = functools.partial(kind.interpolate_pos_encoding, module)
-    if not is_plain() or any(isinstance(each, torch.Tensor) for each in args):
-        return original(embeddings, *args)
+    if not is_plain() or named or not all(isinstance(each, int) for each in args):
+        return original(embeddings, *args, **named)
     made_of = (embeddings.shape[1:], embeddings.dtype, embeddings.device, *args)
     found, unchanged = kept.get(made_of, (None, None))
-    own = module._parameters.values()
-    if unchanged is None or not unchanged.holds(own):
+    # Of children too, where positions may be those of an Embedding.
+    parameters = list(module.parameters())
+    if unchanged is None or not unchanged.holds(parameters):
         found = original(embeddings, *args)
         same = torch.equal(found, original(torch.zeros_like(embeddings), *args))
         kept.clear()
-        kept[made_of] = found if same else None, Unchanged(each for each in own if each is not None)
+        kept[made_of] = found if same else None, Unchanged(parameters)
     return original(embeddings, *args) if found is None else found

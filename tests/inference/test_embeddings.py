@@ -242,6 +242,26 @@ def test_positions_that_depend_on_what_is_seen_are_computed_at_each_call(monkeyp
         assert torch.equal(logits(model, x), logits(plain, x))
 
 
+def test_positions_of_an_embedding_layer_are_kept_and_seen_to_change():
+    set_seed(0)
+    config = transformers.CLIPVisionConfig(
+        hidden_size=24, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=4
+    )
+    model, x = transformers.CLIPVisionModel(config).eval(), torch.randn(1, 3, 40, 32)
+    plain = copy.deepcopy(model)
+    speed_up_embeddings(model, {"pixel_values": torch.randn(1, 3, 28, 28)})
+    for _ in range(2):
+        with torch.no_grad():
+            found, expected = (each(pixel_values=x, interpolate_pos_encoding=True)[0] for each in (model, plain))
+            torch.testing.assert_close(found, expected, rtol=0.1, atol=0.1)
+            before = expected
+            for each in (model, plain):
+                each.embeddings.position_embedding.weight.add_(
+                    torch.randn(50, 24, generator=torch.Generator().manual_seed(1))
+                )
+    assert not torch.allclose(before, plain(pixel_values=x, interpolate_pos_encoding=True)[0], rtol=0.1, atol=0.1)
+
+
 def test_gradients_go_through_positions():
     model, x = dinov2(), torch.randn(1, 3, 32, 32)
     speed_up_embeddings(model, {"pixel_values": x})
