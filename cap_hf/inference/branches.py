@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from cap_hf.inference.int8_packing import PackedInt8Weight
-from cap_hf.inference.operators import run
+from cap_hf.inference.operators import number_of, run
 
 # A layer as the branches take it: its packed weight, and its bias `(rows,)` if there is one.
 Layer = tuple[PackedInt8Weight, torch.Tensor | None]
@@ -68,7 +68,7 @@ def sparse_int8_attention_branch(
         scale,
         *listed(output),
         factors,
-        instruction_set,
+        number_of(instruction_set),
     )
 
 
@@ -99,7 +99,7 @@ def sparse_int8_mlp_branch(
         *listed(first),
         *listed(second),
         factors,
-        instruction_set,
+        number_of(instruction_set),
     )
 
 

@@ -12,6 +12,9 @@ from cap_hf.inference.int8_packing import PackedInt8Weight
 from cap_hf.inference.packing import PackedWeight
 from cap_hf.kernels.build import load_extension
 
+# By what number the operators are told of an instruction set; csrc/sparse_operator.h says the same.
+INSTRUCTION_SETS = ("", "portable", "avx2", "avx_vnni", "avx512", "avx512_vnni")
+
 
 @functools.cache
 def has_kernel() -> bool:
@@ -72,6 +75,19 @@ def run(operator: Callable[..., Any], *args: Any) -> Any:
         return operator(*args)
     with torch._C._AutoDispatchBelowAutograd():
         return operator(*args)
+
+
+def number_of(instruction_set: str) -> int:
+    """Return the number of an instruction set.
+
+    Raises:
+        RuntimeError: there is none of this name.
+    """
+    if instruction_set not in INSTRUCTION_SETS:
+        raise RuntimeError(
+            f"there is no instruction set {instruction_set}: {', '.join(INSTRUCTION_SETS[1:])} are known"
+        )
+    return INSTRUCTION_SETS.index(instruction_set)
 
 
 def has_tangent(argument: Any) -> bool:
@@ -150,7 +166,7 @@ def sparse_linear(
         weight.cols,
         weight.row_block,
         weight.col_block,
-        instruction_set,
+        number_of(instruction_set),
         gelu,
     )
 
@@ -180,7 +196,7 @@ def sparse_int8_linear(
     Raises:
         RuntimeError: shapes or dtypes do not fit each other, or the processor lacks the instruction set.
     """
-    return run(torch.ops.cap_hf.sparse_int8_linear, x, *int8_arguments(weight, bias), instruction_set, gelu)
+    return run(torch.ops.cap_hf.sparse_int8_linear, x, *int8_arguments(weight, bias), number_of(instruction_set), gelu)
 
 
 def sparse_int8_mlp(
@@ -208,7 +224,7 @@ def sparse_int8_mlp(
         RuntimeError: shapes or dtypes do not fit each other, or the processor lacks the instruction set.
     """
     layers = (*int8_arguments(first, first_bias), *int8_arguments(second, second_bias))
-    return run(torch.ops.cap_hf.sparse_int8_mlp, x, *layers, instruction_set)
+    return run(torch.ops.cap_hf.sparse_int8_mlp, x, *layers, number_of(instruction_set))
 
 
 def sparse_int8_patches(
@@ -232,7 +248,7 @@ def sparse_int8_patches(
         RuntimeError: shapes or dtypes do not fit each other, or the processor lacks the instruction set.
     """
     layer = int8_arguments(weight, bias)
-    return run(torch.ops.cap_hf.sparse_int8_patches, x, *layer, *patch_size, instruction_set)
+    return run(torch.ops.cap_hf.sparse_int8_patches, x, *layer, *patch_size, number_of(instruction_set))
 
 
 def int8_arguments(weight: PackedInt8Weight, bias: torch.Tensor | None) -> tuple[Any, ...]:
@@ -280,4 +296,4 @@ def int8_attention(
     Raises:
         RuntimeError: shapes or dtypes do not fit each other, or the processor lacks the instruction set.
     """
-    return run(torch.ops.cap_hf.int8_attention, q, k, v, scale, instruction_set)
+    return run(torch.ops.cap_hf.int8_attention, q, k, v, scale, number_of(instruction_set))

@@ -1,8 +1,11 @@
 """The kernel as an operator of PyTorch: known to its compiler, and to autograd as something without a gradient."""
 
 import os
+import re
+import resource
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +14,7 @@ from torch.autograd import forward_ad
 
 from cap_hf.inference.int8_packing import pack_int8
 from cap_hf.inference.operators import (
+    INSTRUCTION_SETS,
     fake_quantize_tokens,
     fake_sparse_int8_linear,
     fake_sparse_linear,
@@ -21,6 +25,7 @@ from cap_hf.inference.operators import (
     sparse_linear,
 )
 from cap_hf.inference.packing import pack
+from cap_hf.kernels.libraries import SOURCES
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -117,6 +122,32 @@ print("told")
     one = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, env=one)
     assert done.stdout == "told\n", done.stderr
+
+
+def test_instruction_sets_have_the_numbers_of_the_kernels():
+    source = (SOURCES / "sparse_operator.h").read_text()
+    listed = re.search(r"kInstructionSets\[\] = \{(.*?)\}", source).group(1)
+    assert tuple(each.strip().strip('"') for each in listed.split(",")) == INSTRUCTION_SETS
+    with pytest.raises(RuntimeError, match="there is no instruction set sse9: portable, avx2, "):
+        sparse_linear(torch.ones(1, 1), pack(torch.ones(1, 1)), None, "sse9")
+    with pytest.raises(RuntimeError, match="no instruction set has the number 6"):
+        torch.ops.cap_hf.int8_attention(*[torch.ones(1, 1, 1, 1)] * 3, 1.0, 6)
+
+
+def test_a_call_keeps_no_memory():
+    """A string among an operator's arguments was never freed by PyTorch: 48 bytes a call, gigabytes a day in a server."""
+    x, packed = torch.ones(1, 1), pack_int8(torch.ones(1, 1))
+
+    def held():
+        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+    with torch.inference_mode():
+        for _ in range(2_000):
+            sparse_int8_linear(x, packed)
+        before = held()
+        for _ in range(40_000):
+            sparse_int8_linear(x, packed)
+    assert held() - before < 1_000_000
 
 
 def test_backward_is_an_error():

@@ -46,7 +46,7 @@ inline Tensor tokens_in_float(const Tensor& x) {
 // Returns softmax(scale q k^T) v [images, queries, heads, cols] for q [images, heads, queries, cols] and k and v
 // [images, heads, keys, cols].
 inline Tensor int8_attention(const Tensor& q, const Tensor& k, const Tensor& v, double scale,
-                             std::string_view instruction_set) {
+                             int64_t instruction_set) {
   const char* name = "int8_attention";
   const auto& kernels = kernels_for(instruction_set);
   for (const Tensor* x : {&q, &k, &v}) {

@@ -69,7 +69,7 @@ inline Tensor sparse_int8_attention_branch(const Tensor& x, const Tensor& norm_w
                                            const std::vector<int64_t>& value_sizes, int64_t heads, double scale,
                                            const std::vector<Tensor>& output_tensors,
                                            const std::vector<int64_t>& output_sizes,
-                                           const std::optional<Tensor>& factors, std::string_view instruction_set) {
+                                           const std::optional<Tensor>& factors, int64_t instruction_set) {
   const char* name = "sparse_int8_attention_branch";
   const auto& kernels = kernels_for(instruction_set);
   check_residual(name, x);
@@ -109,7 +109,7 @@ inline Tensor sparse_int8_mlp_branch(const Tensor& x, const Tensor& norm_weight,
                                      const std::vector<int64_t>& first_sizes,
                                      const std::vector<Tensor>& second_tensors,
                                      const std::vector<int64_t>& second_sizes, const std::optional<Tensor>& factors,
-                                     std::string_view instruction_set) {
+                                     int64_t instruction_set) {
   const char* name = "sparse_int8_mlp_branch";
   const auto& kernels = kernels_for(instruction_set);
   check_residual(name, x);

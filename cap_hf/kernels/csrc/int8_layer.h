@@ -38,7 +38,7 @@ inline Layer<int32_t> layer_of(const char* name, const Packed& packed, bool gelu
            bias ? bias->const_data_ptr<float>() : nullptr, gelu}};
 }
 
-inline const Kernels<int32_t>& kernels_for(std::string_view instruction_set) {
+inline const Kernels<int32_t>& kernels_for(int64_t instruction_set) {
   return choose_kernels(instruction_set, int8_kernels_named, best_int8_kernels);
 }
 

@@ -12,11 +12,11 @@ namespace {
 using cap_hf::ScalarType;
 using cap_hf::Tensor;
 
-// Returns y [..., rows] for x [..., cols]. An empty `instruction_set` is the best.
+// Returns y [..., rows] for x [..., cols]. `instruction_set` is one of kInstructionSets.
 Tensor sparse_int8_linear(const Tensor& x, const Tensor& values, const Tensor& offsets, const Tensor& starts,
                           const Tensor& order, const Tensor& row_scales, const Tensor& corrections,
                           const std::optional<Tensor>& bias, int64_t rows, int64_t cols, int64_t row_block,
-                          int64_t col_block, std::string_view instruction_set, bool gelu) {
+                          int64_t col_block, int64_t instruction_set, bool gelu) {
   const char* name = "sparse_int8_linear";
   const auto& kernels = cap_hf::kernels_for(instruction_set);
   cap_hf::check_input(name, x, cols);
@@ -33,7 +33,7 @@ Tensor sparse_int8_mlp(const Tensor& x, const Tensor& values, const Tensor& offs
                        int64_t col_block, const Tensor& values2, const Tensor& offsets2, const Tensor& starts2,
                        const Tensor& order2, const Tensor& row_scales2, const Tensor& corrections2,
                        const std::optional<Tensor>& bias2, int64_t rows2, int64_t cols2, int64_t row_block2,
-                       int64_t col_block2, std::string_view instruction_set) {
+                       int64_t col_block2, int64_t instruction_set) {
   const char* name = "sparse_int8_mlp";
   const auto& kernels = cap_hf::kernels_for(instruction_set);
   cap_hf::check_input(name, x, cols);
@@ -54,7 +54,7 @@ Tensor sparse_int8_patches(const Tensor& x, const Tensor& values, const Tensor& 
                            const Tensor& order, const Tensor& row_scales, const Tensor& corrections,
                            const std::optional<Tensor>& bias, int64_t rows, int64_t cols, int64_t row_block,
                            int64_t col_block, int64_t patch_height, int64_t patch_width,
-                           std::string_view instruction_set) {
+                           int64_t instruction_set) {
   const char* name = "sparse_int8_patches";
   const auto& kernels = cap_hf::kernels_for(instruction_set);
   cap_hf::check(x.dim() == 4, name, ": x must have 4 dimensions, not ", x.dim());
@@ -101,26 +101,26 @@ std::tuple<Tensor, Tensor> quantize_tokens(const Tensor& x) {
 STABLE_TORCH_LIBRARY_FRAGMENT(cap_hf, m) {
   m.def(
       "sparse_int8_linear(Tensor x, Tensor values, Tensor offsets, Tensor starts, Tensor order, Tensor row_scales, "
-      "Tensor corrections, Tensor? bias, int rows, int cols, int row_block, int col_block, str instruction_set='', "
+      "Tensor corrections, Tensor? bias, int rows, int cols, int row_block, int col_block, int instruction_set=0, "
       "bool gelu=False) -> Tensor");
   m.def(
       "sparse_int8_mlp(Tensor x, Tensor values, Tensor offsets, Tensor starts, Tensor order, Tensor row_scales, "
       "Tensor corrections, Tensor? bias, int rows, int cols, int row_block, int col_block, Tensor values2, "
       "Tensor offsets2, Tensor starts2, Tensor order2, Tensor row_scales2, Tensor corrections2, Tensor? bias2, "
-      "int rows2, int cols2, int row_block2, int col_block2, str instruction_set='') -> Tensor");
+      "int rows2, int cols2, int row_block2, int col_block2, int instruction_set=0) -> Tensor");
   m.def(
       "sparse_int8_patches(Tensor x, Tensor values, Tensor offsets, Tensor starts, Tensor order, Tensor row_scales, "
       "Tensor corrections, Tensor? bias, int rows, int cols, int row_block, int col_block, int patch_height, "
-      "int patch_width, str instruction_set='') -> Tensor");
+      "int patch_width, int instruction_set=0) -> Tensor");
   m.def("quantize_tokens(Tensor x) -> (Tensor, Tensor)");
-  m.def("int8_attention(Tensor q, Tensor k, Tensor v, float scale, str instruction_set='') -> Tensor");
+  m.def("int8_attention(Tensor q, Tensor k, Tensor v, float scale, int instruction_set=0) -> Tensor");
   m.def(
       "sparse_int8_attention_branch(Tensor x, Tensor norm_weight, Tensor norm_bias, float epsilon, Tensor[] query, "
       "int[] query_sizes, Tensor[] key, int[] key_sizes, Tensor[] value, int[] value_sizes, int heads, float scale, "
-      "Tensor[] output, int[] output_sizes, Tensor? factors, str instruction_set='') -> Tensor");
+      "Tensor[] output, int[] output_sizes, Tensor? factors, int instruction_set=0) -> Tensor");
   m.def(
       "sparse_int8_mlp_branch(Tensor x, Tensor norm_weight, Tensor norm_bias, float epsilon, Tensor[] first, "
-      "int[] first_sizes, Tensor[] second, int[] second_sizes, Tensor? factors, str instruction_set='') -> Tensor");
+      "int[] first_sizes, Tensor[] second, int[] second_sizes, Tensor? factors, int instruction_set=0) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(cap_hf, CPU, m) {

@@ -6,11 +6,11 @@ namespace {
 
 using cap_hf::Tensor;
 
-// Returns y [..., rows] for x [..., cols] and bias [rows] or none. An empty `instruction_set` is the best; the other
+// Returns y [..., rows] for x [..., cols] and bias [rows] or none. `instruction_set` is one of kInstructionSets; the other
 // arguments are the fields of a cap_hf.inference.packing.PackedWeight.
 Tensor sparse_linear(const Tensor& x, const Tensor& values, const Tensor& offsets, const Tensor& starts,
                      const Tensor& order, const std::optional<Tensor>& bias, int64_t rows, int64_t cols,
-                     int64_t row_block, int64_t col_block, std::string_view instruction_set, bool gelu) {
+                     int64_t row_block, int64_t col_block, int64_t instruction_set, bool gelu) {
   const auto& kernels = cap_hf::choose_kernels(instruction_set, cap_hf::kernels_named, cap_hf::best_kernels);
   cap_hf::check_input("sparse_linear", x, cols);
   const cap_hf::SparseWeight<float> weight{rows,
@@ -32,7 +32,7 @@ Tensor sparse_linear(const Tensor& x, const Tensor& values, const Tensor& offset
 STABLE_TORCH_LIBRARY_FRAGMENT(cap_hf, m) {
   m.def(
       "sparse_linear(Tensor x, Tensor values, Tensor offsets, Tensor starts, Tensor order, Tensor? bias, int rows, "
-      "int cols, int row_block, int col_block, str instruction_set='', bool gelu=False) -> Tensor");
+      "int cols, int row_block, int col_block, int instruction_set=0, bool gelu=False) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(cap_hf, CPU, m) { m.impl("sparse_linear", TORCH_BOX(&sparse_linear)); }

@@ -3,11 +3,10 @@
 
 #include <algorithm>
 #include <cstdlib>
+#include <iterator>
 #include <memory>
 #include <new>
 #include <optional>
-#include <string>
-#include <string_view>
 #include <vector>
 
 #include "sparse_linear.h"
@@ -37,15 +36,21 @@ Word* scratch(int64_t size) {
   return memory.data() + (kLine - misfit) % kLine;
 }
 
-// Returns the kernels of an instruction set. An empty name is what the environment asks for, else the best.
-//   Throws if this processor lacks it, or there is none of this name.
+// The instruction sets by number, as operators are told of them: 0 is what the environment asks for, else the best.
+// cap_hf/inference/operators.py says the same. Numbers, as PyTorch 2.13 never frees a string that it hands to an operator.
+constexpr const char* kInstructionSets[] = {"", "portable", "avx2", "avx_vnni", "avx512", "avx512_vnni"};
+
+// Returns the kernels of an instruction set.
+//   Throws if this processor lacks it, or there is none of this number or name.
 template <class Word>
-const Kernels<Word>& choose_kernels(std::string_view instruction_set, const Kernels<Word>* named(const char*),
+const Kernels<Word>& choose_kernels(int64_t instruction_set, const Kernels<Word>* named(const char*),
                                     const Kernels<Word>* best()) {
-  std::string name(instruction_set);
+  check(instruction_set >= 0 && instruction_set < static_cast<int64_t>(std::size(kInstructionSets)),
+        "no instruction set has the number ", instruction_set);
+  const char* name = kInstructionSets[instruction_set];
   const char* forced = std::getenv("CAP_HF_INSTRUCTION_SET");
-  if (name.empty() && forced != nullptr) name = forced;
-  const Kernels<Word>* kernels = name.empty() ? best() : named(name.c_str());
+  if (*name == '\0' && forced != nullptr) name = forced;
+  const Kernels<Word>* kernels = *name == '\0' ? best() : named(name);
   check(kernels != nullptr, "this processor has no instruction set ", name,
         ", as CAP_HF_INSTRUCTION_SET or an argument asks: avx512_vnni, avx512, avx_vnni, avx2 and portable are known");
   return *kernels;
