@@ -135,7 +135,7 @@ def test_instruction_sets_have_the_numbers_of_the_kernels():
 
 
 def test_a_call_keeps_no_memory():
-    """A string among an operator's arguments was never freed by PyTorch: 48 bytes a call, gigabytes a day in a server."""
+    """PyTorch never frees a string among an operator's arguments: 48 bytes a call, gigabytes a day in a server."""
     x, packed = torch.ones(1, 1), pack_int8(torch.ones(1, 1))
 
     def held():
