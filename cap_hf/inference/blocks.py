@@ -1,7 +1,7 @@
 """Blocks of a transformer that an optimised model computes in two calls, one for each residual branch."""
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,8 +10,9 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedConfig
+from transformers.utils import output_capturing
 
-from cap_hf.inference.attention import NAME
+from cap_hf.inference.attention import MOST_KEYS, NAME
 from cap_hf.inference.branches import Norm, sparse_int8_attention_branch, sparse_int8_mlp_branch
 from cap_hf.inference.int8_linear import SparseInt8Linear
 from cap_hf.inference.operators import int8_attention
@@ -30,7 +31,8 @@ class Block:
         scales: modules that multiply what comes out of attention and of the MLP by their only parameter (LayerScale).
         heads, scale: of attention.
         attention: the module whose config says how attention is computed.
-        places: all modules of the block with where they are: a dict of modules, and the name in it.
+        scaling: what that module had as its attribute of this name.
+        places: all modules of the block: a dict of modules that one is in, its name there, itself, and its class.
     """
 
     norms: tuple[nn.LayerNorm, nn.LayerNorm]
@@ -43,7 +45,8 @@ class Block:
     heads: int
     scale: float
     attention: Any
-    places: list[tuple[dict[str, nn.Module | None], str, nn.Module]] = field(repr=False)
+    scaling: Any
+    places: list[tuple[dict[str, nn.Module | None], str, nn.Module, type]] = field(repr=False)
 
     def module_by_module(self, x: torch.Tensor) -> torch.Tensor:
         """Return what the block makes of x `(images, tokens, cols)` as its modules compute it."""
@@ -54,9 +57,9 @@ class Block:
             for layer in (self.query, self.key, self.value)
         )
         y = self.output(int8_attention(q, k, v, self.scale).reshape(images, tokens, -1))
-        x = x + (y if self.scales[0] is None else self.scales[0](y))
+        x = x + (y if self.scales[0] is None else y * next(self.scales[0].parameters()))
         y = self.first(self.norms[1](x))
-        return x + (y if self.scales[1] is None else self.scales[1](y))
+        return x + (y if self.scales[1] is None else y * next(self.scales[1].parameters()))
 
     def at_once(self, x: torch.Tensor) -> torch.Tensor:
         """Return the same, branch by branch."""
@@ -74,27 +77,66 @@ class Block:
         return sparse_int8_mlp_branch(x, second, inner, outer, factors[1])
 
     def is_whole(self) -> bool:
-        """Return whether every module is where it was and none has hooks, which would see nothing."""
-        return not torch.nn.modules.module._has_any_global_hook() and not any(
-            parent.get(name) is not module or module._forward_hooks or module._forward_pre_hooks
-            for parent, name, module in self.places
+        """Return whether every module is what and where it was, and none has hooks, which would see nothing."""
+        return (
+            not torch.nn.modules.module._has_any_global_hook()
+            and getattr(self.attention, "scaling", None) == self.scaling
+            and not getattr(self.attention, "is_causal", False)
+            and all(is_normal(norm) for norm in self.norms)
+            and all(
+                parent.get(name) is module
+                and type(module) is kind
+                and not module.training
+                and not module._forward_pre_hooks
+                and (not module._forward_hooks or sees_nothing(module._forward_hooks.values()))
+                and "forward" not in module.__dict__
+                for parent, name, module, kind in self.places
+            )
         )
 
 
-def forward(module: nn.Module, block: Block, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+def is_normal(norm: nn.LayerNorm) -> bool:
+    """Return whether a LayerNorm has both of its parameters, in float32 on the CPU, where the operators read them."""
+    own = (norm._parameters.get("weight"), norm._parameters.get("bias"))
+    return all(each is not None and each.dtype == torch.float32 and each.is_cpu for each in own)
+
+
+def sees_nothing(hooks: Iterable[Any]) -> bool:
+    """Return whether hooks are those of transformers for outputs that nobody asks for now.
+
+    It puts them on modules when `output_attentions` or `output_hidden_states` is first asked for; there they stay.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    collected = output_capturing._active_collector.get() or {}
+    for hook in hooks:
+        if getattr(hook, "__module__", "") != output_capturing.__name__:
+            return False
+        key = dict(zip(hook.__code__.co_freevars, hook.__closure__, strict=True)).get("key")
+        if key is None or key.cell_contents in collected:
+            return False
+    return True
+
+
+def forward(module: nn.Module, block: Block, /, *args: Any, **kwargs: Any) -> Any:
     """Return what a module that is a block returns: at once where nothing is asked that only its modules can do."""
+    x: Any = args[0] if args else None
+    # Hidden states are what blocks return: to collect them is not their own work.
+    rest = [each for name, each in kwargs.items() if name != "output_hidden_states"]
     plain = (
-        not module.training
+        isinstance(x, torch.Tensor)
+        and not module.training
         and x.dtype == torch.float32
         and x.device.type == "cpu"
         and x.dim() == 3
+        and x.shape[1] <= MOST_KEYS
         and x.is_contiguous()
-        and not any(each is not None and each is not False for each in (*args, *kwargs.values()))
+        and not any(each is not None and each is not False for each in (*args[1:], *rest))
+        and (torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is None)
         and block.attention.config._attn_implementation == NAME
-        # What compiles or exports hooks modules itself, and compiles anew where they change.
-        and (torch.compiler.is_compiling() or block.is_whole())
+        and block.is_whole()
     )
-    return block.at_once(x) if plain else type(module).forward(module, x, *args, **kwargs)
+    return block.at_once(x) if plain else type(module).forward(module, *args, **kwargs)
 
 
 def fuse_blocks(model: nn.Module, example: Mapping[str, torch.Tensor]) -> None:
@@ -168,7 +210,8 @@ def find_blocks(model: nn.Module, example: Mapping[str, torch.Tensor]) -> dict[n
         if "forward" in vars(module) or any(other in blocks for other in module.modules()):
             continue
         block = block_of(module, inside)
-        if block is not None and len(call.inputs) == 1 and isinstance(call.output, torch.Tensor):
+        inputs = call.inputs
+        if block is not None and len(inputs) == 1 and inputs[0].dim() == 3 and isinstance(call.output, torch.Tensor):
             with torch.no_grad():
                 if torch.equal(block.module_by_module(call.inputs[0]), call.output):
                     blocks[module] = block
@@ -203,7 +246,12 @@ def block_of(module: nn.Module, calls: list[Call]) -> Block | None:
         heads=attention.inputs[0].shape[1],
         scale=attention.what,
         attention=holders[0],
-        places=[(each._modules, name, child) for each in module.modules() for name, child in each.named_children()],
+        scaling=getattr(holders[0], "scaling", None),
+        places=[
+            (each._modules, name, child, type(child))
+            for each in module.modules()
+            for name, child in each.named_children()
+        ],
     )
 
 
@@ -212,8 +260,8 @@ def letter(call: Call) -> str:
     what = call.what
     if isinstance(what, float):
         return "A"
-    if type(what) is nn.LayerNorm and what.weight is not None and what.bias is not None:
-        return "N" if what.weight.dtype == torch.float32 and len(what.normalized_shape) == 1 else "?"
+    if type(what) is nn.LayerNorm:
+        return "N" if is_normal(what) and len(what.normalized_shape) == 1 else "?"
     if type(what) is SparseInt8Linear:
         return "L"
     return "S" if is_scale(what) else "?"
@@ -223,5 +271,5 @@ def is_scale(what: Any) -> bool:
     """Return whether this may be LayerScale, a module with one vector; that it multiplies by it is tried."""
     if not isinstance(what, nn.Module) or isinstance(what, SparseInt8Linear):
         return False
-    held = [*what.parameters(), *what.buffers()]
-    return len(held) == 1 and held[0].dim() == 1
+    held = list(what.parameters())
+    return len(held) == 1 and held[0].dim() == 1 and len(held[0]) > 1 and not any(True for _ in what.buffers())

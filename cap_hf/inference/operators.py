@@ -91,7 +91,9 @@ def number_of(instruction_set: str) -> int:
 
 
 def has_tangent(argument: Any) -> bool:
-    """Return whether an argument is a tensor whose forward-mode derivative is computed along."""
+    """Return whether an argument is a tensor whose forward-mode derivative is computed along, or a list with one."""
+    if isinstance(argument, list):
+        return any(map(has_tangent, argument))
     return isinstance(argument, torch.Tensor) and forward_ad.unpack_dual(argument).tangent is not None
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from transformers import set_seed
 
 from cap_hf import optimize_for_inference
 from cap_hf.inference import attention, embeddings, optimize
-from cap_hf.inference.blocks import find_blocks
+from cap_hf.inference.blocks import MOST_KEYS, Block, find_blocks
 from cap_hf.inference.int8_linear import SparseInt8Linear
 from cap_hf.inference.operators import has_int8_kernel
 from cap_hf.inference.optimize import find_sparse_linears
@@ -116,14 +117,30 @@ def test_no_family_loses_its_outputs(name):
     assert float((logits(model, x) - logits(separate(model), x)).norm()) < 0.05 * float(logits(model, x).norm())
 
 
-def test_hidden_states_are_those_of_the_blocks():
+@contextmanager
+def counted():
+    """The blocks that are computed at once while it is entered."""
+    at_once, calls = Block.at_once, []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Block, "at_once", lambda self, x: calls.append(self) or at_once(self, x))
+        yield calls
+
+
+def test_hidden_states_are_those_of_the_blocks_and_attentions_those_of_the_modules():
+    """Once asked for, transformers' hooks stay on all modules; they see nothing while nobody asks."""
     model = optimize_for_inference(build("Dinov2", mlp_ratio=2), dtype="int8")
     x = pixels(model)
     with torch.inference_mode():
-        states = [each(pixel_values=x, output_hidden_states=True).hidden_states for each in (model, separate(model))]
-    assert len(states[0]) == 4
-    assert all(close(found, expected) for found, expected in zip(*states, strict=True))
-    assert torch.equal(states[0][0], states[1][0])
+        for asked, count in (({}, 3), ({"output_hidden_states": True}, 3), ({"output_attentions": True}, 0), ({}, 3)):
+            with counted() as calls:
+                found = model(pixel_values=x, **asked)
+            expected = separate(model)(pixel_values=x, **asked)
+            assert len(calls) == count
+            assert close(found.logits, expected.logits)
+            if "output_hidden_states" in asked:
+                assert len(found.hidden_states) == 4
+                pairs = zip(found.hidden_states, expected.hidden_states, strict=True)
+                assert all(close(*pair) for pair in pairs)
 
 
 def vit():
@@ -147,10 +164,25 @@ def replaced(model):
     model.vit.layers[0].dropout = Watching().eval()
 
 
+def given_another_forward(model):
+    norm = model.vit.layers[0].layernorm_after
+    norm.forward = lambda x: seen.append(x) or nn.LayerNorm.forward(norm, x)
+
+
+def parametrized(model):
+    class Same(nn.Module):
+        def forward(self, weight):
+            seen.append(weight)
+            return weight
+
+    nn.utils.parametrize.register_parametrization(model.vit.layers[0].layernorm_before, "weight", Same())
+    seen.clear()
+
+
 seen: list = []
 
 
-@pytest.mark.parametrize("change", [hooked, pre_hooked, replaced])
+@pytest.mark.parametrize("change", [hooked, pre_hooked, replaced, given_another_forward, parametrized])
 def test_what_is_changed_later_is_seen(change):
     model = vit()
     assert len(fused(model)) == 2
@@ -183,6 +215,17 @@ def test_what_only_the_modules_can_do_is_left_to_them():
         assert torch.equal(
             layer(hidden.bfloat16().float(), None, output_attentions=True), twin(hidden.bfloat16().float())
         )
+        assert torch.equal(layer(hidden_states=hidden), twin(hidden_states=hidden))
+        for part in (layer.dropout, twin.dropout):
+            part.train()
+        assert torch.equal(layer(hidden), twin(hidden))
+        for part in (layer.dropout, twin.dropout):
+            part.eval()
+        for part in (layer.attention, twin.attention):
+            part.scaling *= 2
+        assert torch.equal(layer(hidden), twin(hidden))
+        mapped = torch.func.vmap(layer)(hidden[:, None])
+        torch.testing.assert_close(mapped, torch.func.vmap(twin)(hidden[:, None]))
         model.train()
         assert torch.equal(layer(hidden), twin.train()(hidden))
     model.eval()
@@ -253,6 +296,37 @@ def test_a_block_that_adds_up_otherwise_is_left(how):
     optimize_for_inference(model, dtype="int8")
     assert [type(module).__name__ for module in fused(model)] == ["ViTLayer", *["Odd"] * (how == "the same")]
     assert close(logits(model, x), logits(separate(model), x))
+
+
+def test_more_tokens_than_attention_takes_in_int8_are_left_to_pytorch():
+    layer = vit().vit.layers[0]
+    with torch.inference_mode(), counted() as calls:
+        layer(torch.zeros(1, 9, 192))
+        assert len(calls) == 1
+        layer.attention.forward = lambda x, *_, **__: (x, None)  # which takes too long
+        layer(torch.zeros(1, MOST_KEYS + 1, 192))
+    assert len(calls) == 1
+
+
+class Shift(nn.Module):
+    """It has one vector, as LayerScale, and adds it."""
+
+    def __init__(self):
+        super().__init__()
+        self.lambda1 = nn.Parameter(torch.randn(48))
+
+    def forward(self, x):
+        return x + self.lambda1
+
+
+def test_what_adds_a_vector_is_no_layer_scale():
+    model = build("Dinov2", mlp_ratio=2)
+    model.dinov2.encoder.layer[1].layer_scale1 = Shift()
+    optimize_for_inference(model, dtype="int8")
+    assert [module for module in model.dinov2.encoder.layer if "forward" in vars(module)] == [
+        model.dinov2.encoder.layer[0],
+        model.dinov2.encoder.layer[2],
+    ]
 
 
 def test_nothing_is_left_on_a_model_that_was_looked_at():

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.inference import has_instruction_set
 from support.int8 import INT8_INSTRUCTION_SETS, layer_norm_reference, make_block_weight
+from torch.autograd import forward_ad
 from torch.nn import functional
 
 from cap_hf.inference.branches import Norm, listed, sparse_int8_attention_branch, sparse_int8_mlp_branch
@@ -131,6 +132,23 @@ def test_more_tokens_than_fit_the_working_memory():
     assert torch.equal(sparse_int8_mlp_branch(*args), mlp_by_parts(*args))
 
 
+def test_more_tokens_of_three_layers_than_fit_the_working_memory():
+    """Its 8 MiB hold 2,720 tokens of 3,072 numbers, which query, key and value share."""
+    x, norm = torch.randn(3, 1001, 3072), make_norm(3072)
+    layers = [make_layer(8, 3072, seed, 0.9) for seed in range(3)]
+    args = (x, norm, *layers, 2, 0.5, make_layer(3072, 8, 3, 0.5), None)
+    assert torch.equal(sparse_int8_attention_branch(*args), attention_by_parts(*args))
+
+
+@pytest.mark.parametrize("value", [0.0, 1e5, -3e7, 1e-30])
+def test_numbers_that_are_all_alike_have_nothing_left_of_them(value):
+    norm, one = make_norm(96), (pack_int8(torch.eye(96)), None)
+    x = torch.full((1, 3, 96), value)
+    found = normal(x, norm)
+    assert torch.equal(found, norm.bias.expand_as(found))
+    assert torch.equal(sparse_int8_mlp_branch(x, norm, one, one), mlp_by_parts(x, norm, one, one, None))
+
+
 @pytest.mark.parametrize("images", [0, 1])
 def test_no_images_and_no_tokens_give_none(images):
     x, norm = torch.randn(images, 1 - images, 8), make_norm(8)
@@ -199,3 +217,8 @@ def test_they_are_registered_as_pytorch_asks_and_have_no_derivative():
     )
     with pytest.raises(RuntimeError, match="sparse_int8_mlp_branch is for inference only"):
         sparse_int8_mlp_branch(x.requires_grad_(), norm, *layers[:2]).sum().backward()
+    with forward_ad.dual_level(), torch.no_grad():
+        weight, bias = layers[0]
+        dual = weight, forward_ad.make_dual(bias, bias)
+        with pytest.raises(RuntimeError, match="sparse_int8_mlp_branch is for inference only"):
+            sparse_int8_mlp_branch(x.detach(), norm, dual, layers[1])

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from support.inference import has_instruction_set, logits, make_vit, pixels
 from support.int8 import INT8_INSTRUCTION_SETS, make_block_weight
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
 from transformers import set_seed
 
@@ -62,13 +63,11 @@ def test_patches_have_the_bits_of_their_product(seed, images, channels, patch, g
 
 
 def test_more_patches_than_fit_the_working_memory():
-    x, weight = torch.randn(3, 1, 300, 330), pack_int8(make_block_weight(8, 9, 0.0))
-    cut = functional.unfold(x, 3, stride=3).transpose(1, 2)
-    assert torch.equal(sparse_int8_patches(x, weight, None, (3, 3)), sparse_int8_linear(cut, weight))
-    wide = torch.randn(40, 3, 64, 64)  # 5,120 patches of 96 numbers, in several rounds
-    weight = pack_int8(make_block_weight(8, 96, 0.0))
-    cut = functional.unfold(wide, (8, 4), stride=(8, 4)).transpose(1, 2)
-    assert torch.equal(sparse_int8_patches(wide, weight, None, (8, 4)), sparse_int8_linear(cut, weight))
+    """Its 8 MiB hold 2,720 tokens of 3,072 numbers."""
+    x, weight = torch.randn(3, 3, 1030, 1060), pack_int8(make_block_weight(8, 3072, 0.5))
+    cut = functional.unfold(x[..., :1024, :1056], 32, stride=32).transpose(1, 2)
+    assert cut.shape[0] * cut.shape[1] > 2720
+    assert torch.equal(sparse_int8_patches(x, weight, None, (32, 32)), sparse_int8_linear(cut, weight))
 
 
 def test_images_that_do_not_fit_are_refused():
@@ -133,6 +132,28 @@ def test_patches_are_about_what_the_convolution_gives_and_lie_as_it_says():
 def test_a_convolution_that_is_faster_stays(monkeypatch):
     monkeypatch.setattr(embeddings, "time_in_turns", lambda *_: [[1.0], [0.96]])
     assert "forward" not in vars(convolution_of(sped_up(make_vit())))
+
+
+def test_an_image_that_is_smaller_than_a_patch_is_the_convolutions_own_error():
+    model = sped_up(make_vit())
+    with torch.inference_mode(), pytest.raises(RuntimeError, match="Kernel size can't be greater"):
+        convolution_of(model)(torch.randn(1, 3, 3, 8))
+
+
+def test_of_what_was_made_in_inference_mode_nothing_is_kept():
+    with torch.inference_mode():
+        model, plain = sped_up(make_vit()), make_vit()
+        for each in (model, plain):
+            convolution_of(each).weight.mul_(3)
+    x = pixels(model)
+    assert torch.equal(logits(model, x), logits(plain, x))
+
+
+def test_fake_images_give_fake_positions():
+    model, x = dinov2(), torch.randn(1, 3, 32, 32)
+    speed_up_embeddings(model, {"pixel_values": x})
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.no_grad():
+        assert model(pixel_values=mode.from_tensor(x)).logits.shape == (1, 3)
 
 
 def test_one_that_does_not_get_the_images_is_left():
@@ -202,7 +223,7 @@ def test_positions_are_computed_once_for_a_size(monkeypatch):
     monkeypatch.setattr(embeddings, "time_in_turns", lambda *_: [[1.0], [2.0]])
     calls, model, plain = counted(monkeypatch), dinov2(), dinov2()
     speed_up_embeddings(model, {"pixel_values": torch.randn(1, 3, 28, 28)})
-    for side, count in ((32, 2), (32, 0), (20, 2), (32, 2), (32, 0)):
+    for side, count in ((32, 2), (32, 0), (20, 2), (32, 0), *((side, 2) for side in range(36, 64, 4)), (32, 2)):
         for images in (1, 3):
             x = torch.randn(images, 3, side, side)
             expected = logits(plain, x)

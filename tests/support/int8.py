@@ -59,7 +59,8 @@ def attention_reference(q, k, v, scale):
 
 
 def layer_norm_reference(x, weight, bias, epsilon):
-    """LayerNorm of x (..., cols) in float32 steps: sums go in 16 lanes, which are then added in halves."""
+    """LayerNorm of x (..., cols) in float32 steps: sums go in 16 lanes, which are then added in halves, of the
+    differences from the first number."""
 
     def mean(values):
         padded = np.zeros((*values.shape[:-1], -(-values.shape[-1] // 16) * 16), np.float32)
@@ -72,6 +73,7 @@ def layer_norm_reference(x, weight, bias, epsilon):
         return lanes / np.float32(values.shape[-1])
 
     x = x.numpy()
+    x = x - x[..., :1]
     centred = x - mean(x)
     inverse = np.float32(1) / np.sqrt(mean(centred * centred) + np.float32(epsilon))
     return torch.from_numpy(centred * inverse * weight.numpy() + bias.numpy())
