@@ -201,7 +201,6 @@ def find_blocks(model: nn.Module, example: Mapping[str, torch.Tensor]) -> dict[n
             stack.callback(module.register_forward_pre_hook(begin).remove)
             stack.callback(module.register_forward_hook(end).remove)
         stack.enter_context(uncompiled(model))
-        # Not in inference mode, where a tensor that is returned as it came in is another object.
         stack.enter_context(torch.no_grad())
         stack.enter_context(Calls(calls))
         see(model, example)

@@ -3,8 +3,8 @@
 A layer is timed alone, dense and at several sparsities, in the form that `optimize_for_inference` would choose for it;
 how much faster than dense it is there is taken to be how much faster it is in the model. A layer becomes faster only
 beyond some sparsity, and not in proportion to it. What else the model computes takes what is left of its dense time.
-What this leaves out, such as a GELU that a layer ends with, attention in int8 and caches, shows where the pruned model
-itself is measured.
+What this leaves out, such as a GELU that a layer ends with, blocks, patches and attention in int8 and caches, shows
+where the pruned model itself is measured.
 
 Seconds are those of a clock on the wall, and models take turns with pauses between, as in `cap-hf benchmark`.
 """
@@ -94,7 +94,8 @@ def relative_times(rows: int, cols: int, tokens: int, bias: bool, int8: bool, un
     x = torch.randn(1, tokens, cols, generator=torch.Generator().manual_seed(1))
     with torch.inference_mode():
         taken = time_in_turns([partial(layer, x) for layer in layers.values()], RUNS, LAYER_SECONDS)
-    ratios = {key: statistics.median(own) / statistics.median(taken[0]) for key, own in zip(layers, taken, strict=True)}
+    # The least, by which `optimize_for_inference` chooses too.
+    ratios = {key: min(own) / min(taken[0]) for key, own in zip(layers, taken, strict=True)}
     dense_int8 = ratios.get((DenseInt8Linear, 0), 1.0)
 
     def chosen(steps: int) -> float:

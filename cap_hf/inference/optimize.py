@@ -73,7 +73,8 @@ def optimize_for_inference(
             int8, sparse float32 and dense for each layer, and the faster attention, in int8 or as it is; 'kernel'
             takes sparse int8 for all layers; the others know no int8.
             Only layers of which at least 1 % is zeros are replaced: heads and embeddings, to which accuracy is most
-            sensitive and which cap_hf never prunes, stay float32, unless something else has pruned them. Sparse int8
+            sensitive and which cap_hf never prunes, stay float32, unless something else has pruned them; but patches
+            of images are multiplied in int8 where that is faster, and blocks computed at once. Sparse int8
             gains from whole groups of four consecutive inputs that are zero: prune in blocks of 1x4. The state_dict
             gives the weights as they were rounded.
 

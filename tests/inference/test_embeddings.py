@@ -232,6 +232,36 @@ def test_positions_are_computed_once_for_a_size(monkeypatch):
             assert calls == [(side, side)] * (count if images == 1 else 0)
 
 
+def test_positions_are_those_of_height_and_width():
+    """Of images that have the same number of patches, in another shape."""
+    model, plain = dinov2(), dinov2()
+    speed_up_embeddings(model, {"pixel_values": torch.randn(1, 3, 28, 28)})
+    vars(model.dinov2.embeddings.patch_embeddings.projection).pop("forward", None)
+    for height, width in ((48, 32), (32, 48), (64, 24)):
+        x = torch.randn(1, 3, height, width)
+        assert torch.equal(logits(model, x), logits(plain, x))
+
+
+def test_positions_may_be_written_to_by_their_taker():
+    model = dinov2()
+    speed_up_embeddings(model, {"pixel_values": torch.randn(1, 3, 28, 28)})
+    tokens = torch.randn(1, 65, 24)
+    with torch.no_grad():
+        expected = model.dinov2.embeddings.interpolate_pos_encoding(tokens, 32, 32).clone()
+        for _ in range(2):
+            found = model.dinov2.embeddings.interpolate_pos_encoding(tokens, 32, 32)
+            assert torch.equal(found, expected)
+            found.zero_()
+        assert torch.equal(model.dinov2.embeddings.interpolate_pos_encoding(tokens, height=32, width=32), expected)
+
+
+def test_a_method_of_the_instance_stays():
+    model = dinov2()
+    model.dinov2.embeddings.interpolate_pos_encoding = own = lambda embeddings, *size: embeddings
+    speed_up_embeddings(model, {"pixel_values": torch.randn(1, 3, 28, 28), "flag": True})
+    assert model.dinov2.embeddings.interpolate_pos_encoding is own
+
+
 def test_positions_that_are_changed_are_computed_anew(monkeypatch):
     monkeypatch.setattr(embeddings, "time_in_turns", lambda *_: [[1.0], [2.0]])
     model, plain, x = dinov2(), dinov2(), torch.randn(1, 3, 32, 32)
