@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import _len_torch_dispatch_stack
 
 from cap_hf.inference.choice import MARGIN, RUNS, SECONDS, time_in_turns
 from cap_hf.inference.int8_packing import PackedInt8Weight, is_quantizable, pack_int8
-from cap_hf.inference.operators import sparse_int8_patches
+from cap_hf.inference.operators import int8_arguments, number_of, run
 from cap_hf.models import uncompiled
 from cap_hf.towers import see
 
@@ -117,6 +117,30 @@ def is_plain() -> bool:
         or torch._C._functorch.peek_interpreter_stack() is not None
         or _len_torch_dispatch_stack()
     )
+
+
+def sparse_int8_patches(
+    x: torch.Tensor,
+    weight: PackedInt8Weight,
+    bias: torch.Tensor | None,
+    patch_size: tuple[int, int],
+    instruction_set: str = "",
+) -> torch.Tensor:
+    """Return `sparse_int8_linear` of the patches of images, `(images, patches, rows)` in x's dtype.
+
+    Args:
+        x: `(images, channels, height, width)`, float32, float16 or bfloat16, on the CPU. What is left of an image right
+            of and below its patches is not looked at.
+        weight: of a convolution `(rows, channels * patch height * patch width)`, quantised and packed.
+        bias: `(rows,)`.
+        patch_size: height and width.
+        instruction_set: as of `sparse_int8_linear`.
+
+    Raises:
+        RuntimeError: shapes or dtypes do not fit each other, or the processor lacks the instruction set.
+    """
+    layer = int8_arguments(weight, bias)
+    return run(torch.ops.cap_hf.sparse_int8_patches, x, *layer, *patch_size, number_of(instruction_set))
 
 
 def patches(

@@ -229,30 +229,6 @@ def sparse_int8_mlp(
     return run(torch.ops.cap_hf.sparse_int8_mlp, x, *layers, number_of(instruction_set))
 
 
-def sparse_int8_patches(
-    x: torch.Tensor,
-    weight: PackedInt8Weight,
-    bias: torch.Tensor | None,
-    patch_size: tuple[int, int],
-    instruction_set: str = "",
-) -> torch.Tensor:
-    """Return `sparse_int8_linear` of the patches of images, `(images, patches, rows)` in x's dtype.
-
-    Args:
-        x: `(images, channels, height, width)`, float32, float16 or bfloat16, on the CPU. What is left of an image right
-            of and below its patches is not looked at.
-        weight: of a convolution `(rows, channels * patch height * patch width)`, quantised and packed.
-        bias: `(rows,)`.
-        patch_size: height and width.
-        instruction_set: as of `sparse_int8_linear`.
-
-    Raises:
-        RuntimeError: shapes or dtypes do not fit each other, or the processor lacks the instruction set.
-    """
-    layer = int8_arguments(weight, bias)
-    return run(torch.ops.cap_hf.sparse_int8_patches, x, *layer, *patch_size, number_of(instruction_set))
-
-
 def int8_arguments(weight: PackedInt8Weight, bias: torch.Tensor | None) -> tuple[Any, ...]:
     """Return what the operators are told of a layer, in their order."""
     return (

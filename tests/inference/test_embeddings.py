@@ -16,10 +16,10 @@ from torch.nn import functional
 from transformers import set_seed
 
 from cap_hf.inference import embeddings
-from cap_hf.inference.embeddings import cuts_patches, find_patches, speed_up_embeddings
+from cap_hf.inference.embeddings import cuts_patches, find_patches, sparse_int8_patches, speed_up_embeddings
 from cap_hf.inference.int8_packing import pack_int8
 from cap_hf.inference.linear import resident_bytes
-from cap_hf.inference.operators import has_int8_kernel, sparse_int8_linear, sparse_int8_patches
+from cap_hf.inference.operators import has_int8_kernel, sparse_int8_linear
 
 
 @pytest.fixture(scope="module", autouse=True)
