@@ -1,11 +1,18 @@
 """Fixtures that several rooms use."""
 
+import atexit
 import logging
 import os
+import shutil
+import tempfile
 
 import torch
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
+    # What torch.compile keeps may be of operators as they were before they were changed.
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp(prefix="cap_hf-inductor-")
+    atexit.register(shutil.rmtree, os.environ["TORCHINDUCTOR_CACHE_DIR"], ignore_errors=True)
 if not torch.cuda.is_available():
     # Triton's kernels then run on the CPU, by an interpreter. Others than these tests import Triton too, which looks at
     # it once.

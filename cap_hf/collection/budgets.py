@@ -1,7 +1,7 @@
 """What budgets are counted in: multiply-adds, bytes and seconds of a model, by target; spent, checked and reported."""
 
+import itertools
 import logging
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -156,23 +156,21 @@ class Budgets:
 
         if costs.empty is None:
             return blocks(within(budget.share * costs.dense))
-        zeros, number = paths.count_zeros(unit), 0
+        zeros, numbers = paths.count_zeros(unit), itertools.count(1)
         # Not below what all removals leave, where sums are rounded.
         least = costs.of(counts_of(paths.targets, unit)) * (1 + ROUNDING)
 
         def attempt(share: float) -> Try[list[torch.Tensor]]:
-            nonlocal number
-            number += 1
             quotas = within(max(share * costs.dense, least))
             found, predicted = blocks(quotas), costs.of(quotas) / costs.dense
-            measured, error = self._measure(budget, paths.targets, dict(paths.removed(sparse, found, unit)))
+            removed = dict(paths.removed(sparse, found, unit))
+            measured, error = self._measure(budget, paths.targets, removed)
             if Try(found, predicted, measured, error).meets(budget.share):
-                # Once more: of several tries one may come so near by chance.
-                again = self._measure(budget, paths.targets, dict(paths.removed(sparse, found, unit)))
-                measured, error = (measured + again.share) / 2, math.hypot(error, again.error) / 2
+                again = self._measure(budget, paths.targets, removed)  # it may come so near by chance
+                measured, error = (measured + again.share) / 2, (error**2 + again.error**2) ** 0.5 / 2
             self.progress.say(
-                f"{budget}, try {number}: predicted {predicted:.4f} of the dense latency, measured {measured:.4f} "
-                f"± {error:.4f}"
+                f"{budget}, try {next(numbers)}: predicted {predicted:.4f} of the dense latency, "
+                f"measured {measured:.4f} ± {error:.4f}"
             )
             if quotas == zeros and measured + error < budget.share * (1 - TOLERANCE):
                 raise CAPError(taken_already(budget, measured))

@@ -280,7 +280,9 @@ def test_a_model_for_export_is_one_of_modules():
     x = pixels(model)
     exported = torch.export.export(model, (x,), strict=False)
     with torch.no_grad():
-        assert close(exported.module()(x).logits, logits(model, x))
+        found, expected = exported.module()(x).logits, logits(model, x)
+    # transformers gives a model for export an attention mask, with which attention is PyTorch's own.
+    assert float((found - expected).norm() / expected.norm()) < 0.02
 
 
 class Odd(nn.Module):

@@ -199,7 +199,7 @@ def test_what_does_not_fit_is_refused():
     with pytest.raises(RuntimeError, match="a layer of 6 x 8 must be 8 x 8"):
         sparse_int8_attention_branch(x, norm, layer, make_layer(6, 8, 0), layer, 2, 0.5, layer)
     with pytest.raises(RuntimeError, match="six tensors, or seven with a bias"):
-        torch.ops.cap_hf.sparse_int8_mlp_branch(x, norm.weight, norm.bias, 0.0, [], [], *listed(layer), None)
+        torch.ops.cap_hf.sparse_int8_mlp_branch(x, norm.weight, norm.bias, 0.0, [], [], *listed(layer), None, 0)
 
 
 def test_they_are_registered_as_pytorch_asks_and_have_no_derivative():
@@ -208,11 +208,11 @@ def test_they_are_registered_as_pytorch_asks_and_have_no_derivative():
     start = (x, norm.weight, norm.bias, norm.epsilon)
     first, second, third, last = (listed(layer) for layer in layers)
     torch.library.opcheck(
-        torch.ops.cap_hf.sparse_int8_mlp_branch.default, (*start, *first, *second, None), test_utils=checks
+        torch.ops.cap_hf.sparse_int8_mlp_branch.default, (*start, *first, *second, None, 0), test_utils=checks
     )
     torch.library.opcheck(
         torch.ops.cap_hf.sparse_int8_attention_branch.default,
-        (*start, *first, *second, *third, 2, 0.5, *last, torch.ones(8)),
+        (*start, *first, *second, *third, 2, 0.5, *last, torch.ones(8), 0),
         test_utils=checks,
     )
     with pytest.raises(RuntimeError, match="sparse_int8_mlp_branch is for inference only"):

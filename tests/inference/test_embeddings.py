@@ -84,7 +84,7 @@ def test_the_operator_is_registered_as_pytorch_asks():
     weight = pack_int8(make_block_weight(8, 12, 0.0))
     args = (torch.randn(2, 3, 8, 9), *list(vars(weight).values())[:6], None, 8, 12, weight.row_block, weight.col_block)
     torch.library.opcheck(
-        torch.ops.cap_hf.sparse_int8_patches.default, (*args, 2, 2), test_utils=("test_schema", "test_faketensor")
+        torch.ops.cap_hf.sparse_int8_patches.default, (*args, 2, 2, 0), test_utils=("test_schema", "test_faketensor")
     )
 
 

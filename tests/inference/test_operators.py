@@ -57,7 +57,16 @@ def test_what_nobody_calls_is_not_registered():
 
 def test_operator_is_registered_as_pytorch_asks():
     packed, bias = pack(make_weight(20, 30, 0.5)), torch.randn(20)
-    args = (torch.randn(2, 9, 30), *list(vars(packed).values())[:4], bias, 20, 30, packed.row_block, packed.col_block)
+    args = (
+        torch.randn(2, 9, 30),
+        *list(vars(packed).values())[:4],
+        bias,
+        20,
+        30,
+        packed.row_block,
+        packed.col_block,
+        0,
+    )
     torch.library.opcheck(torch.ops.cap_hf.sparse_linear.default, args, test_utils=("test_schema", "test_faketensor"))
 
 
@@ -65,13 +74,13 @@ def test_int8_operators_are_registered_as_pytorch_asks():
     packed, bias, x = pack_int8(make_weight(20, 30, 0.5)), torch.randn(20), torch.randn(2, 9, 30)
     args = (x, *list(vars(packed).values())[:6], bias, 20, 30, packed.row_block, packed.col_block)
     checks = ("test_schema", "test_faketensor")
-    torch.library.opcheck(torch.ops.cap_hf.sparse_int8_linear.default, args, test_utils=checks)
+    torch.library.opcheck(torch.ops.cap_hf.sparse_int8_linear.default, (*args, 0), test_utils=checks)
     second = pack_int8(make_weight(7, 20, 0.5))
     args += (*list(vars(second).values())[:6], None, 7, 20, second.row_block, second.col_block)
-    torch.library.opcheck(torch.ops.cap_hf.sparse_int8_mlp.default, args, test_utils=checks)
+    torch.library.opcheck(torch.ops.cap_hf.sparse_int8_mlp.default, (*args, 0), test_utils=checks)
     torch.library.opcheck(torch.ops.cap_hf.quantize_tokens.default, (x,), test_utils=checks)
     heads = torch.randn(2, 3, 5, 8), torch.randn(2, 3, 7, 8), torch.randn(2, 3, 7, 8)
-    torch.library.opcheck(torch.ops.cap_hf.int8_attention.default, (*heads, 0.5), test_utils=checks)
+    torch.library.opcheck(torch.ops.cap_hf.int8_attention.default, (*heads, 0.5, 0), test_utils=checks)
 
 
 @pytest.mark.parametrize("gradients", [True, False])
@@ -177,6 +186,6 @@ def test_with_and_without_gradients_the_operator_gives_the_same():
 def test_backward_past_the_wrapper_is_an_error_too():
     x, packed = torch.randn(2, 30, requires_grad=True), pack(make_weight(20, 30, 0.5))
     parts = list(vars(packed).values())[:4]
-    y = torch.ops.cap_hf.sparse_linear(x, *parts, None, 20, 30, packed.row_block, packed.col_block)
+    y = torch.ops.cap_hf.sparse_linear(x, *parts, None, 20, 30, packed.row_block, packed.col_block, 0)
     with pytest.raises(RuntimeError, match="cap_hf::sparse_linear is for inference only"):
         y.sum().backward()

@@ -101,26 +101,26 @@ std::tuple<Tensor, Tensor> quantize_tokens(const Tensor& x) {
 STABLE_TORCH_LIBRARY_FRAGMENT(cap_hf, m) {
   m.def(
       "sparse_int8_linear(Tensor x, Tensor values, Tensor offsets, Tensor starts, Tensor order, Tensor row_scales, "
-      "Tensor corrections, Tensor? bias, int rows, int cols, int row_block, int col_block, int instruction_set=0, "
+      "Tensor corrections, Tensor? bias, int rows, int cols, int row_block, int col_block, int instruction_set, "
       "bool gelu=False) -> Tensor");
   m.def(
       "sparse_int8_mlp(Tensor x, Tensor values, Tensor offsets, Tensor starts, Tensor order, Tensor row_scales, "
       "Tensor corrections, Tensor? bias, int rows, int cols, int row_block, int col_block, Tensor values2, "
       "Tensor offsets2, Tensor starts2, Tensor order2, Tensor row_scales2, Tensor corrections2, Tensor? bias2, "
-      "int rows2, int cols2, int row_block2, int col_block2, int instruction_set=0) -> Tensor");
+      "int rows2, int cols2, int row_block2, int col_block2, int instruction_set) -> Tensor");
   m.def(
       "sparse_int8_patches(Tensor x, Tensor values, Tensor offsets, Tensor starts, Tensor order, Tensor row_scales, "
       "Tensor corrections, Tensor? bias, int rows, int cols, int row_block, int col_block, int patch_height, "
-      "int patch_width, int instruction_set=0) -> Tensor");
+      "int patch_width, int instruction_set) -> Tensor");
   m.def("quantize_tokens(Tensor x) -> (Tensor, Tensor)");
-  m.def("int8_attention(Tensor q, Tensor k, Tensor v, float scale, int instruction_set=0) -> Tensor");
+  m.def("int8_attention(Tensor q, Tensor k, Tensor v, float scale, int instruction_set) -> Tensor");
   m.def(
       "sparse_int8_attention_branch(Tensor x, Tensor norm_weight, Tensor norm_bias, float epsilon, Tensor[] query, "
       "int[] query_sizes, Tensor[] key, int[] key_sizes, Tensor[] value, int[] value_sizes, int heads, float scale, "
-      "Tensor[] output, int[] output_sizes, Tensor? factors, int instruction_set=0) -> Tensor");
+      "Tensor[] output, int[] output_sizes, Tensor? factors, int instruction_set) -> Tensor");
   m.def(
       "sparse_int8_mlp_branch(Tensor x, Tensor norm_weight, Tensor norm_bias, float epsilon, Tensor[] first, "
-      "int[] first_sizes, Tensor[] second, int[] second_sizes, Tensor? factors, int instruction_set=0) -> Tensor");
+      "int[] first_sizes, Tensor[] second, int[] second_sizes, Tensor? factors, int instruction_set) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(cap_hf, CPU, m) {

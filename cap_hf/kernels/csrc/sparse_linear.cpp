@@ -32,7 +32,7 @@ Tensor sparse_linear(const Tensor& x, const Tensor& values, const Tensor& offset
 STABLE_TORCH_LIBRARY_FRAGMENT(cap_hf, m) {
   m.def(
       "sparse_linear(Tensor x, Tensor values, Tensor offsets, Tensor starts, Tensor order, Tensor? bias, int rows, "
-      "int cols, int row_block, int col_block, int instruction_set=0, bool gelu=False) -> Tensor");
+      "int cols, int row_block, int col_block, int instruction_set, bool gelu=False) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(cap_hf, CPU, m) { m.impl("sparse_linear", TORCH_BOX(&sparse_linear)); }

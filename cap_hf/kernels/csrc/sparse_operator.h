@@ -37,7 +37,8 @@ Word* scratch(int64_t size) {
 }
 
 // The instruction sets by number, as operators are told of them: 0 is what the environment asks for, else the best.
-// cap_hf/inference/operators.py says the same. Numbers, as PyTorch 2.13 never frees a string that it hands to an operator.
+// cap_hf/inference/operators.py says the same. Numbers, as PyTorch 2.13 never frees a string that it hands to an operator;
+// without a default, which the code that torch.compile keeps would write out.
 constexpr const char* kInstructionSets[] = {"", "portable", "avx2", "avx_vnni", "avx512", "avx512_vnni"};
 
 // Returns the kernels of an instruction set.
