@@ -1,12 +1,10 @@
 """The residual branches in one call: the bits of their parts, one after the other, on every instruction set."""
 
-import threading
-
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.inference import has_instruction_set
+from support.inference import has_instruction_set, in_threads
 from support.int8 import INT8_INSTRUCTION_SETS, layer_norm_reference, make_block_weight
 from torch.autograd import forward_ad
 from torch.nn import functional
@@ -160,20 +158,8 @@ def test_no_images_and_no_tokens_give_none(images):
 def test_several_threads_of_pytorch_and_of_python_at_once():
     x, norm, layers = torch.randn(2, 100, 48), make_norm(48), [make_layer(48, 48, seed) for seed in range(4)]
     args = (x, norm, *layers[:3], 3, 0.25, layers[3], None)
-    expected, results, before = attention_by_parts(*args), [], torch.get_num_threads()
-    try:
-        torch.set_num_threads(3)
-        threads = [
-            threading.Thread(target=lambda: results.append(sparse_int8_attention_branch(*args))) for _ in range(4)
-        ]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    finally:
-        torch.set_num_threads(before)
-    assert len(results) == 4
-    assert all(torch.equal(result, expected) for result in results)
+    expected = attention_by_parts(*args)
+    assert all(torch.equal(found, expected) for found in in_threads(lambda: sparse_int8_attention_branch(*args)))
 
 
 def refused(match, x, norm, first, second, *rest):

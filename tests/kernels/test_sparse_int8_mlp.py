@@ -1,12 +1,10 @@
 """Two sparse int8 layers with a GELU between them, in one call: the bits of two calls, for every shape and caller."""
 
-import threading
-
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.inference import has_instruction_set, make_weight
+from support.inference import has_instruction_set, in_threads, make_weight
 from support.int8 import INT8_INSTRUCTION_SETS, make_block_weight
 from torch.nn import functional
 
@@ -88,20 +86,8 @@ def test_more_tokens_than_fit_the_working_memory():
 def test_several_threads_of_pytorch_and_of_python_at_once():
     first, second = pack_int8(make_block_weight(300, 60, 0.5)), pack_int8(make_block_weight(60, 300, 0.5))
     x = torch.randn(400, 60)
-    expected, results, before = two_calls(x, first, None, second, None), [], torch.get_num_threads()
-    try:
-        torch.set_num_threads(3)
-        threads = [
-            threading.Thread(target=lambda: results.append(sparse_int8_mlp(x, first, None, second))) for _ in range(4)
-        ]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    finally:
-        torch.set_num_threads(before)
-    assert len(results) == 4
-    assert all(torch.equal(result, expected) for result in results)
+    expected = two_calls(x, first, None, second, None)
+    assert all(torch.equal(found, expected) for found in in_threads(lambda: sparse_int8_mlp(x, first, None, second)))
 
 
 def test_layers_that_do_not_fit_each_other_are_refused():

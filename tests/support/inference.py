@@ -1,5 +1,7 @@
 """Sparse weights, pruned ViTs large enough for sparse layers, and measurements that were never taken."""
 
+import threading
+
 import torch
 from transformers import ViTConfig, ViTForImageClassification, set_seed
 
@@ -57,6 +59,22 @@ def measurement(backend, seconds, batch_size=1, threads=2, low=None, high=None, 
     rate = batch_size / seconds
     low, high = low or seconds, high or seconds
     return Measurement(backend, batch_size, threads, seconds, low, high, rate, 1, 0.0, speedup, (32, 32))
+
+
+def in_threads(call):
+    """What a call returns in four threads of Python at once, while PyTorch has three of its own."""
+    results, before = [], torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        threads = [threading.Thread(target=lambda: results.append(call())) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        torch.set_num_threads(before)
+    assert len(results) == 4
+    return results
 
 
 def has_instruction_set(kernel, *args):

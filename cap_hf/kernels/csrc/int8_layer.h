@@ -20,18 +20,17 @@ struct Packed {
 inline Layer<int32_t> layer_of(const char* name, const Packed& packed, bool gelu, std::optional<Tensor>& bias) {
   check(packed.cols <= kMostCols, name, ": rows of ", packed.cols, " columns are longer than ", kMostCols);
   const SparseWeight<int32_t> weight{packed.rows,
-                                             (packed.cols + 3) / 4,
-                                             packed.row_block,
-                                             packed.col_block,
-                                             reinterpret_cast<const int32_t*>(packed.values.const_data_ptr<int8_t>()),
-                                             reinterpret_cast<const uint16_t*>(packed.offsets.const_data_ptr<int16_t>()),
-                                             packed.starts.const_data_ptr<int32_t>(),
-                                             packed.order.const_data_ptr<int16_t>()};
-  check_weight(name, weight, packed.values.numel() / 4, packed.values, packed.offsets, packed.starts,
-                       packed.order);
+                                     (packed.cols + 3) / 4,
+                                     packed.row_block,
+                                     packed.col_block,
+                                     reinterpret_cast<const int32_t*>(packed.values.const_data_ptr<int8_t>()),
+                                     reinterpret_cast<const uint16_t*>(packed.offsets.const_data_ptr<int16_t>()),
+                                     packed.starts.const_data_ptr<int32_t>(),
+                                     packed.order.const_data_ptr<int16_t>()};
+  check_weight(name, weight, packed.values.numel() / 4, packed.values, packed.offsets, packed.starts, packed.order);
   check(packed.row_scales.is_contiguous() && packed.corrections.is_contiguous() &&
-                    packed.row_scales.numel() == packed.rows && packed.corrections.numel() == packed.rows,
-                name, ": the parts of the packed weight do not fit each other");
+            packed.row_scales.numel() == packed.rows && packed.corrections.numel() == packed.rows,
+        name, ": the parts of the packed weight do not fit each other");
   bias = float_bias(name, packed.bias, packed.rows);
   return {weight,
           {packed.corrections.const_data_ptr<int32_t>(), packed.row_scales.const_data_ptr<float>(),
