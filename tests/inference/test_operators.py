@@ -153,10 +153,14 @@ def test_a_call_keeps_no_memory():
     with torch.inference_mode():
         for _ in range(2_000):
             sparse_int8_linear(x, packed)
-        before = held()
-        for _ in range(40_000):
-            sparse_int8_linear(x, packed)
-    assert held() - before < 1_000_000
+        growths = []
+        for _ in range(4):
+            before = held()
+            for _ in range(40_000):
+                sparse_int8_linear(x, packed)
+            growths.append(held() - before)
+    # What else the process does may take memory in one of them; what is lost at each call is so in all: 1.9 MB.
+    assert min(growths) < 1_000_000
 
 
 def test_backward_is_an_error():
